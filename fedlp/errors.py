@@ -1,0 +1,27 @@
+"""What can go wrong, in the words a user reads.
+
+Every error a user can cause is a :class:`FedLPError`; the command line prints its message as one line and exits with
+code 2. A message says what was wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FedLPError(Exception):
+    """Base of every error that fedlp raises on purpose."""
+
+
+class ConfigError(FedLPError):
+    """A config value is missing, misspelt or out of range."""
+
+
+class DataError(FedLPError):
+    """A data set or a partition cannot be had as asked."""
+
+
+class ProtocolError(FedLPError):
+    """A message breaks the protocol: wrong shape, type, range, round or plan."""
+
+
+class CheckpointError(FedLPError):
+    """A checkpoint is missing, damaged or of another run."""

@@ -1,0 +1,204 @@
+"""The vocabulary: small frozen values that the floors hand to each other.
+
+Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """FedLP's unit of upload: the tensors that one module owns, buffers included.
+
+    Attributes
+    ----------
+    name : str
+        The module's path in the model.
+    tensors : tuple of str
+        Names in the model's ``state_dict``, in its order.
+    num_params : int
+        Trainable numbers in the layer (buffers not counted).
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    num_params: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which indices of one axis stay: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
+
+    size: int
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        end = -1
+        for start, stop in self.runs:
+            if not end < start < stop <= self.size or start < 0:
+                raise ValueError(f"runs {self.runs} are not sorted, disjoint and within [0, {self.size})")
+            end = stop
+
+    @classmethod
+    def full(cls, size: int) -> Keep:
+        """Keep everything."""
+        return cls(size, ((0, size),))
+
+    @classmethod
+    def first(cls, count: int, size: int) -> Keep:
+        """Keep the first ``count`` indices."""
+        return cls(size, ((0, count),))
+
+    @classmethod
+    def window(cls, start: int, count: int, size: int) -> Keep:
+        """Keep ``count`` indices from ``start`` on, wrapping around."""
+        start %= size
+        stop = start + count
+        if stop <= size:
+            return cls(size, ((start, stop),))
+        if stop - size >= start:
+            return cls.full(size)
+        return cls(size, ((0, stop - size), (start, size)))
+
+    @classmethod
+    def from_indices(cls, indices: NDArray[np.int64], size: int) -> Keep:
+        """Keep sorted, distinct ``indices``."""
+        index = np.asarray(indices, dtype=np.int64)
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        parts = np.split(index, breaks) if index.size else []
+        return cls(size, tuple((int(part[0]), int(part[-1]) + 1) for part in parts))
+
+    @property
+    def count(self) -> int:
+        """How many indices stay."""
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything stays."""
+        return self.runs == ((0, self.size),)
+
+    def indices(self) -> NDArray[np.int64]:
+        """Return the kept indices, sorted."""
+        parts = [np.arange(start, stop, dtype=np.int64) for start, stop in self.runs]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def repeat(self, unit: int) -> Keep:
+        """Return the same choice on an axis in which each index stands for ``unit`` consecutive entries."""
+        return Keep(self.size * unit, tuple((start * unit, stop * unit) for start, stop in self.runs))
+
+
+@dataclass(frozen=True, slots=True)
+class SubModel:
+    """Which part of the global model a client gets, trains and returns.
+
+    Attributes
+    ----------
+    depth : int or None
+        FedLP-Hetero: the prefix of this depth with a personal head; None for the whole depth.
+    widths : mapping from axis name to Keep
+        Width slices: what stays of each named axis; an axis that is absent stays whole.
+    nested_levels : tuple of float
+        FjORD's ordered dropout: widths, relative to the global model, that local steps draw from; empty for none.
+    """
+
+    depth: int | None = None
+    widths: Mapping[str, Keep] = field(default_factory=dict)
+    nested_levels: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClientProfile:
+    """What a client says of itself, once, before the first round."""
+
+    client_id: int
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainInstruction:
+    """What the server asks of one client in one round.
+
+    Attributes
+    ----------
+    params : mapping from tensor name to Tensor
+        The shared tensors of the client's sub-model, already sliced.
+    uploads : frozenset of str
+        Names of the tensors that the client sends back.
+    """
+
+    server_round: int
+    client_id: int
+    params: Mapping[str, Tensor]
+    submodel: SubModel
+    uploads: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """What one client returns: exactly the tensors it was asked for, sliced as its sub-model is."""
+
+    server_round: int
+    client_id: int
+    num_examples: int
+    params: Mapping[str, Tensor]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFailure:
+    """Why a sampled client's answer was not used."""
+
+    client_id: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCost:
+    """What one client cost in one round; bytes are those of the encoded records."""
+
+    client_id: int
+    num_examples: int
+    bytes_down: int
+    bytes_up: int
+    params_down: int
+    params_up: int
+    macs: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``.
+
+    Attributes
+    ----------
+    coverage : mapping from layer name to float
+        Fraction of the layer's entries that at least one client returned, in [0, 1].
+    metrics : mapping
+        Global test metrics: ``accuracy`` and ``loss``, or ``perplexity`` and ``loss``; ``train_loss`` where clients
+        report it. Empty test metrics where the round was not evaluated.
+    """
+
+    server_round: int
+    cohort: tuple[int, ...]
+    bytes_up: int
+    bytes_down: int
+    params_up: int
+    params_down: int
+    macs: float
+    coverage: Mapping[str, float]
+    failures: tuple[ClientFailure, ...]
+    clients: tuple[ClientCost, ...]
+    metrics: Mapping[str, float]
+    wall_time_s: float
