@@ -7,17 +7,19 @@ config is a plain :class:`RunConfig`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.errors import ConfigError
 
@@ -34,6 +36,7 @@ class ModelConfig:
     source: str = MISSING
     path: str | None = None  # hf: model name or folder
     pretrained: bool = False  # torchvision, hf: start from pretrained weights
+    variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500) or "deep" (five, each one a depth)
     norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
     hidden_size: int = 64  # llama
     intermediate_size: int = 172  # llama
@@ -54,6 +57,7 @@ class DatasetConfig:
     split: str = "train"  # hf
     text_column: str = "text"  # hf
     tokenizer: str = "bytes"  # text: "bytes", or a Hugging Face tokenizer's name or folder
+    documents: str = "auto"  # text: "file", "line", "paragraph", "separator", "speaker"; "auto" looks at the text
     sequence_length: int = 128  # text: tokens of context per example
     test_fraction: float = 0.1  # data sets without a test split of their own, in (0, 1)
     max_train_examples: int | None = None  # use only the first so many (after a seeded shuffle)
@@ -67,9 +71,9 @@ class PartitionConfig:
 
     name: str = MISSING
     alpha: float = 1.0  # dirichlet: concentration, > 0
-    shards_per_client: int = 2  # shards
+    shards_per_client: int = 2  # shards, mixed
     mixrate: float = 0.95  # mixed: fraction of a client's examples that come from label-sorted shards, in [0, 1]
-    min_examples: int = 1  # dirichlet: smallest shard a client may get
+    min_examples: int = 1  # smallest number of examples a client may get; dirichlet draws again until it is met
 
 
 @dataclass
@@ -135,3 +139,152 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+
+# ---- composing, reading
+def config_dir() -> Path:
+    """Return the config tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def register_schemas() -> None:
+    """Make the schema known to Hydra; ``conf/config.yaml`` starts from it."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config that the command line ``fedlp OVERRIDES`` would run.
+
+    Raises
+    ------
+    ConfigError
+        For an option that does not exist, a value of the wrong type or out of range.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return from_omegaconf(hydra_compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+
+
+def from_omegaconf(composed: DictConfig) -> RunConfig:
+    """Return Hydra's composed config as a validated RunConfig."""
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, RunConfig):
+        raise ConfigError("the config is not a run of fedlp: its defaults list must start with 'schema'")
+    validate(config)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the config as YAML, every value resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
+    try:
+        return from_omegaconf(
+            cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+        )
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"the run's config cannot be read: {first_line(error)}") from error
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Return the config as nested dicts of JSON values."""
+    return asdict(config)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- validation
+def validate(config: RunConfig) -> None:
+    """Check every range; ConfigError says which value is wrong and what is allowed."""
+    for name in ("num_rounds", "num_clients", "clients_per_round", "eval_every", "eval_batch_size", "checkpoint_every"):
+        _require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _require(
+        config.clients_per_round <= config.num_clients,
+        "clients_per_round",
+        config.clients_per_round,
+        f"at most num_clients={config.num_clients}",
+    )
+    _require(
+        0 <= config.min_clients <= config.clients_per_round,
+        "min_clients",
+        config.min_clients,
+        f"in [0, clients_per_round={config.clients_per_round}]",
+    )
+    _validate_strategy(config.strategy, config.num_clients)
+    local = config.local
+    _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
+    _require(local.epochs >= 1, "local.epochs", local.epochs, "at least 1")
+    _require(local.batch_size >= 1, "local.batch_size", local.batch_size, "at least 1")
+    _require(math.isfinite(local.lr) and local.lr > 0, "local.lr", local.lr, "a finite number above 0")
+    _require(0 <= local.momentum < 1, "local.momentum", local.momentum, "in [0, 1)")
+    _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
+    if local.max_grad_norm is not None:
+        _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+    simulation = config.simulation
+    _choice("simulation.engine", simulation.engine, ("local", "ray"))
+    if simulation.workers is not None:
+        _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
+    _require(
+        simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
+    )
+
+
+def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:
+    rate = strategy.layer_preserving_rate
+    rates = rate if isinstance(rate, list) else [rate]
+    for value in rates:
+        _require(_is_number(value) and 0 <= value <= 1, "strategy.layer_preserving_rate", value, "in [0, 1]")
+    if isinstance(rate, list):
+        _require(
+            len(rate) == num_clients,
+            "strategy.layer_preserving_rate",
+            f"a list of {len(rate)}",
+            f"one number, or one per client ({num_clients})",
+        )
+    _choice("strategy.mask_unit", strategy.mask_unit, ("layer", "tensor"))
+    _choice("strategy.weighting", strategy.weighting, ("examples", "equal"))
+    depths = strategy.depths
+    whole = [depths] if not isinstance(depths, list) else depths
+    fits = depths == "u" or all(isinstance(d, int) and not isinstance(d, bool) and d >= 1 for d in whole)
+    _require(fits, "strategy.depths", depths, "u, a depth (1, 2, ...), or a list with one depth per client")
+    if isinstance(depths, list):
+        _require(
+            len(depths) == num_clients, "strategy.depths", f"a list of {len(depths)}", f"one per client ({num_clients})"
+        )
+    widths, shares = strategy.widths, strategy.width_probabilities
+    _require(bool(widths) and all(0 < width <= 1 for width in widths), "strategy.widths", widths, "levels in (0, 1]")
+    if shares is not None:
+        fits = len(shares) == len(widths) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+        _require(fits, "strategy.width_probabilities", shares, "one share per width, summing to 1")
+    _choice("strategy.server_optimizer", strategy.server_optimizer, ("none", "momentum", "adam"))
+    _require(strategy.server_lr > 0, "strategy.server_lr", strategy.server_lr, "above 0")
+    for name in ("server_momentum", "server_beta2"):
+        _require(0 <= getattr(strategy, name) < 1, f"strategy.{name}", getattr(strategy, name), "in [0, 1)")
+    _require(strategy.server_epsilon > 0, "strategy.server_epsilon", strategy.server_epsilon, "above 0")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value} is not allowed: it must be {allowed}")
+
+
+def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    _require(value in options, name, value, "one of " + ", ".join(options))

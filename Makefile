@@ -1,0 +1,44 @@
+# make demo   set up, train FedAvg, FedLP-Homo and FedLP-Hetero on the embedded data, print and plot the result
+# make test   set up, run every test
+# make check  format, lint, types, tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check lint format types clean
+
+demo: $(VENV)/.ready
+	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero hydra.sweep.dir=$(DEMO)
+	$(BIN)/fedlp-report $(DEMO)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2
+
+check: format lint types test
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+# torch goes first: a looser request by another package could bring in another build of several gigabytes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build

@@ -1,0 +1,166 @@
+"""The one composition root: config in, objects out; and the two Flower apps that every engine runs.
+
+``flwr run .`` finds ``server_app`` and ``client_app`` here through ``pyproject.toml``. Their run config holds the whole
+composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``), and where to write (``out``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedlp.config import RunConfig, from_yaml, to_plain
+from fedlp.data.datasets import DataInfo, describe_dataset, load_dataset
+from fedlp.data.partition import partition_examples
+from fedlp.federation import messages
+from fedlp.federation.checkpoint import ServerState
+from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
+from fedlp.federation.client_store import ClientStore
+from fedlp.federation.costs import Costs, expected_costs
+from fedlp.federation.policies import Policy, build_policy
+from fedlp.federation.run_directory import RunDirectory
+from fedlp.federation.server_app import Grid, make_server_app
+from fedlp.federation.strategy import FedLPStrategy, Observer
+from fedlp.federation.submodels import SubModels
+from fedlp.models import describe_model, state_tensors
+from fedlp.progress import Progress
+from fedlp.simulation.flower_run import run_on_flower
+from fedlp.simulation.local import LocalGrid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is made of before any data is loaded."""
+
+    config: RunConfig
+    info: DataInfo
+    submodels: SubModels
+    policy: Policy
+    costs: Costs
+
+    def initial_params(self) -> dict[str, Any]:
+        """Return the tensors of the initial global model."""
+        return dict(state_tensors(self.submodels.spec.build(self.config.seed)))
+
+    def expected(self) -> dict[str, float]:
+        """Return the expected cost of one client in one round."""
+        cases = self.policy.cases(range(self.config.num_clients))
+        return expected_costs(cases, self.submodels, self.costs, self.initial_params())
+
+
+@lru_cache(maxsize=4)
+def make_plan(cfg: str) -> Plan:
+    """Return the plan of a config (YAML)."""
+    config = from_yaml(cfg)
+    info = describe_dataset(config.dataset)
+    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+    submodels = SubModels(spec)
+    policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
+    return Plan(config, info, submodels, policy, Costs(submodels))
+
+
+@lru_cache(maxsize=1)
+def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
+    """Return what a client process keeps: data, partition, models. The local engine's workers inherit the parent's."""
+    plan = make_plan(cfg)
+    config = plan.config
+    data = load_dataset(config.dataset, config.seed)
+    parts = partition_examples(config.partition, data.train, config.num_clients, config.seed)
+    keeps_heads = config.strategy.name == "fedlp_hetero" and config.strategy.persist_heads
+    store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps_heads else None
+    return ClientRuntime(config, plan.info, plan.submodels, Shards(data.train, parts), data.test, store)
+
+
+def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
+    """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
+    plan = make_plan(cfg)
+    config = plan.config
+    directory = RunDirectory(out)
+    state = directory.resume() if config.resume else None
+    if not config.resume:
+        directory.begin(cfg)
+    runtime = make_runtime(cfg, str(directory.clients))
+
+    def record(round_record: Any, round_state: ServerState) -> None:
+        directory.append_round(round_record)
+        if round_state.server_round % config.checkpoint_every == 0 or round_state.server_round == config.num_rounds:
+            directory.save_state(round_state)
+
+    strategy = FedLPStrategy(
+        config,
+        plan.submodels,
+        plan.policy,
+        evaluate=runtime.evaluate,
+        num_test=len(runtime.test),
+        macs=lambda submodel: plan.costs.macs(submodel).training,
+        observers=(record, *observers),
+        state=state,
+    )
+    initial = messages.encode_params(plan.initial_params())
+    strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+    assert strategy.state is not None
+    return directory.finish(strategy.state, to_plain(config), plan.expected())
+
+
+def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
+    """Run on the local engine; return the manifest."""
+    plan = make_plan(cfg)
+    config = plan.config
+    runtime = make_runtime(cfg, str(RunDirectory(out).clients))  # before the fork, so that workers share it
+    size = sum(tensor.numel() * tensor.element_size() for tensor in plan.initial_params().values())
+    workers = config.simulation.workers or count_cores()
+    with LocalGrid(
+        lambda: client_app,
+        num_clients=config.num_clients,
+        num_workers=min(workers, config.clients_per_round),
+        message_bytes=size + 4096 * len(runtime.submodels.spec.tensors),
+        run_config={"cfg": cfg, "out": str(out)},
+    ) as grid:
+        return serve_run(grid, cfg, out, observers)
+
+
+def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Run on the config's engine with live progress; return the manifest.
+
+    Parameters
+    ----------
+    label : callable
+        Names a run from its plain config.
+    """
+    config = from_yaml(cfg)
+    done = RunDirectory(out).last_round() if config.resume else 0
+    progress = Progress(config.num_rounds, label(to_plain(config)), done)
+    if config.simulation.engine == "ray":
+        workers = config.simulation.workers or count_cores()
+        run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
+        return RunDirectory(out).read_manifest()
+    return run_locally(cfg, out, [lambda record, _: progress.show(asdict(record))])
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def dry_run(cfg: str, out: Path) -> dict[str, Any]:
+    """Write and return a manifest with expected costs, without loading data or training."""
+    plan = make_plan(cfg)
+    expected = plan.expected()
+    per_round = plan.config.clients_per_round
+    totals = {
+        "rounds": plan.config.num_rounds,
+        "bytes_down": expected["bytes_down_per_client"] * per_round * plan.config.num_rounds,
+        "bytes_up": expected["bytes_up_per_client"] * per_round * plan.config.num_rounds,
+    }
+    if plan.info.num_train is not None:
+        examples = plan.info.num_train / plan.config.num_clients * per_round * plan.config.local.epochs
+        totals["macs"] = expected["training_macs_per_example"] * examples * plan.config.num_rounds
+    return RunDirectory(out).write_manifest(to_plain(plan.config), expected, expected_totals=totals)
+
+
+server_app = make_server_app(serve_run)
+client_app = make_client_app(make_runtime)

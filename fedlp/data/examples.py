@@ -1,0 +1,97 @@
+"""What a data set is once it is loaded: whole tensors, and what a model and a trainer must know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX: Final = -100
+"""Pads the end of token sequences; the cross-entropy of torch leaves it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataInfo:
+    """What can be said of a data set before it is loaded.
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        (C, H, W) of an image, or (sequence_length,) of a text.
+    num_classes : int
+        Classes, or the vocabulary's size.
+    num_train, num_test : int or None
+        Examples; None where only loading tells.
+    mean, std : tuple of float
+        Per channel of the training images on a [0, 1] scale; empty for language.
+    augment : bool
+        Whether training images are to be varied: a random crop after zero padding, and a flip where ``flip`` allows it.
+    padding : int
+        Pixels of zero padding on every side before the random crop.
+    flip : bool
+        Whether a mirrored image keeps its class (a mirrored digit does not).
+    """
+
+    name: str
+    task: Literal["classification", "language"]
+    input_shape: tuple[int, ...]
+    num_classes: int
+    num_train: int | None
+    num_test: int | None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: bool = False
+    padding: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """``n`` examples as whole tensors.
+
+    Attributes
+    ----------
+    inputs : Tensor
+        Images: uint8 (n, C, H, W). Language: int64 (n, sequence_length + 1) token ids, padded at the end with
+        ``IGNORE_INDEX``; position ``i + 1`` is what position ``i`` predicts.
+    targets : Tensor
+        int64 (n,): the class; for language the document's number.
+    groups : (n,) int64 or None
+        Natural owner of each example (document, speaker, file).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    groups: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return int(self.inputs.shape[0])
+
+    def select(self, indices: NDArray[np.int64]) -> Examples:
+        """Return copies of the examples at ``indices``, in their order."""
+        import torch
+
+        index = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
+        groups = None if self.groups is None else self.groups[indices]
+        return Examples(self.inputs.index_select(0, index), self.targets.index_select(0, index), groups)
+
+
+@dataclass(frozen=True, slots=True)
+class FederatedData:
+    """A data set with its held-out part; only ``train`` is spread over clients."""
+
+    info: DataInfo
+    train: Examples
+    test: Examples
+
+
+def subset(examples: Examples, limit: int | None, rng: np.random.Generator) -> Examples:
+    """Return at most ``limit`` examples (None: all), drawn without replacement and kept in their order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return examples.select(np.sort(rng.permutation(len(examples))[:limit]))

@@ -1,0 +1,228 @@
+r"""The aggregation kernel: every entry of the model averaged over the clients that returned it.
+
+.. math:: x_e \leftarrow \frac{\sum_{k \in C(e)} w_k x_{k,e}}{\sum_{k \in C(e)} w_k}, \qquad C(e) = \{k : k \text{ returned } e\}
+
+With everybody returning everything this is FedAvg (McMahan et al., AISTATS 2017), with layers missing FedLP (Zhu et
+al., ICC 2023), with width slices the overlap average of HeteroFL (Diao et al., ICLR 2021).
+
+Products and sums are float64, in the order of the calls. A few updates are held back and added together, block by
+block, so that the sums pass through the cache once per group and not once per update: purely a memory optimization,
+which does not affect results. Denominators are one number per distinct choice of indices, never one per entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlp.federation.coverage import Choice, Denominator, Keeps, Rectangle, is_scattered, rectangles, widen
+
+BLOCK = 1 << 18  # numbers per block: 2 MiB of sums and as much of scratch
+GROUP = 64  # updates held back at most
+GROUP_BYTES = 1 << 28  # bytes of updates held back, but for the last one
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)  # at most 24 bits of mantissa
+
+
+class CoverageAverage:
+    """Streaming, entry-wise weighted average over whoever returned an entry.
+
+    Where everybody returned everything and weights are whole numbers, this is ``numpy.average`` of the float64 stack,
+    bit for bit. (From 8 updates on, numpy adds fractional weights, and tensors of one entry, pairwise: there the last
+    bits of a float64 may differ.)
+
+    Parameters
+    ----------
+    params : mapping from tensor name to Tensor
+        Current global values, on the CPU. Not modified.
+    block : int
+        Numbers that are summed at a time, >= 1.
+    group, group_bytes : int
+        How many updates, and bytes of them, are held back before they are added, >= 1. Memory is bounded by
+        ``group_bytes``, one more update and a float64 copy of the model, however many updates come.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], *, block: int = BLOCK, group: int = GROUP, group_bytes: int = GROUP_BYTES
+    ) -> None:
+        self._params = dict(params)
+        self._block, self._group, self._group_bytes = block, group, group_bytes
+        self._names = sorted(params, key=lambda name: str(params[name].dtype))  # as in a message: by dtype, in order
+        ends = np.cumsum([0, *(params[name].numel() for name in self._names)]).tolist()
+        self._starts = dict(zip(self._names, ends, strict=False))
+        self._numel = ends[-1]
+        self._before = {b: a for a, b in zip(self._names, self._names[1:], strict=False) if _same_dtype(params, a, b)}
+        self._weights: dict[str, dict[Choice, float]] = {name: {} for name in params}
+        self._pending: list[_Update] = []
+        self._pending_bytes = 0
+        self._sums: Tensor | None = None
+        self._summed: set[str] = set()  # names of which the sums hold something
+        self._scratch = torch.empty(0, dtype=torch.float64)
+        self._total = torch.empty(0, dtype=torch.float64)
+
+    def add(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> None:
+        """Count in one client's update.
+
+        Parameters
+        ----------
+        params : mapping from tensor name to Tensor
+            What the client returned: any subset of the global names. Not modified, but held until the group is
+            complete: whoever writes into this memory again must pass a copy.
+        keeps : mapping from tensor name to one Keep per dimension
+            Which global indices a returned tensor covers; the whole tensor where the name is absent. May have names
+            that were not returned.
+        weight : float
+            The client's weight, finite and > 0; usually its number of examples.
+
+        Raises
+        ------
+        ValueError
+            For another weight, an unknown name or a shape that does not fit the indices. Nothing is counted then.
+        """
+        if not 0.0 < weight < math.inf:
+            raise ValueError(f"an update's weight is {weight}; it must be finite and > 0")
+        update = _Update({}, set(), float(weight))
+        for name, values in params.items():
+            entry = self._entry(name, values, keeps.get(name))
+            update.entries[name] = entry
+            if name in self._before and entry.follows(update.entries.get(self._before[name])):
+                update.joined.add(name)
+        for name, entry in update.entries.items():
+            weights = self._weights[name]
+            weights[entry.choice] = weights.get(entry.choice, 0.0) + update.weight
+            self._pending_bytes += entry.values.nbytes
+        self._pending.append(update)
+        if len(self._pending) >= self._group or self._pending_bytes >= self._group_bytes:
+            self._flush()
+
+    @torch.no_grad()
+    def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the average so far, and how much of it is new.
+
+        Returns
+        -------
+        params : dict from tensor name to Tensor
+            Shapes and dtypes of the global values; new memory, in which several tensors may be parts of one buffer.
+            What nobody returned has its old bits. Integers are rounded, halves to even.
+        coverage : dict from tensor name to float
+            Fraction of the tensor's entries that at least one client returned, in [0, 1].
+        """
+        averages: dict[str, Tensor] = {}
+        coverage = dict.fromkeys(self._params, 0.0)
+        for segment in self._segments([name for name in self._names if self._weights[name]], finish=True):
+            first = segment.names[0]
+            weights = self._weights[first]
+            denominator = weights[None] if self._is_dense(first) else Denominator(weights, segment.shape)
+            out = _empty(segment.shape.numel(), self._params[first].dtype)
+            covered = sum(self._finish(segment, denominator, lo, hi, out) for lo, hi in segment.blocks(self._block))
+            for name in segment.names:
+                start, shape = self._starts[name] - segment.start, self._params[name].shape
+                averages[name] = out[start : start + shape.numel()].view(shape)
+                coverage[name] = covered / out.numel() if out.numel() else 1.0
+        params = {name: averages[name] if name in averages else old.clone() for name, old in self._params.items()}
+        return params, coverage
+
+    def covered(self, name: str) -> bool | Tensor:
+        """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
+        weights, shape = self._weights[name], self._params[name].shape
+        if None in weights or not weights:
+            return bool(weights)
+        mask = Denominator(weights, shape).rows(0, shape[0]) > 0.0
+        return bool(mask.any()) and (bool(mask.all()) or mask.expand(shape))
+
+    def _entry(self, name: str, values: Tensor, keeps: Keeps | None) -> _Entry:
+        if name not in self._params:
+            raise ValueError(f"an update holds {name!r}, which the model does not have")
+        choice = None if keeps is None or all(keep.is_full for keep in keeps) else keeps
+        expected = self._params[name].shape if choice is None else tuple(keep.count for keep in choice)
+        if values.shape != expected:
+            raise ValueError(f"an update's {name!r} has shape {tuple(values.shape)}, not {tuple(expected)}")
+        return _Entry(values, choice)
+
+    # ------------------------------------------------------------------------------------------------------------ the sums
+    @torch.no_grad()
+    def _flush(self) -> None:
+        """Add the updates held back to the sums."""
+        if self._sums is None:
+            self._sums = _empty(self._numel, torch.float64)
+        returned = {name for update in self._pending for name in update.entries}
+        for segment in self._segments([name for name in self._names if name in returned], finish=False):
+            for lo, hi in segment.blocks(self._block):
+                self._accumulate(segment, lo, hi, segment.rows(self._sums, lo, hi), fresh=not segment.is_summed)
+        self._summed |= returned
+        self._pending, self._pending_bytes = [], 0
+
+    def _finish(self, segment: _Segment, denominator: float | Denominator, lo: int, hi: int, out: Tensor) -> int:
+        """Write the average of some rows into ``out``; return how many of their entries are covered."""
+        row = segment.shape[1:].numel()
+        out = out[lo * row : hi * row].view(hi - lo, *segment.shape[1:])
+        total = self._total.resize_(out.shape)
+        if segment.is_summed and self._sums is not None:
+            total.copy_(segment.rows(self._sums, lo, hi))
+        self._accumulate(segment, lo, hi, total, fresh=not segment.is_summed)
+        weights = denominator if isinstance(denominator, float) else denominator.rows(lo, hi)
+        total.div_(weights)
+        out.copy_(total if out.is_floating_point() else total.round_())
+        if isinstance(weights, float):
+            return out.numel()
+        mask = weights > 0.0
+        covered = int(mask.count_nonzero())
+        if covered < mask.numel():
+            out.copy_(torch.where(mask, out, self._params[segment.names[0]][lo:hi]))
+        return covered * (out.numel() // mask.numel())
+
+    def _accumulate(self, segment: _Segment, lo: int, hi: int, total: Tensor, fresh: bool) -> None:
+        """Add the updates held back to ``total``, the sums of rows ``lo`` to ``hi``, uninitialised where fresh."""
+        parts = segment.parts
+        if fresh and parts and parts[0].is_whole:
+            total.copy_(parts[0].values[lo:hi]).mul_(parts[0].weight)
+            parts = parts[1:]
+        elif fresh:
+            total.fill_(-0.0)  # -0.0 + x is x, bit for bit
+        for part in parts:
+            for box in part.rectangles:
+                top, end = max(box.start, lo), min(box.stop, hi)
+                if top < end:
+                    into = total[(slice(top - lo, end - lo), *box.into)]
+                    shift = box.local - box.start
+                    wide = self._scratch.resize_(into.shape)
+                    wide.copy_(part.values[(slice(top + shift, end + shift), *box.of)])
+                    if part.is_exact:  # then a fused multiply-add rounds as the two operations do
+                        into.add_(wide, alpha=part.weight)
+                    else:
+                        into.add_(wide.mul_(part.weight))
+
+    # -------------------------------------------------------------------------------------------------------- the segments
+    def _segments(self, names: Sequence[str], finish: bool) -> Iterator[_Segment]:
+        """Yield the tensors, joined where every update held back (and the average) treats neighbours as one run."""
+        run: list[str] = []
+        for name in names:
+            if run and not (self._before.get(name) == run[-1] and self._is_joined(run[-1], name, finish)):
+                yield self._segment(run, finish)
+                run = []
+            run.append(name)
+        if run:
+            yield self._segment(run, finish)
+
+    def _is_joined(self, before: str, name: str, finish: bool) -> bool:
+        if finish and not (self._is_dense(name) and self._weights[name] == self._weights[before]):
+            return False
+        if (name in self._summed) != (before in self._summed):
+            return False
+        return all(update.is_joined(before, name) for update in self._pending)
+
+    def _is_dense(self, name: str) -> bool:
+        return self._weights[name].keys() == {None}
+
+    def _segment(self, names: list[str], finish: bool) -> _Segment:
+        first, shape = names[0], self._params[names[0]].shape
+        parts = [_Part(*update.entries[first].widened(), update) for update in self._pending if first in update.entries]
+        if all(part.is_flat for part in parts) and (self._is_dense(first) or not finish):
+            shape = torch.Size((sum(self._params[name].numel() for name in names),))
+            parts = [part.flattened(shape) for part in parts]
+        return _Segment(names, self._starts[first], shape, parts, first in self._summed)

@@ -1,0 +1,210 @@
+"""The client: decode an instruction, build the sub-model, train it on the own shard, return the slices asked for.
+
+The same app runs in the worker processes of the local engine, in Ray actors and on real SuperNodes. Identity is the
+partition id of the node's config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlp.config import RunConfig
+from fedlp.data.datasets import DataInfo, Examples
+from fedlp.errors import DataError
+from fedlp.federation import messages
+from fedlp.federation.client_store import ClientStore
+from fedlp.federation.nested import NestedWidth, nested_counts
+from fedlp.federation.server_app import read_settings
+from fedlp.federation.submodels import SubModels
+from fedlp.models import state_tensors
+from fedlp.pruning.groups import cut_model
+from fedlp.rng import Stream, generator
+from fedlp.training import evaluate_sums, train_locally
+from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+
+class Shards:
+    """The training examples of each client, cut from one data set on demand."""
+
+    def __init__(self, train: Examples, parts: Sequence[NDArray[np.int64]]) -> None:
+        self._train = train
+        self._parts = parts
+
+    def size(self, client_id: int) -> int:
+        """Return how many examples a client has."""
+        return len(self._parts[client_id])
+
+    def of(self, client_id: int) -> Examples:
+        """Return a client's examples."""
+        return self._train.select(self._parts[client_id])
+
+
+class ClientRuntime:
+    """All that a client process keeps between messages: data, partition and model skeletons.
+
+    Parameters
+    ----------
+    shards : Shards
+        The training examples of each client.
+    store : ClientStore or None
+        Where personal heads live between rounds; None starts every round from the client's first head.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        info: DataInfo,
+        submodels: SubModels,
+        shards: Shards,
+        test: Examples,
+        store: ClientStore | None,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.submodels = submodels
+        self.shards = shards
+        self.test = test
+        self.store = store
+        self.device = torch.device(config.device)
+        self._whole = lru_cache(maxsize=1)(self._build_whole)
+        self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+
+    def profile(self, client_id: int) -> ClientProfile:
+        """Return what the client says of itself."""
+        return ClientProfile(client_id, self.shards.size(client_id))
+
+    def train(self, instruction: TrainInstruction) -> ClientUpdate:
+        """Train the assigned sub-model and return the tensors asked for."""
+        seed, client_id, server_round = self.config.seed, instruction.client_id, instruction.server_round
+        model = self._load_submodel(instruction)
+        examples = self.shards.of(client_id)
+        rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
+        result = train_locally(
+            model, examples, self.info, self.config.local, rng, self._nested(instruction.submodel, model)
+        )
+        state = state_tensors(model)
+        self._save_personal(instruction, state)
+        return ClientUpdate(
+            server_round=server_round,
+            client_id=client_id,
+            num_examples=len(examples),
+            params={name: tensor for name, tensor in state.items() if name in instruction.uploads},
+            metrics={"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {},
+        )
+
+    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
+        """Return the global model's evaluation sums on test examples ``start`` to ``stop``."""
+        model = self._whole()
+        load_tensors(model, params)
+        return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
+
+    # ---- sub-models
+    def _build_whole(self) -> nn.Module:
+        return self.submodels.spec.build(self.config.seed).to(self.device)
+
+    def _build_skeleton(self, depth: int | None, counts: tuple[tuple[str, int, int], ...]) -> nn.Module:
+        """Return a model of the sub-model's shapes; which units it holds does not matter for its shapes."""
+        if depth is not None:
+            return self.submodels.spec.build_depth(depth, self.config.seed, client_id=0).to(self.device)
+        if not counts:
+            return self._whole()
+        widths = {axis: Keep.first(count, size) for axis, count, size in counts}
+        return cut_model(self.submodels.spec.build(self.config.seed), self.submodels.widths, widths).to(self.device)
+
+    def _load_submodel(self, instruction: TrainInstruction) -> nn.Module:
+        submodel = instruction.submodel
+        counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
+        model = self._skeleton(submodel.depth, counts)
+        load_tensors(model, instruction.params)
+        personal = self._load_personal(instruction)
+        if personal:
+            load_tensors(model, personal)
+        return model
+
+    def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
+        """Return the nested widths that the client's steps draw from; the last one is the client's whole slice."""
+        if len(submodel.nested_levels) < 2:
+            return []
+        spec = self.submodels.widths
+        counts = {axis: submodel.widths[axis].count if submodel.widths else size for axis, size in spec.axes.items()}
+        return [
+            NestedWidth(model, spec, counts, nested_counts(counts, spec.axes, level))
+            for level in submodel.nested_levels
+        ]
+
+    def _load_personal(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
+        """Return the client's own head: the one it trained last, or its first one."""
+        depth, client_id = instruction.submodel.depth, instruction.client_id
+        if depth is None or depth == len(self.submodels.spec.depths):
+            return {}
+        if self.store is not None and (head := self.store.load(client_id, before_round=instruction.server_round)):
+            return head
+        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.config.seed, client_id))
+        return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
+
+    def _save_personal(self, instruction: TrainInstruction, state: Mapping[str, Tensor]) -> None:
+        personal = {name: tensor for name, tensor in state.items() if name not in self.submodels.spec.tensors}
+        if personal and self.store is not None:
+            self.store.save(instruction.client_id, instruction.server_round, personal)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model of the same shapes, in place."""
+    state = state_tensors(model)
+    for name, tensor in params.items():
+        state[name].copy_(tensor)
+
+
+def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> ClientApp:
+    """Return the Flower app around a runtime.
+
+    Parameters
+    ----------
+    make_runtime : callable
+        Returns the runtime for a config (YAML) and the folder of what clients keep; expected to remember it.
+    """
+    app = ClientApp()
+
+    def load_runtime(context: Context) -> ClientRuntime:
+        cfg, out = read_settings(context)
+        return make_runtime(cfg, str(context.node_config.get("state-dir", out / "clients")))
+
+    @app.query("capabilities")
+    def query(message: Message, context: Context) -> Message:
+        runtime = load_runtime(context)
+        return Message(messages.encode_profile(runtime.profile(client_id_of(context))), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        runtime = load_runtime(context)
+        instruction = messages.decode_instruction(message.content, runtime.submodels)
+        if instruction.client_id != client_id_of(context):
+            raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+        update = runtime.train(instruction)
+        return Message(messages.encode_update(update, runtime.submodels), reply_to=message)
+
+    @app.evaluate("central")
+    def evaluate(message: Message, context: Context) -> Message:
+        runtime = load_runtime(context)
+        params, start, stop = messages.decode_range(message.content, runtime.submodels)
+        return Message(messages.encode_sums(runtime.evaluate(params, start, stop)), reply_to=message)
+
+    return app
+
+
+def client_id_of(context: Context) -> int:
+    """Return the partition id of a node; DataError where its config has none."""
+    partition_id = context.node_config.get("partition-id")
+    if not isinstance(partition_id, int) or isinstance(partition_id, bool):
+        raise DataError("the node has no partition-id; start it with --node-config 'partition-id=0 num-partitions=N'")
+    return partition_id

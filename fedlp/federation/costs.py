@@ -1,0 +1,92 @@
+"""What sub-models cost: measured MACs, and a policy's expected parameters and bytes per client and round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from fedlp.federation import messages
+from fedlp.federation.nested import nested_counts
+from fedlp.federation.policies import Case
+from fedlp.federation.submodels import SubModels
+from fedlp.models.cost import Macs, count_macs
+from fedlp.pruning.groups import cut_model
+from fedlp.types import ClientUpdate, Keep, SubModel, TrainInstruction
+
+
+class Costs:
+    """Costs of all sub-models of one global model; MACs are counted once per shape, by torch's FlopCounter."""
+
+    def __init__(self, submodels: SubModels) -> None:
+        self._submodels = submodels
+        self._count = lru_cache(maxsize=1024)(self._count_shape)
+
+    def macs(self, submodel: SubModel) -> Macs:
+        """Return forward and training MACs per example; the mean over nested widths where steps draw from them."""
+        axes = self._submodels.widths.axes if submodel.widths or submodel.nested_levels else {}
+        counts = {axis: submodel.widths[axis].count if submodel.widths else size for axis, size in axes.items()}
+        if not submodel.nested_levels:
+            return self._count(submodel.depth, tuple(counts.items()))
+        found = []
+        for level in submodel.nested_levels:
+            nested = nested_counts(counts, axes, level)
+            found.append(self._count(submodel.depth, tuple(nested.items())))
+        return Macs(sum(m.forward for m in found) / len(found), sum(m.training for m in found) / len(found))
+
+    def _count_shape(self, depth: int | None, counts: tuple[tuple[str, int], ...]) -> Macs:
+        spec = self._submodels.spec
+        model: nn.Module
+        if depth is not None:
+            model = spec.build_depth(depth, seed=0, client_id=0)
+        else:
+            model = spec.build(seed=0)
+            axes = self._submodels.widths.axes if counts else {}
+            if any(count < axes[axis] for axis, count in counts):
+                widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}
+                model = cut_model(model, self._submodels.widths, widths)
+        return count_macs(model, spec.example_inputs(1))
+
+
+def expected_costs(
+    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return the expected cost of one client in one round.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        The policy's distribution.
+    params : mapping
+        A global model, of which real messages are encoded to count their bytes.
+
+    Returns
+    -------
+    dict
+        ``params_down_per_client``, ``params_up_per_client`` (trainable numbers; for FedLP their sum is M(1 + p)),
+        ``bytes_down_per_client``, ``bytes_up_per_client`` (buffers and record keys included), ``macs_per_example``
+        (forward) and ``training_macs_per_example``.
+    """
+    keys = ("params_down", "params_up", "bytes_down", "bytes_up")
+    total = {f"{key}_per_client": 0.0 for key in keys} | {"macs_per_example": 0.0, "training_macs_per_example": 0.0}
+    for case in cases:
+        rate, weight = case.layer_preserving_rate, case.probability
+        layout = submodels.layout(case.submodel)
+        sliced = layout.slice(params)
+        record = messages.encode_params(sliced)
+        uploads = frozenset(layout.names)
+        instruction = TrainInstruction(1, 0, sliced, case.submodel, uploads)
+        update = ClientUpdate(1, 0, 1, sliced, {"train-loss": 0.0})
+        payload = sum(tensor.numel() * tensor.element_size() for tensor in sliced.values())
+        up = messages.count_bytes(messages.encode_update(update, submodels))
+        macs = costs.macs(case.submodel)
+        total["params_down_per_client"] += weight * layout.num_params()
+        total["params_up_per_client"] += weight * rate * layout.num_params()
+        total["bytes_down_per_client"] += weight * messages.count_bytes(
+            messages.encode_instruction(instruction, record, submodels)
+        )
+        total["bytes_up_per_client"] += weight * (up - payload + rate * payload)
+        total["macs_per_example"] += weight * macs.forward
+        total["training_macs_per_example"] += weight * macs.training
+    return total

@@ -1,0 +1,309 @@
+"""Types to Flower records and back: the only file with record keys, the only door bad input can come through.
+
+Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``.
+Only the kept slices of the tensors asked for travel; index sets are runs or bitmaps, whichever is shorter. Decoders
+check everything against what was assigned and raise :class:`ProtocolError` naming the client and what was wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedlp.errors import ProtocolError
+from fedlp.federation.packing import Signature, pack_tensors, unpack_tensors
+from fedlp.federation.submodels import SubModels
+from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE = (
+    "params",
+    "instruction",
+    "update",
+    "metrics",
+    "profile",
+    "range",
+)
+CAPABILITIES = "query.capabilities"
+TRAIN = "train"
+EVALUATE = "evaluate.central"
+
+_AXIS = struct.Struct("<HBI")  # axis number, kind, payload length
+
+
+# ---- instructions
+def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submodels: SubModels) -> RecordDict:
+    """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share."""
+    record = ConfigRecord(
+        {
+            "server-round": instruction.server_round,
+            "client-id": instruction.client_id,
+            "uploads": encode_names(instruction.uploads, tuple(submodels.spec.tensors)),
+        }
+    )
+    submodel = instruction.submodel
+    if submodel.depth is not None:
+        record["depth"] = submodel.depth
+    if submodel.widths:
+        record["widths"] = encode_widths(submodel, tuple(submodels.widths.axes))
+    if submodel.nested_levels:
+        record["nested-levels"] = list(submodel.nested_levels)
+    return RecordDict({PARAMS: params, INSTRUCTION: record})
+
+
+def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstruction:
+    """Return the instruction of a message, its tensors as read-only views into the message.
+
+    Raises
+    ------
+    ProtocolError
+        Where a record is missing or malformed.
+    """
+    try:
+        record = content.config_records[INSTRUCTION]
+        client_id = _integer(record, "client-id")
+        widths = {}
+        if "widths" in record:
+            widths = decode_widths(_bytes(record, "widths"), submodels.widths.axes)
+        levels = record.get("nested-levels", [])
+        submodel = SubModel(
+            depth=_integer(record, "depth") if "depth" in record else None,
+            widths=widths,
+            nested_levels=tuple(float(level) for level in levels),  # type: ignore[union-attr]
+        )
+        layout = submodels.layout(submodel)
+        return TrainInstruction(
+            server_round=_integer(record, "server-round"),
+            client_id=client_id,
+            params=_decode_params(content, layout.signature()),
+            submodel=submodel,
+            uploads=decode_names(_bytes(record, "uploads"), tuple(submodels.spec.tensors)),
+        )
+    except (KeyError, ValueError, TypeError, struct.error) as error:
+        raise ProtocolError(f"the server's instruction cannot be read: {_reason(error)}") from error
+
+
+# ---- updates
+def encode_update(update: ClientUpdate, submodels: SubModels) -> RecordDict:
+    """Return the records of one client's update."""
+    return RecordDict(
+        {
+            PARAMS: encode_params(update.params),
+            UPDATE: ConfigRecord(
+                {
+                    "server-round": update.server_round,
+                    "client-id": update.client_id,
+                    "uploads": encode_names(update.params, tuple(submodels.spec.tensors)),
+                }
+            ),
+            METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
+        }
+    )
+
+
+def decode_update(
+    content: RecordDict, assigned: TrainInstruction, profile: ClientProfile, submodels: SubModels
+) -> ClientUpdate:
+    """Return a client's update, checked against what it was assigned; tensors are read-only views into the message.
+
+    Raises
+    ------
+    ProtocolError
+        Another round, client or upload set; a missing, misshapen or non-finite tensor; an example count outside
+        [1, the profile's]; a non-finite metric. Names the client and the layer.
+    """
+    who = f"client {assigned.client_id}, round {assigned.server_round}"
+    try:
+        record = content.config_records[UPDATE]
+        metrics = content.metric_records[METRICS]
+        server_round, client_id = _integer(record, "server-round"), _integer(record, "client-id")
+        uploads = decode_names(_bytes(record, "uploads"), tuple(submodels.spec.tensors))
+        num_examples = metrics["num-examples"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"{who}: the update cannot be read: {_reason(error)}") from error
+    if server_round != assigned.server_round:
+        raise ProtocolError(f"{who}: the update is of round {server_round}")
+    if client_id != assigned.client_id:
+        raise ProtocolError(f"{who}: the update says it is of client {client_id}")
+    if uploads != assigned.uploads:
+        wrong = sorted(uploads ^ assigned.uploads)
+        raise ProtocolError(f"{who}: the update holds other tensors than were asked for, first of them {wrong[0]}")
+    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
+        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
+    try:
+        params = _decode_params(content, submodels.layout(assigned.submodel).signature(assigned.uploads))
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: {_reason(error)}") from error
+    check_finite(params, who)
+    values = {key: value for key, value in metrics.items() if key != "num-examples"}
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+        raise ProtocolError(f"{who}: a metric is not a finite number: {dict(values)}")
+    return ClientUpdate(
+        server_round=server_round,
+        client_id=client_id,
+        num_examples=num_examples,
+        params=params,
+        metrics={key: float(value) for key, value in values.items()},  # type: ignore[arg-type]
+    )
+
+
+def check_finite(params: dict[str, Tensor], who: str) -> None:
+    """Raise ProtocolError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in params.items():
+        # A sum is finite unless an entry is not or the sum overflows, and costs one pass without temporaries.
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not math.isfinite(float(tensor.sum(dtype=torch.float32)))
+            and not bool(torch.isfinite(tensor).all())
+        ):
+            raise ProtocolError(f"{who}: tensor {name} holds NaN or infinite values")
+
+
+# ---- profiles, ranges
+def encode_profile(profile: ClientProfile) -> RecordDict:
+    """Return the records of a client's profile."""
+    return RecordDict({PROFILE: ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})})
+
+
+def decode_profile(content: RecordDict) -> ClientProfile:
+    """Return a client's profile; ProtocolError where it is malformed."""
+    try:
+        record = content.config_records[PROFILE]
+        profile = ClientProfile(_integer(record, "client-id"), _integer(record, "num-examples"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"a client's profile cannot be read: {_reason(error)}") from error
+    if profile.client_id < 0 or profile.num_examples < 1:
+        raise ProtocolError(f"a client's profile is out of range: {profile}")
+    return profile
+
+
+def encode_range(params: ArrayRecord, start: int, stop: int) -> RecordDict:
+    """Return the records that ask for the metrics of test examples ``start`` to ``stop``."""
+    return RecordDict({PARAMS: params, RANGE: ConfigRecord({"start": start, "stop": stop})})
+
+
+def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
+    """Return the whole model and the range of test examples to evaluate."""
+    record = content.config_records[RANGE]
+    params = _decode_params(content, submodels.layout(SubModel()).signature())
+    return params, _integer(record, "start"), _integer(record, "stop")
+
+
+def encode_sums(sums: dict[str, float]) -> RecordDict:
+    """Return the records of additive evaluation sums."""
+    return RecordDict({METRICS: MetricRecord(dict(sums))})
+
+
+def decode_sums(content: RecordDict) -> dict[str, float]:
+    """Return additive evaluation sums."""
+    return {key: float(value) for key, value in content.metric_records[METRICS].items()}  # type: ignore[arg-type]
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Return the bytes of all records of a message, keys included, as Flower counts them."""
+    return sum(len(key) + record.count_bytes() for key, record in content.items())
+
+
+# ---- index sets
+def encode_names(names: Iterable[str], all_names: Sequence[str]) -> bytes:
+    """Return a bitmap over ``all_names``: bit i of byte i // 8 (least significant first) is name i."""
+    chosen = frozenset(names)
+    bits = np.fromiter((name in chosen for name in all_names), dtype=bool, count=len(all_names))
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def decode_names(data: bytes, all_names: Sequence[str]) -> frozenset[str]:
+    """Invert :func:`encode_names`; ValueError where the bitmap is not of that length."""
+    bits = _unpack_bits(data, len(all_names), "uploads")
+    return frozenset(all_names[int(i)] for i in np.flatnonzero(bits))
+
+
+def encode_widths(submodel: SubModel, axes: Sequence[str]) -> bytes:
+    """Return the kept indices of each named axis: as (start, stop) pairs or as a bitmap, whichever is shorter."""
+    number = {axis: i for i, axis in enumerate(axes)}
+    parts = []
+    for axis, keep in sorted(submodel.widths.items(), key=lambda item: number[item[0]]):
+        runs = np.asarray(keep.runs, dtype="<u4").tobytes()
+        bitmap_length = (keep.size + 7) // 8
+        if len(runs) <= bitmap_length:
+            kind, payload = 0, runs
+        else:
+            bits = np.zeros(keep.size, dtype=bool)
+            bits[keep.indices()] = True
+            kind, payload = 1, np.packbits(bits, bitorder="little").tobytes()
+        parts.append(_AXIS.pack(number[axis], kind, len(payload)) + payload)
+    return b"".join(parts)
+
+
+def decode_widths(data: bytes, axes: Mapping[str, int]) -> dict[str, Keep]:
+    """Invert :func:`encode_widths` for axes of the given sizes; ValueError where an axis or index is out of range."""
+    sizes = list(axes.items())
+    widths: dict[str, Keep] = {}
+    offset = 0
+    while offset < len(data):
+        number, kind, length = _AXIS.unpack_from(data, offset)
+        offset += _AXIS.size
+        payload = data[offset : offset + length]
+        offset += length
+        if number >= len(sizes) or len(payload) != length or kind not in (0, 1):
+            raise ValueError(f"axis {number} of the width plan is malformed")
+        name, size = sizes[number]
+        if kind == 0:
+            runs = np.frombuffer(payload, dtype="<u4").reshape(-1, 2)
+            widths[name] = Keep(size, tuple((int(start), int(stop)) for start, stop in runs))
+        else:
+            widths[name] = Keep.from_indices(np.flatnonzero(_unpack_bits(payload, size, f"axis {name}")), size)
+    return widths
+
+
+def _unpack_bits(data: bytes, count: int, what: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    if len(data) != (count + 7) // 8:
+        raise ValueError(f"the bitmap of {what} has {len(data)} bytes, not {(count + 7) // 8}")
+    return np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count, bitorder="little")
+
+
+# ---- params
+def encode_params(params: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return tensors as one array per dtype, concatenated in order."""
+    record = ArrayRecord()  # filled key by key: the constructor would copy
+    for name, (count, image) in pack_tensors(params).items():
+        record[name] = Array(name, (count,), "numpy.ndarray", image)
+    return record
+
+
+def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the whole model's tensors, writable copies; ProtocolError where the record does not hold them."""
+    try:
+        tensors = _decode_params(RecordDict({PARAMS: params}), submodels.layout(SubModel()).signature())
+    except ValueError as error:
+        raise ProtocolError(f"the initial model does not fit: {error}") from error
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _decode_params(content: RecordDict, signature: Signature) -> dict[str, Tensor]:
+    arrays = content.array_records[PARAMS]
+    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)
+
+
+def _integer(record: ConfigRecord, key: str) -> int:
+    value = record[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not an integer")
+    return value
+
+
+def _bytes(record: ConfigRecord, key: str) -> bytes:
+    value = record[key]
+    if not isinstance(value, bytes):
+        raise ValueError(f"{key} is {type(value).__name__}, not bytes")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    return f"record or key {error} is missing" if isinstance(error, KeyError) else str(error)

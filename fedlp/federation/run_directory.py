@@ -1,0 +1,140 @@
+"""The files a run leaves, which every table and plot reads: config, rounds, manifest, model, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from fedlp.errors import CheckpointError, ConfigError
+from fedlp.federation.checkpoint import ServerState, load_checkpoint, save_checkpoint, write_atomically
+from fedlp.types import RoundRecord
+
+_PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
+_TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+
+
+class RunDirectory:
+    """One run's folder: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clients = path / "clients"
+        self._checkpoints = path / "checkpoint"
+        self._rounds = path / "rounds.jsonl"
+
+    def begin(self, config_yaml: str) -> None:
+        """Start a new run here; what an earlier run left under these names is replaced."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if any(self._checkpoints.glob("*.json")):
+            raise ConfigError(
+                f"{self.path} holds a run already; continue it with resume={self.path}, or choose another hydra.run.dir"
+            )
+        write_atomically(self.path / "config.yaml", config_yaml.encode())
+        self._rounds.write_bytes(b"")
+
+    def resume(self) -> ServerState | None:
+        """Return the state to go on from (None: from the start) and forget rounds that it does not include."""
+        state = load_checkpoint(self._checkpoints)
+        last = 0 if state is None else state.server_round
+        kept = [line for line in self._read_lines() if line["server_round"] <= last]
+        if [line["server_round"] for line in kept] != list(range(1, last + 1)):
+            raise CheckpointError(
+                f"{self._rounds} does not hold rounds 1 to {last} of the checkpoint; restore the file, "
+                f"or start the run anew in another folder"
+            )
+        write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
+        return state
+
+    def last_round(self) -> int:
+        """Return the round of the newest checkpoint, 0 where there is none."""
+        state = load_checkpoint(self._checkpoints)
+        return 0 if state is None else state.server_round
+
+    def append_round(self, record: RoundRecord) -> None:
+        """Add one line to ``rounds.jsonl``."""
+        with self._rounds.open("ab") as file:
+            file.write(_json_line(asdict(record)))
+
+    def save_state(self, state: ServerState) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self._checkpoints, state)
+
+    def finish(self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, Any]:
+        """Write the model and the manifest; return the manifest."""
+        model = {name: tensor.contiguous() for name, tensor in state.params.items()}
+        write_atomically(self.path / "model.safetensors", save(model))
+        lines = self._read_lines()
+        totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
+        totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
+        final = lines[-1]["metrics"] if lines else {}
+        return self.write_manifest(config, expected, totals=totals, final_metrics=final)
+
+    def write_manifest(
+        self, config: Mapping[str, Any], expected: Mapping[str, float], **results: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write ``manifest.json`` and return it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "config": dict(config),
+            "versions": _versions(),
+            "seed": config["seed"],
+            "totals": {},
+            "final_metrics": {},
+            "expected": dict(expected),
+            **results,
+        }
+        write_atomically(self.path / "manifest.json", json.dumps(_plain(manifest), indent=2).encode() + b"\n")
+        return manifest
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest of a finished run."""
+        manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        return manifest
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out."""
+        if not self._rounds.is_file():
+            return []
+        raw = self._rounds.read_bytes().split(b"\n")
+        lines = []
+        for number, line in enumerate(raw, start=1):
+            try:
+                if line:
+                    lines.append(json.loads(line))
+            except ValueError as error:
+                if number < len(raw):
+                    raise CheckpointError(
+                        f"{self._rounds}, line {number}: not JSON ({error}); restore the file"
+                    ) from error
+        return lines
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(value)).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose non-finite numbers are None, so that any JSON reader takes it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,346 @@
+"""The server's side of a round, one strategy for every method.
+
+Down once, up once: sample a cohort, send each client its sub-model and upload set, average what comes back entry by
+entry, evaluate, record. Flower's :class:`~flwr.serverapp.strategy.Strategy` gives the verbs; ``start`` is our own,
+because a run must be able to resume, to wait no longer than a deadline, and to count and name failures instead of dying
+of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedlp.config import RunConfig
+from fedlp.errors import FedLPError, ProtocolError
+from fedlp.federation import messages
+from fedlp.federation.aggregation import CoverageAverage
+from fedlp.federation.checkpoint import ServerState
+from fedlp.federation.exchange import exchange
+from fedlp.federation.policies import Policy
+from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.server_optimizer import apply_server_optimizer
+from fedlp.federation.submodels import SubModels
+from fedlp.training import metrics_from_sums
+from fedlp.types import ClientCost, ClientFailure, ClientProfile, ClientUpdate, RoundRecord, SubModel, TrainInstruction
+
+log = logging.getLogger("fedlp")
+
+Evaluate = Callable[[Mapping[str, Tensor], int, int], dict[str, float]]
+"""Sums of the global model's metrics over test examples [start, stop)."""
+
+Observer = Callable[[RoundRecord, ServerState], None]
+"""Told of every finished round, and of the state that a checkpoint holds."""
+
+EVAL_BATCHES = 4  # batches per evaluation message
+_JOIN_POLL_S = 0.5
+
+
+@dataclass
+class _Round:
+    """What is known of the round under way."""
+
+    server_round: int
+    cohort: tuple[int, ...]
+    assigned: deque[tuple[TrainInstruction, int]] = field(default_factory=deque)  # with bytes_down
+    costs: list[ClientCost] = field(default_factory=list)
+    failures: list[ClientFailure] = field(default_factory=list)
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class FedLPStrategy(Strategy):
+    """FedAvg, FedLP, HeteroFL, FjORD and FedRolex: one strategy, the policy makes the difference.
+
+    Parameters
+    ----------
+    evaluate, num_test : callable, int
+        The global test metrics, summed over ranges of ``num_test`` examples.
+    macs : callable
+        MACs of one training step per example in a sub-model.
+    observers : callables
+        Called after every round, in order.
+    state : ServerState, optional
+        Where to go on; ``start`` begins after its round.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        submodels: SubModels,
+        policy: Policy,
+        *,
+        evaluate: Evaluate,
+        num_test: int,
+        macs: Callable[[SubModel], float],
+        observers: Iterable[Observer] = (),
+        state: ServerState | None = None,
+    ) -> None:
+        self.config = config
+        self.submodels = submodels
+        self.policy = policy
+        self.macs = macs
+        self.state = state
+        self._evaluate = evaluate
+        self._num_test = num_test
+        self._observers = tuple(observers)
+        self._nodes: dict[int, int] = {}
+        self._profiles: dict[int, ClientProfile] = {}
+        self._round = _Round(0, ())
+
+    # ---- the run
+    def summary(self) -> None:
+        """Log one line about the strategy."""
+        log.info("strategy %s, %d clients a round", self.config.strategy.name, self.config.clients_per_round)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds that are left and return the final model.
+
+        Parameters
+        ----------
+        initial_arrays : ArrayRecord
+            The packed initial model; not used where the strategy was given a state to go on from.
+        timeout : float
+            Seconds a round waits for its clients.
+        train_config, evaluate_config, evaluate_fn
+            Part of Flower's signature; the config and the evaluation were given at construction.
+        """
+        if self.state is None:
+            self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
+        self.summary()
+        self._join(grid, timeout)
+        result = Result()
+        arrays = self._encode_model(self.state)
+        for server_round in range(self.state.server_round + 1, num_rounds + 1):
+            started = time.monotonic()
+            requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
+            arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
+            result.train_metrics_clientapp[server_round] = metrics
+            if server_round % self.config.eval_every == 0 or server_round == num_rounds:
+                replies = exchange(grid, self.configure_evaluate(server_round, arrays, ConfigRecord(), grid), timeout)
+                evaluated = self.aggregate_evaluate(server_round, replies)
+                result.evaluate_metrics_serverapp[server_round] = evaluated
+                self._round.metrics.update({key: float(value) for key, value in evaluated.items()})  # type: ignore[arg-type]
+            record = self._make_record(time.monotonic() - started)
+            for observer in self._observers:
+                observer(record, self.state)
+        result.arrays = arrays
+        return result
+
+    def _join(self, grid: Grid, timeout: float) -> None:
+        """Ask every node, once, who it is, until all clients of the config have answered."""
+        deadline = time.monotonic() + timeout
+        asked: set[int] = set()
+        while len(self._profiles) < self.config.num_clients:
+            new = [node for node in grid.get_node_ids() if node not in asked]
+            asked.update(new)
+            queries = [Message(RecordDict(), node, messages.CAPABILITIES) for node in new]
+            left = max(1.0, deadline - time.monotonic())
+            for query, reply in zip(queries, exchange(grid, queries, left), strict=True):
+                self._register(query.metadata.dst_node_id, reply)
+            if time.monotonic() > deadline:
+                raise FedLPError(
+                    f"{len(self._profiles)} of num_clients={self.config.num_clients} clients joined within "
+                    f"{timeout:g} s; start the others, or lower num_clients"
+                )
+            if not new and len(self._profiles) < self.config.num_clients:
+                time.sleep(_JOIN_POLL_S)
+
+    def _register(self, node: int, reply: Message) -> None:
+        try:
+            if reply.has_error():
+                raise ProtocolError(_first_line(reply.error.reason))
+            profile = messages.decode_profile(reply.content)
+        except ProtocolError as error:
+            log.warning("node %d cannot take part: %s", node, error)
+            return
+        if profile.client_id in self._profiles or profile.client_id >= self.config.num_clients:
+            log.warning("node %d says it is client %d: taken or out of range", node, profile.client_id)
+            return
+        self._profiles[profile.client_id] = profile
+        self._nodes[profile.client_id] = node
+
+    # ---- down
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Yield the round's instructions in the order of client ids, made only when they are needed."""
+        cohort = sample_cohort(self.config.seed, server_round, list(self._profiles), self.config.clients_per_round)
+        self._round = _Round(server_round, cohort)
+        encoded: dict[int, ArrayRecord] = {}  # sub-models that several clients share are encoded once
+        assert self.state is not None
+        params = self.state.params
+        for client_id in cohort:
+            submodel = self.policy.submodel(server_round, client_id)
+            layout = self.submodels.layout(submodel)
+            record = arrays if layout.is_whole else encoded.get(id(layout))
+            if record is None:
+                encoded = dict(list(encoded.items())[-7:])
+                record = encoded[id(layout)] = messages.encode_params(layout.slice(params))
+            uploads = self.policy.uploads(server_round, client_id, submodel)
+            instruction = TrainInstruction(server_round, client_id, {}, submodel, uploads)
+            content = messages.encode_instruction(instruction, record, self.submodels)
+            self._round.assigned.append((instruction, messages.count_bytes(content)))
+            ttl = self.config.simulation.round_timeout_s
+            yield Message(content, self._nodes[client_id], messages.TRAIN, group_id=str(server_round), ttl=ttl)
+
+    # ---- up
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Average the updates entry by entry as they come; what nobody returned keeps its value.
+
+        ``replies`` holds one reply per instruction, in order.
+        """
+        assert self.state is not None
+        state = self.state
+        average = CoverageAverage(state.params)
+        losses: list[tuple[float, int]] = []
+        for reply in replies:
+            instruction, bytes_down = self._round.assigned.popleft()
+            update = self._receive(instruction, bytes_down, reply)
+            if update is None:
+                continue
+            weight = float(update.num_examples) if self.config.strategy.weighting == "examples" else 1.0
+            average.add(update.params, self.submodels.layout(instruction.submodel).keeps, weight)
+            if "train-loss" in update.metrics:
+                losses.append((update.metrics["train-loss"], update.num_examples))
+        if losses:
+            total = sum(count for _, count in losses)
+            self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
+        params, optimizer = dict(state.params), dict(state.optimizer)
+        good = len(self._round.cohort) - len(self._round.failures)
+        if good >= self.config.min_clients:
+            params, coverage = average.result()
+            params, optimizer = apply_server_optimizer(
+                self.config.strategy, state.params, params, state.optimizer, average.covered, self._trainable
+            )
+            self._round.coverage = self._layer_coverage(coverage)
+        else:
+            log.warning(
+                "round %d: %d good updates, min_clients=%d: the model stays",
+                server_round,
+                good,
+                self.config.min_clients,
+            )
+            self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
+        self.state = ServerState(server_round, params, optimizer)
+        return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
+
+    def _receive(self, instruction: TrainInstruction, bytes_down: int, reply: Message) -> ClientUpdate | None:
+        """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
+        client_id = instruction.client_id
+        layout = self.submodels.layout(instruction.submodel)
+        update: ClientUpdate | None = None
+        bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
+        try:
+            if reply.has_error():
+                raise FedLPError(_first_line(reply.error.reason))
+            update = messages.decode_update(reply.content, instruction, self._profiles[client_id], self.submodels)
+        except FedLPError as error:
+            reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
+            self._round.failures.append(ClientFailure(client_id, reason, str(error)))
+            log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+        examples = update.num_examples if update else 0
+        self._round.costs.append(
+            ClientCost(
+                client_id=client_id,
+                num_examples=examples,
+                bytes_down=bytes_down,
+                bytes_up=bytes_up,
+                params_down=layout.num_params(),
+                params_up=layout.num_params(instruction.uploads) if update else 0,
+                macs=self.macs(instruction.submodel) * examples * self.config.local.epochs,
+            )
+        )
+        return update
+
+    # ---- evaluation
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Yield requests for the metrics of ranges of the test set, where the grid's nodes hold it; else none."""
+        if getattr(grid, "holds_test_set", False):
+            nodes = list(grid.get_node_ids())
+            for i, (start, stop) in enumerate(self._ranges()):
+                content = messages.encode_range(arrays, start, stop)
+                yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
+        """Return the global model's test metrics; computed here where no node was asked."""
+        assert self.state is not None
+        parts = [_decode_sums(reply) for reply in replies]
+        if not parts:
+            parts = [self._evaluate(self.state.params, start, stop) for start, stop in self._ranges()]
+        sums: dict[str, float] = {}
+        for part in parts:
+            for key, value in part.items():
+                sums[key] = sums.get(key, 0.0) + value
+        return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        step = self.config.eval_batch_size * EVAL_BATCHES
+        return [(start, min(start + step, self._num_test)) for start in range(0, self._num_test, step)]
+
+    # ---- helpers
+    @property
+    def _trainable(self) -> frozenset[str]:
+        return frozenset(name for name, info in self.submodels.spec.tensors.items() if info.trainable)
+
+    def _encode_model(self, state: ServerState) -> ArrayRecord:
+        return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
+
+    def _layer_coverage(self, coverage: Mapping[str, float]) -> dict[str, float]:
+        """Return the fraction of each layer's entries that somebody returned."""
+        sizes = {name: math.prod(info.shape) for name, info in self.submodels.spec.tensors.items()}
+        return {
+            layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)
+            / sum(sizes[name] for name in layer.tensors)
+            for layer in self.submodels.spec.layers
+        }
+
+    def _make_record(self, wall_time_s: float) -> RoundRecord:
+        costs = self._round.costs
+        return RoundRecord(
+            server_round=self._round.server_round,
+            cohort=self._round.cohort,
+            bytes_up=sum(cost.bytes_up for cost in costs),
+            bytes_down=sum(cost.bytes_down for cost in costs),
+            params_up=sum(cost.params_up for cost in costs),
+            params_down=sum(cost.params_down for cost in costs),
+            macs=sum(cost.macs for cost in costs),
+            coverage=self._round.coverage,
+            failures=tuple(self._round.failures),
+            clients=tuple(costs),
+            metrics=self._round.metrics,
+            wall_time_s=wall_time_s,
+        )
+
+
+_ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
+
+
+def _decode_sums(reply: Message) -> dict[str, float]:
+    if reply.has_error():
+        raise FedLPError(f"evaluation of the global model failed: {_first_line(reply.error.reason)}")
+    return messages.decode_sums(reply.content)
+
+
+def _first_line(reason: str | None) -> str:
+    return (reason or "no reason given").strip().splitlines()[0]

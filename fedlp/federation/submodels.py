@@ -1,0 +1,97 @@
+"""What a sub-model is made of: the shared tensors, their slices and their shapes.
+
+Server and clients derive it from the same model, so a message never has to say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from fedlp.errors import ConfigError
+from fedlp.models.spec import ModelSpec
+from fedlp.pruning.groups import WidthSpec, slice_tensor, tensor_keeps, trace_widths
+from fedlp.types import Keep, SubModel
+
+
+@dataclass(frozen=True)
+class SubModelLayout:
+    """The shared tensors of one sub-model, in the global model's order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Tensors that travel; personal tensors are not among them.
+    keeps : mapping from tensor name to one Keep per dimension
+        Only tensors of which a part is missing.
+    """
+
+    names: tuple[str, ...]
+    keeps: Mapping[str, tuple[Keep, ...]]
+    spec: ModelSpec
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the sub-model is the whole global model."""
+        return not self.keeps and len(self.names) == len(self.spec.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor in the sub-model."""
+        keeps = self.keeps.get(name)
+        return self.spec.tensors[name].shape if keeps is None else tuple(keep.count for keep in keeps)
+
+    def signature(self, names: frozenset[str] | None = None) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """Return name, shape and dtype of the travelling tensors (of those in ``names``), in order."""
+        return tuple(
+            (name, self.shape(name), self.spec.tensors[name].dtype)
+            for name in self.names
+            if names is None or name in names
+        )
+
+    def slice(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sub-model's part of the global tensors; whole tensors are not copied."""
+        return {
+            name: slice_tensor(params[name], self.keeps[name]) if name in self.keeps else params[name]
+            for name in self.names
+        }
+
+    def num_params(self, names: frozenset[str] | None = None) -> int:
+        """Return how many trainable numbers travel (of the tensors in ``names``)."""
+        return sum(
+            torch.Size(shape).numel() for name, shape, _ in self.signature(names) if self.spec.tensors[name].trainable
+        )
+
+
+class SubModels:
+    """All sub-models of one global model; layouts are remembered."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._layout = lru_cache(maxsize=4096)(self._make_layout)
+
+    @cached_property
+    def widths(self) -> WidthSpec:
+        """The axes that width slices cut, found by tracing the model once."""
+        return trace_widths(self.spec.build(seed=0), self.spec.example_inputs(1))
+
+    def layout(self, submodel: SubModel) -> SubModelLayout:
+        """Return the layout of a sub-model."""
+        return self._layout(submodel.depth, tuple(sorted(submodel.widths.items())))
+
+    def _make_layout(self, depth: int | None, widths: tuple[tuple[str, Keep], ...]) -> SubModelLayout:
+        if depth is not None and not 1 <= depth <= len(self.spec.depths):
+            raise ConfigError(f"depth {depth} does not exist: this model has depths 1 to {len(self.spec.depths)}")
+        shared = frozenset(self.spec.tensors) if depth is None else self.spec.depths[depth - 1]
+        names = tuple(name for name in self.spec.tensors if name in shared)
+        keeps: dict[str, tuple[Keep, ...]] = {}
+        if any(not keep.is_full for _, keep in widths):
+            chosen = dict(widths)
+            for name in names:
+                found = tensor_keeps(self.widths, name, self.spec.tensors[name].shape, chosen)
+                if not all(keep.is_full for keep in found):
+                    keeps[name] = found
+        return SubModelLayout(names, keeps, self.spec)

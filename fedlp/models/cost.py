@@ -1,0 +1,69 @@
+"""What a forward pass and a training step of a model cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedlp.models.spec import forward_logits, shapes_only
+
+_NORM_MACS = 4  # per element: subtract, divide, multiply, add
+_FLOPS_PER_MAC = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-accumulates per example; ``training`` is forward and backward together."""
+
+    forward: float
+    training: float
+
+
+def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
+    """Return what one example costs, counted on the operators of a forward and a backward pass in training mode.
+
+    Counted are matrix products and convolutions (their biases are free) and, at 4 per element, batch, group and layer
+    normalisation: the convention of thop, in which FedLP's CNN has 39.36 M. The passes run on shapes alone, so counting
+    takes no time to speak of; frozen parameters have no gradient and cost none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Anything that :func:`~fedlp.models.spec.forward_logits` can run; not touched.
+    inputs : (batch, ...)
+        As the model takes them; only their shape and dtype matter. The count does not depend on the batch.
+    """
+    example = inputs[:1].expand(2, *inputs.shape[1:])  # batch statistics need two
+    with (
+        shapes_only(model, example) as (shapes, batch),
+        FlopCounterMode(display=False, custom_mapping=_norms()) as counter,
+    ):
+        logits = forward_logits(shapes.train(), batch)
+        forward = counter.get_total_flops()
+        if logits.requires_grad:
+            logits.sum().backward()  # type: ignore[no-untyped-call]
+        total = counter.get_total_flops()
+    per_example = _FLOPS_PER_MAC * len(example)
+    return Macs(forward / per_example, total / per_example)
+
+
+def _norms() -> dict[Any, Callable[..., int]]:
+    aten = torch.ops.aten
+    operators = (
+        aten._native_batch_norm_legit,  # what native_batch_norm decomposes into
+        aten.native_batch_norm_backward,
+        aten.native_group_norm,
+        aten.native_group_norm_backward,
+        aten.native_layer_norm,
+        aten.native_layer_norm_backward,
+    )
+    return dict.fromkeys(operators, _norm_flops)
+
+
+def _norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:
+    return _FLOPS_PER_MAC * _NORM_MACS * torch.Size(shape).numel()

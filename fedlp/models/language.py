@@ -1,0 +1,191 @@
+"""Causal language models of transformers: a small LLaMA by sizes, or any model by name or folder.
+
+A depth prefix is the embeddings and the first decoder blocks, with the final norm and the output layer as personal
+head. The decoder is found in the LLaMA style (``model.layers``; Mistral, Qwen, ...), GPT-2's (``transformer.h``) and
+OPT's (``model.decoder.layers``).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.errors import ConfigError
+from fedlp.models.spec import Blueprint
+from fedlp.models.torchvision_compat import ensure_operators
+
+if TYPE_CHECKING:
+    from fedlp.config import ModelConfig
+
+_MAX_DEPTHS = 6
+_DECODERS = {  # path of the decoder: names of its blocks and final norm
+    "model": ("layers", "norm"),
+    "transformer": ("h", "ln_f"),
+    "model.decoder": ("layers", "final_layer_norm"),
+}
+
+
+def import_transformers() -> Any:
+    """Return the transformers module, importable next to any build of torchvision."""
+    ensure_operators()
+    return importlib.import_module("transformers")
+
+
+class PrefixLM(nn.Module):
+    """A backbone without final norm, under its global names, and the norm and output layer as ``personal_head``."""
+
+    def __init__(self, model: nn.Module, num_blocks: int) -> None:
+        super().__init__()
+        path, decoder = find_decoder(model)
+        blocks_name, norm_name = _DECODERS[path]
+        blocks = decoder.get_submodule(blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
+        del blocks[num_blocks:]
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        norm = getattr(decoder, norm_name) or nn.Identity()  # some OPT models have none
+        setattr(decoder, norm_name, nn.Identity())
+        self.backbone = path.partition(".")[0]
+        self.add_module(self.backbone, model.get_submodule(self.backbone))
+        bias = output.bias is not None
+        self.personal_head = nn.Sequential(norm, nn.Linear(output.in_features, output.out_features, bias))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (batch, tokens) to logits (batch, tokens, vocabulary)."""
+        hidden = self.get_submodule(self.backbone)(tokens, use_cache=False).last_hidden_state
+        return self.personal_head(hidden)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LanguageBlueprint(Blueprint):
+    """Builds one causal language model from its transformers config; ``path`` only where its weights are wanted."""
+
+    name: str
+    config: Any
+    path: str | None
+
+    @property
+    def num_depths(self) -> int:  # type: ignore[override]
+        """Every number of blocks, or six spread evenly where there are more."""
+        return min(int(self.config.num_hidden_layers), _MAX_DEPTHS)
+
+    def build(self) -> nn.Module:
+        """Return the model with fresh parameters, float32."""
+        auto = import_transformers().AutoModelForCausalLM
+        model: nn.Module = auto.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        find_decoder(model)
+        return model
+
+    def build_initial(self) -> nn.Module:
+        """Return the model that training starts from, float32."""
+        if self.path is None:
+            return self.build()
+        auto = import_transformers().AutoModelForCausalLM
+        with _quiet(), _loading(self.path):
+            model: nn.Module = auto.from_pretrained(
+                self.path, config=copy.deepcopy(self.config), dtype=torch.float32, use_safetensors=True
+            )
+        return model.train()
+
+    def build_prefix(self, depth: int) -> nn.Module:
+        """Return embeddings and first blocks with a personal norm and output layer."""
+        num_blocks = math.ceil(int(self.config.num_hidden_layers) * depth / self.num_depths)
+        return PrefixLM(self.build(), num_blocks)
+
+
+def make_llama(config: ModelConfig, vocabulary: int, sequence_length: int) -> LanguageBlueprint:
+    """Return the blueprint of a LLaMA of the config's sizes, with tied embeddings: a small model's are most of it."""
+    if config.hidden_size % config.num_heads or config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size} and be a multiple "
+            f"of model.num_kv_heads={config.num_kv_heads}"
+        )
+    sizes = import_transformers().LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=sequence_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LanguageBlueprint(config.name, sizes, path=None)
+
+
+def load_hf(config: ModelConfig, vocabulary: int, sequence_length: int) -> LanguageBlueprint:
+    """Return the blueprint of a model on the Hugging Face hub or in a local folder.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, is no causal language model, or is too small for the vocabulary or the sequences.
+    """
+    if config.path is None:
+        raise ConfigError("model.path is not set; give a Hugging Face model name or a local folder")
+    transformers = import_transformers()
+    with _quiet(), _loading(config.path):
+        sizes = transformers.AutoConfig.from_pretrained(config.path)
+    if type(sizes) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model.path={config.path} is a {sizes.model_type}, not a causal language model")
+    sizes.use_cache = False
+    if sizes.vocab_size < vocabulary:
+        raise ConfigError(
+            f"model {config.path} knows {sizes.vocab_size} tokens, but the data set has {vocabulary}; set "
+            f"dataset.tokenizer={config.path}"
+        )
+    limit = getattr(sizes, "max_position_embeddings", sequence_length)
+    if sequence_length > limit:
+        raise ConfigError(f"model {config.path} reads {limit} tokens; set dataset.sequence_length to at most that")
+    return LanguageBlueprint(config.path, sizes, config.path if config.pretrained else None)
+
+
+def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return path and module of the decoder that holds a model's blocks; ConfigError where there is none."""
+    modules = dict(model.named_modules())
+    for path, (blocks, norm) in _DECODERS.items():
+        if isinstance(modules.get(f"{path}.{blocks}"), nn.ModuleList) and hasattr(modules[path], norm):
+            return path, modules[path]
+    raise ConfigError(f"no decoder blocks known in {type(model).__name__}; supported are {', '.join(_DECODERS)}")
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads a model into one line."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ConfigError(f"model.path={path} is not a folder")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"model.path={path} cannot be loaded: {reason}; give a model name that can be reached or a local folder "
+            "with config.json and model.safetensors"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notes off the terminal for a while."""
+    logging = import_transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

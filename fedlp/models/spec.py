@@ -1,0 +1,249 @@
+"""What a model is made of, and how to build it again anywhere.
+
+A :class:`ModelSpec` says which tensors the global model has, which layers and depth prefixes they form, and builds the
+model and its prefixes from a seed. A family of models (``cnn``, ``vision``, ``language``) supplies only a
+:class:`Blueprint`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fedlp.errors import ConfigError
+from fedlp.rng import Stream, generator, torch_seed
+from fedlp.types import Layer
+
+Task = Literal["classification", "language"]
+
+ROOT_LAYER = "(root)"  # the layer of tensors that the model itself owns, whose module path is empty
+
+
+class Blueprint(ABC):
+    """How one family builds its models. Parameters are drawn from torch's generator, which the caller has seeded."""
+
+    name: str
+    num_depths: int = 1
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the global architecture with fresh parameters."""
+
+    def build_initial(self) -> nn.Module:
+        """Return the model that training starts from: a fresh one, unless the family loads pretrained weights."""
+        return self.build()
+
+    def build_prefix(self, depth: int) -> nn.Module:
+        """Return the prefix of a depth below ``num_depths``, under the global names, with a ``personal_head``."""
+        raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape, type and role of one tensor; buffers and frozen parameters are not trainable."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A global model: its tensors, its parts and how to build it.
+
+    Attributes
+    ----------
+    task : "classification" or "language"
+        Language models predict every next token.
+    input_shape : tuple of int
+        One example: (C, H, W), (features,) or (tokens,).
+    num_classes : int
+        Classes, or vocabulary of the data.
+    tensors : mapping from name to TensorInfo
+        Every persistent tensor in ``state_dict`` order; of tied tensors only the first name.
+    layers : tuple of Layer
+        One per module that owns tensors directly, together holding every tensor once.
+    num_params : int
+        Trainable numbers.
+    depths : tuple of frozenset of str
+        FedLP-Hetero: names of the shared tensors of depth 1, 2, ...; the last one is everything.
+    """
+
+    task: Task
+    input_shape: tuple[int, ...]
+    num_classes: int
+    tensors: Mapping[str, TensorInfo]
+    layers: tuple[Layer, ...]
+    num_params: int
+    depths: tuple[frozenset[str], ...]
+    blueprint: Blueprint
+
+    def build(self, seed: int) -> nn.Module:
+        """Return the model that training starts from, on the CPU; equal for equal seeds on every engine.
+
+        torch's global generators are left as they were. Pretrained weights are loaded where the config asks for them.
+        """
+        with _seeded(torch_seed(seed, Stream.MODEL)):
+            return self.blueprint.build_initial()
+
+    def build_depth(self, depth: int, seed: int, client_id: int) -> nn.Module:
+        """Return the sub-model of a depth, in 1..len(depths), for one client.
+
+        Shared tensors have their global names and shapes; their values come from the server. Below full depth the
+        personal head's tensors start with ``personal_head``, a name that the global model does not have; they depend
+        on seed and client only. At full depth this is the global architecture, without pretrained weights.
+        """
+        if not 1 <= depth <= len(self.depths):
+            raise ConfigError(f"model {self.blueprint.name} has depths 1 to {len(self.depths)}, not {depth}")
+        with _seeded(torch_seed(seed, Stream.PERSONAL_HEAD, client_id)):
+            return _build(self.blueprint, depth)
+
+    def example_inputs(self, batch: int) -> Tensor:
+        """Return ``batch`` examples of the right shape, always the same: normal floats, or int64 tokens."""
+        rng = generator(0, Stream.DATA)
+        if self.task == "language":
+            return torch.from_numpy(rng.integers(0, self.num_classes, (batch, *self.input_shape)))
+        return torch.from_numpy(rng.standard_normal((batch, *self.input_shape), dtype=np.float32))
+
+
+def describe_blueprint(blueprint: Blueprint, task: Task, input_shape: tuple[int, ...], num_classes: int) -> ModelSpec:
+    """Return the spec of a blueprint, found without allocating or computing anything.
+
+    Raises
+    ------
+    ConfigError
+        If the model cannot take inputs of this shape or does not give the right number of outputs.
+    """
+    try:
+        model = _build_shapes(blueprint, blueprint.num_depths)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise _shape_error(blueprint, input_shape, error) from error
+    _check_forward(model, blueprint, input_shape, num_classes, exact=task == "classification")
+    tensors = {
+        name: TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+        for name, tensor in named_tensors(model).items()
+    }
+    prefixes = [named_tensors(_build_shapes(blueprint, depth)) for depth in range(1, blueprint.num_depths)]
+    shared = tuple(frozenset(prefix) & frozenset(tensors) for prefix in prefixes)
+    return ModelSpec(
+        task=task,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        tensors=tensors,
+        layers=_group_layers(tensors),
+        num_params=sum(torch.Size(info.shape).numel() for info in tensors.values() if info.trainable),
+        depths=(*shared, frozenset(tensors)),
+        blueprint=blueprint,
+    )
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's own persistent tensors (parameters as such), in ``state_dict`` order, tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's live tensors, keyed like ``ModelSpec.tensors``.
+
+    They share the model's memory and are detached: writing to them changes the model, without autograd.
+    """
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+
+
+def forward_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a model's logits: (batch, classes), or (batch, tokens, vocabulary) of a causal language model."""
+    outputs: Any = model(inputs)
+    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return logits
+
+
+@contextmanager
+def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
+
+    Nothing is allocated or computed, and the model is not touched. Whatever the device of the model, the operators that
+    run are the same.
+    """
+    mode = FakeTensorMode()
+
+    def convert(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor.detach().to("meta"))
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(convert(p), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
+    shapes, example = copy.deepcopy(model, memo), convert(inputs)
+    log = logging.getLogger(FakeTensorMode.__module__)  # prints a traceback of what it then raises
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with mode:
+            yield shapes, example
+    finally:
+        log.disabled = was_disabled
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generator for a while; the devices' generators are not touched, as models are built on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _build_shapes(blueprint: Blueprint, depth: int) -> nn.Module:
+    """Return a model of which only shapes matter: without memory, unless its constructor reads values of tensors."""
+    with _seeded(0):
+        try:
+            with torch.device("meta"):
+                return _build(blueprint, depth)
+        except NotImplementedError:  # what reading a meta tensor raises
+            return _build(blueprint, depth)
+
+
+def _build(blueprint: Blueprint, depth: int) -> nn.Module:
+    return blueprint.build() if depth == blueprint.num_depths else blueprint.build_prefix(depth)
+
+
+def _check_forward(
+    model: nn.Module, blueprint: Blueprint, input_shape: tuple[int, ...], num_classes: int, exact: bool
+) -> None:
+    inputs = torch.empty((2, *input_shape), dtype=torch.float32 if exact else torch.int64, device="meta")
+    try:
+        with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
+            logits = forward_logits(shapes, example)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise _shape_error(blueprint, input_shape, error) from error
+    width = logits.shape[-1]
+    if width < num_classes or (exact and width != num_classes):
+        raise ConfigError(f"model {blueprint.name} has {width} outputs, but the data set has {num_classes} classes")
+
+
+def _shape_error(blueprint: Blueprint, input_shape: tuple[int, ...], error: Exception) -> ConfigError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(f"model {blueprint.name} cannot take inputs of shape {input_shape}: {reason}")
+
+
+def _group_layers(tensors: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
+    owners: dict[str, list[str]] = {}
+    for name in tensors:
+        owners.setdefault(name.rpartition(".")[0] or ROOT_LAYER, []).append(name)
+    return tuple(
+        Layer(
+            name=owner,
+            tensors=tuple(names),
+            num_params=sum(torch.Size(tensors[name].shape).numel() for name in names if tensors[name].trainable),
+        )
+        for owner, names in owners.items()
+    )

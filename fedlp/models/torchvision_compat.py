@@ -1,0 +1,79 @@
+"""Import torchvision wherever its compiled operators cannot load.
+
+torchvision's wheels on PyPI are compiled against the CUDA build of torch. Next to the CPU build their extension does
+not load, and ``import torchvision`` then dies with "operator torchvision::nms does not exist", because the package
+describes that operator without asking whether it is there. transformers, seeing torchvision installed, dies with it.
+Nothing in fedlp calls the operator: classifiers and image transforms are plain torch. So its schema is all that is
+missing, and it is declared here, only where the real one cannot be had.
+
+Call :func:`import_torchvision` in place of ``import torchvision``, and :func:`ensure_operators` before the first import
+of transformers, in every process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fedlp.errors import ConfigError
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_lock = threading.Lock()
+_declared: list[torch.library.Library] = []  # a library that is collected takes its declarations away
+
+
+def import_torchvision() -> ModuleType:
+    """Return the torchvision module, whatever build of torch it sits next to.
+
+    Raises
+    ------
+    ConfigError
+        If torchvision is not installed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise ConfigError("torchvision is not installed; run: pip install torchvision")
+    ensure_operators()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to load image Python extension")
+        return importlib.import_module("torchvision")
+
+
+def ensure_operators() -> None:
+    """Declare torchvision's ``nms`` operators unless they exist or torchvision is absent.
+
+    Idempotent and safe in threads. Where the compiled operators load they are used, untouched.
+    """
+    with _lock:
+        spec = importlib.util.find_spec("torchvision")
+        if spec is None or spec.origin is None or _is_defined() or _load_compiled(Path(spec.origin).parent):
+            return
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for schema in _SCHEMAS:
+            library.define(schema)  # type: ignore[no-untyped-call]
+        _declared.append(library)
+
+
+def _is_defined() -> bool:
+    return hasattr(torch.ops.torchvision, "nms")
+
+
+def _load_compiled(folder: Path) -> bool:
+    """Load the extension as torchvision itself will; return whether its operators exist afterwards."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_C{suffix}"
+        if path.is_file():
+            try:
+                torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+            except OSError:  # the extension of another build of torch: what this module is for
+                continue
+    return _is_defined()

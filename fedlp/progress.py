@@ -1,0 +1,65 @@
+"""Live progress: one line that is rewritten in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+
+class Progress:
+    """Shows every finished round: its number, test metrics, uplink so far and the time that is left.
+
+    Parameters
+    ----------
+    num_rounds : int
+        Rounds of the whole run.
+    label : str
+        What the line starts with.
+    done : int
+        Rounds finished before, when a run is resumed.
+    """
+
+    def __init__(self, num_rounds: int, label: str, done: int = 0, stream: TextIO | None = None) -> None:
+        self._num_rounds = num_rounds
+        self._label = label
+        self._first = done
+        self._started = time.monotonic()
+        self._stream = sys.stderr if stream is None else stream
+        self._bytes_up = 0
+        self._metrics = ""
+        self._width = 0
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Show one finished round, given as its line of ``rounds.jsonl``."""
+        done = line["server_round"]
+        self._bytes_up += line["bytes_up"]
+        metrics, failures = line["metrics"], line["failures"]
+        shown = [f"{name} {metrics[name]:.4g}" for name in ("accuracy", "perplexity") if name in metrics]
+        self._metrics = shown[0] if shown else self._metrics
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (done - self._first) * (self._num_rounds - done)
+        parts = [
+            f"{self._label}: round {done}/{self._num_rounds}",
+            self._metrics,
+            f"up {self._bytes_up / 1e6:.2f} MB",
+            f"{len(failures)} failed" if failures else "",
+            f"{_duration(left)} left" if done < self._num_rounds else f"done in {_duration(elapsed)}",
+        ]
+        self._print("  ".join(part for part in parts if part), last=done == self._num_rounds)
+
+    def _print(self, line: str, last: bool) -> None:
+        if self._stream.isatty():
+            padded = line.ljust(self._width)
+            self._width = len(line)
+            self._stream.write(f"\r{padded}" + ("\n" if last else ""))
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -1,0 +1,89 @@
+"""Cutting tensors along named width axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlp.errors import ConfigError
+from fedlp.types import Keep
+
+_MAX_PIECES = 8  # runs that are copied as slices; more are gathered by index
+
+Dim = tuple[str | None, int]
+WHOLE: Dim = (None, 1)
+
+
+@dataclass(frozen=True)
+class WidthSpec:
+    """Which dimensions of which tensors lose the same units.
+
+    Attributes
+    ----------
+    axes : mapping from axis name to int
+        Number of units of every axis, in the order of the forward pass. A unit is the least that can be removed: a
+        channel, a neuron, a GroupNorm's or a convolution's group, a KV head with its queries, a hidden feature.
+    dims : mapping from tensor name to one pair per dimension
+        (axis, consecutive entries per unit), or (None, 1) for a dimension that always stays whole.
+    """
+
+    axes: Mapping[str, int]
+    dims: Mapping[str, tuple[Dim, ...]]
+
+
+def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mapping[str, Keep]) -> tuple[Keep, ...]:
+    """Return what stays of every dimension of one global tensor.
+
+    Parameters
+    ----------
+    spec : WidthSpec
+        Of the global model.
+    name : str
+        The tensor; one that the spec does not know stays whole.
+    shape : sequence of int
+        Its global shape.
+    widths : mapping from axis name to Keep
+        In units; axes that are absent stay whole.
+
+    Raises
+    ------
+    ConfigError
+        If a Keep is not of its axis's size, or empty.
+    """
+    dims = spec.dims.get(name, (WHOLE,) * len(shape))
+    return tuple(_dim_keep(spec, dim, size, widths) for dim, size in zip(dims, shape, strict=True))
+
+
+def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) -> Keep:
+    axis, entries = dim
+    if axis is None or axis not in widths:
+        return Keep.full(size)
+    keep = widths[axis]
+    if keep.size != spec.axes[axis]:
+        raise ConfigError(f"axis {axis} has {spec.axes[axis]} units, but the choice is one of {keep.size}")
+    if not keep.count:
+        raise ConfigError(f"axis {axis} would keep none of its {keep.size} units; keep at least one")
+    return keep.repeat(entries)
+
+
+def slice_tensor(tensor: Tensor, keeps: Sequence[Keep]) -> Tensor:
+    """Return what stays of a tensor, as a contiguous copy without autograd; the tensor is not touched.
+
+    Single runs are views until the end, so a tensor whose every dimension keeps one run is copied once.
+    """
+    source = tensor.detach()
+    part = source
+    for dim, keep in enumerate(keeps):
+        if len(keep.runs) == 1:
+            start, stop = keep.runs[0]
+            part = part.narrow(dim, start, stop - start)
+    for dim, keep in enumerate(keeps):
+        if len(keep.runs) > _MAX_PIECES:
+            part = part.index_select(dim, torch.from_numpy(keep.indices()).to(part.device))
+        elif len(keep.runs) != 1:
+            part = torch.cat([part.narrow(dim, start, stop - start) for start, stop in keep.runs], dim)
+    shares = part.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return part.clone(memory_format=torch.contiguous_format) if shares else part.contiguous()

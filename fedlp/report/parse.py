@@ -1,0 +1,112 @@
+"""Check what run files hold, field by field; past this module their values are trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedlp.errors import DataError
+from fedlp.types import ClientCost, ClientFailure, RoundRecord
+
+COUNTERS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+_INITIAL_ROUND: Mapping[str, Any] = {**dict.fromkeys(COUNTERS, 0), "coverage": {}} | {
+    name: [] for name in ("cohort", "failures", "clients")
+}
+
+
+def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
+    """Return one line of ``rounds.jsonl``; the line of round 0 needs no costs.
+
+    Raises
+    ------
+    DataError
+        If a field is missing, of another type or out of range; ``where`` says of which file and line.
+    """
+    server_round = _count(entry, "server_round", where)
+    if server_round == 0:
+        entry = {**_INITIAL_ROUND, **entry}
+    coverage = numbers(_field(entry, "coverage", where), f"{where}: coverage")
+    for layer, fraction in coverage.items():
+        if not 0 <= fraction <= 1:
+            raise DataError(f"{where}: coverage of {layer} is {fraction}, not in [0, 1]; the file is damaged")
+    cohort = _list(entry, "cohort", where)
+    if not all(is_count(client) for client in cohort):
+        raise DataError(f"{where}: cohort is not a list of client ids; the file is damaged")
+    return RoundRecord(
+        server_round=server_round,
+        cohort=tuple(cohort),
+        **{name: _count(entry, name, where) for name in COUNTERS[:4]},
+        macs=_amount(entry, "macs", where),
+        coverage=coverage,
+        failures=tuple(_failure(mapping(item, where), where) for item in _list(entry, "failures", where)),
+        clients=tuple(_cost(mapping(item, where), where) for item in _list(entry, "clients", where)),
+        metrics=numbers(_field(entry, "metrics", where), f"{where}: metrics"),
+        wall_time_s=_amount(entry, "wall_time_s", where),
+    )
+
+
+def _failure(item: Mapping[str, Any], where: str) -> ClientFailure:
+    reason, message = (str(_field(item, name, where)) for name in ("reason", "message"))
+    return ClientFailure(_count(item, "client_id", where), reason, message)
+
+
+def _cost(item: Mapping[str, Any], where: str) -> ClientCost:
+    counts = {name: _count(item, name, where) for name in ("client_id", "num_examples", *COUNTERS[:4])}
+    return ClientCost(**counts, macs=_amount(item, "macs", where))
+
+
+def _field(entry: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in entry:
+        raise DataError(f"{where} is damaged: it has no {name}")
+    return entry[name]
+
+
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """Return ``value``, which must be an object."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is damaged: it holds {type(value).__name__} where an object belongs")
+    return value
+
+
+def _list(entry: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    value = _field(entry, name, where)
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {name} is not a list; the file is damaged")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number >= 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _count(entry: Mapping[str, Any], name: str, where: str) -> int:
+    value = _field(entry, name, where)
+    if not is_count(value):
+        raise DataError(f"{where}: {name} is {value!r}, not a whole number >= 0; the file is damaged")
+    return int(value)
+
+
+def _amount(entry: Mapping[str, Any], name: str, where: str) -> float:
+    value = numbers({name: _field(entry, name, where)}, where)[name]
+    if not 0 <= value < math.inf:
+        raise DataError(f"{where}: {name} is {value}, not a finite number >= 0; the file is damaged")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def only_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return those of ``values`` that are numbers, as floats."""
+    return {name: float(value) for name, value in values.items() if _is_number(value)}
+
+
+def numbers(values: Any, where: str) -> dict[str, float]:
+    """Return ``values`` as floats; null stands for a number that was not finite."""
+    for name, value in mapping(values, where).items():
+        if value is not None and not _is_number(value):
+            raise DataError(f"{where}: {name} is {value!r}, not a number; the file is damaged")
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}

@@ -1,0 +1,41 @@
+"""The command that runs a group again, spelt from its config."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from fedlp.report.groups import Group, flatten
+
+_BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./:@%+*?|-]*")
+_NOT_TEXT = {"null", "true", "false", "nan", "inf"}
+_LEFT_OUT = {"seed", "resume"}
+
+
+def command(group: Group) -> str:
+    """Return a shell command that spells out every value of the config, one a line, so that no default matters."""
+    seeds = sorted({run.seed for run in group.runs})
+    words = ["fedlp" if len(seeds) == 1 else "fedlp -m", f"seed={','.join(map(str, seeds))}"]
+    words += [_word(key, value) for key, value in flatten(group.config).items() if key not in _LEFT_OUT]
+    return " \\\n  ".join(words)
+
+
+def _word(key: str, value: Any) -> str:
+    return shlex.quote(f"{key}={spell(value)}")
+
+
+def spell(value: Any) -> str:
+    """Return ``value`` in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(spell(item) for item in value)}]"
+    if not isinstance(value, str):
+        return str(value)
+    if _BARE.fullmatch(value) and value.lower() not in _NOT_TEXT:
+        return value
+    # A backslash means itself unless a quote follows it, the closing one included.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", value + "'")[:-2] + "'"

@@ -1,0 +1,275 @@
+"""The local engine: a Flower Grid in this process, clients in forked worker processes of one thread each.
+
+Workers inherit model, data and partition from the parent, so a run starts at once and data is held once. Messages keep
+Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending, whichever
+worker was faster; no more than a few are ever held, so memory does not grow with the cohort.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedlp.errors import FedLPError
+from fedlp.federation.exchange import no_reply
+from fedlp.simulation import flower_compat
+from fedlp.simulation.transport import Area, copy_array, decode_frame, encode_frame
+from fedlp.simulation.worker import STOP, serve
+
+CRASHED = 8  # Flower's code for a ClientApp whose process died
+_SMALL_BYTES = 1 << 20
+
+
+@dataclass
+class _Task:
+    """A message on its way: where in the order, in which slot, and when its worker turned to it."""
+
+    index: int
+    message: Message
+    slot: int
+    frame: bytes
+    since: float
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    slots: list[tuple[Area, Area]]
+    tasks: deque[_Task] = field(default_factory=deque)
+
+    def free_slot(self) -> int | None:
+        """Return a slot that no task is using."""
+        used = {task.slot for task in self.tasks}
+        return next((slot for slot in range(len(self.slots)) if slot not in used), None)
+
+
+class LocalGrid(Grid):
+    """Flower's Grid over worker processes of this machine.
+
+    Parameters
+    ----------
+    load_app : callable
+        Returns the ClientApp; called once in every worker, after the fork.
+    num_clients : int
+        Nodes; node ``i + 1`` is the client of partition ``i``.
+    num_workers : int
+        Processes, one thread each.
+    message_bytes : int
+        Upper bound of the arrays of one message.
+    run_config : dict
+        What ``Context.run_config`` holds.
+
+    Use as a context manager: workers end with it.
+    """
+
+    holds_test_set = True
+
+    def __init__(
+        self,
+        load_app: Callable[[], ClientApp],
+        num_clients: int,
+        num_workers: int,
+        message_bytes: int,
+        run_config: dict[str, bool | float | int | str] | None = None,
+    ) -> None:
+        flower_compat.become_server()
+        self._load_app = load_app
+        self._num_clients = num_clients
+        self._run_config = run_config or {}
+        self._capacity = message_bytes + (1 << 16)
+        self._depth = 8 if message_bytes <= _SMALL_BYTES else 2  # messages a worker may have waiting
+        self._fork = multiprocessing.get_context("fork")
+        self._sent = 0
+        self._replies: dict[str, Message] = {}
+        self._workers = [self._start_worker() for _ in range(num_workers)]
+
+    def __enter__(self) -> LocalGrid:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            if worker.tasks:  # in the middle of something nobody waits for any more
+                worker.process.kill()
+            self._deliver(worker, STOP)
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+
+    # ---- Flower's interface
+    def set_run(self, run: flower_compat.Run) -> None:
+        """There is but one run; nothing to set."""
+
+    @property
+    def run(self) -> flower_compat.Run:
+        """An empty description: no SuperLink knows this run."""
+        return flower_compat.make_run()
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes."""
+        return range(1, self._num_clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages and keep their replies for :meth:`pull_messages`."""
+        ids = []
+        for reply in self.stream(messages, timeout=float("inf")):
+            ids.append(reply.metadata.reply_to_message_id)
+            self._replies[ids[-1]] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to these messages, each once."""
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Return the replies to all messages, in order."""
+        return list(self.stream(messages, float("inf") if timeout is None else timeout))
+
+    # ---- the exchange
+    def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+        """Yield one reply per message, in order, while later ones are being worked on.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds a worker may spend on one message; then it is replaced and the reply is an error.
+        """
+        source = enumerate(messages)
+        done: dict[int, Message] = {}
+        window = 2 * len(self._workers) * self._depth  # sent and not yet yielded
+        sent = yielded = 0
+        exhausted = False
+        while True:
+            while not exhausted and sent - yielded < window and (worker := self._idlest()) is not None:
+                item = next(source, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    self._send(worker, *item)
+                    sent += 1
+            if yielded in done:
+                yielded += 1
+                yield done.pop(yielded - 1)
+            elif exhausted and yielded == sent:
+                return
+            else:
+                self._collect(done, timeout)
+
+    def _idlest(self) -> _Worker | None:
+        worker = min(self._workers, key=lambda worker: len(worker.tasks))
+        return worker if len(worker.tasks) < self._depth else None
+
+    def _send(self, worker: _Worker, index: int, message: Message) -> None:
+        self._sent += 1
+        flower_compat.set_message_id(message, str(self._sent))
+        slot = worker.free_slot()
+        assert slot is not None
+        about = {
+            "message_id": message.metadata.message_id,
+            "node_id": message.metadata.dst_node_id,
+            "type": message.metadata.message_type,
+            "group_id": message.metadata.group_id,
+        }
+        frame = bytes((slot,)) + encode_frame(about, message.content, worker.slots[slot][0])
+        worker.tasks.append(_Task(index, message, slot, frame, time.monotonic()))
+        self._deliver(worker, frame)
+
+    def _deliver(self, worker: _Worker, frame: bytes) -> None:
+        try:
+            worker.connection.send_bytes(frame)
+        except OSError:
+            return  # the worker is gone: its closed pipe is found, and its tasks are settled, in _collect
+
+    def _collect(self, done: dict[int, Message], timeout: float) -> None:
+        """Wait for any worker and file what came: a reply, a death, or the end of somebody's time."""
+        busy = {worker.connection: i for i, worker in enumerate(self._workers) if worker.tasks}
+        deadline = min(self._workers[i].tasks[0].since for i in busy.values()) + timeout
+        patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        ready = wait(list(busy), patience)
+        for connection in ready:
+            self._receive(busy[connection], done)  # type: ignore[index]
+        now = time.monotonic()
+        for i in busy.values():
+            tasks = self._workers[i].tasks
+            if not ready and tasks and now - tasks[0].since >= timeout:
+                done[tasks[0].index] = no_reply(tasks[0].message, timeout)
+                self._replace(i)
+
+    def _receive(self, i: int, done: dict[int, Message]) -> None:
+        worker = self._workers[i]
+        task = worker.tasks[0]
+        try:
+            frame = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            worker.process.join(timeout=5)
+            reason = f"the client's process died (exit code {worker.process.exitcode})"
+            done[task.index] = Message(Error(CRASHED, reason), reply_to=task.message)
+            self._replace(i)
+            return
+        about, content = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
+        worker.tasks.popleft()
+        if worker.tasks:
+            worker.tasks[0].since = time.monotonic()
+        if content is not None:
+            done[task.index] = Message(content, reply_to=task.message)
+        else:
+            code, reason = about["error"]
+            done[task.index] = Message(Error(code, reason), reply_to=task.message)
+
+    # ---- workers
+    def _start_worker(self) -> _Worker:
+        slots = [(Area(self._capacity), Area(self._capacity)) for _ in range(self._depth)]
+        parent, child = self._fork.Pipe()
+        process = self._fork.Process(
+            target=_run_worker,
+            args=(parent, child, slots, self._load_app, self._run_config, self._num_clients),
+            daemon=True,
+        )
+        process.start()
+        child.close()
+        return _Worker(process, parent, slots)
+
+    def _replace(self, i: int) -> None:
+        """Kill a worker and give all but its first task to a new one."""
+        old = self._workers[i]
+        old.process.kill()
+        old.process.join()
+        old.connection.close()
+        self._workers[i] = new = self._start_worker()
+        for task in list(old.tasks)[1:]:
+            self._send(new, task.index, task.message)
+
+
+def _run_worker(
+    parent: Connection,
+    child: Connection,
+    slots: list[tuple[Area, Area]],
+    load_app: Callable[[], ClientApp],
+    run_config: dict[str, bool | float | int | str],
+    num_partitions: int,
+) -> None:
+    parent.close()
+    serve(child, slots, load_app, run_config, num_partitions)
+
+
+def check_platform() -> None:
+    """Raise FedLPError where processes cannot be forked."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise FedLPError("the local engine forks its workers, which this system cannot; use simulation=ray")

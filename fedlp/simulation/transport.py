@@ -1,0 +1,145 @@
+"""How messages cross to worker processes: a JSON frame through a pipe, arrays through shared memory.
+
+Nothing is pickled. A frame is ``length of the JSON, JSON, small arrays``; large arrays lie in the slot's area, where
+the receiver reads them without a copy. An area that already holds the very same arrays (a model that goes to many
+clients) is not written again.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedlp.errors import FedLPError
+
+INLINE_BYTES = 8192  # arrays up to this many bytes in all travel in the frame
+_ALIGNMENT = 64
+_LENGTH = struct.Struct("<I")
+
+MakeArray = Callable[[str, tuple[int, ...], str, Any], Array]
+
+
+class Area:
+    """Shared memory of one slot in one direction.
+
+    Parameters
+    ----------
+    capacity : int
+        Bytes; pages are only used once they are written.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._view = memoryview(mmap.mmap(-1, capacity))
+        self._holds: tuple[Any, ...] = ()
+
+    def write(self, buffers: Sequence[Any]) -> None:
+        """Lay the buffers one after another, but for a leading part that the area holds already."""
+        end = sum(_aligned(len(buffer)) for buffer in buffers)
+        if end > len(self._view):
+            raise FedLPError(f"a message of {end} bytes is larger than the engine's slots of {len(self._view)} bytes")
+        offset, fresh = 0, False
+        for i, buffer in enumerate(buffers):
+            # Behind the first buffer that differs, offsets may have moved: write all of the rest.
+            fresh = fresh or i >= len(self._holds) or buffer is not self._holds[i]
+            if fresh:
+                self._view[offset : offset + len(buffer)] = buffer
+            offset += _aligned(len(buffer))
+        self._holds = tuple(buffers)
+
+    def read(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Return views of buffers of the given lengths."""
+        views, offset = [], 0
+        for length in lengths:
+            views.append(self._view[offset : offset + length])
+            offset += _aligned(length)
+        return views
+
+
+def encode_frame(about: dict[str, Any], content: RecordDict | None, area: Area) -> bytes:
+    """Return the frame of a message; its large arrays are written into the area.
+
+    Parameters
+    ----------
+    about : dict
+        JSON values that travel along (message id, node id, ...).
+    """
+    buffers: list[Any] = []
+    records = None if content is None else {key: _encode_record(record, buffers) for key, record in content.items()}
+    lengths = [len(buffer) for buffer in buffers]
+    inline = sum(lengths) <= INLINE_BYTES
+    head = json.dumps({"about": about, "records": records, "lengths": lengths, "inline": inline}).encode()
+    if not inline:
+        area.write(buffers)
+        return b"".join((_LENGTH.pack(len(head)), head))
+    return b"".join((_LENGTH.pack(len(head)), head, *buffers))
+
+
+def decode_frame(frame: bytes, area: Area, make_array: MakeArray) -> tuple[dict[str, Any], RecordDict | None]:
+    """Invert :func:`encode_frame`; ``make_array`` is given views that hold until the slot is used again."""
+    (size,) = _LENGTH.unpack_from(frame)
+    head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])
+    if head["records"] is None:
+        return head["about"], None
+    if head["inline"]:
+        views, offset, whole = [], _LENGTH.size + size, memoryview(frame)
+        for length in head["lengths"]:
+            views.append(whole[offset : offset + length])
+            offset += length
+    else:
+        views = area.read(head["lengths"])
+    records = {key: _decode_record(kind, items, views, make_array) for key, (kind, items) in head["records"].items()}
+    return head["about"], RecordDict(records)
+
+
+def copy_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    """Return an Array that owns its bytes."""
+    return Array(dtype, shape, stype, bytes(data))
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _encode_record(record: object, buffers: list[Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(record, ArrayRecord):
+        items = {}
+        for key, array in record.items():
+            items[key] = (array.dtype, array.shape, array.stype, len(buffers))
+            buffers.append(array.data)
+        return "arrays", items
+    if isinstance(record, MetricRecord):
+        return "metrics", dict(record)
+    assert isinstance(record, ConfigRecord)
+    return "config", {key: _encode_value(value, buffers) for key, value in record.items()}
+
+
+def _decode_record(
+    kind: str, items: dict[str, Any], views: Sequence[memoryview], make_array: MakeArray
+) -> ArrayRecord | MetricRecord | ConfigRecord:
+    if kind == "arrays":
+        arrays = ArrayRecord()  # filled key by key: the constructor would copy
+        for key, (dtype, shape, stype, i) in items.items():
+            arrays[key] = make_array(dtype, tuple(shape), stype, views[i])
+        return arrays
+    if kind == "metrics":
+        return MetricRecord(items)
+    return ConfigRecord({key: _decode_value(value, views) for key, value in items.items()})
+
+
+def _encode_value(value: Any, buffers: list[Any]) -> Any:
+    """Return a config value as JSON; bytes become a reference to a buffer."""
+    if isinstance(value, bytes):
+        buffers.append(value)
+        return {"buffer": len(buffers) - 1}
+    return [_encode_value(item, buffers) for item in value] if isinstance(value, list) else value
+
+
+def _decode_value(value: Any, views: Sequence[memoryview]) -> Any:
+    if isinstance(value, dict):
+        return bytes(views[value["buffer"]])
+    return [_decode_value(item, views) for item in value] if isinstance(value, list) else value

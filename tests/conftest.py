@@ -1,0 +1,25 @@
+"""Fixtures shared by every test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real data sets and models: ``FEDLP_SHARED``, or ``shared`` beside the checkout."""
+    folder = Path(os.environ.get("FEDLP_SHARED", ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real data sets are not at {folder}; set FEDLP_SHARED to their folder")
+    return folder

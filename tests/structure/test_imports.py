@@ -1,0 +1,103 @@
+"""The import laws: arrows point down, never in a circle, and only some rooms know Flower or Hydra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fedlp"
+FLOORS = [
+    {"types", "errors", "rng", "config", "models", "progress"},
+    {"pruning", "allocation", "data", "training"},
+    {"federation", "simulation"},
+    {"assembly", "report"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield every module a file imports, at its top or inside a function; type-checking imports count too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_import_runs_upwards(path: Path) -> None:
+    room = room_of(path)
+    assert room in FLOOR, f"{room} has no floor"
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "fedlp" and len(parts) > 1 and parts[1] in FLOOR:
+            assert FLOOR[parts[1]] <= FLOOR[room], f"{path} imports {name} from a higher floor"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_some_rooms_know_flower_and_hydra(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports_of(path)}
+    room = room_of(path)
+    if room not in ("federation", "simulation"):
+        assert "flwr" not in outside
+    if room not in ("cli", "config"):
+        assert not outside & {"hydra", "omegaconf"}
+
+
+def test_private_names_of_flower_are_used_in_one_place() -> None:
+    public = ("flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.serverapp.strategy")
+    for path in MODULES:
+        if path.name == "flower_compat.py":
+            continue
+        for name in imports_of(path):
+            if name.startswith("flwr"):
+                module = name if name in public else name.rpartition(".")[0]
+                assert module in public, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) == "pruning"], ids=lambda p: p.name)
+def test_pruning_kernels_do_not_know_the_config(path: Path) -> None:
+    assert not any(name.startswith("fedlp.config") for name in imports_of(path))
+
+
+def test_there_are_no_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    names = {".".join(("fedlp", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in MODULES}
+    packages = {name.removesuffix(".__init__"): name for name in names}
+    for name, path in names.items():
+        found = {packages[imported] for imported in imports_of(path) if imported in packages}
+        graph[name] = found - {name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_help_needs_neither_torch_nor_flower() -> None:
+    code = (
+        "import sys, fedlp.cli; heavy = {'torch', 'flwr', 'transformers', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(' '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"importing the command line imports {done.stderr}"

@@ -1,0 +1,29 @@
+"""torchvision and transformers import in a fresh process, whatever build of torch is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from fedlp.models.torchvision_compat import ensure_operators, import_torchvision
+
+
+def test_returns_the_module_and_is_idempotent() -> None:
+    ensure_operators()
+    first = import_torchvision()
+    ensure_operators()
+    assert import_torchvision() is first
+    assert first.__name__ == "torchvision"
+    assert hasattr(torch.ops.torchvision, "nms")
+
+
+def test_fresh_process_imports_both_without_a_warning() -> None:
+    script = (
+        "from fedlp.models.torchvision_compat import ensure_operators, import_torchvision; ensure_operators(); "
+        "from transformers import LlamaForCausalLM; import_torchvision().models.resnet18"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""

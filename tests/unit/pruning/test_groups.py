@@ -1,0 +1,313 @@
+"""Cut models compute what the whole model computes with the removed units silenced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedlp.config import ModelConfig
+from fedlp.errors import ConfigError
+from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
+from fedlp.models.language import import_transformers
+from fedlp.pruning.groups import WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
+from fedlp.rng import Stream, generator
+from fedlp.types import Keep
+
+CLASSIFIERS = {
+    "fedlp_cnn": ModelConfig(name="fedlp_cnn", source="fedlp_cnn"),
+    "fedlp_mlp": ModelConfig(name="fedlp_mlp", source="fedlp_mlp", variant="deep"),
+    "small_cnn": ModelConfig(name="small_cnn", source="small_cnn"),
+    "resnet18": ModelConfig(name="resnet18", source="torchvision"),
+    "resnet18-group": ModelConfig(name="resnet18", source="torchvision", norm="group"),
+    "vgg11_bn": ModelConfig(name="vgg11_bn", source="torchvision"),
+    "mobilenet_v2": ModelConfig(name="mobilenet_v2", source="torchvision"),
+    "mobilenet_v2-group": ModelConfig(name="mobilenet_v2", source="torchvision", norm="group"),
+    "mobilenet_v3_small": ModelConfig(name="mobilenet_v3_small", source="torchvision"),  # squeeze and excitation
+    "regnet_y_400mf": ModelConfig(name="regnet_y_400mf", source="torchvision"),  # grouped convolutions
+}
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def keep_first(size: int) -> Keep:
+    return Keep.first(-(-size // 2), size)
+
+
+def keep_window(size: int) -> Keep:
+    return Keep.window(2 * size // 3, -(-size // 2), size)
+
+
+def keep_random(size: int) -> Keep:
+    chosen = generator(3, Stream.WIDTHS, size).choice(size, -(-size // 2), replace=False)
+    return Keep.from_indices(np.sort(chosen), size)
+
+
+CHOICES = {"first": keep_first, "window": keep_window, "random": keep_random}
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Give norms statistics and weights of their own: fresh ones are all alike."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+
+
+@torch.no_grad()
+def silence(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
+    """Return the whole model in which nothing reads a removed unit: its columns are zero everywhere."""
+    masked = copy.deepcopy(model)
+    for name, tensor in state_tensors(masked).items():
+        keeps = tensor_keeps(spec, name, tensor.shape, widths)
+        if tensor.ndim > 1 and not keeps[1].is_full:
+            removed = np.setdiff1d(np.arange(keeps[1].size), keeps[1].indices())
+            tensor.index_fill_(1, torch.from_numpy(removed), 0.0)
+    return masked
+
+
+@pytest.fixture(scope="module")
+def classifiers() -> Callable[[str], tuple[ModelSpec, nn.Module, WidthSpec]]:
+    built: dict[str, tuple[ModelSpec, nn.Module, WidthSpec]] = {}
+
+    def get(name: str) -> tuple[ModelSpec, nn.Module, WidthSpec]:
+        if name not in built:
+            spec = describe_model(CLASSIFIERS[name], (3, 16, 16), 10, "classification")
+            model = spec.build(0).eval()
+            randomise_norms(model)
+            built[name] = spec, model, trace_widths(model, spec.example_inputs(1))
+        return built[name]
+
+    return get
+
+
+def language_model(model_type: str) -> nn.Module:
+    transformers = import_transformers()
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=6,
+        tie_word_embeddings=model_type == "llama",
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_cut_classifier_equals_silenced_one(name: str, choice: str, classifiers: Callable) -> None:
+    spec, model, axes = classifiers(name)
+    widths = {axis: CHOICES[choice](size) for axis, size in axes.axes.items()}
+    before = {key: tensor.clone() for key, tensor in state_tensors(model).items()}
+    inputs = spec.example_inputs(2)
+
+    cut = cut_model(model, axes, widths)
+    with torch.no_grad():
+        expected = silence(model, axes, widths)(inputs)
+        actual = cut(inputs)
+
+    assert actual.abs().max() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state_tensors(model).items())
+    assert list(state_tensors(cut)) == list(before)
+    assert sum(p.numel() for p in cut.parameters()) < 0.5 * spec.num_params
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_cut_language_model_equals_silenced_one(model_type: str, choice: str) -> None:
+    model = language_model(model_type)
+    tokens = torch.arange(24).reshape(2, 12)
+    axes = trace_widths(model, tokens)
+    widths = {axis: CHOICES[choice](size) for axis, size in axes.axes.items() if axis != "hidden"}
+    cut = cut_model(model, axes, widths)
+    with torch.no_grad():
+        expected = forward_logits(silence(model, axes, widths), tokens)
+        torch.testing.assert_close(forward_logits(cut, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert cut.config.num_key_value_heads == 2
+    assert cut.config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_hidden_axis_equals_silenced_features_but_for_the_norms_mean(choice: str) -> None:
+    model, tokens = language_model("qwen2"), torch.arange(24).reshape(2, 12)
+    axes = trace_widths(model, tokens)
+    keep = CHOICES[choice](axes.axes["hidden"])
+    cut = cut_model(model, axes, {"hidden": keep})
+    density = keep.count / keep.size
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in state_tensors(masked).items():
+            for dim, (axis, _) in enumerate(axes.dims[name]):
+                if axis == "hidden":
+                    removed = np.setdiff1d(np.arange(keep.size), keep.indices())
+                    tensor.index_fill_(dim, torch.from_numpy(removed), 0.0)
+            if "norm" in name:
+                tensor.mul_(density**0.5)
+        for module in masked.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon *= density
+        torch.testing.assert_close(forward_logits(cut, tokens), forward_logits(masked, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_cut_language_model_config_describes_it() -> None:
+    model, tokens = language_model("llama"), torch.arange(12).reshape(1, 12)
+    axes = trace_widths(model, tokens)
+    cut = cut_model(model, axes, {axis: keep_first(size) for axis, size in axes.axes.items()})
+    again = type(cut)(cut.config).eval()
+    again.load_state_dict(cut.state_dict())
+    with torch.no_grad():
+        assert torch.equal(forward_logits(again, tokens), forward_logits(cut, tokens))
+    assert cut.lm_head.weight is cut.model.embed_tokens.weight
+    assert model.config.hidden_size == 24
+
+
+def test_cut_model_trains_and_its_attributes_agree(classifiers: Callable) -> None:
+    spec, model, axes = classifiers("mobilenet_v2-group")
+    cut = cut_model(model, axes, {axis: keep_random(size) for axis, size in axes.axes.items()}).train()
+    cut(spec.example_inputs(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())
+    for module in cut.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+        elif isinstance(module, nn.GroupNorm):
+            assert len(module.weight) == module.num_channels
+            assert module.num_channels % module.num_groups == 0
+
+
+def test_nothing_cut_is_an_equal_copy(classifiers: Callable) -> None:
+    _, model, axes = classifiers("fedlp_cnn")
+    copied = cut_model(model, axes, {})
+    for (name, own), (_, other) in zip(state_tensors(model).items(), state_tensors(copied).items(), strict=True):
+        assert torch.equal(own, other), name
+        assert own.data_ptr() != other.data_ptr(), name
+
+
+def test_axes_of_known_models(classifiers: Callable) -> None:
+    _, _, cnn = classifiers("fedlp_cnn")
+    sizes = {"conv1": 32, "conv2": 32, "conv3": 64, "conv4": 64, "conv5": 128, "conv6": 128, "fc1": 128}
+    assert dict(cnn.axes) == sizes
+    assert cnn.dims["fc1.weight"] == (("fc1", 1), ("conv6", 4))
+    assert cnn.dims["conv1.weight"] == (("conv1", 1), (None, 1), (None, 1), (None, 1))
+    assert cnn.dims["fc2.bias"] == ((None, 1),)
+    _, _, resnet = classifiers("resnet18")
+    assert resnet.dims["layer1.1.conv2.weight"][:2] == (("conv1", 1), ("layer1.1.conv1", 1))
+    assert resnet.dims["layer2.0.downsample.0.weight"][:2] == (("layer2.0.conv2", 1), ("conv1", 1))
+    _, _, grouped = classifiers("resnet18-group")
+    assert grouped.axes["conv1"] == 16
+    assert grouped.dims["bn1.weight"] == (("conv1", 4),)
+
+
+def test_depth_prefix_can_be_cut_too() -> None:
+    spec = describe_model(CLASSIFIERS["fedlp_cnn"], (1, 8, 8), 10, "classification")
+    prefix = spec.build_depth(2, 0, client_id=1).eval()
+    axes = trace_widths(prefix, spec.example_inputs(1))
+    assert list(axes.axes) == ["conv1", "conv2", "conv3", "personal_head.0"]
+    assert cut_model(prefix, axes, {"conv3": Keep.first(3, 64)})(spec.example_inputs(2)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("name", "node"), [("squeezenet1_1", "cat"), ("convnext_tiny", "LayerNorm2d")])
+def test_inexpressible_model_is_one_line_that_names_the_node(name: str, node: str) -> None:
+    spec = describe_model(ModelConfig(name=name, source="torchvision"), (3, 32, 32), 10, "classification")
+    with pytest.raises(ConfigError, match=node) as caught:
+        trace_widths(spec.blueprint.build(), spec.example_inputs(1))
+    assert "\n" not in str(caught.value)
+
+
+def test_language_model_without_rules_is_refused() -> None:
+    config = import_transformers().GPT2Config(
+        n_layer=1, n_embd=8, n_head=2, vocab_size=9, bos_token_id=None, eos_token_id=None
+    )
+    model = import_transformers().GPT2LMHeadModel(config)
+    with pytest.raises(ConfigError, match="gpt2"):
+        trace_widths(model, torch.zeros(1, 4, dtype=torch.int64))
+
+
+class Reused(nn.Module):
+    """One layer used twice and a residual to its own input: all tied into one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.twice = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(torch.relu(self.twice(torch.relu(self.twice(x))) + x))
+
+
+def test_reused_layers_and_residuals_are_one_axis() -> None:
+    axes = trace_widths(Reused(), torch.zeros(1, 4))
+    assert dict(axes.axes) == {"first": 6}
+    assert axes.dims["twice.weight"] == (("first", 1), ("first", 1))
+
+
+class ResidualOnInput(nn.Module):
+    """A residual to the model's inputs, which stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.back = nn.Linear(3, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.back(self.inner(x)))
+
+
+def test_what_is_added_to_the_inputs_stays_whole() -> None:
+    assert dict(trace_widths(ResidualOnInput(), torch.zeros(1, 4)).axes) == {"inner": 3}
+
+
+class DataDependent(nn.Module):
+    """Branches on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_untraceable_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="DataDependent"):
+        trace_widths(DataDependent(), torch.zeros(1, 4))
+
+
+def test_bad_choices_are_refused(classifiers: Callable) -> None:
+    _, model, axes = classifiers("fedlp_cnn")
+    with pytest.raises(ConfigError, match="no width axis conv9"):
+        cut_model(model, axes, {"conv9": Keep.full(3)})
+    with pytest.raises(ConfigError, match="conv1 has 32 units"):
+        cut_model(model, axes, {"conv1": Keep.first(3, 31)})
+    with pytest.raises(ConfigError, match="none of its 32"):
+        cut_model(model, axes, {"conv1": Keep(32, ())})
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_slice_tensor_equals_indexing(choice: str) -> None:
+    tensor = torch.arange(20 * 6 * 40.0).reshape(20, 6, 40)
+    keeps = (CHOICES[choice](20), Keep.full(6), CHOICES[choice](40))
+    part = slice_tensor(tensor, keeps)
+    assert torch.equal(part, tensor[np.ix_(*(keep.indices() for keep in keeps))])
+    assert part.is_contiguous()
+    part.zero_()
+    assert tensor.count_nonzero() == tensor.numel() - 1

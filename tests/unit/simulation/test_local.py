@@ -1,0 +1,126 @@
+"""The local engine carries any Flower app: order, errors, deaths, deadlines, shared memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from fedlp.errors import FedLPError
+from fedlp.simulation.local import LocalGrid
+
+
+def make_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        what = message.content.config_records.get("do", ConfigRecord())
+        client = int(context.node_config["partition-id"])
+        if what.get("raise") == client:
+            raise ValueError("the shard is empty\nsecond line")
+        if what.get("die") == client:
+            os._exit(7)
+        if what.get("sleep") == client:
+            time.sleep(30)
+        if "slow-first" in what:
+            time.sleep(0.2 if client == 0 else 0.0)
+        arrays = message.content.array_records["arrays"]
+        out = {key: Array(array.numpy() + client) for key, array in arrays.items()}
+        metrics = MetricRecord({"num-examples": client + 1, "pid": os.getpid()})
+        return Message(RecordDict({"arrays": ArrayRecord(out), "metrics": metrics}), reply_to=message)
+
+    @app.query("echo")
+    def echo(message: Message, context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
+    return app
+
+
+@pytest.fixture(params=[1, 3])
+def grid(request: pytest.FixtureRequest) -> Iterator[LocalGrid]:
+    with LocalGrid(make_app, num_clients=6, num_workers=request.param, message_bytes=1 << 17) as grid:
+        yield grid
+
+
+def instructions(count: int = 6, size: int = 5, **do: int) -> list[Message]:
+    arrays = ArrayRecord({"w": Array(np.arange(size, dtype=np.float32))})
+    return [
+        Message(RecordDict({"arrays": arrays, "do": ConfigRecord(dict(do))}), node, "train")
+        for node in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize("size", [5, 20_000])
+def test_replies_come_in_order_whoever_is_slow(grid: LocalGrid, size: int) -> None:
+    replies = list(grid.stream(instructions(size=size, **{"slow-first": 1}), timeout=60))
+    for client, reply in enumerate(replies):
+        np.testing.assert_array_equal(reply.content["arrays"]["w"].numpy(), np.arange(size, dtype=np.float32) + client)
+
+
+def test_more_messages_than_slots_and_none_is_lost(grid: LocalGrid) -> None:
+    batch = [message for _ in range(20) for message in instructions()]
+    replies = list(grid.stream(iter(batch), timeout=60))
+    assert [reply.content["metrics"]["num-examples"] for reply in replies] == [1, 2, 3, 4, 5, 6] * 20
+
+
+def test_a_message_is_only_drawn_when_a_place_is_free(grid: LocalGrid) -> None:
+    drawn = 0
+
+    def source() -> Iterator[Message]:
+        nonlocal drawn
+        for message in instructions() * 40:
+            drawn += 1
+            yield message
+
+    stream = grid.stream(source(), timeout=60)
+    next(stream)
+    assert drawn < 100
+    list(stream)
+    assert drawn == 240
+
+
+def test_every_kind_of_record_survives_the_way(grid: LocalGrid) -> None:
+    config = ConfigRecord(
+        {"s": "ä", "b": b"\x00\xff" * 9000, "i": 2**60, "f": 0.1, "t": True, "l": [1, 2], "bl": [b"a"]}
+    )
+    content = RecordDict({"c": config, "m": MetricRecord({"x": 1e-300, "y": [1.5, 2.5]}), "a": ArrayRecord()})
+    (reply,) = grid.stream([Message(content, 1, "query.echo")], timeout=60)
+    assert reply.content == content
+
+
+def test_a_client_that_raises_is_an_error_reply_of_one_line(grid: LocalGrid) -> None:
+    replies = list(grid.stream(instructions(**{"raise": 2}), timeout=60))
+    assert [reply.has_error() for reply in replies] == [False, False, True, False, False, False]
+    assert replies[2].error.reason == "ValueError: the shard is empty"
+
+
+def test_a_process_that_dies_is_replaced_and_only_its_client_fails(grid: LocalGrid) -> None:
+    replies = list(grid.stream(instructions(die=1), timeout=60))
+    assert [reply.has_error() for reply in replies] == [False, True, False, False, False, False]
+    assert "exit code 7" in str(replies[1].error.reason)
+    assert not any(reply.has_error() for reply in grid.stream(instructions(), timeout=60))
+
+
+def test_a_client_that_is_silent_is_given_up(grid: LocalGrid) -> None:
+    replies = list(grid.stream(instructions(sleep=3), timeout=1.0))
+    assert [reply.has_error() for reply in replies] == [False, False, False, True, False, False]
+    assert replies[3].error.reason == "no reply within 1 s"
+
+
+def test_a_message_beyond_the_slots_is_refused(grid: LocalGrid) -> None:
+    with pytest.raises(FedLPError, match="larger than the engine's slots"):
+        list(grid.stream(instructions(size=100_000), timeout=60))
+
+
+def test_flowers_own_fedavg_runs_on_it(grid: LocalGrid) -> None:
+    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=6, min_available_nodes=6)
+    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))}), num_rounds=2)
+    mean = np.average(np.arange(6), weights=np.arange(1, 7))
+    np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, 2 * mean), rtol=1e-6)
