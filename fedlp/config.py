@@ -7,8 +7,10 @@ config is a plain :class:`RunConfig`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.errors import ConfigError
+from fedlp.errors import ConfigError, FedLPError, one_line
 
 
 @dataclass
@@ -36,7 +38,7 @@ class ModelConfig:
     source: str = MISSING
     path: str | None = None  # hf: model name or folder
     pretrained: bool = False  # torchvision, hf: start from pretrained weights
-    variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500) or "deep" (five, each one a depth)
+    variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500), "deep" (five, each one a depth) or "linear"
     norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
     hidden_size: int = 64  # llama
     intermediate_size: int = 172  # llama
@@ -168,7 +170,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return from_omegaconf(hydra_compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(first_line(error)) from error
+        raise ConfigError(explain(error)) from error
 
 
 def from_omegaconf(composed: DictConfig) -> RunConfig:
@@ -176,8 +178,18 @@ def from_omegaconf(composed: DictConfig) -> RunConfig:
     config = OmegaConf.to_object(composed)
     if not isinstance(config, RunConfig):
         raise ConfigError("the config is not a run of fedlp: its defaults list must start with 'schema'")
+    _refuse_unknown(config)
     validate(config)
     return config
+
+
+def _refuse_unknown(config: object, prefix: str = "") -> None:
+    """Raise for an option that Hydra added to the schema, as it does for ``+name=value``."""
+    for name, value in vars(config).items():
+        if f"{prefix}{name}" not in _option_names(RunConfig):
+            raise ConfigError(_no_such_option(f"{prefix}{name}"))
+        if is_dataclass(value):
+            _refuse_unknown(value, f"{prefix}{name}.")
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -192,7 +204,7 @@ def from_yaml(text: str) -> RunConfig:
             cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
         )
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"the run's config cannot be read: {first_line(error)}") from error
+        raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -200,10 +212,29 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     return asdict(config)
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def explain(error: BaseException) -> str:
+    """Return in one line what an error of Hydra or OmegaConf says: our own words at its root, where there are some."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FedLPError):
+            return str(cause)
+        cause = cause.__cause__
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    return _no_such_option(unknown[1]) if unknown else one_line(error)
+
+
+def _no_such_option(name: str) -> str:
+    close = get_close_matches(name, _option_names(RunConfig))
+    return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
+
+
+def _option_names(schema: type, prefix: str = "") -> list[str]:
+    names = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if is_dataclass(item.default_factory):
+            names += _option_names(cast(type, item.default_factory), f"{prefix}{item.name}.")
+    return names
 
 
 # ---- validation

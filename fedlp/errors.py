@@ -25,3 +25,13 @@ class ProtocolError(FedLPError):
 
 class CheckpointError(FedLPError):
     """A checkpoint is missing, damaged or of another run."""
+
+
+_NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path:", "provider=")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of another library says, in one line, without what only its authors can use."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
+    return "; ".join(kept).replace(":; ", ": ") or type(error).__name__

@@ -100,10 +100,18 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: LocalConfig) -> t
 
 
 def draw_batches(count: int, config: LocalConfig, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Yield index tensors: ``epochs`` passes in fresh random order, the last batch of a pass may be smaller."""
+    """Yield index tensors: ``epochs`` passes in fresh random order; the last batch of a pass may be smaller.
+
+    A last batch of a single example joins the one before it: BatchNorm cannot normalise one value per channel.
+    """
+    sizes = [config.batch_size] * (count // config.batch_size)
+    if rest := count % config.batch_size:
+        if rest == 1 and sizes and config.batch_size > 1:
+            sizes[-1] += 1
+        else:
+            sizes.append(rest)
     for _ in range(config.epochs):
-        order = torch.from_numpy(rng.permutation(count))
-        yield from torch.split(order, config.batch_size)
+        yield from torch.split(torch.from_numpy(rng.permutation(count)), sizes)
 
 
 def train_locally(
@@ -152,7 +160,7 @@ def train_locally(
         optimizer.step()
         losses.append(loss.detach())
         sizes.append(len(index))
-    num_batches = math.ceil(len(examples) / config.batch_size)
+    num_batches = len(losses) // config.epochs
     last, weights = torch.stack(losses[-num_batches:]).cpu(), torch.tensor(sizes[-num_batches:])
     return TrainResult(sum(sizes), float((last * weights).sum() / weights.sum()))
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlp.federation.coverage import Choice, Denominator, Keeps, Rectangle, is_scattered, rectangles, widen
+from fedlp.federation.coverage import Choice, Denominator, Keeps, region
 
 BLOCK = 1 << 18  # numbers per block: 2 MiB of sums and as much of scratch
 GROUP = 64  # updates held back at most
@@ -133,7 +133,9 @@ class CoverageAverage:
         if None in weights or not weights:
             return bool(weights)
         mask = Denominator(weights, shape).rows(0, shape[0]) > 0.0
-        return bool(mask.any()) and (bool(mask.all()) or mask.expand(shape))
+        if bool(mask.all()):
+            return True
+        return bool(mask.any()) and mask.expand(shape[0], shape[1:].numel()).reshape(shape)
 
     def _entry(self, name: str, values: Tensor, keeps: Keeps | None) -> _Entry:
         if name not in self._params:
@@ -153,7 +155,7 @@ class CoverageAverage:
         returned = {name for update in self._pending for name in update.entries}
         for segment in self._segments([name for name in self._names if name in returned], finish=False):
             for lo, hi in segment.blocks(self._block):
-                self._accumulate(segment, lo, hi, segment.rows(self._sums, lo, hi), fresh=not segment.is_summed)
+                self._accumulate(segment, lo, segment.rows(self._sums, lo, hi))
         self._summed |= returned
         self._pending, self._pending_bytes = [], 0
 
@@ -164,38 +166,38 @@ class CoverageAverage:
         total = self._total.resize_(out.shape)
         if segment.is_summed and self._sums is not None:
             total.copy_(segment.rows(self._sums, lo, hi))
-        self._accumulate(segment, lo, hi, total, fresh=not segment.is_summed)
-        weights = denominator if isinstance(denominator, float) else denominator.rows(lo, hi)
-        total.div_(weights)
-        out.copy_(total if out.is_floating_point() else total.round_())
-        if isinstance(weights, float):
+        self._accumulate(segment, lo, total)
+        if isinstance(denominator, float):
+            total.div_(denominator)
+            out.copy_(total if out.is_floating_point() else total.round_())
             return out.numel()
+        weights = denominator.rows(lo, hi)
         mask = weights > 0.0
         covered = int(mask.count_nonzero())
+        total = total.view(hi - lo, -1).div_(weights)
+        out = out.view(hi - lo, -1)
+        out.copy_(total if out.is_floating_point() else total.round_())
         if covered < mask.numel():
-            out.copy_(torch.where(mask, out, self._params[segment.names[0]][lo:hi]))
+            old = self._params[segment.names[0]][lo:hi].reshape(hi - lo, -1)
+            out.copy_(torch.where(mask, out, old))
         return covered * (out.numel() // mask.numel())
 
-    def _accumulate(self, segment: _Segment, lo: int, hi: int, total: Tensor, fresh: bool) -> None:
-        """Add the updates held back to ``total``, the sums of rows ``lo`` to ``hi``, uninitialised where fresh."""
+    def _accumulate(self, segment: _Segment, lo: int, total: Tensor) -> None:
+        """Add the updates held back to ``total``, the sums of some rows from ``lo`` on."""
         parts = segment.parts
-        if fresh and parts and parts[0].is_whole:
-            total.copy_(parts[0].values[lo:hi]).mul_(parts[0].weight)
-            parts = parts[1:]
-        elif fresh:
-            total.fill_(-0.0)  # -0.0 + x is x, bit for bit
+        if not segment.is_summed:
+            if parts and parts[0].choice is None:
+                total.copy_(parts[0].values[lo : lo + len(total)]).mul_(parts[0].weight)
+                parts = parts[1:]
+            else:
+                total.fill_(-0.0)  # -0.0 + x is x, bit for bit
         for part in parts:
-            for box in part.rectangles:
-                top, end = max(box.start, lo), min(box.stop, hi)
-                if top < end:
-                    into = total[(slice(top - lo, end - lo), *box.into)]
-                    shift = box.local - box.start
-                    wide = self._scratch.resize_(into.shape)
-                    wide.copy_(part.values[(slice(top + shift, end + shift), *box.of)])
-                    if part.is_exact:  # then a fused multiply-add rounds as the two operations do
-                        into.add_(wide, alpha=part.weight)
-                    else:
-                        into.add_(wide.mul_(part.weight))
+            for into, values in region(part.choice).pieces(part.values, total, lo):
+                wide = self._scratch.resize_(into.shape).copy_(values)
+                if part.is_exact:  # then a fused multiply-add rounds as the two operations do
+                    into.add_(wide, alpha=part.weight)
+                else:
+                    into.add_(wide.mul_(part.weight))
 
     # -------------------------------------------------------------------------------------------------------- the segments
     def _segments(self, names: Sequence[str], finish: bool) -> Iterator[_Segment]:
@@ -221,8 +223,102 @@ class CoverageAverage:
 
     def _segment(self, names: list[str], finish: bool) -> _Segment:
         first, shape = names[0], self._params[names[0]].shape
-        parts = [_Part(*update.entries[first].widened(), update) for update in self._pending if first in update.entries]
-        if all(part.is_flat for part in parts) and (self._is_dense(first) or not finish):
+        updates = [update for update in self._pending if first in update.entries]
+        entries = [update.entries[first] for update in updates]
+        if all(entry.is_flat for entry in entries) and (self._is_dense(first) or not finish):
             shape = torch.Size((sum(self._params[name].numel() for name in names),))
-            parts = [part.flattened(shape) for part in parts]
+            entries = [_Entry(entry.values.as_strided(shape, (1,)), None) for entry in entries]
+        parts = [_make_part(entry, update.weight) for entry, update in zip(entries, updates, strict=True)]
         return _Segment(names, self._starts[first], shape, parts, first in self._summed)
+
+
+def coverage_average(
+    params: Mapping[str, Tensor], updates: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return :meth:`CoverageAverage.result` after the ``(params, keeps, weight)`` of all updates, in their order."""
+    average = CoverageAverage(params)
+    for update in updates:
+        average.add(*update)
+    return average.result()
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What one update returned of one tensor."""
+
+    values: Tensor
+    choice: Choice
+
+    @property
+    def is_flat(self) -> bool:
+        return self.choice is None and self.values.is_contiguous()
+
+    def follows(self, before: _Entry | None) -> bool:
+        """Whether the entry lies right behind another in the same memory, so that both are one run."""
+        if before is None or before.values.data_ptr() + before.values.nbytes != self.values.data_ptr():
+            return False
+        storage, other = self.values.untyped_storage(), before.values.untyped_storage()
+        same = self.values.dtype == before.values.dtype and storage.data_ptr() == other.data_ptr()
+        return same and self.is_flat and before.is_flat
+
+
+@dataclass(slots=True)
+class _Update:
+    """An update held back; ``joined`` are the tensors that follow in memory the one before them in the model."""
+
+    entries: dict[str, _Entry]
+    joined: set[str]
+    weight: float
+
+    def is_joined(self, before: str, name: str) -> bool:
+        return name in self.joined or not (name in self.entries or before in self.entries)
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one update adds to a segment."""
+
+    values: Tensor
+    choice: Choice
+    weight: float
+    is_exact: bool
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A tensor, or neighbouring tensors as one flat run."""
+
+    names: list[str]
+    start: int
+    shape: torch.Size
+    parts: list[_Part]
+    is_summed: bool
+
+    def blocks(self, numel: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of rows, each of at most ``numel`` numbers or of one row."""
+        step = max(1, numel // max(1, self.shape[1:].numel()))
+        for lo in range(0, self.shape[0], step):
+            yield lo, min(lo + step, self.shape[0])
+
+    def rows(self, sums: Tensor, lo: int, hi: int) -> Tensor:
+        """Return the sums of the rows ``[lo, hi)``."""
+        row = self.shape[1:].numel()
+        return sums[self.start + lo * row : self.start + hi * row].view(hi - lo, *self.shape[1:])
+
+
+def _make_part(entry: _Entry, weight: float) -> _Part:
+    mantissa, exponent = math.frexp(weight)
+    # 24 bits of a value and 29 of a weight make 53, those of a float64: the product is exact.
+    is_exact = entry.values.dtype in _NARROW and abs(exponent) <= 128 and (mantissa * 2**29).is_integer()
+    return _Part(entry.values, entry.choice, weight, is_exact)
+
+
+def _same_dtype(params: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return params[one].dtype == params[other].dtype
+
+
+def _empty(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised memory; numpy asks for huge pages, which makes its first touch several times cheaper."""
+    memory = torch.from_numpy(np.empty(numel * dtype.itemsize + 64, np.uint8))
+    start = -memory.data_ptr() % 64
+    return memory[start : start + numel * dtype.itemsize].view(dtype)

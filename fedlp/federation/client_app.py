@@ -109,7 +109,7 @@ class ClientRuntime:
 
     # ---- sub-models
     def _build_whole(self) -> nn.Module:
-        return self.submodels.spec.build(self.config.seed).to(self.device)
+        return self.submodels.skeleton().to(self.device)
 
     def _build_skeleton(self, depth: int | None, counts: tuple[tuple[str, int, int], ...]) -> nn.Module:
         """Return a model of the sub-model's shapes; which units it holds does not matter for its shapes."""
@@ -118,7 +118,7 @@ class ClientRuntime:
         if not counts:
             return self._whole()
         widths = {axis: Keep.first(count, size) for axis, count, size in counts}
-        return cut_model(self.submodels.spec.build(self.config.seed), self.submodels.widths, widths).to(self.device)
+        return cut_model(self.submodels.skeleton(), self.submodels.widths, widths).to(self.device)
 
     def _load_submodel(self, instruction: TrainInstruction) -> nn.Module:
         submodel = instruction.submodel

@@ -41,7 +41,7 @@ class Costs:
         if depth is not None:
             model = spec.build_depth(depth, seed=0, client_id=0)
         else:
-            model = spec.build(seed=0)
+            model = self._submodels.skeleton()
             axes = self._submodels.widths.axes if counts else {}
             if any(count < axes[axis] for axis, count in counts):
                 widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.spec import ModelSpec
@@ -76,7 +76,11 @@ class SubModels:
     @cached_property
     def widths(self) -> WidthSpec:
         """The axes that width slices cut, found by tracing the model once."""
-        return trace_widths(self.spec.build(seed=0), self.spec.example_inputs(1))
+        return trace_widths(self.skeleton(), self.spec.example_inputs(1))
+
+    def skeleton(self) -> nn.Module:
+        """Return a model of the global architecture whose values do not matter (nothing pretrained is loaded)."""
+        return self.spec.build_depth(len(self.spec.depths), seed=0, client_id=0)
 
     def layout(self, submodel: SubModel) -> SubModelLayout:
         """Return the layout of a sub-model."""

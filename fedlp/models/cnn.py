@@ -17,7 +17,7 @@ _CONV_DEPTHS = len(_CONV_CHANNELS) - 1
 _MIN_PIXELS = 8  # three pools halve the image
 _HEAD_WIDTH = 128
 
-MLP_WIDTHS = {"plain": (500,), "deep": (512, 128, 128, 64, 32)}
+MLP_WIDTHS: dict[str, tuple[int, ...]] = {"plain": (500,), "deep": (512, 128, 128, 64, 32), "linear": ()}
 
 
 class FedLPCNN(nn.Module):
@@ -134,7 +134,7 @@ class FedLPCNNBlueprint(Blueprint):
 
 @dataclass(frozen=True)
 class MLPBlueprint(Blueprint):
-    """Builds :class:`MLP`; a network of n hidden layers has n depths."""
+    """Builds :class:`MLP`; a network of n hidden layers has n depths, and without any it is softmax regression."""
 
     num_features: int
     widths: tuple[int, ...]
@@ -144,7 +144,7 @@ class MLPBlueprint(Blueprint):
     @property
     def num_depths(self) -> int:  # type: ignore[override]
         """Depth k < n has the first k hidden layers; depth n is the whole network."""
-        return len(self.widths)
+        return max(1, len(self.widths))
 
     def build(self) -> nn.Module:
         """Return the whole network."""

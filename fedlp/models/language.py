@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.spec import Blueprint
+from fedlp.models.spec import Blueprint, first_line
 from fedlp.models.torchvision_compat import ensure_operators
 
 if TYPE_CHECKING:
@@ -169,10 +169,9 @@ def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"model.path={path} cannot be loaded: {reason}; give a model name that can be reached or a local folder "
-            "with config.json and model.safetensors"
+            f"model.path={path} cannot be loaded: {first_line(error)}; give a model name that can be reached or a "
+            "local folder with config.json and model.safetensors"
         ) from error
 
 

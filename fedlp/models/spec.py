@@ -170,6 +170,11 @@ def forward_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     return logits
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of another library says, to be quoted in one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 @contextmanager
 def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
     """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
@@ -231,8 +236,7 @@ def _check_forward(
 
 
 def _shape_error(blueprint: Blueprint, input_shape: tuple[int, ...], error: Exception) -> ConfigError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f"model {blueprint.name} cannot take inputs of shape {input_shape}: {reason}")
+    return ConfigError(f"model {blueprint.name} cannot take inputs of shape {input_shape}: {first_line(error)}")
 
 
 def _group_layers(tensors: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:

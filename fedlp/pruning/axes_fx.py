@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.dropout import ByteDropout
-from fedlp.models.spec import named_tensors, shapes_only
+from fedlp.models.spec import first_line, named_tensors, shapes_only
 from fedlp.pruning.axes import WHOLE, AxisDim, AxisTable
 from fedlp.pruning.slicing import WidthSpec
 
@@ -61,8 +61,7 @@ def trace_classifier(model: nn.Module, inputs: Tensor) -> WidthSpec:
         try:
             graph = _Tracer().trace(shapes.eval())
         except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"width slicing cannot trace {type(model).__name__}: {reason}") from error
+            raise ConfigError(f"width slicing cannot trace {type(model).__name__}: {first_line(error)}") from error
         finder = _AxisFinder(fx.GraphModule(shapes, graph), names)
         finder.run(example)
     dims = {

@@ -1,0 +1,111 @@
+"""The work that is timed: synthetic images over clients, as a run of fedlp on its local engine.
+
+As a program (``python workload.py NAME ROUNDS COHORT``) it is one whole run, from the start of Python to its end, and
+prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_CLASSES = 10
+LR = 0.05
+MEAN, STD = 0.5, 0.25  # what images are normalised by
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and what each client trains it on, for one epoch of plain SGD."""
+
+    model: str
+    input_shape: tuple[int, int, int]
+    examples: int
+    batch_size: int
+
+
+WORKLOADS = {
+    "cnn": Workload("small_cnn", (3, 32, 32), examples=500, batch_size=50),
+    "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
+    "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
+}
+
+
+def make_images(work: Workload, num_clients: int) -> tuple[Tensor, Tensor]:
+    """Return uint8 images (clients * examples, C, H, W) and their classes, client after client; always the same."""
+    rng = np.random.default_rng(0)
+    count = num_clients * work.examples
+    images = rng.integers(0, 256, (count, *work.input_shape), dtype=np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(rng.integers(0, NUM_CLASSES, count))
+
+
+def run_fedlp(
+    work: Workload,
+    num_clients: int,
+    cohort: int,
+    num_rounds: int,
+    workers: int,
+    observe: Callable[[float], None] = lambda seconds: None,
+) -> None:
+    """Run FedAvg through fedlp's strategy, messages and client app on its local engine.
+
+    ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
+    averaging. The test set has one image and is looked at after the last round only.
+    """
+    from fedlp.config import compose, to_yaml
+    from fedlp.data.datasets import DataInfo, Examples
+    from fedlp.federation import messages
+    from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
+    from fedlp.federation.policies import build_policy
+    from fedlp.federation.strategy import FedLPStrategy
+    from fedlp.federation.submodels import SubModels
+    from fedlp.models import describe_model, state_tensors
+    from fedlp.simulation.local import LocalGrid
+
+    overrides = [f"model={work.model}", "strategy=fedavg", f"num_clients={num_clients}", f"clients_per_round={cohort}"]
+    overrides += [f"num_rounds={num_rounds}", f"eval_every={num_rounds}", f"local.batch_size={work.batch_size}"]
+    config = compose([*overrides, f"local.lr={LR}"])
+    channels = work.input_shape[0]
+    count = num_clients * work.examples
+    info = DataInfo(
+        "synthetic", "classification", work.input_shape, NUM_CLASSES, count, 1, (MEAN,) * channels, (STD,) * channels
+    )
+    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+    submodels = SubModels(spec)
+    images, targets = make_images(work, num_clients)
+    parts = np.split(np.arange(count), num_clients)
+    test = Examples(images[:1], targets[:1], None)
+    runtime = ClientRuntime(config, info, submodels, Shards(Examples(images, targets, None), parts), test, None)
+    app = make_client_app(lambda cfg, state_dir: runtime)
+    params = state_tensors(spec.build(config.seed))
+    strategy = FedLPStrategy(
+        config,
+        submodels,
+        build_policy(config.strategy, config.seed, num_clients, submodels),
+        evaluate=runtime.evaluate,
+        num_test=1,
+        macs=lambda submodel: 0.0,
+        observers=[lambda record, state: observe(record.wall_time_s)],
+    )
+    size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
+    settings: dict[str, bool | float | int | str] = {"cfg": to_yaml(config), "out": "unused"}
+    with LocalGrid(lambda: app, num_clients, workers, size, settings) as grid:
+        strategy.start(grid, messages.encode_params(params), num_rounds)
+
+
+def main(arguments: Sequence[str]) -> None:
+    name, num_rounds, num_clients, cohort = arguments[0], *map(int, arguments[1:])
+    torch.set_num_threads(1)
+    seconds: list[float] = []
+    run_fedlp(WORKLOADS[name], num_clients, cohort, num_rounds, workers=2, observe=seconds.append)
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
