@@ -78,11 +78,13 @@ def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
     """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
     plan = make_plan(cfg)
-    config = plan.config
+    config = replace(plan.config, resume=None)
     directory = RunDirectory(out)
-    state = directory.resume() if config.resume else None
-    if not config.resume:
-        directory.begin(cfg)
+    state = directory.resume() if plan.config.resume else None
+    if state is None:
+        directory.begin(to_yaml(config))
+    else:
+        check_state(state, plan.submodels.spec)
     runtime = make_runtime(cfg, str(directory.clients))
 
     def record(round_record: Any, round_state: ServerState) -> None:

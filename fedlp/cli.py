@@ -12,17 +12,28 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config import RunConfig, config_dir, first_line, from_omegaconf, from_yaml, register_schemas, to_yaml
+from fedlp.config import (
+    RunConfig,
+    config_dir,
+    explain,
+    from_omegaconf,
+    from_yaml,
+    register_schemas,
+    to_yaml,
+    validate,
+)
 from fedlp.errors import ConfigError, FedLPError
 
-INTERRUPTED = 130
+BAD_INPUT, INTERRUPTED = 2, 130
 _RESUMABLE_WITH = ("num_rounds", "simulation", "resume")
 
 
@@ -31,8 +42,23 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schemas()
     OmegaConf.register_new_resolver("fedlp.run_dir", _run_dir, use_cache=True, replace=True)
-    job = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_job)
-    sys.exit(_guard(job))
+    codes: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        codes.append(0)
+        codes[-1] = _guard(lambda: _job(composed), _job_name())  # here, so that the rest of a sweep still runs
+
+    run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)
+
+    def compose_and_run() -> None:
+        try:
+            run()
+        except ValueError as error:  # what Hydra raises about some overrides and flags, before there is a job
+            if codes:
+                raise
+            raise ConfigError(explain(error)) from error
+
+    sys.exit(_end(lambda: max(_guard(compose_and_run), *codes, 0)))
 
 
 def report_main() -> None:
@@ -40,16 +66,15 @@ def report_main() -> None:
     parser = argparse.ArgumentParser(prog="fedlp-report", description=report_main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs (a sweep)")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/report of the first)")
-    arguments = parser.parse_args()
-    sys.exit(_guard(lambda: _report(arguments.runs, arguments.out or arguments.runs[0] / "report")))
+    sys.exit(_end(lambda: _guard(lambda: _report(parser.parse_args()))))
 
 
 def _job(composed: DictConfig) -> None:
     config = from_omegaconf(composed)
-    hydra_config = HydraConfig.get()
-    out = Path(hydra_config.runtime.output_dir)
+    out = Path(HydraConfig.get().runtime.output_dir)
     if config.resume is not None:
-        config = _resumed(config, list(hydra_config.overrides.task))
+        out = _check_run(config.resume)
+        config = _resumed(config, out)
     _set_up_logging()
     from fedlp import assembly
     from fedlp.report import run_label
@@ -61,37 +86,47 @@ def _job(composed: DictConfig) -> None:
     try:
         manifest = assembly.run(cfg, out, run_label)
     except KeyboardInterrupt:
-        print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
+        if (out / "config.yaml").is_file():
+            print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
         raise
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest["final_metrics"].items() if value is not None)
     totals = manifest["totals"]
     print(f"{metrics}  up {totals['bytes_up'] / 1e6:.2f} MB  down {totals['bytes_down'] / 1e6:.2f} MB  -> {out}")
 
 
-def _resumed(config: RunConfig, overrides: list[str]) -> RunConfig:
+def _resumed(config: RunConfig, folder: Path) -> RunConfig:
     """Return the config of the run to go on with; only its length and its engine may be changed."""
-    assert config.resume is not None
-    names = [override.lstrip("+~").split("=")[0] for override in overrides]
+    overrides = HydraConfig.get().overrides
+    names = [override.lstrip("+~").split("=")[0] for override in overrides.task]
     foreign = [name for name in names if name.split(".")[0] not in _RESUMABLE_WITH]
+    foreign += [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
     if foreign:
-        raise ConfigError(f"resume goes on with the run's own config: drop {', '.join(foreign)}")
-    folder = Path(config.resume)
+        raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
     stored = from_yaml((folder / "config.yaml").read_text())
     stored.resume = str(folder)
-    if "num_rounds" in names:
-        stored.num_rounds = config.num_rounds
-    if any(name.startswith("simulation") for name in names):
-        stored.simulation = config.simulation
+    for name in names:
+        if name == "num_rounds":
+            stored.num_rounds = config.num_rounds
+        elif name == "simulation":
+            stored.simulation.engine = config.simulation.engine
+        elif name != "resume":
+            option = name.removeprefix("simulation.")
+            setattr(stored.simulation, option, getattr(config.simulation, option))
+    validate(stored)
     return stored
 
 
 def _run_dir(resume: str | None) -> str:
     """Return where a run writes: a folder named by the time, or the run that is resumed."""
-    if resume is None:
-        return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S")
-    if not (Path(resume) / "config.yaml").is_file():
+    return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S") if resume is None else str(_check_run(resume))
+
+
+def _check_run(resume: str) -> Path:
+    """Return the folder of a run; ConfigError if it is none."""
+    folder = Path(resume)
+    if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={resume}: that is not a run directory (it has no config.yaml)")
-    return resume
+    return folder
 
 
 def _print_costs(manifest: dict[str, dict[str, float]], out: Path) -> None:
@@ -115,11 +150,11 @@ def _print_costs(manifest: dict[str, dict[str, float]], out: Path) -> None:
     )
 
 
-def _report(runs: list[Path], out: Path) -> None:
+def _report(arguments: argparse.Namespace) -> None:
     from fedlp.report import find_runs, group_runs, summary_table, write_report
 
-    page = write_report(runs, out)
-    print(summary_table(group_runs(find_runs(runs))))
+    page = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report")
+    print(summary_table(group_runs(find_runs(arguments.runs))))
     print(f"report: {page}")
 
 
@@ -131,23 +166,30 @@ def _set_up_logging() -> None:
     logger.setLevel(logging.WARNING)
 
 
-def _guard(action: Callable[[], object]) -> int:
+def _job_name() -> str:
+    """Return what errors of a sweep's job start with."""
+    config = HydraConfig.get()
+    return f"job {config.job.num} ({', '.join(config.overrides.task)}): " if config.mode == RunMode.MULTIRUN else ""
+
+
+def _guard(action: Callable[[], object], name: str = "") -> int:
     """Run an action; turn what a user can cause into one line and an exit code."""
     try:
         action()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (FedLPError, HydraException, OmegaConfBaseException) as error:
-        print(f"fedlp: {_explain(error)}", file=sys.stderr)
-        return 2
+    except (FedLPError, HydraException, OmegaConfBaseException, OSError) as error:
+        print(f"fedlp: {name}{explain(error)}", file=sys.stderr)
+        return BAD_INPUT
     return 0
 
 
-def _explain(error: BaseException) -> str:
-    """Return the line of the FedLPError at the root of an error, if there is one, else of the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, FedLPError):
-            return str(cause)
-        cause = cause.__cause__
-    return first_line(error)
+def _end(guarded: Callable[[], int]) -> int:
+    """Return the exit code of the whole program."""
+
+    def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign] # Hydra's own parser would print its usage
+    try:
+        return guarded()
+    except KeyboardInterrupt:
+        return INTERRUPTED

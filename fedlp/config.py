@@ -169,7 +169,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return from_omegaconf(hydra_compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
 
 

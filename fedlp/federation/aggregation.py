@@ -7,7 +7,7 @@ al., ICC 2023), with width slices the overlap average of HeteroFL (Diao et al., 
 
 Products and sums are float64, in the order of the calls. A few updates are held back and added together, block by
 block, so that the sums pass through the cache once per group and not once per update: purely a memory optimization,
-which does not affect results. Denominators are one number per distinct choice of indices, never one per entry.
+which does not affect results. Denominators are one number per distinct region, never one per entry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlp.federation.coverage import Choice, Denominator, Keeps, region
+from fedlp.federation.coverage import WHOLE, Denominator, Keeps, Region, region
 
 BLOCK = 1 << 18  # numbers per block: 2 MiB of sums and as much of scratch
 GROUP = 64  # updates held back at most
@@ -56,14 +56,14 @@ class CoverageAverage:
         ends = np.cumsum([0, *(params[name].numel() for name in self._names)]).tolist()
         self._starts = dict(zip(self._names, ends, strict=False))
         self._numel = ends[-1]
-        self._before = {b: a for a, b in zip(self._names, self._names[1:], strict=False) if _same_dtype(params, a, b)}
-        self._weights: dict[str, dict[Choice, float]] = {name: {} for name in params}
+        neighbours = zip(self._names, self._names[1:], strict=False)
+        self._before = {name: before for before, name in neighbours if params[name].dtype == params[before].dtype}
+        self._weights: dict[str, dict[Region, float]] = {name: {} for name in params}
         self._pending: list[_Update] = []
         self._pending_bytes = 0
         self._sums: Tensor | None = None
-        self._summed: set[str] = set()  # names of which the sums hold something
-        self._scratch = torch.empty(0, dtype=torch.float64)
-        self._total = torch.empty(0, dtype=torch.float64)
+        self._summed: set[str] = set()  # whose sums are initialised
+        self._total, self._wide = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
 
     def add(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> None:
         """Count in one client's update.
@@ -94,7 +94,7 @@ class CoverageAverage:
                 update.joined.add(name)
         for name, entry in update.entries.items():
             weights = self._weights[name]
-            weights[entry.choice] = weights.get(entry.choice, 0.0) + update.weight
+            weights[entry.region] = weights.get(entry.region, 0.0) + update.weight
             self._pending_bytes += entry.values.nbytes
         self._pending.append(update)
         if len(self._pending) >= self._group or self._pending_bytes >= self._group_bytes:
@@ -117,7 +117,7 @@ class CoverageAverage:
         for segment in self._segments([name for name in self._names if self._weights[name]], finish=True):
             first = segment.names[0]
             weights = self._weights[first]
-            denominator = weights[None] if self._is_dense(first) else Denominator(weights, segment.shape)
+            denominator = weights[WHOLE] if self._is_dense(first) else Denominator(weights, segment.shape)
             out = _empty(segment.shape.numel(), self._params[first].dtype)
             covered = sum(self._finish(segment, denominator, lo, hi, out) for lo, hi in segment.blocks(self._block))
             for name in segment.names:
@@ -130,7 +130,7 @@ class CoverageAverage:
     def covered(self, name: str) -> bool | Tensor:
         """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
         weights, shape = self._weights[name], self._params[name].shape
-        if None in weights or not weights:
+        if WHOLE in weights or not weights:
             return bool(weights)
         mask = Denominator(weights, shape).rows(0, shape[0]) > 0.0
         if bool(mask.all()):
@@ -140,11 +140,11 @@ class CoverageAverage:
     def _entry(self, name: str, values: Tensor, keeps: Keeps | None) -> _Entry:
         if name not in self._params:
             raise ValueError(f"an update holds {name!r}, which the model does not have")
-        choice = None if keeps is None or all(keep.is_full for keep in keeps) else keeps
-        expected = self._params[name].shape if choice is None else tuple(keep.count for keep in choice)
+        entry = _Entry(values, region(keeps))
+        expected = entry.region.shape or self._params[name].shape
         if values.shape != expected:
             raise ValueError(f"an update's {name!r} has shape {tuple(values.shape)}, not {tuple(expected)}")
-        return _Entry(values, choice)
+        return entry
 
     # ------------------------------------------------------------------------------------------------------------ the sums
     @torch.no_grad()
@@ -155,17 +155,16 @@ class CoverageAverage:
         returned = {name for update in self._pending for name in update.entries}
         for segment in self._segments([name for name in self._names if name in returned], finish=False):
             for lo, hi in segment.blocks(self._block):
-                self._accumulate(segment, lo, segment.rows(self._sums, lo, hi))
+                self._accumulate(segment, lo, segment.rows(self._sums[segment.start :], lo, hi))
         self._summed |= returned
         self._pending, self._pending_bytes = [], 0
 
     def _finish(self, segment: _Segment, denominator: float | Denominator, lo: int, hi: int, out: Tensor) -> int:
-        """Write the average of some rows into ``out``; return how many of their entries are covered."""
-        row = segment.shape[1:].numel()
-        out = out[lo * row : hi * row].view(hi - lo, *segment.shape[1:])
+        """Write the average of the rows ``[lo, hi)`` into ``out``; return how many of its entries are covered."""
+        out = segment.rows(out, lo, hi)
         total = self._total.resize_(out.shape)
         if segment.is_summed and self._sums is not None:
-            total.copy_(segment.rows(self._sums, lo, hi))
+            total.copy_(segment.rows(self._sums[segment.start :], lo, hi))
         self._accumulate(segment, lo, total)
         if isinstance(denominator, float):
             total.div_(denominator)
@@ -174,26 +173,25 @@ class CoverageAverage:
         weights = denominator.rows(lo, hi)
         mask = weights > 0.0
         covered = int(mask.count_nonzero())
-        total = total.view(hi - lo, -1).div_(weights)
-        out = out.view(hi - lo, -1)
+        total, out = total.view(hi - lo, -1).div_(weights), out.view(hi - lo, -1)
         out.copy_(total if out.is_floating_point() else total.round_())
         if covered < mask.numel():
             old = self._params[segment.names[0]][lo:hi].reshape(hi - lo, -1)
-            out.copy_(torch.where(mask, out, old))
+            torch.where(mask, out, old, out=out)
         return covered * (out.numel() // mask.numel())
 
     def _accumulate(self, segment: _Segment, lo: int, total: Tensor) -> None:
-        """Add the updates held back to ``total``, the sums of some rows from ``lo`` on."""
+        """Add the updates held back to ``total``, the sums of rows from ``lo`` on."""
         parts = segment.parts
         if not segment.is_summed:
-            if parts and parts[0].choice is None:
-                total.copy_(parts[0].values[lo : lo + len(total)]).mul_(parts[0].weight)
+            if parts and parts[0].region is WHOLE:
+                total.copy_(parts[0].values[lo : lo + total.shape[0]]).mul_(parts[0].weight)
                 parts = parts[1:]
             else:
                 total.fill_(-0.0)  # -0.0 + x is x, bit for bit
         for part in parts:
-            for into, values in region(part.choice).pieces(part.values, total, lo):
-                wide = self._scratch.resize_(into.shape).copy_(values)
+            for into, values in part.region.pieces(part.values, total, lo):
+                wide = self._wide.resize_(into.shape).copy_(values)
                 if part.is_exact:  # then a fused multiply-add rounds as the two operations do
                     into.add_(wide, alpha=part.weight)
                 else:
@@ -219,7 +217,7 @@ class CoverageAverage:
         return all(update.is_joined(before, name) for update in self._pending)
 
     def _is_dense(self, name: str) -> bool:
-        return self._weights[name].keys() == {None}
+        return self._weights[name].keys() == {WHOLE}
 
     def _segment(self, names: list[str], finish: bool) -> _Segment:
         first, shape = names[0], self._params[names[0]].shape
@@ -227,8 +225,11 @@ class CoverageAverage:
         entries = [update.entries[first] for update in updates]
         if all(entry.is_flat for entry in entries) and (self._is_dense(first) or not finish):
             shape = torch.Size((sum(self._params[name].numel() for name in names),))
-            entries = [_Entry(entry.values.as_strided(shape, (1,)), None) for entry in entries]
-        parts = [_make_part(entry, update.weight) for entry, update in zip(entries, updates, strict=True)]
+            entries = [_Entry(entry.values.as_strided(shape, (1,)), WHOLE) for entry in entries]
+        parts = [
+            _Part(entry.values, entry.region, update.weight, _is_exact(update.weight, entry.values.dtype))
+            for entry, update in zip(entries, updates, strict=True)
+        ]
         return _Segment(names, self._starts[first], shape, parts, first in self._summed)
 
 
@@ -247,24 +248,25 @@ class _Entry:
     """What one update returned of one tensor."""
 
     values: Tensor
-    choice: Choice
+    region: Region
 
     @property
     def is_flat(self) -> bool:
-        return self.choice is None and self.values.is_contiguous()
+        return self.region is WHOLE and self.values.is_contiguous()
 
     def follows(self, before: _Entry | None) -> bool:
         """Whether the entry lies right behind another in the same memory, so that both are one run."""
-        if before is None or before.values.data_ptr() + before.values.nbytes != self.values.data_ptr():
+        if before is None or not (self.is_flat and before.is_flat):
             return False
-        storage, other = self.values.untyped_storage(), before.values.untyped_storage()
-        same = self.values.dtype == before.values.dtype and storage.data_ptr() == other.data_ptr()
-        return same and self.is_flat and before.is_flat
+        one, two = before.values, self.values
+        if one.dtype != two.dtype or one.data_ptr() + one.nbytes != two.data_ptr():
+            return False
+        return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
 
 
 @dataclass(slots=True)
 class _Update:
-    """An update held back; ``joined`` are the tensors that follow in memory the one before them in the model."""
+    """An update held back; ``joined`` are the tensors that follow, in memory, the one before them in the model."""
 
     entries: dict[str, _Entry]
     joined: set[str]
@@ -279,7 +281,7 @@ class _Part:
     """What one update adds to a segment."""
 
     values: Tensor
-    choice: Choice
+    region: Region
     weight: float
     is_exact: bool
 
@@ -300,21 +302,16 @@ class _Segment:
         for lo in range(0, self.shape[0], step):
             yield lo, min(lo + step, self.shape[0])
 
-    def rows(self, sums: Tensor, lo: int, hi: int) -> Tensor:
-        """Return the sums of the rows ``[lo, hi)``."""
+    def rows(self, flat: Tensor, lo: int, hi: int) -> Tensor:
+        """Return the rows ``[lo, hi)`` of a buffer that begins with the segment."""
         row = self.shape[1:].numel()
-        return sums[self.start + lo * row : self.start + hi * row].view(hi - lo, *self.shape[1:])
+        return flat[lo * row : hi * row].view(hi - lo, *self.shape[1:])
 
 
-def _make_part(entry: _Entry, weight: float) -> _Part:
+def _is_exact(weight: float, dtype: torch.dtype) -> bool:
+    """Whether a weight (of at most 29 bits) times any value (of at most 24) is exact in float64 (53)."""
     mantissa, exponent = math.frexp(weight)
-    # 24 bits of a value and 29 of a weight make 53, those of a float64: the product is exact.
-    is_exact = entry.values.dtype in _NARROW and abs(exponent) <= 128 and (mantissa * 2**29).is_integer()
-    return _Part(entry.values, entry.choice, weight, is_exact)
-
-
-def _same_dtype(params: Mapping[str, Tensor], one: str, other: str) -> bool:
-    return params[one].dtype == params[other].dtype
+    return dtype in _NARROW and abs(exponent) <= 128 and (mantissa * 2**29).is_integer()
 
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:

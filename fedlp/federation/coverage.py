@@ -19,78 +19,132 @@ from torch import Tensor
 from fedlp.types import Keep
 
 Keeps = tuple[Keep, ...]
-Choice = Keeps | None  # None: the whole tensor
 
 _MIN_RECTANGLE = 4096  # numbers: below this on average, one step over the whole tensor beats a step per rectangle
-_Run = tuple[int, int, int]  # start, stop, and how many kept indices lie before
 
 
-class Whole:
-    """The region of an update that has the whole tensor."""
+class Region:
+    """The part of a tensor that an update covers; this one is all of it.
+
+    Attributes
+    ----------
+    keeps : tuple of Keep, or None
+        What stays of each dimension; None for the whole tensor.
+    """
+
+    def __init__(self, keeps: Keeps | None = None) -> None:
+        self.keeps = keeps
+        self.shape = None if keeps is None else tuple(keep.count for keep in keeps)
 
     def pieces(self, values: Tensor, total: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield views of ``total`` with what to add to them.
+        """Yield disjoint views of ``total`` and what the update adds to each.
 
         Parameters
         ----------
         values : Tensor
             The update's tensor.
         total : Tensor
-            The rows of the global tensor from ``lo`` on, as many as it has.
+            Sums of the global tensor's rows from ``lo`` on.
         """
-        yield total, values[lo : lo + len(total)]
+        yield total, values[lo : lo + total.shape[0]]
 
 
-class Slices(Whole):
+class Slices(Region):
     """A region of few rectangles, each of which is a view."""
 
-    def __init__(self, choice: Keeps) -> None:
-        last_cut = max(axis for axis, keep in enumerate(choice) if not keep.is_full)
-        rows, *others = [_runs(keep) for keep in choice[: last_cut + 1]]
+    def __init__(self, keeps: Keeps) -> None:
+        super().__init__(keeps)
+        last_cut = max(axis for axis, keep in enumerate(keeps) if not keep.is_full)
+        rows, *others = [_runs(keep) for keep in keeps[: last_cut + 1]]
         self._rectangles = [
             (row, tuple(slice(a, b) for a, b, _ in other), tuple(slice(i, i + b - a) for a, b, i in other))
             for row, *other in product(rows, *others)
         ]
 
     def pieces(self, values: Tensor, total: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the part of every rectangle that lies in ``total``."""
+        """Yield what lies in ``total`` of every rectangle."""
+        hi = lo + total.shape[0]
         for (start, stop, before), into, of in self._rectangles:
-            top, end = max(start, lo), min(stop, lo + len(total))
+            top, end = max(start, lo), min(stop, hi)
             if top < end:
                 shift = before - start
                 yield total[(slice(top - lo, end - lo), *into)], values[(slice(top + shift, end + shift), *of)]
 
 
-class Scatter(Whole):
-    """A region of many small rectangles: values are laid out on all of ``total``, with -0.0, which changes no sum."""
+class Scatter(Region):
+    """A region of many small rectangles: values are spread over all of ``total``, with -0.0, which changes no sum."""
 
-    def __init__(self, choice: Keeps) -> None:
-        self._indices = [None if keep.is_full else keep.indices() for keep in choice]
+    def __init__(self, keeps: Keeps) -> None:
+        super().__init__(keeps)
+        self._indices = [None if keep.is_full else keep.indices() for keep in keeps]
 
     def pieces(self, values: Tensor, total: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all of ``total``."""
         rows, *others = self._indices
-        if rows is None:
-            values = values[lo : lo + len(total)]
-        else:
-            first, last = np.searchsorted(rows, (lo, lo + len(total)))
-            values = values[first:last]
+        hi = lo + total.shape[0]
+        first, last = (lo, hi) if rows is None else np.searchsorted(rows, (lo, hi))
+        values = values[first:last]
         for axis in range(total.ndim - 1, 0, -1):
             values = _spread(values, axis, others[axis - 1], total.shape[axis])
-        yield total, values if rows is None else _spread(values, 0, rows[first:last] - lo, len(total))
+        yield total, _spread(values, 0, rows if rows is None else rows[first:last] - lo, hi - lo)
+
+
+WHOLE = Region()
+
+
+def region(keeps: Keeps | None) -> Region:
+    """Return the region of a choice of indices; None is the whole tensor."""
+    return WHOLE if keeps is None else _region(keeps)
 
 
 @lru_cache(maxsize=4096)
-def region(choice: Choice) -> Whole:
-    """Return the region of a choice of indices."""
-    if choice is None:
-        return Whole()
-    count = math.prod(len(keep.runs) for keep in choice)
-    is_scattered = count > 4 and math.prod(keep.count for keep in choice) < count * _MIN_RECTANGLE
-    return Scatter(choice) if is_scattered else Slices(choice)
+def _region(keeps: Keeps) -> Region:
+    if all(keep.is_full for keep in keeps):
+        return WHOLE
+    count = math.prod(len(keep.runs) for keep in keeps)
+    is_scattered = count > 4 and math.prod(keep.count for keep in keeps) < count * _MIN_RECTANGLE
+    return Scatter(keeps) if is_scattered else Slices(keeps)
 
 
-def _runs(keep: Keep) -> list[_Run]:
+class Denominator:
+    """The total weight behind every entry of a tensor, from the total weight of every region.
+
+    It is the product (weighted row indicators)^T (indicators of the other axes), whose rank is the number of regions;
+    exact for whole weights that sum to less than 2^53. Neighbouring rows that all regions treat alike are one.
+
+    Parameters
+    ----------
+    weights : mapping from Region to float
+        At least one.
+    shape : torch.Size
+        The global tensor's; at least one axis.
+    """
+
+    def __init__(self, weights: Mapping[Region, float], shape: torch.Size) -> None:
+        rows, *others = [
+            _indicators([each.keeps and each.keeps[axis] for each in weights], size) for axis, size in enumerate(shape)
+        ]
+        is_new = (rows[:, 1:] != rows[:, :-1]).any(0)
+        self._kind = torch.cat([torch.zeros(1, dtype=torch.long), is_new.cumsum(0)])  # of each row
+        firsts = torch.cat([torch.zeros(1, dtype=torch.long), 1 + is_new.nonzero()[:, 0]])
+        self._rows = rows[:, firsts] * torch.tensor(list(weights.values()), dtype=torch.float64)[:, None]
+        self._others = torch.ones(len(weights), 1, dtype=torch.float64)
+        for other in others:
+            self._others = (self._others[:, :, None] * other[:, None, :]).flatten(1)
+        self._lengths, self._shape = [other.shape[1] for other in others], shape[1:]
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Return the weights behind the rows ``[lo, hi)``: (hi - lo, numbers per row), or 1 where all are equal."""
+        kinds = self._kind[lo:hi] if len(self._kind) > 1 else self._kind
+        first, last = int(kinds[0]), int(kinds[-1])
+        found = self._rows[:, first : last + 1].T @ self._others
+        if found.shape[1] > 1:
+            found = found.view(-1, *self._lengths).expand(-1, *self._shape).reshape(len(found), -1)
+        return found[kinds - first] if last > first else found
+
+
+def _runs(keep: Keep) -> list[tuple[int, int, int]]:
+    """Return start and stop of each run, and how many kept indices lie before it."""
     found, before = [], 0
     for start, stop in keep.runs:
         found.append((start, stop, before))
@@ -106,44 +160,8 @@ def _spread(values: Tensor, axis: int, indices: NDArray[np.int64] | None, size: 
     return torch.full(shape, -0.0, dtype=values.dtype).index_copy_(axis, torch.from_numpy(indices), values)
 
 
-class Denominator:
-    """The total weight behind every entry of a tensor, from the total weight of every choice.
-
-    It is the product (weighted row indicators)^T (indicators of the other axes), whose rank is the number of choices;
-    exact for whole weights that sum to less than 2^53. Neighbouring rows that every choice treats alike are one.
-
-    Parameters
-    ----------
-    weights : mapping from choice to float
-        At least one.
-    shape : torch.Size
-        The global tensor's; at least one axis.
-    """
-
-    def __init__(self, weights: Mapping[Choice, float], shape: torch.Size) -> None:
-        rows, *others = [_indicators([choice and choice[axis] for choice in weights], n) for axis, n in enumerate(shape)]
-        is_new = (rows[:, 1:] != rows[:, :-1]).any(0)
-        self._kind = torch.cat([torch.zeros(1, dtype=torch.long), is_new.cumsum(0)])  # of each row
-        firsts = torch.cat([torch.zeros(1, dtype=torch.long), 1 + is_new.nonzero()[:, 0]])
-        self._rows = rows[:, firsts] * torch.tensor(list(weights.values()), dtype=torch.float64)[:, None]
-        self._others = torch.ones(len(weights), 1, dtype=torch.float64)
-        for other in others:
-            self._others = (self._others[:, :, None] * other[:, None, :]).flatten(1)
-        self._lengths, self._shape = [other.shape[1] for other in others], shape
-
-    def rows(self, lo: int, hi: int) -> Tensor:
-        """Return the weights behind the rows ``[lo, hi)``: (hi - lo, numbers per row), or 1 where they are all equal."""
-        kinds = self._kind[lo:hi] if len(self._kind) > 1 else self._kind
-        first, last = int(kinds[0]), int(kinds[-1])
-        found = (self._rows[:, first : last + 1].T @ self._others).view(-1, *self._lengths)
-        if found[0].numel() > 1:
-            found = found.expand(-1, *self._shape[1:]).reshape(len(found), -1)
-        found = found.view(len(found), -1)
-        return found[kinds - first] if last > first else found
-
-
 def _indicators(keeps: Sequence[Keep | None], size: int) -> Tensor:
-    """Return which indices each choice has: (choices, size) of 0 and 1, or (choices, 1) of 1 if none is cut."""
+    """Return which indices each region has: (regions, size) of 0 and 1, or (regions, 1) of 1 if none is cut."""
     if all(keep is None or keep.is_full for keep in keeps):
         return torch.ones(len(keeps), 1, dtype=torch.float64)
     found = np.zeros((len(keeps), size))
