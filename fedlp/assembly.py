@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedlp.config import RunConfig, from_yaml, to_plain
-from fedlp.data.datasets import DataInfo, describe_dataset, load_dataset
-from fedlp.data.partition import partition_examples
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
+from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
+from fedlp.data.partition import partition_examples, plot_partition
+from fedlp.errors import CheckpointError, ConfigError
 from fedlp.federation import messages
 from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
@@ -64,12 +69,19 @@ def make_plan(cfg: str) -> Plan:
 
 
 @lru_cache(maxsize=1)
+def load_parts(cfg: str) -> tuple[FederatedData, tuple[NDArray[np.int64], ...]]:
+    """Return the data of a config (YAML), and the indices of each client's training examples."""
+    config = make_plan(cfg).config
+    data = load_dataset(config.dataset, config.seed)
+    return data, partition_examples(config.partition, data.train, config.num_clients, config.seed)
+
+
+@lru_cache(maxsize=1)
 def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
     """Return what a client process keeps: data, partition, models. The local engine's workers inherit the parent's."""
     plan = make_plan(cfg)
     config = plan.config
-    data = load_dataset(config.dataset, config.seed)
-    parts = partition_examples(config.partition, data.train, config.num_clients, config.seed)
+    data, parts = load_parts(cfg)
     keeps_heads = config.strategy.name == "fedlp_hetero" and config.strategy.persist_heads
     store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps_heads else None
     return ClientRuntime(config, plan.info, plan.submodels, Shards(data.train, parts), data.test, store)
@@ -78,13 +90,14 @@ def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
     """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
     plan = make_plan(cfg)
-    config = replace(plan.config, resume=None)
+    config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     directory = RunDirectory(out)
     state = directory.resume() if plan.config.resume else None
     if state is None:
         directory.begin(to_yaml(config))
     else:
-        check_state(state, plan.submodels.spec)
+        _check_fits(state, plan.submodels)
+        directory.write_config(to_yaml(config))
     runtime = make_runtime(cfg, str(directory.clients))
 
     def record(round_record: Any, round_state: ServerState) -> None:
@@ -110,7 +123,7 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
 
 def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
     """Run on the local engine; return the manifest."""
-    plan = make_plan(cfg)
+    plan, out = make_plan(cfg), out.absolute()
     config = plan.config
     runtime = make_runtime(cfg, str(RunDirectory(out).clients))  # before the fork, so that workers share it
     size = sum(tensor.numel() * tensor.element_size() for tensor in plan.initial_params().values())
@@ -134,13 +147,45 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
         Names a run from its plain config.
     """
     config = from_yaml(cfg)
-    done = RunDirectory(out).last_round() if config.resume else 0
+    _check_device(config.device)
+    _plot_partition(cfg, out)
+    state = RunDirectory(out).resume() if config.resume else None
+    done = 0 if state is None else state.server_round
+    if done > config.num_rounds:
+        raise ConfigError(f"num_rounds={config.num_rounds}, but the run in {out} has done {done}; give a larger number")
     progress = Progress(config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         return RunDirectory(out).read_manifest()
     return run_locally(cfg, out, [lambda record, _: progress.show(asdict(record))])
+
+
+def _plot_partition(cfg: str, out: Path) -> None:
+    """Draw the partition where the config asks for it."""
+    if make_plan(cfg).config.plot_partition:
+        data, parts = load_parts(cfg)
+        plot_partition(parts, data.train.targets, out / "partition.png")
+
+
+def _check_fits(state: ServerState, submodels: SubModels) -> None:
+    """Raise CheckpointError where a checkpoint is not one of this model."""
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.params.items()}
+    for name, info in submodels.spec.tensors.items():
+        if found.get(name) != (info.shape, info.dtype):
+            raise CheckpointError(
+                f"the checkpoint of round {state.server_round} does not fit the model of config.yaml (tensor {name}); "
+                f"restore the config.yaml that the run began with"
+            )
+
+
+def _check_device(name: str) -> None:
+    """Raise ConfigError where this machine has no such device; CUDA is not started, which would not survive a fork."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"device={name}: this machine has {count} CUDA devices that this PyTorch can use; set device=cpu"
+        )
 
 
 def count_cores() -> int:
@@ -161,7 +206,10 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     if plan.info.num_train is not None:
         examples = plan.info.num_train / plan.config.num_clients * per_round * plan.config.local.epochs
         totals["macs"] = expected["training_macs_per_example"] * examples * plan.config.num_rounds
-    return RunDirectory(out).write_manifest(to_plain(plan.config), expected, expected_totals=totals)
+    directory = RunDirectory(out)
+    directory.refuse_if_used()
+    _plot_partition(cfg, out)
+    return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
 
 
 server_app = make_server_app(serve_run)

@@ -134,6 +134,7 @@ class RunConfig:
     device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
     dry_run: bool = False
     resume: str | None = None  # a run directory
+    plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
     label: str | None = None  # what reports call the run; a name is made from the config where absent
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -219,8 +220,11 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, FedLPError):
             return str(cause)
         cause = cause.__cause__
-    unknown = re.match(r"Could not override '([^']+)'", str(error))
-    return _no_such_option(unknown[1]) if unknown else one_line(error)
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return _no_such_option(unknown[1])
+    if str(error).startswith("Error merging override") and error.__cause__ is not None:
+        return f"{one_line(error)}: {one_line(error.__cause__)}"
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
 
 
 def _no_such_option(name: str) -> str:
@@ -243,6 +247,7 @@ def validate(config: RunConfig) -> None:
     for name in ("num_rounds", "num_clients", "clients_per_round", "eval_every", "eval_batch_size", "checkpoint_every"):
         _require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
     _require(
         config.clients_per_round <= config.num_clients,
         "clients_per_round",
@@ -302,7 +307,8 @@ def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:
         fits = len(shares) == len(widths) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
         _require(fits, "strategy.width_probabilities", shares, "one share per width, summing to 1")
     _choice("strategy.server_optimizer", strategy.server_optimizer, ("none", "momentum", "adam"))
-    _require(strategy.server_lr > 0, "strategy.server_lr", strategy.server_lr, "above 0")
+    lr = strategy.server_lr
+    _require(math.isfinite(lr) and lr > 0, "strategy.server_lr", lr, "a finite number above 0")
     for name in ("server_momentum", "server_beta2"):
         _require(0 <= getattr(strategy, name) < 1, f"strategy.{name}", getattr(strategy, name), "in [0, 1)")
     _require(strategy.server_epsilon > 0, "strategy.server_epsilon", strategy.server_epsilon, "above 0")

@@ -32,6 +32,8 @@ _NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your con
 
 def one_line(error: BaseException) -> str:
     """Return what an error of another library says, in one line, without what only its authors can use."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(kept).replace(":; ", ": ") or type(error).__name__

@@ -7,9 +7,11 @@ batch by batch, in channels-last layout, which is the faster one for convolution
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +55,7 @@ def prepare_inputs(inputs: Tensor, info: DataInfo, device: torch.device) -> Tens
     return batch.to(torch.float32).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
+@lru_cache(maxsize=8)
 def _channel_constants(info: DataInfo, device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(info.mean, device=device).mul_(255).view(1, -1, 1, 1)
     std = torch.tensor(info.std, device=device).mul_(255).view(1, -1, 1, 1)
@@ -144,14 +147,15 @@ def train_locally(
     losses: list[Tensor] = []
     sizes: list[int] = []
     for index in draw_batches(len(examples), config, rng):
-        raw = examples.inputs[index]
+        raw = examples.inputs.index_select(0, index)
         if info.augment:
             raw = augment_images(raw, rng, info.padding, info.flip)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
         step = nested[int(rng.integers(len(nested)))] if nested else None
         stepped = model if step is None else step.pull().train()
         logits = forward_logits(stepped, prepare_inputs(raw, info, device))
-        loss = mean_loss(logits, raw, examples.targets[index], info)
+        loss = mean_loss(logits, raw, examples.targets.index_select(0, index), info)
         loss.backward()  # type: ignore[no-untyped-call]
         if step is not None:
             step.push()
@@ -161,8 +165,8 @@ def train_locally(
         losses.append(loss.detach())
         sizes.append(len(index))
     num_batches = len(losses) // config.epochs
-    last, weights = torch.stack(losses[-num_batches:]).cpu(), torch.tensor(sizes[-num_batches:])
-    return TrainResult(sum(sizes), float((last * weights).sum() / weights.sum()))
+    last, weights = torch.stack(losses[-num_batches:]).tolist(), sizes[-num_batches:]
+    return TrainResult(sum(sizes), sum(map(operator.mul, last, weights)) / sum(weights))
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """FedLP's table on real CIFAR-10: FedAvg, FedLP-Homo and FedLP-Hetero, iid and Dirichlet, one after another.
 
-    python experiments/fedlp_table/run.py --data ROOT            # about two hours on two cores; stop and start as you like
+    python experiments/fedlp_table/run.py --data ROOT            # two cores: about two hours; stop and start as you like
     python experiments/fedlp_table/run.py --data ROOT --collect  # only copy what is finished into results/
 
 Every run is an ordinary run directory under ``--out``. Finished ones are skipped, stopped ones are resumed.
@@ -59,7 +59,7 @@ def run(out: Path, overrides: list[str], data: Path) -> int:
 
 
 def collect(out: Path, results: Path) -> None:
-    """Copy config, manifest and rounds (without the per-client costs) of every finished run, and plot each partition."""
+    """Copy config, manifest and rounds (without per-client costs) of every finished run; plot each partition."""
     for manifest in sorted(out.glob("*/*/*/manifest.json")):
         if not json.loads(manifest.read_text())["final_metrics"]:
             continue

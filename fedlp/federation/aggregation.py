@@ -1,6 +1,7 @@
 r"""The aggregation kernel: every entry of the model averaged over the clients that returned it.
 
-.. math:: x_e \leftarrow \frac{\sum_{k \in C(e)} w_k x_{k,e}}{\sum_{k \in C(e)} w_k}, \qquad C(e) = \{k : k \text{ returned } e\}
+.. math:: x_e \leftarrow \frac{\sum_{k \in C_e} w_k x_{k,e}}{\sum_{k \in C_e} w_k},
+   \qquad C_e = \{k : k \text{ returned } e\}
 
 With everybody returning everything this is FedAvg (McMahan et al., AISTATS 2017), with layers missing FedLP (Zhu et
 al., ICC 2023), with width slices the overlap average of HeteroFL (Diao et al., ICLR 2021).
@@ -14,19 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlp.federation.coverage import WHOLE, Denominator, Keeps, Region, region
+from fedlp.federation.segments import Entry, HeldUpdate, Part, Segment
 
 BLOCK = 1 << 18  # numbers per block: 2 MiB of sums and as much of scratch
 GROUP = 64  # updates held back at most
 GROUP_BYTES = 1 << 28  # bytes of updates held back, but for the last one
 
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)  # at most 24 bits of mantissa
+WeightedUpdate = tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]
+"""What :meth:`CoverageAverage.add` takes: params, keeps, weight."""
 
 
 class CoverageAverage:
@@ -59,7 +63,7 @@ class CoverageAverage:
         neighbours = zip(self._names, self._names[1:], strict=False)
         self._before = {name: before for before, name in neighbours if params[name].dtype == params[before].dtype}
         self._weights: dict[str, dict[Region, float]] = {name: {} for name in params}
-        self._pending: list[_Update] = []
+        self._pending: list[HeldUpdate] = []
         self._pending_bytes = 0
         self._sums: Tensor | None = None
         self._summed: set[str] = set()  # whose sums are initialised
@@ -86,7 +90,7 @@ class CoverageAverage:
         """
         if not 0.0 < weight < math.inf:
             raise ValueError(f"an update's weight is {weight}; it must be finite and > 0")
-        update = _Update({}, set(), float(weight))
+        update = HeldUpdate({}, set(), float(weight))
         for name, values in params.items():
             entry = self._entry(name, values, keeps.get(name))
             update.entries[name] = entry
@@ -112,41 +116,54 @@ class CoverageAverage:
         coverage : dict from tensor name to float
             Fraction of the tensor's entries that at least one client returned, in [0, 1].
         """
-        averages: dict[str, Tensor] = {}
-        coverage = dict.fromkeys(self._params, 0.0)
-        for segment in self._segments([name for name in self._names if self._weights[name]], finish=True):
-            first = segment.names[0]
+        params, coverage = self._allocate(), dict.fromkeys(self._params, 0.0)
+        make_denominator = lru_cache(Denominator)  # many tensors have that of another
+        covered_names = [name for name in self._names if self._weights[name]]
+        for name in self._params.keys() - covered_names:
+            params[name].copy_(self._params[name])
+        for segment in self._segments(covered_names, finish=True):
+            first, numel = segment.names[0], segment.shape.numel()
             weights = self._weights[first]
-            denominator = weights[WHOLE] if self._is_dense(first) else Denominator(weights, segment.shape)
-            out = _empty(segment.shape.numel(), self._params[first].dtype)
+            denominator: float | Denominator = sum(weights.values())
+            if numel and not self._is_dense(first):
+                denominator = make_denominator(tuple(weights.items()), segment.shape)
+            out = params[first].as_strided((numel,), (1,))
             covered = sum(self._finish(segment, denominator, lo, hi, out) for lo, hi in segment.blocks(self._block))
-            for name in segment.names:
-                start, shape = self._starts[name] - segment.start, self._params[name].shape
-                averages[name] = out[start : start + shape.numel()].view(shape)
-                coverage[name] = covered / out.numel() if out.numel() else 1.0
-        params = {name: averages[name] if name in averages else old.clone() for name, old in self._params.items()}
+            coverage.update(dict.fromkeys(segment.names, covered / numel if numel else 1.0))
         return params, coverage
 
     def covered(self, name: str) -> bool | Tensor:
         """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
         weights, shape = self._weights[name], self._params[name].shape
-        if WHOLE in weights or not weights:
+        if WHOLE in weights or not weights or not shape.numel():
             return bool(weights)
-        mask = Denominator(weights, shape).rows(0, shape[0]) > 0.0
-        if bool(mask.all()):
-            return True
-        return bool(mask.any()) and mask.expand(shape[0], shape[1:].numel()).reshape(shape)
+        found, kinds = Denominator(tuple(weights.items()), shape).rows(0, shape[0])
+        mask = found > 0.0
+        if bool(mask.all()) or not bool(mask.any()):
+            return bool(mask.any())
+        return (mask if kinds is None else mask[kinds]).expand(shape[0], shape[1:].numel()).reshape(shape)
 
-    def _entry(self, name: str, values: Tensor, keeps: Keeps | None) -> _Entry:
+    def _entry(self, name: str, values: Tensor, keeps: Keeps | None) -> Entry:
         if name not in self._params:
             raise ValueError(f"an update holds {name!r}, which the model does not have")
-        entry = _Entry(values, region(keeps))
+        entry = Entry(values, region(keeps))
         expected = entry.region.shape or self._params[name].shape
         if values.shape != expected:
             raise ValueError(f"an update's {name!r} has shape {tuple(values.shape)}, not {tuple(expected)}")
         return entry
 
-    # ------------------------------------------------------------------------------------------------------------ the sums
+    def _allocate(self) -> dict[str, Tensor]:
+        """Return uninitialised tensors like the global ones, those of a dtype in one buffer."""
+        found = {}
+        for dtype, group in groupby(self._names, key=lambda name: self._params[name].dtype):
+            names = list(group)
+            shapes = [self._params[name].shape for name in names]
+            sizes = [shape.numel() for shape in shapes]
+            flats = torch.split(_empty(sum(sizes), dtype), sizes)
+            found.update({name: flat.view(shape) for name, flat, shape in zip(names, flats, shapes, strict=True)})
+        return {name: found[name] for name in self._params}
+
+    # --------------------------------------------------------------------------------------------------------- the sums
     @torch.no_grad()
     def _flush(self) -> None:
         """Add the updates held back to the sums."""
@@ -159,28 +176,37 @@ class CoverageAverage:
         self._summed |= returned
         self._pending, self._pending_bytes = [], 0
 
-    def _finish(self, segment: _Segment, denominator: float | Denominator, lo: int, hi: int, out: Tensor) -> int:
+    def _finish(self, segment: Segment, denominator: float | Denominator, lo: int, hi: int, out: Tensor) -> int:
         """Write the average of the rows ``[lo, hi)`` into ``out``; return how many of its entries are covered."""
         out = segment.rows(out, lo, hi)
-        total = self._total.resize_(out.shape)
-        if segment.is_summed and self._sums is not None:
-            total.copy_(segment.rows(self._sums[segment.start :], lo, hi))
-        self._accumulate(segment, lo, total)
         if isinstance(denominator, float):
-            total.div_(denominator)
-            out.copy_(total if out.is_floating_point() else total.round_())
+            _write(self._sum(segment, lo, hi).div_(denominator), out)
             return out.numel()
-        weights = denominator.rows(lo, hi)
-        mask = weights > 0.0
+        weights, kinds = denominator.rows(lo, hi)
+        mask = weights > 0.0 if kinds is None else (weights > 0.0)[kinds]
+        old = self._params[segment.names[0]][lo:hi]
         covered = int(mask.count_nonzero())
-        total, out = total.view(hi - lo, -1).div_(weights), out.view(hi - lo, -1)
-        out.copy_(total if out.is_floating_point() else total.round_())
+        if covered == 0:
+            out.copy_(old)
+            return 0
+        total = self._sum(segment, lo, hi).view(hi - lo, -1)
+        if kinds is not None:
+            weights = torch.index_select(weights, 0, kinds, out=self._wide.resize_(hi - lo, weights.shape[1]))
+        out = out.view(hi - lo, -1)
+        _write(total.div_(weights), out)
         if covered < mask.numel():
-            old = self._params[segment.names[0]][lo:hi].reshape(hi - lo, -1)
-            torch.where(mask, out, old, out=out)
+            torch.where(mask, out, old.reshape(hi - lo, -1), out=out)
         return covered * (out.numel() // mask.numel())
 
-    def _accumulate(self, segment: _Segment, lo: int, total: Tensor) -> None:
+    def _sum(self, segment: Segment, lo: int, hi: int) -> Tensor:
+        """Return the sums of some rows, with the updates held back, in scratch."""
+        total = self._total.resize_(hi - lo, *segment.shape[1:])
+        if self._sums is not None and segment.is_summed:
+            total.copy_(segment.rows(self._sums[segment.start :], lo, hi))
+        self._accumulate(segment, lo, total)
+        return total
+
+    def _accumulate(self, segment: Segment, lo: int, total: Tensor) -> None:
         """Add the updates held back to ``total``, the sums of rows from ``lo`` on."""
         parts = segment.parts
         if not segment.is_summed:
@@ -197,8 +223,8 @@ class CoverageAverage:
                 else:
                     into.add_(wide.mul_(part.weight))
 
-    # -------------------------------------------------------------------------------------------------------- the segments
-    def _segments(self, names: Sequence[str], finish: bool) -> Iterator[_Segment]:
+    # ----------------------------------------------------------------------------------------------------- the segments
+    def _segments(self, names: Sequence[str], finish: bool) -> Iterator[Segment]:
         """Yield the tensors, joined where every update held back (and the average) treats neighbours as one run."""
         run: list[str] = []
         for name in names:
@@ -214,104 +240,38 @@ class CoverageAverage:
             return False
         if (name in self._summed) != (before in self._summed):
             return False
-        return all(update.is_joined(before, name) for update in self._pending)
+        return all(update.joins(before, name) for update in self._pending)
 
     def _is_dense(self, name: str) -> bool:
         return self._weights[name].keys() == {WHOLE}
 
-    def _segment(self, names: list[str], finish: bool) -> _Segment:
+    def _segment(self, names: list[str], finish: bool) -> Segment:
         first, shape = names[0], self._params[names[0]].shape
         updates = [update for update in self._pending if first in update.entries]
         entries = [update.entries[first] for update in updates]
         if all(entry.is_flat for entry in entries) and (self._is_dense(first) or not finish):
             shape = torch.Size((sum(self._params[name].numel() for name in names),))
-            entries = [_Entry(entry.values.as_strided(shape, (1,)), WHOLE) for entry in entries]
+            entries = [Entry(entry.values.as_strided(shape, (1,)), WHOLE) for entry in entries]
         parts = [
-            _Part(entry.values, entry.region, update.weight, _is_exact(update.weight, entry.values.dtype))
+            Part(entry.values, entry.region, update.weight, update.is_exact(entry.values.dtype))
             for entry, update in zip(entries, updates, strict=True)
         ]
-        return _Segment(names, self._starts[first], shape, parts, first in self._summed)
+        return Segment(names, self._starts[first], shape, parts, first in self._summed)
 
 
 def coverage_average(
-    params: Mapping[str, Tensor], updates: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]]
+    params: Mapping[str, Tensor], updates: Iterable[WeightedUpdate]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return :meth:`CoverageAverage.result` after the ``(params, keeps, weight)`` of all updates, in their order."""
+    """Return :meth:`CoverageAverage.result` after all updates, added in their order."""
     average = CoverageAverage(params)
     for update in updates:
         average.add(*update)
     return average.result()
 
 
-@dataclass(slots=True)
-class _Entry:
-    """What one update returned of one tensor."""
-
-    values: Tensor
-    region: Region
-
-    @property
-    def is_flat(self) -> bool:
-        return self.region is WHOLE and self.values.is_contiguous()
-
-    def follows(self, before: _Entry | None) -> bool:
-        """Whether the entry lies right behind another in the same memory, so that both are one run."""
-        if before is None or not (self.is_flat and before.is_flat):
-            return False
-        one, two = before.values, self.values
-        if one.dtype != two.dtype or one.data_ptr() + one.nbytes != two.data_ptr():
-            return False
-        return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
-
-
-@dataclass(slots=True)
-class _Update:
-    """An update held back; ``joined`` are the tensors that follow, in memory, the one before them in the model."""
-
-    entries: dict[str, _Entry]
-    joined: set[str]
-    weight: float
-
-    def is_joined(self, before: str, name: str) -> bool:
-        return name in self.joined or not (name in self.entries or before in self.entries)
-
-
-@dataclass(slots=True)
-class _Part:
-    """What one update adds to a segment."""
-
-    values: Tensor
-    region: Region
-    weight: float
-    is_exact: bool
-
-
-@dataclass(slots=True)
-class _Segment:
-    """A tensor, or neighbouring tensors as one flat run."""
-
-    names: list[str]
-    start: int
-    shape: torch.Size
-    parts: list[_Part]
-    is_summed: bool
-
-    def blocks(self, numel: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of rows, each of at most ``numel`` numbers or of one row."""
-        step = max(1, numel // max(1, self.shape[1:].numel()))
-        for lo in range(0, self.shape[0], step):
-            yield lo, min(lo + step, self.shape[0])
-
-    def rows(self, flat: Tensor, lo: int, hi: int) -> Tensor:
-        """Return the rows ``[lo, hi)`` of a buffer that begins with the segment."""
-        row = self.shape[1:].numel()
-        return flat[lo * row : hi * row].view(hi - lo, *self.shape[1:])
-
-
-def _is_exact(weight: float, dtype: torch.dtype) -> bool:
-    """Whether a weight (of at most 29 bits) times any value (of at most 24) is exact in float64 (53)."""
-    mantissa, exponent = math.frexp(weight)
-    return dtype in _NARROW and abs(exponent) <= 128 and (mantissa * 2**29).is_integer()
+def _write(average: Tensor, out: Tensor) -> None:
+    """Cast an average, rounding it in place where ``out`` holds integers."""
+    out.copy_(average if out.is_floating_point() else average.round_())
 
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,6 @@ class ClientRuntime:
         self.test = test
         self.store = store
         self.device = torch.device(config.device)
-        self._whole = lru_cache(maxsize=1)(self._build_whole)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
 
     def profile(self, client_id: int) -> ClientProfile:
@@ -85,13 +84,12 @@ class ClientRuntime:
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the tensors asked for."""
         seed, client_id, server_round = self.config.seed, instruction.client_id, instruction.server_round
-        model = self._load_submodel(instruction)
+        model, state = self._load_submodel(instruction)
         examples = self.shards.of(client_id)
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
         result = train_locally(
             model, examples, self.info, self.config.local, rng, self._nested(instruction.submodel, model)
         )
-        state = state_tensors(model)
         self._save_personal(instruction, state)
         return ClientUpdate(
             server_round=server_round,
@@ -103,32 +101,33 @@ class ClientRuntime:
 
     def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
         """Return the global model's evaluation sums on test examples ``start`` to ``stop``."""
-        model = self._whole()
-        load_tensors(model, params)
+        model, state = self._skeleton(None, ())
+        load_tensors(state, params)
         return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
 
     # ---- sub-models
-    def _build_whole(self) -> nn.Module:
-        return self.submodels.skeleton().to(self.device)
-
-    def _build_skeleton(self, depth: int | None, counts: tuple[tuple[str, int, int], ...]) -> nn.Module:
-        """Return a model of the sub-model's shapes; which units it holds does not matter for its shapes."""
+    def _build_skeleton(
+        self, depth: int | None, counts: tuple[tuple[str, int, int], ...]
+    ) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of the sub-model's shapes and its live tensors; which units it holds changes no shape."""
         if depth is not None:
-            return self.submodels.spec.build_depth(depth, self.config.seed, client_id=0).to(self.device)
-        if not counts:
-            return self._whole()
-        widths = {axis: Keep.first(count, size) for axis, count, size in counts}
-        return cut_model(self.submodels.skeleton(), self.submodels.widths, widths).to(self.device)
+            model = self.submodels.spec.build_depth(depth, self.config.seed, client_id=0)
+        else:
+            model = self.submodels.skeleton()
+        if counts:
+            widths = {axis: Keep.first(count, size) for axis, count, size in counts}
+            model = cut_model(model, self.submodels.widths, widths)
+        model = model.to(self.device)
+        return model, state_tensors(model)
 
-    def _load_submodel(self, instruction: TrainInstruction) -> nn.Module:
+    def _load_submodel(self, instruction: TrainInstruction) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return the sub-model with the instruction's values, and its live tensors."""
         submodel = instruction.submodel
         counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
-        model = self._skeleton(submodel.depth, counts)
-        load_tensors(model, instruction.params)
-        personal = self._load_personal(instruction)
-        if personal:
-            load_tensors(model, personal)
-        return model
+        model, state = self._skeleton(submodel.depth, counts)
+        load_tensors(state, instruction.params)
+        load_tensors(state, self._load_personal(instruction))
+        return model, state
 
     def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
         """Return the nested widths that the client's steps draw from; the last one is the client's whole slice."""
@@ -157,10 +156,8 @@ class ClientRuntime:
             self.store.save(instruction.client_id, instruction.server_round, personal)
 
 
-@torch.no_grad()
-def load_tensors(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model of the same shapes, in place."""
-    state = state_tensors(model)
+def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's live tensors."""
     for name, tensor in params.items():
         state[name].copy_(tensor)
 

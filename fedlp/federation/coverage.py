@@ -7,7 +7,7 @@ size is made while updates come in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -97,7 +97,7 @@ def region(keeps: Keeps | None) -> Region:
     return WHOLE if keeps is None else _region(keeps)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _region(keeps: Keeps) -> Region:
     if all(keep.is_full for keep in keeps):
         return WHOLE
@@ -114,33 +114,41 @@ class Denominator:
 
     Parameters
     ----------
-    weights : mapping from Region to float
+    weights : tuple of (Region, float)
         At least one.
     shape : torch.Size
-        The global tensor's; at least one axis.
+        The global tensor's; at least one axis and one entry.
     """
 
-    def __init__(self, weights: Mapping[Region, float], shape: torch.Size) -> None:
+    def __init__(self, weights: tuple[tuple[Region, float], ...], shape: torch.Size) -> None:
         rows, *others = [
-            _indicators([each.keeps and each.keeps[axis] for each in weights], size) for axis, size in enumerate(shape)
+            _indicators([None if part.keeps is None else part.keeps[axis] for part, _ in weights], size)
+            for axis, size in enumerate(shape)
         ]
         is_new = (rows[:, 1:] != rows[:, :-1]).any(0)
         self._kind = torch.cat([torch.zeros(1, dtype=torch.long), is_new.cumsum(0)])  # of each row
         firsts = torch.cat([torch.zeros(1, dtype=torch.long), 1 + is_new.nonzero()[:, 0]])
-        self._rows = rows[:, firsts] * torch.tensor(list(weights.values()), dtype=torch.float64)[:, None]
+        self._rows = rows[:, firsts] * torch.tensor([[weight] for _, weight in weights], dtype=torch.float64)
         self._others = torch.ones(len(weights), 1, dtype=torch.float64)
         for other in others:
             self._others = (self._others[:, :, None] * other[:, None, :]).flatten(1)
         self._lengths, self._shape = [other.shape[1] for other in others], shape[1:]
 
-    def rows(self, lo: int, hi: int) -> Tensor:
-        """Return the weights behind the rows ``[lo, hi)``: (hi - lo, numbers per row), or 1 where all are equal."""
+    def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
+        """Return the weights behind the rows ``[lo, hi)``.
+
+        Returns
+        -------
+        weights : (kinds, numbers per row), or (kinds, 1) where every row is behind one weight
+        kinds : (hi - lo,) or None
+            Which row of ``weights`` is that of each row; None where there is only one.
+        """
         kinds = self._kind[lo:hi] if len(self._kind) > 1 else self._kind
         first, last = int(kinds[0]), int(kinds[-1])
         found = self._rows[:, first : last + 1].T @ self._others
         if found.shape[1] > 1:
             found = found.view(-1, *self._lengths).expand(-1, *self._shape).reshape(len(found), -1)
-        return found[kinds - first] if last > first else found
+        return found, kinds - first if last > first else None
 
 
 def _runs(keep: Keep) -> list[tuple[int, int, int]]:

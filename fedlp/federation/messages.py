@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submo
         {
             "server-round": instruction.server_round,
             "client-id": instruction.client_id,
-            "uploads": encode_names(instruction.uploads, tuple(submodels.spec.tensors)),
+            "uploads": encode_names(instruction.uploads, submodels.names),
         }
     )
     submodel = instruction.submodel
@@ -65,7 +66,7 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
         Where a record is missing or malformed.
     """
     try:
-        record = content.config_records[INSTRUCTION]
+        record = _config(content, INSTRUCTION)
         client_id = _integer(record, "client-id")
         widths = {}
         if "widths" in record:
@@ -82,7 +83,7 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
             client_id=client_id,
             params=_decode_params(content, layout.signature()),
             submodel=submodel,
-            uploads=decode_names(_bytes(record, "uploads"), tuple(submodels.spec.tensors)),
+            uploads=decode_names(_bytes(record, "uploads"), submodels.names),
         )
     except (KeyError, ValueError, TypeError, struct.error) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {_reason(error)}") from error
@@ -98,7 +99,7 @@ def encode_update(update: ClientUpdate, submodels: SubModels) -> RecordDict:
                 {
                     "server-round": update.server_round,
                     "client-id": update.client_id,
-                    "uploads": encode_names(update.params, tuple(submodels.spec.tensors)),
+                    "uploads": encode_names(frozenset(update.params), submodels.names),
                 }
             ),
             METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
@@ -119,10 +120,9 @@ def decode_update(
     """
     who = f"client {assigned.client_id}, round {assigned.server_round}"
     try:
-        record = content.config_records[UPDATE]
-        metrics = content.metric_records[METRICS]
+        record, metrics = _config(content, UPDATE), _metrics(content)
         server_round, client_id = _integer(record, "server-round"), _integer(record, "client-id")
-        uploads = decode_names(_bytes(record, "uploads"), tuple(submodels.spec.tensors))
+        uploads = decode_names(_bytes(record, "uploads"), submodels.names)
         num_examples = metrics["num-examples"]
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"{who}: the update cannot be read: {_reason(error)}") from error
@@ -174,7 +174,7 @@ def encode_profile(profile: ClientProfile) -> RecordDict:
 def decode_profile(content: RecordDict) -> ClientProfile:
     """Return a client's profile; ProtocolError where it is malformed."""
     try:
-        record = content.config_records[PROFILE]
+        record = _config(content, PROFILE)
         profile = ClientProfile(_integer(record, "client-id"), _integer(record, "num-examples"))
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"a client's profile cannot be read: {_reason(error)}") from error
@@ -190,7 +190,7 @@ def encode_range(params: ArrayRecord, start: int, stop: int) -> RecordDict:
 
 def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
     """Return the whole model and the range of test examples to evaluate."""
-    record = content.config_records[RANGE]
+    record = _config(content, RANGE)
     params = _decode_params(content, submodels.layout(SubModel()).signature())
     return params, _integer(record, "start"), _integer(record, "stop")
 
@@ -202,7 +202,7 @@ def encode_sums(sums: dict[str, float]) -> RecordDict:
 
 def decode_sums(content: RecordDict) -> dict[str, float]:
     """Return additive evaluation sums."""
-    return {key: float(value) for key, value in content.metric_records[METRICS].items()}  # type: ignore[arg-type]
+    return {key: float(value) for key, value in _metrics(content).items()}  # type: ignore[arg-type]
 
 
 def count_bytes(content: RecordDict) -> int:
@@ -211,14 +211,15 @@ def count_bytes(content: RecordDict) -> int:
 
 
 # ---- index sets
-def encode_names(names: Iterable[str], all_names: Sequence[str]) -> bytes:
+@lru_cache(maxsize=1024)
+def encode_names(chosen: frozenset[str], all_names: tuple[str, ...]) -> bytes:
     """Return a bitmap over ``all_names``: bit i of byte i // 8 (least significant first) is name i."""
-    chosen = frozenset(names)
     bits = np.fromiter((name in chosen for name in all_names), dtype=bool, count=len(all_names))
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def decode_names(data: bytes, all_names: Sequence[str]) -> frozenset[str]:
+@lru_cache(maxsize=1024)
+def decode_names(data: bytes, all_names: tuple[str, ...]) -> frozenset[str]:
     """Invert :func:`encode_names`; ValueError where the bitmap is not of that length."""
     bits = _unpack_bits(data, len(all_names), "uploads")
     return frozenset(all_names[int(i)] for i in np.flatnonzero(bits))
@@ -287,8 +288,25 @@ def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]
 
 
 def _decode_params(content: RecordDict, signature: Signature) -> dict[str, Tensor]:
-    arrays = content.array_records[PARAMS]
+    arrays = content[PARAMS]
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError(f"record {PARAMS} holds no arrays")
     return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)
+
+
+def _config(content: RecordDict, key: str) -> ConfigRecord:
+    """Return a record by its key; RecordDict's own views by type copy all records first."""
+    record = content[key]
+    if not isinstance(record, ConfigRecord):
+        raise ValueError(f"record {key} is no config")
+    return record
+
+
+def _metrics(content: RecordDict) -> MetricRecord:
+    record = content[METRICS]
+    if not isinstance(record, MetricRecord):
+        raise ValueError(f"record {METRICS} holds no metrics")
+    return record
 
 
 def _integer(record: ConfigRecord, key: str) -> int:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedlp.models import state_tensors
-from fedlp.pruning.groups import WidthSpec, cut_model, slice_tensor, tensor_keeps
+from fedlp.models.spec import named_tensors
+from fedlp.pruning.groups import WidthSpec, cut_model
 from fedlp.types import Keep
 
 
@@ -30,39 +30,37 @@ class NestedWidth:
     """
 
     def __init__(self, model: nn.Module, spec: WidthSpec, counts: Mapping[str, int], kept: Mapping[str, int]) -> None:
-        client_spec = replace(spec, axes=dict(counts))
         widths = {axis: Keep.first(kept[axis], size) for axis, size in counts.items()}
-        self.small = cut_model(model, client_spec, widths)
-        self._large = state_tensors(model)
-        self._tensors = state_tensors(self.small)
-        self._keeps = {
-            name: tensor_keeps(client_spec, name, tuple(tensor.shape), widths) for name, tensor in self._large.items()
-        }
+        self._small = cut_model(model, replace(spec, axes=dict(counts)), widths)
+        large = named_tensors(model)
+        # First units are leading corners, so a view of the client's tensor is all it takes.
+        self._pairs = [
+            (_corner(large[name], tensor), tensor, large[name]) for name, tensor in named_tensors(self._small).items()
+        ]
 
     @torch.no_grad()
     def pull(self) -> nn.Module:
         """Copy the client's current values into the nested model and return it."""
-        for name, tensor in self._tensors.items():
-            tensor.copy_(slice_tensor(self._large[name], self._keeps[name]))
+        for corner, tensor, _ in self._pairs:
+            tensor.copy_(corner)
             tensor.grad = None
-        return self.small
+        return self._small
 
     @torch.no_grad()
     def push(self) -> None:
         """Set the client's gradients to the nested model's, zero elsewhere, and take over its buffers."""
-        for name, tensor in self._tensors.items():
-            large = self._large[name]
+        for corner, tensor, large in self._pairs:
             if tensor.requires_grad:
                 large.grad = torch.zeros_like(large)
                 if tensor.grad is not None:
-                    _first(large.grad, tensor).copy_(tensor.grad)
+                    _corner(large.grad, tensor).copy_(tensor.grad)
             else:
-                _first(large, tensor).copy_(tensor)
+                corner.copy_(tensor)
 
 
-def _first(large: Tensor, small: Tensor) -> Tensor:
-    """Return the leading corner of ``large`` that has the shape of ``small``."""
-    return large[tuple(slice(size) for size in small.shape)]
+def _corner(large: Tensor, small: Tensor) -> Tensor:
+    """Return a view of the leading corner of ``large`` that has the shape of ``small``."""
+    return large.detach()[tuple(slice(size) for size in small.shape)]
 
 
 def nested_counts(counts: Mapping[str, int], sizes: Mapping[str, int], level: float) -> dict[str, int]:

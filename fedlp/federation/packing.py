@@ -32,6 +32,7 @@ Signature = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 """Names, shapes and dtypes of the tensors of a message, in order."""
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the short name of a dtype, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
@@ -55,26 +56,17 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, bytes]]:
     KeyError
         For a dtype that has no encoding.
     """
-    by_dtype: dict[str, list[Tensor]] = {}
+    counts: dict[str, int] = {}
+    parts: dict[str, list[Any]] = {}
     for tensor in tensors.values():
-        by_dtype.setdefault(dtype_name(tensor.dtype), []).append(tensor)
-    packed: dict[str, tuple[int, bytes]] = {}
-    for name, group in by_dtype.items():
-        count = sum(tensor.numel() for tensor in group)
-        header = npy_header(name, count)
-        itemsize = _NUMPY_TYPE[name].itemsize
-        image = bytearray(len(header) + count * itemsize)
-        image[: len(header)] = header
-        flat = np.frombuffer(image, dtype=_NUMPY_TYPE[name], offset=len(header))
-        start = 0
-        for tensor in group:
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            if name == "bfloat16":
-                values = values.view(torch.int16)
-            flat[start : start + values.numel()] = values.numpy()
-            start += values.numel()
-        packed[name] = (count, bytes(image))
-    return packed
+        name = dtype_name(tensor.dtype)
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        if name == "bfloat16":
+            values = values.view(torch.int16)
+        counts[name] = counts.get(name, 0) + values.numel()
+        parts.setdefault(name, []).append(values.numpy())
+    # One allocation, one copy: join reads the tensors' memory.
+    return {name: (count, b"".join((npy_header(name, count), *parts[name]))) for name, count in counts.items()}
 
 
 def unpack_tensors(packed: Mapping[str, memoryview | bytes], signature: Signature) -> dict[str, Tensor]:
@@ -86,18 +78,19 @@ def unpack_tensors(packed: Mapping[str, memoryview | bytes], signature: Signatur
         Where an array is missing, left over, or not exactly of the expected type and length; says which.
     """
     counts: dict[str, int] = {}
-    for _, shape, dtype in signature:
-        counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + math.prod(shape)
+    sizes = [math.prod(shape) for _, shape, _ in signature]
+    kinds = [dtype_name(dtype) for _, _, dtype in signature]
+    for kind, size in zip(kinds, sizes, strict=True):
+        counts[kind] = counts.get(kind, 0) + size
     if counts.keys() != packed.keys():
         raise ValueError(f"arrays {sorted(packed)} came, {sorted(counts)} were expected")
     flats = {name: _open_image(name, count, packed[name]) for name, count in counts.items()}
     starts = dict.fromkeys(counts, 0)
     tensors: dict[str, Tensor] = {}
-    for name, shape, dtype in signature:
-        kind = dtype_name(dtype)
-        start, count = starts[kind], math.prod(shape)
-        tensors[name] = flats[kind][start : start + count].view(shape)
-        starts[kind] = start + count
+    for (name, shape, _), kind, size in zip(signature, kinds, sizes, strict=True):
+        start = starts[kind]
+        tensors[name] = flats[kind][start : start + size].view(shape)
+        starts[kind] = start + size
     return tensors
 
 

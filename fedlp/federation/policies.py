@@ -62,8 +62,10 @@ class LayerUploads:
 
     def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
         """Return a fresh draw for this client and round."""
-        layers = self.submodels.spec.layers
-        return sample_uploads(self.seed, server_round, client_id, layers, self.rate(client_id), self.mask_unit)
+        rate, layers = self.rate(client_id), self.submodels.spec.layers
+        if rate == 1.0:  # whatever is drawn, all is sent
+            return self.submodels.layout(submodel).name_set
+        return sample_uploads(self.seed, server_round, client_id, layers, rate, self.mask_unit)
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return one case per client, or one for all."""
@@ -93,7 +95,7 @@ class DepthPrefixes:
 
     def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
         """Return all shared tensors of the prefix."""
-        return frozenset(self.submodels.layout(submodel).names)
+        return self.submodels.layout(submodel).name_set
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return one case per depth."""
@@ -107,10 +109,14 @@ class DepthPrefixes:
 class WidthSlices:
     """HeteroFL, FjORD and FedRolex: a width level per client, drawn once; all layers of the slice travel.
 
-    ``kind``: ``heterofl`` keeps the first units of every axis; ``fjord`` too, and local steps train random nested widths
-    up to the client's; ``fedrolex`` moves the window by one unit every round.
+    ``kind``: ``heterofl`` keeps the first units of every axis; ``fjord`` too, and its local steps train random nested
+    widths up to the client's; ``fedrolex`` moves the window by one unit every round. A level p keeps ceil(p * size)
+    units of each axis, at least one.
 
-    A level p keeps ceil(p * size) units of each axis, at least one.
+    Deviations
+    ----------
+    Slices and averages are the papers'; what they add around them is not here: HeteroFL's scaler, static BatchNorm and
+    masked loss, FjORD's self-distillation. BatchNorm statistics are averaged like every other tensor.
     """
 
     seed: int
@@ -139,7 +145,7 @@ class WidthSlices:
 
     def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
         """Return all tensors of the slice."""
-        return frozenset(self.submodels.spec.tensors)
+        return self.submodels.layout(submodel).name_set
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return one case per level."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -31,14 +32,26 @@ class RunDirectory:
         self._rounds = path / "rounds.jsonl"
 
     def begin(self, config_yaml: str) -> None:
-        """Start a new run here; what an earlier run left under these names is replaced."""
+        """Start a new run here; what a run that reached no checkpoint left under these names is deleted."""
+        self.refuse_if_used()
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in (self.path / "manifest.json", self.path / "model.safetensors"):
+            leftover.unlink(missing_ok=True)
+        if self.clients.is_dir():
+            shutil.rmtree(self.clients)
+        self.write_config(config_yaml)
+        self._rounds.write_bytes(b"")
+
+    def refuse_if_used(self) -> None:
+        """Raise ConfigError if a run's checkpoints lie here."""
         if any(self._checkpoints.glob("*.json")):
             raise ConfigError(
                 f"{self.path} holds a run already; continue it with resume={self.path}, or choose another hydra.run.dir"
             )
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write ``config.yaml``."""
         write_atomically(self.path / "config.yaml", config_yaml.encode())
-        self._rounds.write_bytes(b"")
 
     def resume(self) -> ServerState | None:
         """Return the state to go on from (None: from the start) and forget rounds that it does not include."""
@@ -52,11 +65,6 @@ class RunDirectory:
             )
         write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
         return state
-
-    def last_round(self) -> int:
-        """Return the round of the newest checkpoint, 0 where there is none."""
-        state = load_checkpoint(self._checkpoints)
-        return 0 if state is None else state.server_round
 
     def append_round(self, record: RoundRecord) -> None:
         """Add one line to ``rounds.jsonl``."""

@@ -127,6 +127,7 @@ class FedLPStrategy(Strategy):
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
         self._join(grid, timeout)
+        self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
@@ -163,6 +164,14 @@ class FedLPStrategy(Strategy):
                 )
             if not new and len(self._profiles) < self.config.num_clients:
                 time.sleep(_JOIN_POLL_S)
+
+    def _warn_of_starved_layers(self) -> None:
+        """Say which layers no client will ever return, such as the head where nobody has full depth."""
+        layouts = [self.submodels.layout(self.policy.submodel(1, client_id)) for client_id in self._profiles]
+        returned = {name for layout in set(layouts) for name in layout.names}
+        starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
+        if starved:
+            log.warning("no client trains %s: they keep their first values", ", ".join(starved))
 
     def _register(self, node: int, reply: Message) -> None:
         try:

@@ -5,20 +5,21 @@ Server and clients derive it from the same model, so a message never has to say 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.federation.packing import Signature
 from fedlp.models.spec import ModelSpec
 from fedlp.pruning.groups import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, SubModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SubModelLayout:
     """The shared tensors of one sub-model, in the global model's order.
 
@@ -44,13 +45,24 @@ class SubModelLayout:
         keeps = self.keeps.get(name)
         return self.spec.tensors[name].shape if keeps is None else tuple(keep.count for keep in keeps)
 
-    def signature(self, names: frozenset[str] | None = None) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    @cached_property
+    def name_set(self) -> frozenset[str]:
+        """The names, without their order."""
+        return frozenset(self.names)
+
+    @cached_property
+    def _signature(self) -> Signature:
+        return tuple((name, self.shape(name), self.spec.tensors[name].dtype) for name in self.names)
+
+    @cached_property
+    def _num_params(self) -> dict[str, int]:
+        return {name: math.prod(shape) for name, shape, _ in self._signature if self.spec.tensors[name].trainable}
+
+    def signature(self, names: frozenset[str] | None = None) -> Signature:
         """Return name, shape and dtype of the travelling tensors (of those in ``names``), in order."""
-        return tuple(
-            (name, self.shape(name), self.spec.tensors[name].dtype)
-            for name in self.names
-            if names is None or name in names
-        )
+        if names is None or names == self.name_set:
+            return self._signature
+        return tuple(entry for entry in self._signature if entry[0] in names)
 
     def slice(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sub-model's part of the global tensors; whole tensors are not copied."""
@@ -61,9 +73,7 @@ class SubModelLayout:
 
     def num_params(self, names: frozenset[str] | None = None) -> int:
         """Return how many trainable numbers travel (of the tensors in ``names``)."""
-        return sum(
-            torch.Size(shape).numel() for name, shape, _ in self.signature(names) if self.spec.tensors[name].trainable
-        )
+        return sum(count for name, count in self._num_params.items() if names is None or name in names)
 
 
 class SubModels:
@@ -71,6 +81,7 @@ class SubModels:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
+        self.names = tuple(spec.tensors)
         self._layout = lru_cache(maxsize=4096)(self._make_layout)
 
     @cached_property

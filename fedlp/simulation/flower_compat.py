@@ -5,14 +5,16 @@ They moved in 2026 already: a test imports them, and ``pyproject.toml`` pins Flo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["Run", "become_server", "make_array", "make_instruction", "make_run", "set_message_id"]
+__all__ = ["Run", "become_server", "make_array", "make_instruction", "make_record", "make_run", "set_message_id"]
+
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord, RecordDict)
 
 SERVER_NODE = 1
 RUN_ID = 1
@@ -56,3 +58,10 @@ def make_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Arr
     array = Array.__new__(Array)
     array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
     return array
+
+
+def make_record(kind: type[Record], items: dict[str, Any]) -> Record:
+    """Return a record of items that were in such a record before; Flower's constructors would check them all again."""
+    record = kind()
+    record.__dict__["_data"] = items
+    return record

@@ -8,11 +8,12 @@ worker was faster; no more than a few are ever held, so memory does not grow wit
 from __future__ import annotations
 
 import multiprocessing
+import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from types import TracebackType
 
 from flwr.app import Error, Message, RecordDict
@@ -91,7 +92,8 @@ class LocalGrid(Grid):
         self._fork = multiprocessing.get_context("fork")
         self._sent = 0
         self._replies: dict[str, Message] = {}
-        self._workers = [self._start_worker() for _ in range(num_workers)]
+        self._selector = selectors.DefaultSelector()
+        self._workers = [self._start_worker(i) for i in range(num_workers)]
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -106,6 +108,7 @@ class LocalGrid(Grid):
         for worker in self._workers:
             worker.process.join()
             worker.connection.close()
+        self._selector.close()
 
     # ---- Flower's interface
     def set_run(self, run: flower_compat.Run) -> None:
@@ -199,32 +202,32 @@ class LocalGrid(Grid):
 
     def _collect(self, done: dict[int, Message], timeout: float) -> None:
         """Wait for any worker and file what came: a reply, a death, or the end of somebody's time."""
-        busy = {worker.connection: i for i, worker in enumerate(self._workers) if worker.tasks}
-        deadline = min(self._workers[i].tasks[0].since for i in busy.values()) + timeout
+        deadline = min(worker.tasks[0].since for worker in self._workers if worker.tasks) + timeout
         patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-        ready = wait(list(busy), patience)
-        for connection in ready:
-            self._receive(busy[connection], done)  # type: ignore[index]
+        ready = self._selector.select(patience)
+        for key, _ in ready:
+            self._receive(key.data, done)
+        if ready:
+            return
         now = time.monotonic()
-        for i in busy.values():
-            tasks = self._workers[i].tasks
-            if not ready and tasks and now - tasks[0].since >= timeout:
-                done[tasks[0].index] = no_reply(tasks[0].message, timeout)
+        for i, worker in enumerate(self._workers):
+            if worker.tasks and now - worker.tasks[0].since >= timeout:
+                done[worker.tasks[0].index] = no_reply(worker.tasks[0].message, timeout)
                 self._replace(i)
 
     def _receive(self, i: int, done: dict[int, Message]) -> None:
         worker = self._workers[i]
-        task = worker.tasks[0]
         try:
             frame = worker.connection.recv_bytes()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
             reason = f"the client's process died (exit code {worker.process.exitcode})"
-            done[task.index] = Message(Error(CRASHED, reason), reply_to=task.message)
+            for task in list(worker.tasks)[:1]:  # a worker may also die while it waits
+                done[task.index] = Message(Error(CRASHED, reason), reply_to=task.message)
             self._replace(i)
             return
         about, content = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
-        worker.tasks.popleft()
+        task = worker.tasks.popleft()
         if worker.tasks:
             worker.tasks[0].since = time.monotonic()
         if content is not None:
@@ -234,7 +237,7 @@ class LocalGrid(Grid):
             done[task.index] = Message(Error(code, reason), reply_to=task.message)
 
     # ---- workers
-    def _start_worker(self) -> _Worker:
+    def _start_worker(self, i: int) -> _Worker:
         slots = [(Area(self._capacity), Area(self._capacity)) for _ in range(self._depth)]
         parent, child = self._fork.Pipe()
         process = self._fork.Process(
@@ -244,6 +247,7 @@ class LocalGrid(Grid):
         )
         process.start()
         child.close()
+        self._selector.register(parent, selectors.EVENT_READ, i)
         return _Worker(process, parent, slots)
 
     def _replace(self, i: int) -> None:
@@ -251,8 +255,9 @@ class LocalGrid(Grid):
         old = self._workers[i]
         old.process.kill()
         old.process.join()
+        self._selector.unregister(old.connection)
         old.connection.close()
-        self._workers[i] = new = self._start_worker()
+        self._workers[i] = new = self._start_worker(i)
         for task in list(old.tasks)[1:]:
             self._send(new, task.index, task.message)
 

@@ -16,12 +16,13 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlp.errors import FedLPError
+from fedlp.simulation.flower_compat import make_array, make_record
 
 INLINE_BYTES = 8192  # arrays up to this many bytes in all travel in the frame
 _ALIGNMENT = 64
 _LENGTH = struct.Struct("<I")
 
-MakeArray = Callable[[str, tuple[int, ...], str, Any], Array]
+WrapBuffer = Callable[[str, tuple[int, ...], str, Any], Array]
 
 
 class Area:
@@ -79,8 +80,8 @@ def encode_frame(about: dict[str, Any], content: RecordDict | None, area: Area) 
     return b"".join((_LENGTH.pack(len(head)), head, *buffers))
 
 
-def decode_frame(frame: bytes, area: Area, make_array: MakeArray) -> tuple[dict[str, Any], RecordDict | None]:
-    """Invert :func:`encode_frame`; ``make_array`` is given views that hold until the slot is used again."""
+def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> tuple[dict[str, Any], RecordDict | None]:
+    """Invert :func:`encode_frame`; ``wrap`` makes arrays of views that hold until the slot is used again."""
     (size,) = _LENGTH.unpack_from(frame)
     head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])
     if head["records"] is None:
@@ -92,13 +93,13 @@ def decode_frame(frame: bytes, area: Area, make_array: MakeArray) -> tuple[dict[
             offset += length
     else:
         views = area.read(head["lengths"])
-    records = {key: _decode_record(kind, items, views, make_array) for key, (kind, items) in head["records"].items()}
-    return head["about"], RecordDict(records)
+    records = {key: _decode_record(kind, items, views, wrap) for key, (kind, items) in head["records"].items()}
+    return head["about"], make_record(RecordDict, records)
 
 
 def copy_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
     """Return an Array that owns its bytes."""
-    return Array(dtype, shape, stype, bytes(data))
+    return make_array(dtype, shape, stype, bytes(data))
 
 
 def _aligned(length: int) -> int:
@@ -119,16 +120,14 @@ def _encode_record(record: object, buffers: list[Any]) -> tuple[str, dict[str, A
 
 
 def _decode_record(
-    kind: str, items: dict[str, Any], views: Sequence[memoryview], make_array: MakeArray
+    kind: str, items: dict[str, Any], views: Sequence[memoryview], wrap: WrapBuffer
 ) -> ArrayRecord | MetricRecord | ConfigRecord:
     if kind == "arrays":
-        arrays = ArrayRecord()  # filled key by key: the constructor would copy
-        for key, (dtype, shape, stype, i) in items.items():
-            arrays[key] = make_array(dtype, tuple(shape), stype, views[i])
-        return arrays
+        arrays = {key: wrap(dtype, tuple(shape), stype, views[i]) for key, (dtype, shape, stype, i) in items.items()}
+        return make_record(ArrayRecord, arrays)
     if kind == "metrics":
-        return MetricRecord(items)
-    return ConfigRecord({key: _decode_value(value, views) for key, value in items.items()})
+        return make_record(MetricRecord, items)
+    return make_record(ConfigRecord, {key: _decode_value(value, views) for key, value in items.items()})
 
 
 def _encode_value(value: Any, buffers: list[Any]) -> Any:

@@ -20,7 +20,8 @@ def test_the_newest_is_loaded_and_the_one_before_is_kept(tmp_path: Path) -> None
     for server_round in (1, 2, 3):
         save_checkpoint(tmp_path, state(server_round))
     loaded = load_checkpoint(tmp_path)
-    assert loaded is not None and loaded.server_round == 3
+    assert loaded is not None
+    assert loaded.server_round == 3
     assert torch.equal(loaded.params["w"], torch.full((3,), 3.0))
     assert torch.equal(loaded.optimizer["m.w"], torch.ones(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -55,14 +56,16 @@ def test_damage_is_found_and_the_way_back_works(tmp_path: Path, damage: str) -> 
     assert "\n" not in str(error.value)
     (tmp_path / "round-000002.json").unlink()
     loaded = load_checkpoint(tmp_path)
-    assert loaded is not None and loaded.server_round == 1
+    assert loaded is not None
+    assert loaded.server_round == 1
 
 
 def test_a_write_that_was_cut_off_leaves_nothing_that_counts(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state(1))
     (tmp_path / "round-000002.safetensors").write_bytes(b"half")
     loaded = load_checkpoint(tmp_path)
-    assert loaded is not None and loaded.server_round == 1
+    assert loaded is not None
+    assert loaded.server_round == 1
 
 
 def test_a_client_finds_the_head_it_had_before_a_round(tmp_path: Path) -> None:

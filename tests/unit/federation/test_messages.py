@@ -51,9 +51,7 @@ def slices(submodels: SubModels) -> list[SubModel]:
 
 
 @pytest.mark.parametrize("case", range(5))
-def test_an_instruction_goes_there_and_back(
-    submodels: SubModels, params: dict[str, torch.Tensor], case: int
-) -> None:
+def test_an_instruction_goes_there_and_back(submodels: SubModels, params: dict[str, torch.Tensor], case: int) -> None:
     assigned = assign(submodels, slices(submodels)[case])
     sent = submodels.layout(assigned.submodel).slice(params)
     content = messages.encode_instruction(assigned, messages.encode_params(sent), submodels)
@@ -141,9 +139,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_update_is_refused_by_name(
-    submodels: SubModels, params: dict[str, torch.Tensor], name: str
-) -> None:
+def test_a_bad_update_is_refused_by_name(submodels: SubModels, params: dict[str, torch.Tensor], name: str) -> None:
     spoil, reason = BAD[name]
     content = good_update(submodels, params)
     spoil(content)
@@ -181,7 +177,11 @@ def test_kept_indices_survive_and_take_the_shorter_form(chosen: set[int], size: 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"])
 def test_every_dtype_is_packed_bit_by_bit(dtype: str) -> None:
     kind = getattr(torch, dtype)
-    tensors = {"a": torch.arange(6).view(2, 3).to(kind), "b": torch.ones((), dtype=kind), "c": torch.zeros(0, dtype=kind)}
+    tensors = {
+        "a": torch.arange(6).view(2, 3).to(kind),
+        "b": torch.ones((), dtype=kind),
+        "c": torch.zeros(0, dtype=kind),
+    }
     packed = {name: image for name, (_, image) in pack_tensors(tensors).items()}
     signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     got = unpack_tensors(packed, signature)

@@ -25,7 +25,8 @@ def test_a_cohort_is_distinct_sorted_and_uniform() -> None:
     counts = np.zeros(20)
     for server_round in range(600):
         cohort = sample_cohort(0, server_round, range(20), 5)
-        assert list(cohort) == sorted(set(cohort)) and len(cohort) == 5
+        assert list(cohort) == sorted(set(cohort))
+        assert len(cohort) == 5
         counts[list(cohort)] += 1
     assert abs(counts / 600 - 0.25).max() < 0.08
 
