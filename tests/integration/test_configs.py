@@ -102,7 +102,9 @@ def test_one_rate_per_client_costs_their_mean(tmp_path: Path) -> None:
 
 
 def test_the_totals_of_a_dry_run_are_those_of_its_rounds(tmp_path: Path) -> None:
-    cfg = to_yaml(compose(["strategy=fedavg", "num_rounds=7", "num_clients=10", "clients_per_round=3", "local.epochs=2"]))
+    cfg = to_yaml(
+        compose(["strategy=fedavg", "num_rounds=7", "num_clients=10", "clients_per_round=3", "local.epochs=2"])
+    )
     manifest = assembly.dry_run(cfg, tmp_path)
     expected, totals = manifest["expected"], manifest["expected_totals"]
     assert totals["bytes_down"] == 21 * expected["bytes_down_per_client"]

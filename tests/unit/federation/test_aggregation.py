@@ -169,6 +169,37 @@ def test_neighbours_in_memory_that_are_not_neighbours_in_the_model() -> None:
     assert [found[name].tolist() for name in "abc"] == [[1.0, 2.0], [1.0, 2.0], [3.5, 4.5]]
 
 
+def test_neighbours_of_which_one_update_has_only_the_first() -> None:
+    average = CoverageAverage({"a": torch.zeros(2), "b": torch.zeros(2)}, group=2)
+    flat = torch.arange(4.0)
+    average.add({"a": flat[:2], "b": flat[2:]}, {}, 1.0)
+    average.add({"a": torch.full((2,), 4.0)}, {}, 1.0)
+    found, _ = average.result()
+    assert found["a"].tolist() == [2.0, 2.5]
+    assert found["b"].tolist() == [2.0, 3.0]
+
+
+def test_neighbours_of_which_an_earlier_group_had_only_the_second() -> None:
+    average = CoverageAverage({"a": torch.zeros(2), "b": torch.zeros(2)}, group=1)
+    flat = torch.arange(4.0)
+    average.add({"b": torch.full((2,), 4.0)}, {}, 1.0)
+    average.add({"a": flat[:2], "b": flat[2:]}, {}, 1.0)
+    found, _ = average.result()
+    assert found["a"].tolist() == [0.0, 1.0]
+    assert found["b"].tolist() == [3.0, 3.5]
+
+
+@pytest.mark.parametrize("keep", [Keep.first(8, 20), Keep.from_indices(np.arange(0, 20, 2), 20)], ids=str)
+def test_slices_of_negative_zeros_keep_their_sign(keep: Keep) -> None:
+    others = Keep.from_indices(np.setdiff1d(np.arange(20), keep.indices()), 20)
+    updates: list[WeightedUpdate] = [
+        ({"w": torch.full((each.count,), -0.0)}, {"w": (each,)}, 3.0) for each in (keep, others)
+    ]
+    found, _ = coverage_average({"w": torch.ones(20)}, updates)
+    assert torch.signbit(found["w"]).all()
+    assert found["w"].tolist() == [0.0] * 20
+
+
 def test_the_result_can_be_saved() -> None:
     params = {"a": torch.zeros(2), "b": torch.zeros(3, 2), "n": torch.tensor(3)}
     found, _ = coverage_average(params, [({"a": torch.ones(2), "b": torch.ones(3, 2)}, {}, 1.0)])
