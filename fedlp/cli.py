@@ -188,7 +188,7 @@ def _end(guarded: Callable[[], int]) -> int:
     def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
         raise ConfigError(message)
 
-    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign] # Hydra's own parser would print its usage
+    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign, assignment] # Hydra's own parser would print its usage
     try:
         return guarded()
     except KeyboardInterrupt:

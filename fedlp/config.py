@@ -236,8 +236,9 @@ def _option_names(schema: type, prefix: str = "") -> list[str]:
     names = []
     for item in fields(schema):
         names.append(prefix + item.name)
-        if is_dataclass(item.default_factory):
-            names += _option_names(cast(type, item.default_factory), f"{prefix}{item.name}.")
+        nested: Any = item.default_factory
+        if is_dataclass(nested):
+            names += _option_names(cast(type, nested), f"{prefix}{item.name}.")
     return names
 
 

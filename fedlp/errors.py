@@ -27,7 +27,7 @@ class CheckpointError(FedLPError):
     """A checkpoint is missing, damaged or of another run."""
 
 
-_NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path:", "provider=")
+_NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, paired ratios, memory of processes, and a report that says where it was measured."""
+"""What the benchmarks share: clocks, paired ratios, memory of processes, and reports that say where they were made."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def write_report(path: Path | None, quick: bool, results: Mapping[str, Any]) -> 
 
 def describe_machine() -> dict[str, Any]:
     """Return hardware, load, versions and git commit."""
-    cpu = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    lines = _read("/proc/cpuinfo").splitlines()
+    cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     git = ["git", "-C", str(ROOT)]
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -101,7 +102,8 @@ def describe_machine() -> dict[str, Any]:
 class MemoryPeak:
     """The most memory that a process and its descendants held at once, in bytes, while the context was open.
 
-    Sums ``Pss`` of ``/proc``: a page that n processes share counts 1/n in each, so forked workers are not counted twice.
+    Sums ``Pss`` of ``/proc``: a page that n processes share counts 1/n in each, so that forked workers are not counted
+    twice.
     """
 
     def __init__(self, pid: int, every_s: float = 0.02) -> None:

@@ -1,6 +1,6 @@
 """FedLP's table on real CIFAR-10: FedAvg, FedLP-Homo and FedLP-Hetero, iid and Dirichlet, one after another.
 
-    python experiments/fedlp_table/run.py --data ROOT            # two cores: about two hours; stop and start as you like
+    python experiments/fedlp_table/run.py --data ROOT            # two hours on two cores; stop and go on as you like
     python experiments/fedlp_table/run.py --data ROOT --collect  # only copy what is finished into results/
 
 Every run is an ordinary run directory under ``--out``. Finished ones are skipped, stopped ones are resumed.

@@ -55,6 +55,11 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
             yield no_reply(message, timeout)
 
 
+def reason_of(reply: Message) -> str:
+    """Return why a reply is an error, in one line."""
+    return (reply.error.reason or "no reason given").strip().splitlines()[0]
+
+
 def no_reply(message: Message, timeout: float) -> Message:
     """Return the error reply that stands for silence."""
     return Message(Error(NO_REPLY, f"no reply within {timeout:g} s"), reply_to=message)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -25,13 +25,14 @@ from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation import messages
 from fedlp.federation.aggregation import CoverageAverage
 from fedlp.federation.checkpoint import ServerState
-from fedlp.federation.exchange import exchange
+from fedlp.federation.exchange import exchange, reason_of
 from fedlp.federation.policies import Policy
+from fedlp.federation.roster import Roster
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server_optimizer import apply_server_optimizer
 from fedlp.federation.submodels import SubModels
 from fedlp.training import metrics_from_sums
-from fedlp.types import ClientCost, ClientFailure, ClientProfile, ClientUpdate, RoundRecord, SubModel, TrainInstruction
+from fedlp.types import ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
 
 log = logging.getLogger("fedlp")
 
@@ -42,7 +43,6 @@ Observer = Callable[[RoundRecord, ServerState], None]
 """Told of every finished round, and of the state that a checkpoint holds."""
 
 EVAL_BATCHES = 4  # batches per evaluation message
-_JOIN_POLL_S = 0.5
 
 
 @dataclass
@@ -93,8 +93,7 @@ class FedLPStrategy(Strategy):
         self._evaluate = evaluate
         self._num_test = num_test
         self._observers = tuple(observers)
-        self._nodes: dict[int, int] = {}
-        self._profiles: dict[int, ClientProfile] = {}
+        self._roster = Roster(config.num_clients)
         self._round = _Round(0, ())
 
     # ---- the run
@@ -126,7 +125,7 @@ class FedLPStrategy(Strategy):
         if self.state is None:
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
-        self._join(grid, timeout)
+        self._roster.join(grid, timeout)
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
@@ -146,53 +145,20 @@ class FedLPStrategy(Strategy):
         result.arrays = arrays
         return result
 
-    def _join(self, grid: Grid, timeout: float) -> None:
-        """Ask every node, once, who it is, until all clients of the config have answered."""
-        deadline = time.monotonic() + timeout
-        asked: set[int] = set()
-        while len(self._profiles) < self.config.num_clients:
-            new = [node for node in grid.get_node_ids() if node not in asked]
-            asked.update(new)
-            queries = [Message(RecordDict(), node, messages.CAPABILITIES) for node in new]
-            left = max(1.0, deadline - time.monotonic())
-            for query, reply in zip(queries, exchange(grid, queries, left), strict=True):
-                self._register(query.metadata.dst_node_id, reply)
-            if time.monotonic() > deadline:
-                raise FedLPError(
-                    f"{len(self._profiles)} of num_clients={self.config.num_clients} clients joined within "
-                    f"{timeout:g} s; start the others, or lower num_clients"
-                )
-            if not new and len(self._profiles) < self.config.num_clients:
-                time.sleep(_JOIN_POLL_S)
-
     def _warn_of_starved_layers(self) -> None:
         """Say which layers no client will ever return, such as the head where nobody has full depth."""
-        layouts = [self.submodels.layout(self.policy.submodel(1, client_id)) for client_id in self._profiles]
+        layouts = [self.submodels.layout(self.policy.submodel(1, client_id)) for client_id in self._roster.client_ids]
         returned = {name for layout in set(layouts) for name in layout.names}
         starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
         if starved:
             log.warning("no client trains %s: they keep their first values", ", ".join(starved))
-
-    def _register(self, node: int, reply: Message) -> None:
-        try:
-            if reply.has_error():
-                raise ProtocolError(_first_line(reply.error.reason))
-            profile = messages.decode_profile(reply.content)
-        except ProtocolError as error:
-            log.warning("node %d cannot take part: %s", node, error)
-            return
-        if profile.client_id in self._profiles or profile.client_id >= self.config.num_clients:
-            log.warning("node %d says it is client %d: taken or out of range", node, profile.client_id)
-            return
-        self._profiles[profile.client_id] = profile
-        self._nodes[profile.client_id] = node
 
     # ---- down
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
-        cohort = sample_cohort(self.config.seed, server_round, list(self._profiles), self.config.clients_per_round)
+        cohort = sample_cohort(self.config.seed, server_round, self._roster.client_ids, self.config.clients_per_round)
         self._round = _Round(server_round, cohort)
         encoded: dict[int, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
@@ -209,7 +175,7 @@ class FedLPStrategy(Strategy):
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.config.simulation.round_timeout_s
-            yield Message(content, self._nodes[client_id], messages.TRAIN, group_id=str(server_round), ttl=ttl)
+            yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
 
     # ---- up
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -260,8 +226,8 @@ class FedLPStrategy(Strategy):
         bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
         try:
             if reply.has_error():
-                raise FedLPError(_first_line(reply.error.reason))
-            update = messages.decode_update(reply.content, instruction, self._profiles[client_id], self.submodels)
+                raise FedLPError(reason_of(reply))
+            update = messages.decode_update(reply.content, instruction, self._roster.profile(client_id), self.submodels)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
             self._round.failures.append(ClientFailure(client_id, reason, str(error)))
@@ -347,9 +313,5 @@ _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 def _decode_sums(reply: Message) -> dict[str, float]:
     if reply.has_error():
-        raise FedLPError(f"evaluation of the global model failed: {_first_line(reply.error.reason)}")
+        raise FedLPError(f"evaluation of the global model failed: {reason_of(reply)}")
     return messages.decode_sums(reply.content)
-
-
-def _first_line(reason: str | None) -> str:
-    return (reason or "no reason given").strip().splitlines()[0]

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlp.errors import FedLPError
 from fedlp.simulation import flower_compat
 from fedlp.simulation.transport import Area, decode_frame, encode_frame
 
@@ -43,8 +44,8 @@ def serve(
     while True:
         try:
             frame = connection.recv_bytes()
-        except EOFError:
-            return
+        except (EOFError, OSError):
+            return  # the parent is gone
         if frame == STOP:
             return
         slot = frame[0]
@@ -62,7 +63,14 @@ def serve(
             content or RecordDict(), about["message_id"], node_id, about["type"], about["group_id"]
         )
         reply, error = _answer(app, message, context)
-        connection.send_bytes(frame[:1] + encode_frame({"error": error}, reply, up))
+        try:
+            answer = encode_frame({"error": error}, reply, up)
+        except FedLPError as failure:  # a reply that is larger than its slot
+            answer = encode_frame({"error": [RAISED, str(failure)]}, None, up)
+        try:
+            connection.send_bytes(frame[:1] + answer)
+        except OSError:
+            return
 
 
 def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordDict | None, list[object] | None]:

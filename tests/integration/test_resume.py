@@ -147,9 +147,9 @@ def members(group: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: Path) -> None:
-    case = (*CASES["hetero, adam, seldom checkpoints"], "num_rounds=60")
+    case = (*CASES["hetero, adam, seldom checkpoints"], "num_rounds=30")
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command("fedlp", *case, f"hydra.run.dir={folder}"),
@@ -161,15 +161,16 @@ def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: P
     )
     rounds = folder / "rounds.jsonl"
     deadline = time.monotonic() + 60
-    while not rounds.is_file() or rounds.read_bytes().count(b"\n") < 8:
-        assert process.poll() is None and time.monotonic() < deadline
+    while not rounds.is_file() or rounds.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # Ctrl-C reaches the workers too
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert rounds.read_bytes().count(b"\n") < 60, "the run was over before the signal came"
+    assert rounds.read_bytes().count(b"\n") < 30, "the run was over before the signal came"
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in errors
     if number == signal.SIGINT:
@@ -177,6 +178,9 @@ def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: P
     while members(process.pid):
         assert time.monotonic() < deadline, "processes were left behind"
         time.sleep(0.05)
-    resumed = execute("fedlp", f"resume={folder}", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same(read(folder), once(*case))
+    if number == signal.SIGINT:
+        resumed = execute("fedlp", f"resume={folder}", cwd=tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        assert_same(read(folder), once(*case))
+    else:
+        assert_same(go_on(folder, 30), once(*case))
