@@ -206,8 +206,23 @@ def decode_sums(content: RecordDict) -> dict[str, float]:
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Return the bytes of all records of a message, keys included, as Flower counts them."""
-    return sum(len(key) + record.count_bytes() for key, record in content.items())
+    """Return the bytes of all records of a message, keys included, as Flower counts them where it does.
+
+    Flower's own count raises for an empty string or list, which any client can send.
+    """
+    return sum(len(key) + _count_record(record) for key, record in content.items())
+
+
+def _count_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        return record.count_bytes()
+    return sum(len(key) + _count_value(value) for key, value in record.items())
+
+
+def _count_value(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_count_value, value))
+    return len(value) if isinstance(value, str | bytes) else 1 if isinstance(value, bool) else 8
 
 
 # ---- index sets

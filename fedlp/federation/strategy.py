@@ -118,7 +118,7 @@ class FedLPStrategy(Strategy):
         initial_arrays : ArrayRecord
             The packed initial model; not used where the strategy was given a state to go on from.
         timeout : float
-            Seconds a round waits for its clients.
+            Seconds a round waits for its clients; an evaluation on own nodes takes the time it takes.
         train_config, evaluate_config, evaluate_fn
             Part of Flower's signature; the config and the evaluation were given at construction.
         """
@@ -135,8 +135,8 @@ class FedLPStrategy(Strategy):
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.config.eval_every == 0 or server_round == num_rounds:
-                replies = exchange(grid, self.configure_evaluate(server_round, arrays, ConfigRecord(), grid), timeout)
-                evaluated = self.aggregate_evaluate(server_round, replies)
+                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+                evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
                 result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._round.metrics.update({key: float(value) for key, value in evaluated.items()})  # type: ignore[arg-type]
             record = self._make_record(time.monotonic() - started)
@@ -151,7 +151,8 @@ class FedLPStrategy(Strategy):
         returned = {name for layout in set(layouts) for name in layout.names}
         starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
         if starved:
-            log.warning("no client trains %s: they keep their first values", ", ".join(starved))
+            names = ", ".join(starved if len(starved) < 4 else [*starved[:2], "...", starved[-1]])
+            log.warning("no client trains %s (%d layers): their values stay as they are", names, len(starved))
 
     # ---- down
     def configure_train(

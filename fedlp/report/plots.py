@@ -97,9 +97,9 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
     figure = blank(3.9 + 0.22 * rows)
     axes = figure.subplots()
     unit, unit_name = unit_for(max(axis.values(one)[-1] for one in curves.values()), axis.units)
-    marker = "o" if max(one.rounds.size for one in curves.values()) <= _MOST_MARKERS else None
     for index, one in curves.items():
         colour, x = COLOURS[index % len(COLOURS)], axis.values(one) / unit
+        marker = "o" if one.rounds.size <= _MOST_MARKERS else None  # a single point is nothing without one
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         axes.plot(x, one.mean, color=colour, linestyle=dash, marker=marker, ms=3.5, lw=1.7, label=plain(labels[index]))
         if (one.high > one.low).any():

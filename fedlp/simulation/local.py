@@ -24,7 +24,7 @@ from fedlp.errors import FedLPError
 from fedlp.federation.exchange import no_reply
 from fedlp.simulation import flower_compat
 from fedlp.simulation.transport import Area, copy_array, decode_frame, encode_frame
-from fedlp.simulation.worker import STOP, serve
+from fedlp.simulation.worker import STOP, keep_freed_memory, serve
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
@@ -84,6 +84,7 @@ class LocalGrid(Grid):
         run_config: dict[str, bool | float | int | str] | None = None,
     ) -> None:
         flower_compat.become_server()
+        keep_freed_memory()  # of one update for the next
         self._load_app = load_app
         self._num_clients = num_clients
         self._run_config = run_config or {}

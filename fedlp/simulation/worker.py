@@ -86,16 +86,23 @@ def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordD
 
 
 def settle_process() -> None:
-    """Use one torch thread, and keep freed memory instead of handing large blocks back to the kernel at every step.
-
-    glibc returns freed activations to the kernel, which then zeroes the same pages again in the next step; keeping them
-    makes a training step of a small CNN about a tenth faster. Has no effect where the C library is not glibc.
-    """
+    """Use one torch thread, and keep freed memory."""
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory in this process instead of handing large blocks back to the kernel.
+
+    glibc returns freed activations and messages to the kernel, which then zeroes the same pages again for the next step
+    or message; keeping them makes a training step of a small CNN about a tenth faster, and a copy of a 45 MB model ten
+    times as fast. Has no effect where the C library is not glibc.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+                mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions of glibc accept
             mallopt(_M_TRIM_THRESHOLD, 1 << 30)

@@ -1,0 +1,126 @@
+"""Local loops: every example once an epoch, sums that add up, losses that count what they should."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlp.config import LocalConfig
+from fedlp.data.datasets import IGNORE_INDEX, DataInfo, Examples
+from fedlp.training import (
+    augment_images,
+    draw_batches,
+    evaluate_sums,
+    metrics_from_sums,
+    prepare_inputs,
+    train_locally,
+)
+
+IMAGES = DataInfo("toy", "classification", (3, 6, 6), 4, None, None, (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
+TEXT = DataInfo("toy", "language", (5,), 11, None, None, (), ())
+
+
+def images(count: int) -> Examples:
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (count, 3, 6, 6), dtype=np.uint8))
+    return Examples(pixels, torch.from_numpy(rng.integers(0, 4, count)), None)
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4))
+
+
+@pytest.mark.parametrize(("count", "batch", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 8, [3]), (1, 4, [1])])
+def test_every_example_is_seen_once_an_epoch_and_none_is_alone(count: int, batch: int, sizes: list[int]) -> None:
+    config = LocalConfig(optimizer="sgd", epochs=2, batch_size=batch)
+    batches = list(draw_batches(count, config, np.random.default_rng(0)))
+    assert [len(index) for index in batches] == sizes * 2
+    for epoch in (batches[: len(sizes)], batches[len(sizes) :]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(count))
+
+
+def test_batches_of_one_stay_batches_of_one() -> None:
+    config = LocalConfig(optimizer="sgd", epochs=1, batch_size=1)
+    assert [len(index) for index in draw_batches(3, config, np.random.default_rng(0))] == [1, 1, 1]
+
+
+def test_images_are_normalised_per_channel() -> None:
+    batch = images(7).inputs
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGES.mean, IMAGES.std))
+    expected = (batch.double() / 255 - mean) / std
+    found = prepare_inputs(batch, IMAGES, torch.device("cpu"))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_is_a_function_of_its_arguments_and_learns(optimizer: str) -> None:
+    config = LocalConfig(optimizer=optimizer, epochs=30, batch_size=8, lr=0.01, max_grad_norm=5.0)
+    results = []
+    for noise in (1, 2):
+        model = classifier()
+        torch.manual_seed(noise)  # what torch's generator held before does not matter
+        results.append((train_locally(model, images(20), IMAGES, config, np.random.default_rng(5)), model))
+    (first, one), (second, two) = results
+    assert first == second
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert first.num_processed == 600
+    assert first.train_loss < 0.7
+
+
+def test_sums_do_not_depend_on_how_the_examples_are_divided() -> None:
+    model, examples = classifier(), images(50)
+    whole = evaluate_sums(model, examples, IMAGES, 8)
+    parts = [evaluate_sums(model, examples, IMAGES, 8, start, min(start + 16, 50)) for start in range(0, 50, 16)]
+    assert whole["count"] == 50
+    for key in ("correct", "count"):
+        assert whole[key] == sum(part[key] for part in parts)
+    assert whole["loss"] == pytest.approx(sum(part["loss"] for part in parts), rel=1e-12)
+
+
+class Bigram(nn.Module):
+    """Predicts the next token from the current one: log-probabilities in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(11, 11))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table[tokens]
+
+
+def test_text_is_scored_on_next_tokens_and_padding_does_not_count() -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
+    model = Bigram()
+    sums = evaluate_sums(model, Examples(tokens, torch.tensor([0, 1]), None), TEXT, 2)
+    logs = model.table.detach().log_softmax(dim=1)
+    pairs = [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (7, 8), (8, 9)]
+    assert sums["count"] == len(pairs)
+    assert sums["loss"] == pytest.approx(-sum(float(logs[a, b]) for a, b in pairs), rel=1e-5)
+    metrics = metrics_from_sums(sums, "language")
+    assert metrics["perplexity"] == pytest.approx(math.exp(sums["loss"] / 7))
+
+
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    assert metrics_from_sums({"loss": 1e6, "count": 1.0}, "language")["perplexity"] == math.inf
+
+
+def test_augmented_images_are_windows_of_the_padded_ones() -> None:
+    batch = images(40).inputs
+    rng = np.random.default_rng(0)
+    cropped = augment_images(batch, rng, padding=2, flip=False)
+    padded = nn.functional.pad(batch, (2, 2, 2, 2))
+    windows = [padded[:, :, y : y + 6, x : x + 6] for y in range(5) for x in range(5)]
+    for i, image in enumerate(cropped):
+        assert any(torch.equal(image, window[i]) for window in windows)
+    flipped = augment_images(batch, np.random.default_rng(0), padding=0, flip=True)
+    same = [torch.equal(a, b) for a, b in zip(flipped, batch, strict=True)]
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, batch, strict=True)]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert 5 < sum(mirrored) < 35
