@@ -102,7 +102,7 @@ def _resumed(config: RunConfig, folder: Path) -> RunConfig:
     foreign += [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
     if foreign:
         raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
-    stored = from_yaml((folder / "config.yaml").read_text())
+    stored = from_yaml((folder / "config.yaml").read_text(encoding="utf-8", errors="replace"))
     stored.resume = str(folder)
     for name in names:
         if name == "num_rounds":

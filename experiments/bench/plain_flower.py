@@ -53,7 +53,7 @@ def serve(grid: Grid, context: Context) -> None:
     def check(replies: list[RecordDict], weight_key: str) -> MetricRecord:
         if len(replies) != num_clients:
             raise RuntimeError(f"{len(replies)} of {num_clients} clients replied")
-        return MetricRecord()
+        return MetricRecord({"replies": len(replies)})
 
     def note_time(server_round: int, arrays: ArrayRecord) -> None:
         times.append(time.perf_counter())
@@ -64,7 +64,9 @@ def serve(grid: Grid, context: Context) -> None:
         min_available_nodes=num_clients,
         train_metrics_aggr_fn=check,
     )
-    strategy.start(grid, ArrayRecord(plain_cnn().state_dict()), num_rounds, evaluate_fn=note_time)
+    result = strategy.start(grid, ArrayRecord(plain_cnn().state_dict()), num_rounds, evaluate_fn=note_time)
+    if len(result.train_metrics_clientapp) != num_rounds:  # where all clients fail, Flower goes on in silence
+        raise RuntimeError(f"{len(result.train_metrics_clientapp)} of {num_rounds} rounds had replies")
 
 
 def main() -> None:

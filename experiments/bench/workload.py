@@ -1,6 +1,6 @@
 """The work that is timed: synthetic images over clients, as a run of fedlp on its local engine.
 
-As a program (``python workload.py NAME ROUNDS COHORT``) it is one whole run, from the start of Python to its end, and
+As a program (``python workload.py NAME ROUNDS CLIENTS COHORT``) it is one whole run, from the start of Python to its end, and
 prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
 """
 

@@ -8,19 +8,17 @@ check everything against what was assigned and raise :class:`ProtocolError` nami
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
+from fedlp.federation.index_sets import decode_names, decode_widths, encode_names, encode_widths
 from fedlp.federation.packing import Signature, pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
-from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import ClientProfile, ClientUpdate, SubModel, TrainInstruction
 
 PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE = (
     "params",
@@ -33,8 +31,6 @@ PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE = (
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
-
-_AXIS = struct.Struct("<HBI")  # axis number, kind, payload length
 
 
 # ---- instructions
@@ -85,7 +81,7 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
             submodel=submodel,
             uploads=decode_names(_bytes(record, "uploads"), submodels.names),
         )
-    except (KeyError, ValueError, TypeError, struct.error) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {_reason(error)}") from error
 
 
@@ -223,65 +219,6 @@ def _count_value(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_count_value, value))
     return len(value) if isinstance(value, str | bytes) else 1 if isinstance(value, bool) else 8
-
-
-# ---- index sets
-@lru_cache(maxsize=1024)
-def encode_names(chosen: frozenset[str], all_names: tuple[str, ...]) -> bytes:
-    """Return a bitmap over ``all_names``: bit i of byte i // 8 (least significant first) is name i."""
-    bits = np.fromiter((name in chosen for name in all_names), dtype=bool, count=len(all_names))
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-@lru_cache(maxsize=1024)
-def decode_names(data: bytes, all_names: tuple[str, ...]) -> frozenset[str]:
-    """Invert :func:`encode_names`; ValueError where the bitmap is not of that length."""
-    bits = _unpack_bits(data, len(all_names), "uploads")
-    return frozenset(all_names[int(i)] for i in np.flatnonzero(bits))
-
-
-def encode_widths(submodel: SubModel, axes: Sequence[str]) -> bytes:
-    """Return the kept indices of each named axis: as (start, stop) pairs or as a bitmap, whichever is shorter."""
-    number = {axis: i for i, axis in enumerate(axes)}
-    parts = []
-    for axis, keep in sorted(submodel.widths.items(), key=lambda item: number[item[0]]):
-        runs = np.asarray(keep.runs, dtype="<u4").tobytes()
-        bitmap_length = (keep.size + 7) // 8
-        if len(runs) <= bitmap_length:
-            kind, payload = 0, runs
-        else:
-            bits = np.zeros(keep.size, dtype=bool)
-            bits[keep.indices()] = True
-            kind, payload = 1, np.packbits(bits, bitorder="little").tobytes()
-        parts.append(_AXIS.pack(number[axis], kind, len(payload)) + payload)
-    return b"".join(parts)
-
-
-def decode_widths(data: bytes, axes: Mapping[str, int]) -> dict[str, Keep]:
-    """Invert :func:`encode_widths` for axes of the given sizes; ValueError where an axis or index is out of range."""
-    sizes = list(axes.items())
-    widths: dict[str, Keep] = {}
-    offset = 0
-    while offset < len(data):
-        number, kind, length = _AXIS.unpack_from(data, offset)
-        offset += _AXIS.size
-        payload = data[offset : offset + length]
-        offset += length
-        if number >= len(sizes) or len(payload) != length or kind not in (0, 1):
-            raise ValueError(f"axis {number} of the width plan is malformed")
-        name, size = sizes[number]
-        if kind == 0:
-            runs = np.frombuffer(payload, dtype="<u4").reshape(-1, 2)
-            widths[name] = Keep(size, tuple((int(start), int(stop)) for start, stop in runs))
-        else:
-            widths[name] = Keep.from_indices(np.flatnonzero(_unpack_bits(payload, size, f"axis {name}")), size)
-    return widths
-
-
-def _unpack_bits(data: bytes, count: int, what: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    if len(data) != (count + 7) // 8:
-        raise ValueError(f"the bitmap of {what} has {len(data)} bytes, not {(count + 7) // 8}")
-    return np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count, bitorder="little")
 
 
 # ---- params

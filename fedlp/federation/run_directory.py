@@ -20,6 +20,7 @@ from fedlp.types import RoundRecord
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+_KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
 class RunDirectory:
@@ -116,13 +117,19 @@ class RunDirectory:
         for number, line in enumerate(raw, start=1):
             try:
                 if line:
-                    lines.append(json.loads(line))
+                    lines.append(_read_line(line))
             except ValueError as error:
                 if number < len(raw):
-                    raise CheckpointError(
-                        f"{self._rounds}, line {number}: not JSON ({error}); restore the file"
-                    ) from error
+                    raise CheckpointError(f"{self._rounds}, line {number}: {error}; restore the file") from error
         return lines
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    """Return one round; ValueError where the line is none."""
+    value = json.loads(line)
+    if not isinstance(value, dict) or not _KEYS <= value.keys():
+        raise ValueError("not the record of a round")
+    return value
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:

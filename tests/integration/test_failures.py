@@ -161,7 +161,6 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
     "no metrics": (without("metrics"), "rejected", "metrics"),
     "an empty reply": (nothing, "rejected", "missing"),
     "records of other kinds": (other_records, "rejected", "record update is no config"),
-    "empty values": (set_config(more=[], note=""), "rejected", "more"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from fedlp.config import ModelConfig
 from fedlp.errors import ProtocolError
 from fedlp.federation import messages
+from fedlp.federation.index_sets import decode_widths, encode_widths
 from fedlp.federation.packing import pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, state_tensors
@@ -160,8 +160,8 @@ def test_finite_values_whose_sum_overflows_are_accepted(submodels: SubModels, pa
 def test_random_width_plans_are_decoded_or_refused(data: bytes) -> None:
     axes = {"a": 5, "b": 16}
     try:
-        widths = messages.decode_widths(data, axes)
-    except (ValueError, struct.error):
+        widths = decode_widths(data, axes)
+    except ValueError:
         return
     assert all(0 < keep.count <= axes[name] or keep.count == 0 for name, keep in widths.items())
 
@@ -169,8 +169,8 @@ def test_random_width_plans_are_decoded_or_refused(data: bytes) -> None:
 @given(st.sets(st.integers(0, 99), min_size=1), st.integers(100, 140))
 def test_kept_indices_survive_and_take_the_shorter_form(chosen: set[int], size: int) -> None:
     keep = Keep.from_indices(np.array(sorted(chosen)), size)
-    data = messages.encode_widths(SubModel(widths={"x": keep}), ("w", "x"))
-    assert messages.decode_widths(data, {"w": 3, "x": size}) == {"x": keep}
+    data = encode_widths(SubModel(widths={"x": keep}), ("w", "x"))
+    assert decode_widths(data, {"w": 3, "x": size}) == {"x": keep}
     assert len(data) - 7 == min(8 * len(keep.runs), (size + 7) // 8)
 
 

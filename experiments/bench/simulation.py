@@ -1,0 +1,136 @@
+"""Speed of a federated round: ``python experiments/bench/simulation.py [--quick] [--json FILE]`` (two free cores, 10 min).
+
+* Steady rounds of a CNN (CIFAR-10 shapes, 10 clients of 500 images, batches of 50, one epoch of SGD): fedlp's strategy,
+  messages and client app on its local engine with two workers, and bare PyTorch in two processes, with fedlp's fast step
+  and with the plain one. One round of each in turn.
+* Whole runs of the same, five rounds, from the start of Python to its end: fedlp against Flower's FedAvg on its
+  simulation runtime (Ray) with the plain step. One run of each in turn.
+* Rounds of almost no work (softmax regression, 784 inputs, one step on 10 images a client): fedlp with two workers
+  against a bare loop in one process.
+* Peak memory of whole runs, all processes together, with small and with large cohorts of the same clients.
+
+Nothing is evaluated (fedlp looks at one image after the last round) and nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from bare import BareLinear, BareRounds
+from timing import MemoryPeak, alternate, clock, paired_ratio, parse_args, print_table, write_report
+from workload import WORKLOADS, run_fedlp
+
+HERE = Path(__file__).resolve().parent
+WORKERS = 2
+NUM_CLIENTS = 10
+Times = dict[str, list[float]]
+
+
+def steady_rounds(num_rounds: int) -> Times:
+    """Return the seconds of each round of the CNN, fedlp's and the bare ones interleaved."""
+    work = WORKLOADS["cnn"]
+    bare = {
+        "bare, fast step": BareRounds(work, NUM_CLIENTS, WORKERS, fast=True),
+        "bare, plain step": BareRounds(work, NUM_CLIENTS, WORKERS, fast=False),
+    }
+    return interleave("cnn", NUM_CLIENTS, num_rounds, {name: rounds.run_round for name, rounds in bare.items()})
+
+
+def tiny_rounds(num_clients: int, num_rounds: int) -> Times:
+    """Return the seconds of each round of softmax regression."""
+    bare = BareLinear(WORKLOADS["linear"], num_clients)
+    return interleave("linear", num_clients, num_rounds, {"bare": bare.run_round})
+
+
+def interleave(name: str, num_clients: int, num_rounds: int, others: dict[str, Any]) -> Times:
+    """Run ``num_rounds`` rounds of fedlp, and one of each other after each; the first and the last do not count."""
+    times: Times = {"fedlp": [], **{other: [] for other in others}}
+
+    def observe(seconds: float) -> None:
+        times["fedlp"].append(seconds)
+        for other, action in others.items():
+            times[other].append(clock(action))
+
+    run_fedlp(WORKLOADS[name], num_clients, num_clients, num_rounds + 2, WORKERS, observe)
+    return {key: values[1:-1] for key, values in times.items()}
+
+
+def whole_runs(num_rounds: int, repeats: int) -> tuple[Times, Times]:
+    """Return the seconds of whole runs, and of all their rounds but the first of each."""
+    rounds: Times = {"fedlp": [], "flower": []}
+
+    def run(name: str, *command: object) -> None:
+        rounds[name] += json.loads(run_program(*command).splitlines()[-1])[1:]
+
+    actions = {
+        "fedlp": lambda: run("fedlp", "workload.py", "cnn", num_rounds, NUM_CLIENTS, NUM_CLIENTS),
+        "flower": lambda: run("flower", "plain_flower.py", num_rounds, NUM_CLIENTS),
+    }
+    return alternate(actions, repeats, warmup=0), rounds
+
+
+def run_program(*command: object) -> str:
+    """Run a program of this folder and return what it prints; RuntimeError with its last words if it fails."""
+    line = [sys.executable, str(HERE / str(command[0])), *map(str, command[1:])]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def peak_memory(name: str, num_clients: int, cohort: int) -> int:
+    """Return the most bytes that all processes of a run of two rounds held at once."""
+    command = [sys.executable, str(HERE / "workload.py"), name, "2", str(num_clients), str(cohort)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
+        MemoryPeak(process.pid) as memory,
+    ):
+        _, errors = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{command} failed: {errors[-2000:]}")
+    return memory.bytes
+
+
+def compare(title: str, times: Times, unit: str = "s") -> dict[str, Any]:
+    """Print medians and how many times fedlp's each is, pair by pair; return them with the raw times."""
+    scale = {"s": 1, "ms": 1e3}[unit]
+    ratios = {name: paired_ratio(values, times["fedlp"]) for name, values in times.items()}
+    rows = [
+        (name, f"{scale * statistics.median(values):.3g}", *(f"{ratios[name][q]:.2f}" for q in ("median", "q1", "q3")))
+        for name, values in times.items()
+    ]
+    print_table(title, ("", unit, "over fedlp", "q1", "q3"), rows)
+    return {"seconds": times, "ratio_over_fedlp": ratios}
+
+
+def main() -> None:
+    args = parse_args(__doc__.splitlines()[0])
+    torch.set_num_threads(1)
+    quick = args.quick
+    results: dict[str, Any] = {}
+    for num_clients, num_rounds in {10: 40, 100: 20, 1000: 10}.items():
+        times = tiny_rounds(num_clients, 4 if quick else num_rounds)
+        title = f"a round of {num_clients} clients with one tiny step each"
+        results[f"tiny_{num_clients}"] = compare(title, times, "ms")
+    results["steady"] = compare("a round of the CNN", steady_rounds(2 if quick else 10))
+    runs, rounds = whole_runs(3 if quick else 5, 1 if quick else 3)
+    results["whole_rounds"] = compare("its rounds in whole runs", rounds)
+    results["whole_runs"] = compare("whole runs, start-up and end included", runs)
+    cases = [("linear", 1000, 10), ("linear", 1000, 1000), ("resnet18", 50, 10), ("resnet18", 50, 50)]
+    peaks = [(*case, peak_memory(*case)) for case in cases[: 2 if quick else 4]]
+    rows = [(f"{name}, {cohort} of {clients} clients", peak >> 20) for name, clients, cohort, peak in peaks]
+    print_table("peak memory of all processes", ("", "MB"), rows)
+    results["peak_memory"] = [
+        {"model": name, "clients": clients, "cohort": cohort, "bytes": peak} for name, clients, cohort, peak in peaks
+    ]
+    write_report(args.json, quick, results)
+
+
+if __name__ == "__main__":
+    main()

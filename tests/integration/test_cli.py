@@ -1,0 +1,307 @@
+"""What a user types: bad input of any kind ends with one line on stderr and exit code 2, and loses nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlp import assembly, cli
+from tests.integration.running import TINY, Finished, execute, read
+
+Once = Callable[..., Finished]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function that runs a command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # main sets both: restore them
+    logger = logging.getLogger("fedlp")
+    monkeypatch.setattr(logger, "handlers", logger.handlers)
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+
+    def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [main.__name__, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return run
+
+
+def assert_refused(result: tuple[int, str, str], words: str) -> None:
+    code, _, errors = result
+    assert code == 2
+    assert errors.count("\n") == 1, f"not one line: {errors}"
+    assert errors.startswith("fedlp: ")
+    assert re.search(words, errors), errors
+
+
+# ---- options
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("num_round=3", "no option num_round; did you mean num_rounds"),
+        ("local.epoch=3", "no option local.epoch; did you mean local.epochs"),
+        ("+num_round=3", "no option num_round; did you mean num_rounds"),
+        ("+strategy.lpr=0.5", "no option strategy.lpr"),
+        ("model=resnet19", "Could not find 'model/resnet19'.*resnet18"),
+        ("strategy=fedprox", "Could not find 'strategy/fedprox'.*fedlp_hetero"),
+        ("experiment=nope", "Could not find 'experiment/nope'"),
+        ("num_rounds=abc", "'abc' .* could not be converted to Integer"),
+        ("num_rounds=null", "num_rounds"),
+        ("local.lr=fast", "'fast' .* could not be converted to Float"),
+        ("num_rounds=${nope}", "nope"),
+        ("foo", "foo"),
+        ("=3", "must be a string"),
+        ("model=null", "must be a string"),
+        ("~model", "missing mandatory value"),
+        ("a=b=[", "mismatched input"),
+        ("seed=0,1", "--multirun"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--cfg nonsense", "nonsense"),
+        ("--run --multirun", "Only one of"),
+        ("--config-name nope", "nope"),
+    ],
+)
+def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
+    assert_refused(call(*arguments.split()), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("strategy.layer_preserving_rate=1.5", r"1\.5 .* \[0, 1\]"),
+        ("strategy.layer_preserving_rate=-0.1", r"-0\.1 .* \[0, 1\]"),
+        ("strategy.layer_preserving_rate=nan", r"\[0, 1\]"),
+        ("strategy.layer_preserving_rate=often", r"\[0, 1\]"),
+        ("strategy.layer_preserving_rate=[0.1,0.2]", "a list of 2 .* one per client"),
+        ("num_clients=3 clients_per_round=4", "at most num_clients=3"),
+        ("min_clients=99", "min_clients=99"),
+        ("num_rounds=0", "at least 1"),
+        ("seed=-1", "at least 0"),
+        ("local.lr=nan", "finite"),
+        ("local.optimizer=lbfgs", "one of sgd, adam"),
+        ("device=tpu", "cpu, cuda"),
+        ("strategy=heterofl strategy.widths=[0.5,1.5]", "strategy.widths"),
+        ("strategy=heterofl strategy.width_probabilities=[0.5,0.5]", "one share per width"),
+        ("strategy.server_optimizer=rmsprop", "none, momentum, adam"),
+        ("strategy=fedlp_hetero strategy.depths=9", "depths 1 to 5"),
+        ("strategy=fedlp_hetero strategy.depths=0", "strategy.depths=0"),
+        ("strategy=fedlp_hetero strategy.depths=[1,2]", "one per client"),
+        ("strategy=fedlp_hetero model=fedlp_mlp", "needs a model with depth prefixes"),
+        ("model=llama_tiny", "a language model, but the data set needs a classifier"),
+        ("dataset=topics", "a classifier, but the data set needs a language model"),
+        ("model=torchvision model.name=resnet19", "resnet19"),
+        ("model=hf dataset=topics", "model.path is not set"),
+        ("model=hf dataset=topics model.path=/nonexistent", "/nonexistent"),
+        ("simulation.workers=0", "simulation.workers=0"),
+    ],
+)
+def test_values_that_cannot_be(arguments: str, words: str, call: Call) -> None:
+    assert_refused(call(*arguments.split()), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            "dataset=cifar10 dataset.root=/nonexistent dataset.download=false",
+            "no folder /nonexistent; set dataset.root",
+        ),
+        ("dataset=mnist dataset.root=/nonexistent dataset.download=false", "no folder /nonexistent"),
+        ("dataset=text model=llama_tiny", "needs dataset.root"),
+        ("dataset=text model=llama_tiny dataset.root=/nonexistent", "no file or folder at /nonexistent"),
+        ("dataset=hf model=llama_tiny", "needs dataset.path"),
+        ("num_clients=2000 clients_per_round=3", "2000 clients cannot share 143[78] examples"),
+        ("partition=natural", "owners"),
+        ("partition=dirichlet partition.alpha=0.001 partition.min_examples=140", "raise partition.alpha"),
+        ("partition=shards partition.shards_per_client=1000", "more shards"),
+        ("partition.min_examples=1000", "fewer than"),
+        ("dataset.max_train_examples=3", "cannot share 3 examples"),
+    ],
+)
+def test_data_that_is_not_there(arguments: str, words: str, call: Call) -> None:
+    assert_refused(call(*arguments.split()), words)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there(call: Call) -> None:
+    assert_refused(call("device=cuda"), "device=cuda: this machine has 0 CUDA devices")
+
+
+# ---- folders
+def test_a_folder_that_cannot_be_written(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(call("hydra.run.dir=file/run"), "file/run")
+    assert_refused(call("hydra.run.dir=/proc/run"), "/proc/run")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(call: Call, once: Once, tmp_path: Path) -> None:
+    done = once(*TINY)
+    before = {path: path.read_bytes() for path in done.path.rglob("*") if path.is_file()}
+    assert_refused(call(*TINY, f"hydra.run.dir={done.path}"), "holds a run already; continue it with resume=")
+    assert_refused(call(*TINY, f"hydra.run.dir={done.path}", "dry_run=true"), "holds a run already")
+    assert {path: path.read_bytes() for path in done.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resume=/nonexistent", "not a run directory"),
+        ("resume=.", "not a run directory"),
+        ("resume={run} seed=3", "drop seed"),
+        ("resume={run} strategy=fedavg", "drop strategy"),
+        ("resume={run} hydra.run.dir=elsewhere", "drop hydra.run.dir"),
+        ("resume={run} dry_run=true", "drop dry_run"),
+        ("resume={run} num_rounds=1", "has done 2"),
+        ("resume={run} num_rounds=0", "at least 1"),
+        ("resume={run} simulation.workrs=1", "did you mean simulation.workers"),
+        ("-m resume={run},/nonexistent", r"job 1 \(resume=/nonexistent\): .*not a run directory"),
+    ],
+)
+def test_a_resume_that_cannot_be(arguments: str, words: str, call: Call, once: Once, tmp_path: Path) -> None:
+    shutil.copytree(once(*TINY).path, tmp_path / "run")
+    assert_refused(call(*arguments.format(run=tmp_path / "run").split()), words)
+    assert read(tmp_path / "run").untimed == once(*TINY).untimed
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("checkpoint/round-000002.safetensors", b"garbage", "is damaged .*; delete round-000002.json"),
+        ("checkpoint/round-000002.json", b"{", "cannot be read .*; delete round-000002.json"),
+        ("rounds.jsonl", b"nonsense\n", "rounds.jsonl, line 1: "),
+        ("rounds.jsonl", b"", "does not hold rounds 1 to 2"),
+        ("rounds.jsonl", b"[1]\n", "rounds.jsonl, line 1: not the record"),
+        ("rounds.jsonl", b'{"server_round": 1}\n', "rounds.jsonl, line 1: not the record"),
+        ("config.yaml", b"num_rounds: [", "config cannot be read"),
+        ("config.yaml", b"- 1\n- 2\n", "config cannot be read"),
+        ("config.yaml", b"num_rounds: -3\n", "config.* cannot be read|mandatory|num_rounds=-3"),
+        ("config.yaml", b"\xff\xfe\x00", "config cannot be read"),
+    ],
+)
+def test_a_run_whose_files_are_damaged(
+    file: str, content: bytes, words: str, call: Call, once: Once, tmp_path: Path
+) -> None:
+    shutil.copytree(once(*TINY).path, tmp_path / "run")
+    (tmp_path / "run" / file).write_bytes(content)
+    assert_refused(call("resume=run", "num_rounds=3"), words)
+
+
+def test_the_command_that_goes_on(call: Call, once: Once, tmp_path: Path) -> None:
+    shutil.copytree(once(*TINY).path, tmp_path / "run")
+    code, out, errors = call("resume=run", "num_rounds=3", "simulation.workers=1")
+    assert code == 0, errors
+    assert "accuracy" in out
+    resumed, whole = read(tmp_path / "run"), once(*TINY, "num_rounds=3")
+    assert resumed.model == whole.model
+    assert resumed.untimed == whole.untimed
+    assert resumed.config.num_rounds == 3
+    assert resumed.config.simulation.workers == 1
+    assert resumed.config.resume is None
+
+
+# ---- what a run says and writes
+def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> None:
+    code, out, errors = call(*TINY, "hydra.run.dir=run", "label=mine")
+    assert code == 0
+    assert re.fullmatch(r"train_loss \S+  accuracy \S+  loss \S+  up \S+ MB  down \S+ MB  -> \S+run\n", out)
+    assert [line[:15] for line in errors.splitlines()] == ["mine: round 1/2", "mine: round 2/2"]
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.yaml", "rounds.jsonl", "manifest.json", "model.safetensors", "checkpoint"}
+
+
+def test_a_dry_run_writes_its_manifest_alone(call: Call, tmp_path: Path) -> None:
+    code, out, errors = call("dry_run=true", "hydra.run.dir=run")
+    assert (code, errors) == (0, "")
+    assert "parameters per client and round: " in out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["manifest.json"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["expected"]["params_up_per_client"] == manifest["expected"]["params_down_per_client"] / 2
+
+
+# ---- sweeps
+def test_a_sweep_gives_each_job_its_folder(call: Call, tmp_path: Path) -> None:
+    code, _, errors = call("-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert code == 0, errors
+    assert [read(tmp_path / "sweep" / job).config.seed for job in ("0", "1")] == [0, 1]
+
+
+def test_a_job_that_fails_does_not_stop_its_sweep(call: Call, tmp_path: Path) -> None:
+    code, _, errors = call("-m", *TINY, "seed=0,-1,2", "hydra.sweep.dir=sweep")
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("fedlp: ")]
+    assert re.fullmatch(r"fedlp: job 1 \(.*seed=-1\): seed=-1 is not allowed: it must be at least 0", line)
+    assert [read(tmp_path / "sweep" / job).config.seed for job in ("0", "2")] == [0, 2]
+
+
+def test_a_misspelt_value_in_a_sweep_stops_it_before_it_starts(call: Call, tmp_path: Path) -> None:
+    assert_refused(call("-m", *TINY, "seed=0,one", "hydra.sweep.dir=sweep"), "seed=one")
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+# ---- reports
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "RUN_DIR"),
+        ("/nonexistent", "/nonexistent"),
+        ("empty", "empty"),
+        ("file", "file"),
+        ("--nonsense run", "unrecognized arguments: --nonsense"),
+        ("run --out file/report", "file/report"),
+        ("damaged", "manifest.json"),
+    ],
+)
+def test_a_report_on_nonsense(arguments: str, words: str, call: Call, once: Once, tmp_path: Path) -> None:
+    shutil.copytree(once(*TINY).path, tmp_path / "run")
+    shutil.copytree(once(*TINY).path, tmp_path / "damaged")
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert_refused(call(*arguments.split(), main=cli.report_main), words)
+
+
+def test_a_report(call: Call, once: Once, tmp_path: Path) -> None:
+    shutil.copytree(once(*TINY).path, tmp_path / "run")
+    code, out, errors = call("run", main=cli.report_main)
+    assert (code, errors) == (0, "")
+    assert "accuracy" in out
+    assert any(path.suffix == ".html" for path in (tmp_path / "run" / "report").iterdir())
+
+
+# ---- real processes
+def test_the_installed_commands(tmp_path: Path) -> None:
+    for name in ("fedlp", "fedlp-report"):
+        shown = execute(name, "--help", cwd=tmp_path)
+        assert shown.returncode == 0
+        assert "fedlp" in shown.stdout
+        assert shown.stderr == ""
+    refused = execute("fedlp", "strategy.layer_preserving_rate=1.5", cwd=tmp_path)
+    assert_refused((refused.returncode, refused.stdout, refused.stderr), r"\[0, 1\]")
+    refused = execute("fedlp-report", "/nonexistent", cwd=tmp_path)
+    assert_refused((refused.returncode, refused.stdout, refused.stderr), "/nonexistent")
+
+
+def test_a_defect_of_our_own_keeps_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(assembly, "run", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        call("num_rounds=1")
