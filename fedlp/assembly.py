@@ -92,13 +92,13 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
     plan = make_plan(cfg)
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     directory = RunDirectory(out)
+    runtime = make_runtime(cfg, str(directory.clients))  # where data is missing, nothing has been written yet
     state = directory.resume() if plan.config.resume else None
     if state is None:
         directory.begin(to_yaml(config))
     else:
         _check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
-    runtime = make_runtime(cfg, str(directory.clients))
 
     def record(round_record: Any, round_state: ServerState) -> None:
         directory.append_round(round_record)
@@ -149,7 +149,10 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     config = from_yaml(cfg)
     _check_device(config.device)
     _plot_partition(cfg, out)
-    state = RunDirectory(out).resume() if config.resume else None
+    directory = RunDirectory(out)
+    if not config.resume:
+        directory.refuse_if_used()
+    state = directory.resume() if config.resume else None
     done = 0 if state is None else state.server_round
     if done > config.num_rounds:
         raise ConfigError(f"num_rounds={config.num_rounds}, but the run in {out} has done {done}; give a larger number")
@@ -157,7 +160,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
-        return RunDirectory(out).read_manifest()
+        return directory.read_manifest()
     return run_locally(cfg, out, [lambda record, _: progress.show(asdict(record))])
 
 

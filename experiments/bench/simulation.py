@@ -1,8 +1,10 @@
-"""Speed of a federated round: ``python experiments/bench/simulation.py [--quick] [--json FILE]`` (two free cores, 10 min).
+"""Speed of a federated round: ``python experiments/bench/simulation.py [--quick] [--json FILE]``.
+
+Takes less than ten minutes on two free cores, of which it wants both.
 
 * Steady rounds of a CNN (CIFAR-10 shapes, 10 clients of 500 images, batches of 50, one epoch of SGD): fedlp's strategy,
-  messages and client app on its local engine with two workers, and bare PyTorch in two processes, with fedlp's fast step
-  and with the plain one. One round of each in turn.
+  messages and client app on its local engine with two workers, and bare PyTorch in two processes, with fedlp's fast
+  step and with the plain one. One round of each in turn.
 * Whole runs of the same, five rounds, from the start of Python to its end: fedlp against Flower's FedAvg on its
   simulation runtime (Ray) with the plain step. One run of each in turn.
 * Rounds of almost no work (softmax regression, 784 inputs, one step on 10 images a client): fedlp with two workers
@@ -32,14 +34,14 @@ NUM_CLIENTS = 10
 Times = dict[str, list[float]]
 
 
-def steady_rounds(num_rounds: int) -> Times:
+def steady_rounds(name: str, num_rounds: int) -> Times:
     """Return the seconds of each round of the CNN, fedlp's and the bare ones interleaved."""
-    work = WORKLOADS["cnn"]
+    work = WORKLOADS[name]
     bare = {
         "bare, fast step": BareRounds(work, NUM_CLIENTS, WORKERS, fast=True),
         "bare, plain step": BareRounds(work, NUM_CLIENTS, WORKERS, fast=False),
     }
-    return interleave("cnn", NUM_CLIENTS, num_rounds, {name: rounds.run_round for name, rounds in bare.items()})
+    return interleave(name, NUM_CLIENTS, num_rounds, {other: rounds.run_round for other, rounds in bare.items()})
 
 
 def tiny_rounds(num_clients: int, num_rounds: int) -> Times:
@@ -61,16 +63,16 @@ def interleave(name: str, num_clients: int, num_rounds: int, others: dict[str, A
     return {key: values[1:-1] for key, values in times.items()}
 
 
-def whole_runs(num_rounds: int, repeats: int) -> tuple[Times, Times]:
+def whole_runs(name: str, num_rounds: int, repeats: int) -> tuple[Times, Times]:
     """Return the seconds of whole runs, and of all their rounds but the first of each."""
     rounds: Times = {"fedlp": [], "flower": []}
 
-    def run(name: str, *command: object) -> None:
-        rounds[name] += json.loads(run_program(*command).splitlines()[-1])[1:]
+    def run(engine: str, *command: object) -> None:
+        rounds[engine] += json.loads(run_program(*command).splitlines()[-1])[1:]
 
     actions = {
-        "fedlp": lambda: run("fedlp", "workload.py", "cnn", num_rounds, NUM_CLIENTS, NUM_CLIENTS),
-        "flower": lambda: run("flower", "plain_flower.py", num_rounds, NUM_CLIENTS),
+        "fedlp": lambda: run("fedlp", "workload.py", name, num_rounds, NUM_CLIENTS, NUM_CLIENTS),
+        "flower": lambda: run("flower", "plain_flower.py", name, num_rounds, NUM_CLIENTS),
     }
     return alternate(actions, repeats, warmup=0), rounds
 
@@ -113,13 +115,14 @@ def main() -> None:
     args = parse_args(__doc__.splitlines()[0])
     torch.set_num_threads(1)
     quick = args.quick
+    cnn = "cnn-quick" if quick else "cnn"
     results: dict[str, Any] = {}
     for num_clients, num_rounds in {10: 40, 100: 20, 1000: 10}.items():
-        times = tiny_rounds(num_clients, 4 if quick else num_rounds)
+        times = tiny_rounds(num_clients, 3 if quick else num_rounds)
         title = f"a round of {num_clients} clients with one tiny step each"
         results[f"tiny_{num_clients}"] = compare(title, times, "ms")
-    results["steady"] = compare("a round of the CNN", steady_rounds(2 if quick else 10))
-    runs, rounds = whole_runs(3 if quick else 5, 1 if quick else 3)
+    results["steady"] = compare("a round of the CNN", steady_rounds(cnn, 8))
+    runs, rounds = whole_runs(cnn, 5, 1 if quick else 3)
     results["whole_rounds"] = compare("its rounds in whole runs", rounds)
     results["whole_runs"] = compare("whole runs, start-up and end included", runs)
     cases = [("linear", 1000, 10), ("linear", 1000, 1000), ("resnet18", 50, 10), ("resnet18", 50, 50)]

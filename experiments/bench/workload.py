@@ -1,7 +1,7 @@
 """The work that is timed: synthetic images over clients, as a run of fedlp on its local engine.
 
-As a program (``python workload.py NAME ROUNDS CLIENTS COHORT``) it is one whole run, from the start of Python to its end, and
-prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
+As a program (``python workload.py NAME ROUNDS CLIENTS COHORT``) it is one whole run, from the start of Python to its
+end, and prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Workload:
 
 WORKLOADS = {
     "cnn": Workload("small_cnn", (3, 32, 32), examples=500, batch_size=50),
+    "cnn-quick": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }

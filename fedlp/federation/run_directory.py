@@ -127,7 +127,7 @@ class RunDirectory:
 def _read_line(line: bytes) -> dict[str, Any]:
     """Return one round; ValueError where the line is none."""
     value = json.loads(line)
-    if not isinstance(value, dict) or not _KEYS <= value.keys():
+    if not isinstance(value, dict) or not value.keys() >= _KEYS:
         raise ValueError("not the record of a round")
     return value
 

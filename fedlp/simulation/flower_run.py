@@ -1,14 +1,17 @@
 """The same apps under ``flwr run``, on Flower's simulation runtime (Ray), as a child process.
 
 A private SuperLink is started for the run and ended with it; nothing is left running, and the user's Flower settings
-are not touched. ``flwr run`` exits with 0 even when a run fails, so the run's status is read from the SuperLink.
+are not touched. ``flwr run`` exits with 0 even when a run fails and Flower keeps no reason, so the ServerApp leaves a
+file that says how it ended; what Flower says is asked for now and then, in case the ServerApp never got that far.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,11 +19,13 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedlp.errors import FedLPError
+from fedlp.federation.server_app import read_outcome
 
 _APP = '''"""Stands for the installed fedlp in Flower's app bundle."""
 
@@ -46,9 +51,14 @@ clientapp = "fedlp_flower.apps:client_app"
 [tool.flwr.app.config]
 cfg = ""
 out = ""
+outcome = ""
 """
 _POLL_S = 0.3
+_ASK_FLOWER_S = 15.0  # each time costs about a second of one core
 _START_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 10.0
+_LONGEST_RAY_FOLDER = 40  # Ray puts sockets, whose paths may have 107 characters, deep below it
+_PR_SET_PDEATHSIG = 1
 
 
 def run_on_flower(
@@ -70,49 +80,65 @@ def run_on_flower(
     Raises
     ------
     FedLPError
-        If Ray is not installed, Flower does not start, or the run does not finish; with Flower's own reason.
+        If Ray is not installed, Flower does not start, or the run does not finish.
     """
     program = shutil.which("flwr", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None or not _has_ray():
+    if program is None or find_spec("ray") is None:
         raise FedLPError("simulation=ray needs Flower's simulation extra; run: pip install 'fedlp[ray]'")
-    with tempfile.TemporaryDirectory(prefix="fedlp-flower-") as scratch, _superlink(Path(scratch), program) as env:
-        app = Path(scratch) / "app"
+    with tempfile.TemporaryDirectory(prefix="fedlp-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        outcome = scratch / "outcome.json"
+        app = scratch / "app"
         (app / "fedlp_flower").mkdir(parents=True)
         (app / "pyproject.toml").write_text(_PROJECT)
         (app / "fedlp_flower" / "__init__.py").write_text('"""fedlp under flwr run."""\n')
         (app / "fedlp_flower" / "apps.py").write_text(_APP)
-        settings = Path(scratch) / "run.toml"
+        settings = {"cfg": cfg, "out": str(out.absolute()), "outcome": str(outcome)}
         # A JSON string is a TOML basic string.
-        settings.write_text(f"cfg = {json.dumps(cfg)}\nout = {json.dumps(str(out.absolute()))}\n")
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        (scratch / "run.toml").write_text("".join(lines))
         federation = f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
-        command = [program, "run", str(app), "local", "--run-config", str(settings)]
-        _flwr([*command, "--federation-config", federation], env)
-        _follow(program, env, out / "rounds.jsonl", on_line, seen)
+        command = [program, "run", str(app), "local", "--run-config", str(scratch / "run.toml")]
+        with _superlink(scratch, program) as env:
+            _flwr([*command, "--federation-config", federation], env)
+            ended = _follow(program, env, outcome, _Lines(out / "rounds.jsonl", on_line, seen))
+            if ended is not None:
+                shutil.copy(scratch / "superlink.log", out / "flower.log")
+                raise FedLPError(f"the run ended as {ended} on Flower; its log is {out / 'flower.log'}")
+        read_outcome(outcome)
 
 
-def _follow(
-    program: str, env: dict[str, str], rounds: Path, on_line: Callable[[dict[str, Any]], None], seen: int
-) -> None:
-    """Report rounds as they are written until the run has ended; raise unless it completed."""
+class _Lines:
+    """The rounds of a file that another process is writing."""
+
+    def __init__(self, path: Path, on_line: Callable[[dict[str, Any]], None], seen: int) -> None:
+        self._path = path
+        self._on_line = on_line
+        self._seen = seen
+
+    def report(self) -> None:
+        """Report the rounds that are new and whole."""
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
+        complete = [line for line in lines if line.endswith(b"\n")]
+        for line in complete[self._seen :]:
+            self._on_line(json.loads(line))
+        self._seen = max(self._seen, len(complete))
+
+
+def _follow(program: str, env: dict[str, str], outcome: Path, lines: _Lines) -> str | None:
+    """Report rounds until the ServerApp has ended; return Flower's word if it ended without having left its own."""
+    asked = time.monotonic()
     while True:
-        run = json.loads(_flwr([program, "ls", "local", "--format", "json"], env))["runs"][0]
-        lines = rounds.read_text().splitlines(keepends=True) if rounds.is_file() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        for line in complete[seen:]:
-            on_line(json.loads(line))
-        seen = max(seen, len(complete))
-        if run["status"].startswith("finished"):
-            if run["status"] != "finished:completed":
-                raise FedLPError(f"the run ended as {run['status']} on Flower: {_reason(run, env)}")
-            return
+        is_over = outcome.is_file()
+        lines.report()
+        if is_over:
+            return None
+        if time.monotonic() - asked > _ASK_FLOWER_S:
+            run = json.loads(_flwr([program, "ls", "local", "--format", "json"], env))["runs"][0]
+            if run["status"].startswith("finished") and not outcome.is_file():
+                return str(run["status"])
+            asked = time.monotonic()
         time.sleep(_POLL_S)
-
-
-def _reason(run: dict[str, Any], env: dict[str, str]) -> str:
-    """Return the last error line of the SuperLink's log, or Flower's own details."""
-    log = Path(env["FLWR_HOME"]) / "superlink.log"
-    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line] if log.is_file() else []
-    return errors[-1].strip() if errors else str(run.get("status-details", "no details"))
 
 
 @contextmanager
@@ -128,6 +154,7 @@ def _superlink(scratch: Path, program: str) -> Iterator[dict[str, str]]:
     )
     env = os.environ | {
         "FLWR_HOME": str(home),
+        **({"RAY_TMPDIR": str(scratch)} if len(str(scratch)) <= _LONGEST_RAY_FOLDER else {}),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -138,15 +165,26 @@ def _superlink(scratch: Path, program: str) -> Iterator[dict[str, str]]:
     command = [str(Path(program).with_name("flower-superlink")), "--insecure", "--simulation"]
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--database", str(home / "state.db")]
-    with (home / "superlink.log").open("wb") as log:
+    with (scratch / "superlink.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=env, cwd=scratch, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=env,
+            cwd=scratch,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to handle
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
             _await_health(port, process)
             yield env
         finally:
-            _end_session(process)
+            _end_all(process, home)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies, however that happens; Flower's own children follow."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _await_health(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -162,16 +200,26 @@ def _await_health(port: int, process: subprocess.Popen[bytes]) -> None:
     raise FedLPError(f"flower-superlink was not ready within {_START_TIMEOUT_S:g} s")
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its session, the Ray processes it started included."""
-    import signal
+def _end_all(superlink: subprocess.Popen[bytes], home: Path) -> None:
+    """End the SuperLink and whatever it started: Flower puts some of it, and Ray all of it, into other sessions."""
+    superlink.kill()
+    superlink.wait()
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while (found := _processes_with(f"FLWR_HOME={home}")) and time.monotonic() < deadline:
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
-    for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+
+def _processes_with(variable: str) -> list[int]:
+    """Return the processes that have a ``NAME=value`` in their environment; none where there is no /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.fsencode(variable) in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
 
 
 def _flwr(command: list[str], env: dict[str, str]) -> str:
@@ -180,9 +228,3 @@ def _flwr(command: list[str], env: dict[str, str]) -> str:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise FedLPError(f"{' '.join(command[1:3])} failed: {lines[-1].strip() if lines else 'no output'}")
     return done.stdout
-
-
-def _has_ray() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("ray") is not None
