@@ -148,7 +148,6 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     """
     config = from_yaml(cfg)
     _check_device(config.device)
-    _plot_partition(cfg, out)
     directory = RunDirectory(out)
     if not config.resume:
         directory.refuse_if_used()
@@ -156,6 +155,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     done = 0 if state is None else state.server_round
     if done > config.num_rounds:
         raise ConfigError(f"num_rounds={config.num_rounds}, but the run in {out} has done {done}; give a larger number")
+    _plot_partition(cfg, out)
     progress = Progress(config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()

@@ -1,7 +1,7 @@
 """The CNN's clients as a Flower app, written as Flower's users write it, on Flower's simulation runtime (Ray).
 
-As a program (``python plain_flower.py NAME ROUNDS CLIENTS``) it is one whole run, from the start of Python to its end, with
-two actors of one CPU and one torch thread, and prints the seconds of every round as JSON.
+As a program (``python plain_flower.py NAME ROUNDS CLIENTS``) it is one whole run, from the start of Python to its end,
+with two actors of one CPU and one torch thread, and prints the seconds of every round as JSON.
 """
 
 from __future__ import annotations

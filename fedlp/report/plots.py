@@ -123,7 +123,7 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
 
 def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
     """Return columns and rows of a legend that fits the figure's width."""
-    columns = max(1, min(len(labels), 92 // (max(map(len, labels)) + 7), 4))
+    columns = max(1, min(len(labels), 84 // (max(map(len, labels)) + 8), 4))
     return columns, -(-len(labels) // columns)
 
 

@@ -1,0 +1,93 @@
+"""The same apps on Flower's simulation runtime: the same bytes, one line where a run fails, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedlp.simulation.flower_run import _processes_with
+from tests.integration.running import TINY, Finished, command, execute, read
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds processes by /proc"),
+]
+Once = Callable[..., Finished]
+CASE = (*TINY, "strategy=fedlp_hetero", "strategy.server_optimizer=momentum")
+PATIENCE_S = 400
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the run a temporary folder of its own, and see that the folder is empty and its users are gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="f"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    assert _processes_with(f"TMPDIR={folder}") == []
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+def test_a_run_gives_the_bytes_of_the_local_engine(once: Once, tmp_path: Path) -> None:
+    done = execute("fedlp", *CASE, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[1].split()[1] for line in done.stderr.splitlines()] == ["1/2", "2/2"]
+    ray, local = read(tmp_path / "run"), once(*CASE)
+    assert ray.model == local.model
+    assert ray.untimed == local.untimed
+    heads = [sorted(path.relative_to(run.path) for path in run.path.glob("clients/*/*")) for run in (ray, local)]
+    assert heads[0] == heads[1] != []
+
+
+def test_a_run_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    absent = ("dataset=cifar10", "dataset.root=/nonexistent", "dataset.download=false", "model=fedlp_cnn")
+    done = execute("fedlp", *absent, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fedlp: cifar10: no folder /nonexistent; ")
+    assert done.stderr.count("\n") == 1
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_run_that_is_stopped_goes_on_on_the_other_engine(
+    number: signal.Signals, once: Once, temporary: Path, tmp_path: Path
+) -> None:
+    case = (*CASE, "num_rounds=40")
+    process = subprocess.Popen(
+        command("fedlp", *case, "simulation=ray", "hydra.run.dir=run"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    rounds = tmp_path / "run" / "rounds.jsonl"
+    deadline = time.monotonic() + PATIENCE_S
+    while not rounds.is_file() or rounds.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert rounds.read_bytes().count(b"\n") < 40, "the run was over before the signal came"
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1] == f"fedlp: stopped; go on with: fedlp resume={tmp_path / 'run'}"
+    else:
+        while _processes_with(f"TMPDIR={temporary}"):
+            assert time.monotonic() < deadline, "processes were left behind"
+            time.sleep(0.2)
+        shutil.rmtree(next(temporary.iterdir()))
+    resumed = execute("fedlp", "resume=run", "simulation=local", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert read(tmp_path / "run").model == once(*case).model
+    assert read(tmp_path / "run").untimed == once(*case).untimed
