@@ -32,7 +32,7 @@ class Workload:
 
 WORKLOADS = {
     "cnn": Workload("small_cnn", (3, 32, 32), examples=500, batch_size=50),
-    "cnn-quick": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
+    "cnn_short": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }
