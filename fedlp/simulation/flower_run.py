@@ -101,10 +101,10 @@ def run_on_flower(
         command = [program, "run", str(app), "local", "--run-config", str(scratch / "run.toml")]
         with _superlink(scratch, program) as env:
             _flwr([*command, "--federation-config", federation], env)
-            ended = _follow(program, env, outcome, _Lines(out / "rounds.jsonl", on_line, seen))
-            if ended is not None:
-                shutil.copy(scratch / "superlink.log", out / "flower.log")
-                raise FedLPError(f"the run ended as {ended} on Flower; its log is {out / 'flower.log'}")
+            log = _follow(program, env, outcome, _Lines(out / "rounds.jsonl", on_line, seen))
+        if log is not None:
+            (out / "flower.log").write_text(log)
+            raise FedLPError(f"Flower could not run the ServerApp; its log is {out / 'flower.log'}")
         read_outcome(outcome)
 
 
@@ -126,7 +126,7 @@ class _Lines:
 
 
 def _follow(program: str, env: dict[str, str], outcome: Path, lines: _Lines) -> str | None:
-    """Report rounds until the ServerApp has ended; return Flower's word if it ended without having left its own."""
+    """Report rounds until the ServerApp has said how it ended; return Flower's log if the run is over without that."""
     asked = time.monotonic()
     while True:
         is_over = outcome.is_file()
@@ -136,7 +136,7 @@ def _follow(program: str, env: dict[str, str], outcome: Path, lines: _Lines) -> 
         if time.monotonic() - asked > _ASK_FLOWER_S:
             run = json.loads(_flwr([program, "ls", "local", "--format", "json"], env))["runs"][0]
             if run["status"].startswith("finished") and not outcome.is_file():
-                return str(run["status"])
+                return _flwr([program, "log", str(run["run-id"]), "local", "--show"], env)
             asked = time.monotonic()
         time.sleep(_POLL_S)
 
@@ -205,7 +205,10 @@ def _end_all(superlink: subprocess.Popen[bytes], home: Path) -> None:
     superlink.kill()
     superlink.wait()
     deadline = time.monotonic() + _END_TIMEOUT_S
-    while (found := _processes_with(f"FLWR_HOME={home}")) and time.monotonic() < deadline:
+    quiet = 0  # a process that is just being started shows no environment yet: look again
+    while quiet < 3 and time.monotonic() < deadline:
+        found = _processes_with(f"FLWR_HOME={home}")
+        quiet = 0 if found else quiet + 1
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -225,6 +228,6 @@ def _processes_with(variable: str) -> list[int]:
 def _flwr(command: list[str], env: dict[str, str]) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise FedLPError(f"{' '.join(command[1:3])} failed: {lines[-1].strip() if lines else 'no output'}")
+        said = [line.strip(" │╭╮╰╯─") for line in (done.stdout + done.stderr).splitlines()]
+        raise FedLPError(f"flwr {command[1]} failed: {' '.join(filter(None, said)) or 'no output'}")
     return done.stdout

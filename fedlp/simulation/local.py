@@ -7,6 +7,7 @@ worker was faster; no more than a few are ever held, so memory does not grow wit
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import selectors
 import time
@@ -94,6 +95,7 @@ class LocalGrid(Grid):
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._selector = selectors.DefaultSelector()
+        gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
         self._workers = [self._start_worker(i) for i in range(num_workers)]
 
     def __enter__(self) -> LocalGrid:
@@ -110,6 +112,7 @@ class LocalGrid(Grid):
             worker.process.join()
             worker.connection.close()
         self._selector.close()
+        gc.unfreeze()
 
     # ---- Flower's interface
     def set_run(self, run: flower_compat.Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +39,6 @@ def serve(
     settle_process()
     flower_compat.become_server()
     app = load_app()
-    gc.freeze()  # what was inherited is shared with the parent, until a garbage collection would write into it
     while True:
         try:
             frame = connection.recv_bytes()

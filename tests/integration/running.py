@@ -95,6 +95,12 @@ def command(name: str, *arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / name), *arguments]
 
 
+def interruptible(line: list[str]) -> list[str]:
+    """Return a command line that heeds Ctrl-C even if the tests run in the background, where shells turn it off."""
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", heed, *line]
+
+
 def execute(name: str, *arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run an installed entry point to its end."""
     return subprocess.run(

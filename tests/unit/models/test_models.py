@@ -47,7 +47,7 @@ def make(name: str) -> ModelSpec:
 
 
 ALL = [
-    *("fedlp_cnn", "fedlp_mlp", "fedlp_mlp:deep", "small_cnn", "llama_tiny"),
+    *("fedlp_cnn", "fedlp_mlp", "fedlp_mlp:deep", "fedlp_mlp:linear", "small_cnn", "llama_tiny"),
     *("torchvision:resnet18", "torchvision:vgg11_bn", "torchvision:mobilenet_v2"),
 ]
 

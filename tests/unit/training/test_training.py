@@ -15,6 +15,7 @@ from fedlp.training import (
     augment_images,
     draw_batches,
     evaluate_sums,
+    make_optimizer,
     metrics_from_sums,
     prepare_inputs,
     train_locally,
@@ -33,6 +34,23 @@ def images(count: int) -> Examples:
 def classifier() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4))
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.01), (0.5, 0.1)])
+def test_sgd_is_torchs_bit_for_bit(momentum: float, weight_decay: float) -> None:
+    ours, theirs = classifier(), classifier()
+    ours[0].bias.requires_grad_(False)
+    theirs[0].bias.requires_grad_(False)
+    config = LocalConfig(optimizer="sgd", lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    optimizer = make_optimizer(list(ours.parameters()), config)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    for _ in range(4):
+        for model, stepper in ((ours, optimizer), (theirs, reference)):
+            model.zero_grad()
+            inputs = torch.linspace(-1, 1, 2 * 3 * 36).view(2, 3, 6, 6)
+            model(inputs).square().sum().backward()
+            stepper.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("count", "batch", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 8, [3]), (1, 4, [1])])
