@@ -118,7 +118,7 @@ def _resumed(config: RunConfig, folder: Path) -> RunConfig:
 
 def _run_dir(resume: str | None) -> str:
     """Return where a run writes: a folder named by the time, or the run that is resumed."""
-    return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S") if resume is None else str(_check_run(resume))
+    return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f") if resume is None else str(_check_run(resume))
 
 
 def _check_run(resume: str) -> Path:
@@ -163,6 +163,7 @@ def _set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("fedlp: %(message)s"))
     logger = logging.getLogger("fedlp")
     logger.handlers, logger.propagate = [handler], False
+    logger.disabled = False  # Hydra disables all loggers it finds before every job of a sweep
     logger.setLevel(logging.WARNING)
 
 

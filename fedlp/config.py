@@ -261,6 +261,8 @@ def validate(config: RunConfig) -> None:
         config.min_clients,
         f"in [0, clients_per_round={config.clients_per_round}]",
     )
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        _require(getattr(config.model, name) >= 1, f"model.{name}", getattr(config.model, name), "at least 1")
     _validate_strategy(config.strategy, config.num_clients)
     local = config.local
     _choice("local.optimizer", local.optimizer, ("sgd", "adam"))

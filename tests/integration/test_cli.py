@@ -30,6 +30,8 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     logger = logging.getLogger("fedlp")
     monkeypatch.setattr(logger, "handlers", logger.handlers)
     monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "disabled", logger.disabled)
+    monkeypatch.setattr(logger, "level", logger.level)
 
     def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [main.__name__, *arguments])
@@ -110,6 +112,8 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
         ("model=hf dataset=topics", "model.path is not set"),
         ("model=hf dataset=topics model.path=/nonexistent", "/nonexistent"),
         ("simulation.workers=0", "simulation.workers=0"),
+        ("dataset=topics model=llama_tiny model.num_layers=0", "model.num_layers=0"),
+        ("dataset=topics model=llama_tiny model.num_kv_heads=3", "model.num_kv_heads=3"),
     ],
 )
 def test_values_that_cannot_be(arguments: str, words: str, call: Call) -> None:
@@ -235,11 +239,25 @@ def test_a_dry_run_writes_its_manifest_alone(call: Call, tmp_path: Path) -> None
     assert manifest["expected"]["params_up_per_client"] == manifest["expected"]["params_down_per_client"] / 2
 
 
+def test_runs_of_the_same_second_do_not_share_a_folder(call: Call, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert call(*TINY, "num_rounds=1")[0] == 0
+    assert len(list((tmp_path / "runs").glob("*/*/model.safetensors"))) == 2
+
+
 # ---- sweeps
 def test_a_sweep_gives_each_job_its_folder(call: Call, tmp_path: Path) -> None:
     code, _, errors = call("-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep")
     assert code == 0, errors
     assert [read(tmp_path / "sweep" / job).config.seed for job in ("0", "1")] == [0, 1]
+
+
+def test_every_job_of_a_sweep_names_its_failed_clients(call: Call) -> None:
+    code, _, errors = call(
+        "-m", *TINY, "strategy=fedavg", "num_rounds=1", "local.lr=1e30", "seed=0,1", "hydra.sweep.dir=sweep"
+    )
+    assert code == 0
+    assert errors.count("failed (rejected): ") == 8
 
 
 def test_a_job_that_fails_does_not_stop_its_sweep(call: Call, tmp_path: Path) -> None:

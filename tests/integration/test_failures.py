@@ -227,6 +227,12 @@ def test_a_failure_does_not_touch_other_methods(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in done.tensors.values())
 
 
+def test_a_round_may_do_without_any_good_update(tmp_path: Path) -> None:
+    done = run(tmp_path, *HOMO, "min_clients=0", "num_rounds=1", app=app_with(raises, set(range(6))))
+    assert len(done.failures) == 6
+    assert set(done.rounds[0]["coverage"].values()) == {0.0}
+
+
 def test_clients_that_cannot_say_who_they_are_are_left_out(tmp_path: Path) -> None:
     done = run(tmp_path, *HOMO, app=app_with(raises, kind="query.capabilities"))
     assert [line["cohort"] for line in done.rounds] == [[0, 1, 3, 4], [0, 1, 3, 4]]

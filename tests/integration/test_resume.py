@@ -15,7 +15,7 @@ import pytest
 from fedlp import assembly
 from fedlp.config import from_yaml, to_yaml
 from fedlp.errors import CheckpointError, ConfigError
-from tests.integration.running import TINY, TINY_CNN, Finished, command, execute, interruptible, read
+from tests.integration.running import TINY, TINY_CNN, Finished, command, interruptible, read
 
 Once = Callable[..., Finished]
 ADAM = ("strategy.server_optimizer=adam", "strategy.server_lr=0.03")
@@ -44,16 +44,12 @@ def assert_same(one: Finished, other: Finished) -> None:
     assert one.manifest == other.manifest
 
 
-@pytest.mark.parametrize("stops", [(2,), (1, 4)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_in_pieces_ends_like_one_in_one_piece(
-    case: str, stops: tuple[int, ...], once: Once, tmp_path: Path
-) -> None:
+def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(once(*CASES[case], f"num_rounds={stops[0]}").path, folder)
-    for num_rounds in (*stops[1:], 7):
-        done = go_on(folder, num_rounds)
-    assert_same(done, once(*CASES[case], "num_rounds=7"))
+    shutil.copytree(once(*CASES[case], "num_rounds=2").path, folder)
+    go_on(folder, 5)
+    assert_same(go_on(folder, 7), once(*CASES[case], "num_rounds=7"))
 
 
 def test_a_finished_run_stays_as_it_is(once: Once, tmp_path: Path) -> None:
@@ -178,9 +174,4 @@ def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: P
     while members(process.pid):
         assert time.monotonic() < deadline, "processes were left behind"
         time.sleep(0.05)
-    if number == signal.SIGINT:
-        resumed = execute("fedlp", f"resume={folder}", cwd=tmp_path)
-        assert resumed.returncode == 0, resumed.stderr
-        assert_same(read(folder), once(*case))
-    else:
-        assert_same(go_on(folder, 30), once(*case))
+    assert_same(go_on(folder, 30), once(*case))
