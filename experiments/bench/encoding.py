@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import pickle
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from flwr.app import ArrayRecord, RecordDict
-from timing import clock, paired_ratio, parse_args, print_table, write_report
+from timing import paired_ratio, parse_args, print_table, write_report
 from torch import Tensor
 
 from fedlp.config import compose
@@ -124,9 +125,13 @@ def measure(title: str, methods: dict[str, Method], repeats: int) -> dict[str, A
     back: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, (encode, decode) in methods.items():
-            made: list[Any] = []
-            there[name].append(1e3 * clock(lambda encode=encode, made=made: made.append(encode())))
-            back[name].append(1e3 * clock(lambda decode=decode, made=made: made.append(decode(made[0]))))
+            started = time.perf_counter()
+            image = encode()
+            made = time.perf_counter()
+            tensors = decode(image)
+            there[name].append(1e3 * (made - started))
+            back[name].append(1e3 * (time.perf_counter() - made))
+            del image, tensors
     both = {name: [a + b for a, b in zip(there[name], back[name], strict=True)] for name in methods}
     ratios = {name: paired_ratio(both[name], both[BASE]) for name in methods}
     rows = [
