@@ -30,6 +30,7 @@ from fedlp.config import (
     register_schemas,
     to_yaml,
     validate,
+    with_absolute_paths,
 )
 from fedlp.errors import ConfigError, FedLPError
 
@@ -79,7 +80,7 @@ def _job(composed: DictConfig) -> None:
     from fedlp import assembly
     from fedlp.report import run_label
 
-    cfg = to_yaml(config)
+    cfg = to_yaml(with_absolute_paths(config))
     if config.dry_run:
         _print_costs(assembly.dry_run(cfg, out), out)
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -206,6 +206,21 @@ def from_yaml(text: str) -> RunConfig:
         )
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with its local files named so that they are found from any working folder."""
+    dataset, model = config.dataset, config.model
+    root = dataset.root and str(Path(dataset.root).expanduser().absolute())
+    tokenizer = dataset.tokenizer if dataset.tokenizer == "bytes" else _absolute(dataset.tokenizer)
+    dataset = replace(dataset, root=root, path=dataset.path and _absolute(dataset.path), tokenizer=tokenizer)
+    return replace(config, dataset=dataset, model=replace(model, path=model.path and _absolute(model.path)))
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of what exists; the name of anything else, which may lie on a hub."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _superlink(scratch: Path, program: str) -> Iterator[dict[str, str]]:
             _await_health(port, process)
             yield env
         finally:
-            _end_all(process, home)
+            _end_all(process, scratch)
 
 
 def _end_with_parent() -> None:
@@ -200,14 +200,14 @@ def _await_health(port: int, process: subprocess.Popen[bytes]) -> None:
     raise FedLPError(f"flower-superlink was not ready within {_START_TIMEOUT_S:g} s")
 
 
-def _end_all(superlink: subprocess.Popen[bytes], home: Path) -> None:
-    """End the SuperLink and whatever it started: Flower puts some of it, and Ray all of it, into other sessions."""
+def _end_all(superlink: subprocess.Popen[bytes], scratch: Path) -> None:
+    """End the SuperLink and whatever it started: Flower puts part of it into another session, with all of Ray."""
     superlink.kill()
     superlink.wait()
     deadline = time.monotonic() + _END_TIMEOUT_S
-    quiet = 0  # a process that is just being started shows no environment yet: look again
+    quiet = 0  # somebody may be starting another process at this moment: look again
     while quiet < 3 and time.monotonic() < deadline:
-        found = _processes_with(f"FLWR_HOME={home}")
+        found = processes_in(scratch)
         quiet = 0 if found else quiet + 1
         for pid in found:
             with suppress(ProcessLookupError):
@@ -215,12 +215,15 @@ def _end_all(superlink: subprocess.Popen[bytes], home: Path) -> None:
         time.sleep(_POLL_S)
 
 
-def _processes_with(variable: str) -> list[int]:
-    """Return the processes that have a ``NAME=value`` in their environment; none where there is no /proc."""
+def processes_in(folder: Path) -> list[int]:
+    """Return the living processes that work in a folder or below it; none where there is no /proc.
+
+    The folder is what all processes of a run share: Ray's workers write their title over their environment.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if os.fsencode(variable) in (entry / "environ").read_bytes().split(b"\0"):
+            if (entry / "cwd").readlink().is_relative_to(folder.resolve()):
                 found.append(int(entry.name))
     return found
 

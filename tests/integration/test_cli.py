@@ -230,6 +230,15 @@ def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> N
     assert files == {"config.yaml", "rounds.jsonl", "manifest.json", "model.safetensors", "checkpoint"}
 
 
+def test_files_of_the_user_are_found_from_any_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    text = ("dataset=text", "dataset.root=words.txt", "dataset.sequence_length=16", "model=llama_tiny")
+    code, _, errors = call(*text, "num_rounds=1", "num_clients=2", "clients_per_round=2", "hydra.run.dir=run")
+    assert code == 0, errors
+    dataset = read(tmp_path / "run").config.dataset
+    assert (dataset.root, dataset.tokenizer) == (str(tmp_path / "words.txt"), "bytes")
+
+
 def test_a_dry_run_writes_its_manifest_alone(call: Call, tmp_path: Path) -> None:
     code, out, errors = call("dry_run=true", "hydra.run.dir=run")
     assert (code, errors) == (0, "")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.simulation.flower_run import _processes_with
+from fedlp.simulation.flower_run import processes_in
 from tests.integration.running import TINY, Finished, command, execute, interruptible, read
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds processes by /proc"),
+    pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc"),
 ]
 Once = Callable[..., Finished]
 CASE = (*TINY, "strategy=fedlp_hetero", "strategy.server_optimizer=momentum")
@@ -26,12 +26,12 @@ PATIENCE_S = 400
 
 
 @pytest.fixture(autouse=True)
-def _temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def _temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give the run a temporary folder of its own, and see that it leaves neither files nor processes."""
     folder = Path(tempfile.mkdtemp(prefix="f"))
     monkeypatch.setenv("TMPDIR", str(folder))
-    yield folder
-    assert _processes_with(f"TMPDIR={folder}") == []
+    yield
+    assert processes_in(folder) == []
     assert list(folder.glob("fedlp-*")) == []
     shutil.rmtree(folder)
 
