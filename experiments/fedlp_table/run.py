@@ -76,6 +76,7 @@ def collect(out: Path, results: Path) -> None:
         if (results / partition).is_dir():
             report = [FEDLP.with_name("fedlp-report"), results / partition, "--out", results / f"report-{partition}"]
             subprocess.run(report, check=True)
+            (results / f"report-{partition}" / "report.html").unlink()  # made again from the rest at any time
 
 
 def _without_root(line: str) -> str:

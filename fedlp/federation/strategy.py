@@ -11,9 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -28,6 +26,7 @@ from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.exchange import exchange, reason_of
 from fedlp.federation.policies import Policy
 from fedlp.federation.roster import Roster
+from fedlp.federation.round import RoundUnderWay, layer_coverage
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server_optimizer import apply_server_optimizer
 from fedlp.federation.submodels import SubModels
@@ -43,19 +42,6 @@ Observer = Callable[[RoundRecord, ServerState], None]
 """Told of every finished round, and of the state that a checkpoint holds."""
 
 EVAL_BATCHES = 4  # batches per evaluation message
-
-
-@dataclass
-class _Round:
-    """What is known of the round under way."""
-
-    server_round: int
-    cohort: tuple[int, ...]
-    assigned: deque[tuple[TrainInstruction, int]] = field(default_factory=deque)  # with bytes_down
-    costs: list[ClientCost] = field(default_factory=list)
-    failures: list[ClientFailure] = field(default_factory=list)
-    coverage: Mapping[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class FedLPStrategy(Strategy):
@@ -94,7 +80,7 @@ class FedLPStrategy(Strategy):
         self._num_test = num_test
         self._observers = tuple(observers)
         self._roster = Roster(config.num_clients)
-        self._round = _Round(0, ())
+        self._round = RoundUnderWay(0, ())
 
     # ---- the run
     def summary(self) -> None:
@@ -139,7 +125,7 @@ class FedLPStrategy(Strategy):
                 evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
                 result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._round.metrics.update({key: float(value) for key, value in evaluated.items()})  # type: ignore[arg-type]
-            record = self._make_record(time.monotonic() - started)
+            record = self._round.finish(time.monotonic() - started)
             for observer in self._observers:
                 observer(record, self.state)
         result.arrays = arrays
@@ -160,7 +146,7 @@ class FedLPStrategy(Strategy):
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
         cohort = sample_cohort(self.config.seed, server_round, self._roster.client_ids, self.config.clients_per_round)
-        self._round = _Round(server_round, cohort)
+        self._round = RoundUnderWay(server_round, cohort)
         encoded: dict[int, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
         params = self.state.params
@@ -207,7 +193,7 @@ class FedLPStrategy(Strategy):
             params, optimizer = apply_server_optimizer(
                 self.config.strategy, state.params, params, state.optimizer, average.covered, self._trainable
             )
-            self._round.coverage = self._layer_coverage(coverage)
+            self._round.coverage = layer_coverage(coverage, self.submodels.spec)
         else:
             log.warning(
                 "round %d: %d good updates, min_clients=%d: the model stays",
@@ -281,32 +267,6 @@ class FedLPStrategy(Strategy):
 
     def _encode_model(self, state: ServerState) -> ArrayRecord:
         return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
-
-    def _layer_coverage(self, coverage: Mapping[str, float]) -> dict[str, float]:
-        """Return the fraction of each layer's entries that somebody returned."""
-        sizes = {name: math.prod(info.shape) for name, info in self.submodels.spec.tensors.items()}
-        return {
-            layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)
-            / sum(sizes[name] for name in layer.tensors)
-            for layer in self.submodels.spec.layers
-        }
-
-    def _make_record(self, wall_time_s: float) -> RoundRecord:
-        costs = self._round.costs
-        return RoundRecord(
-            server_round=self._round.server_round,
-            cohort=self._round.cohort,
-            bytes_up=sum(cost.bytes_up for cost in costs),
-            bytes_down=sum(cost.bytes_down for cost in costs),
-            params_up=sum(cost.params_up for cost in costs),
-            params_down=sum(cost.params_down for cost in costs),
-            macs=sum(cost.macs for cost in costs),
-            coverage=self._round.coverage,
-            failures=tuple(self._round.failures),
-            clients=tuple(costs),
-            metrics=self._round.metrics,
-            wall_time_s=wall_time_s,
-        )
 
 
 _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}

@@ -1,0 +1,167 @@
+"""From Hydra's config tree to a checked :class:`RunConfig`: composing, reading, writing.
+
+Hydra checks names and types against the schemas; :func:`validate` checks ranges. Past this package a config is a plain
+dataclass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlp.config.schema import (
+    DatasetConfig,
+    LocalConfig,
+    ModelConfig,
+    PartitionConfig,
+    RunConfig,
+    SimulationConfig,
+    StrategyConfig,
+)
+from fedlp.config.validation import validate
+from fedlp.errors import ConfigError, FedLPError, one_line
+
+__all__ = [
+    "DatasetConfig",
+    "LocalConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "RunConfig",
+    "SimulationConfig",
+    "StrategyConfig",
+    "compose",
+    "config_dir",
+    "explain",
+    "from_omegaconf",
+    "from_yaml",
+    "register_schemas",
+    "to_plain",
+    "to_yaml",
+    "validate",
+    "with_absolute_paths",
+]
+
+
+def config_dir() -> Path:
+    """Return the config tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def register_schemas() -> None:
+    """Make the schema known to Hydra; ``conf/config.yaml`` starts from it."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config that the command line ``fedlp OVERRIDES`` would run.
+
+    Raises
+    ------
+    ConfigError
+        For an option that does not exist, a value of the wrong type or out of range.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return from_omegaconf(hydra_compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def from_omegaconf(composed: DictConfig) -> RunConfig:
+    """Return Hydra's composed config as a validated RunConfig."""
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, RunConfig):
+        raise ConfigError("the config is not a run of fedlp: its defaults list must start with 'schema'")
+    _refuse_unknown(config)
+    validate(config)
+    return config
+
+
+def _refuse_unknown(config: object, prefix: str = "") -> None:
+    """Raise for an option that Hydra added to the schema, as it does for ``+name=value``."""
+    for name, value in vars(config).items():
+        if f"{prefix}{name}" not in _option_names(RunConfig):
+            raise ConfigError(_no_such_option(f"{prefix}{name}"))
+        if is_dataclass(value):
+            _refuse_unknown(value, f"{prefix}{name}.")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the config as YAML, every value resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
+    try:
+        return from_omegaconf(
+            cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+        )
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with its local files named so that they are found from any working folder."""
+    dataset, model = config.dataset, config.model
+    root = dataset.root and str(Path(dataset.root).expanduser().absolute())
+    tokenizer = dataset.tokenizer if dataset.tokenizer == "bytes" else _absolute(dataset.tokenizer)
+    dataset = replace(dataset, root=root, path=dataset.path and _absolute(dataset.path), tokenizer=tokenizer)
+    return replace(config, dataset=dataset, model=replace(model, path=model.path and _absolute(model.path)))
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of what exists; the name of anything else, which may lie on a hub."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Return the config as nested dicts of JSON values."""
+    return asdict(config)
+
+
+def explain(error: BaseException) -> str:
+    """Return in one line what an error of Hydra or OmegaConf says: our own words at its root, where there are some."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FedLPError):
+            return str(cause)
+        cause = cause.__cause__
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return _no_such_option(unknown[1])
+    if str(error).startswith("Error merging override") and error.__cause__ is not None:
+        return f"{one_line(error)}: {one_line(error.__cause__)}"
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
+
+
+def _no_such_option(name: str) -> str:
+    close = get_close_matches(name, _option_names(RunConfig))
+    return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
+
+
+def _option_names(schema: type, prefix: str = "") -> list[str]:
+    names = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        nested: Any = item.default_factory
+        if is_dataclass(nested):
+            names += _option_names(cast(type, nested), f"{prefix}{item.name}.")
+    return names

@@ -1,0 +1,126 @@
+"""Structured config: names, types, units. ``conf/*.yaml`` holds values, :mod:`fedlp.config.validation` the ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained.
+
+    ``source`` is one of ``fedlp_cnn``, ``fedlp_mlp``, ``small_cnn`` (ours), ``torchvision`` (``name`` is any of its
+    classifiers), ``llama`` (a LLaMA of the sizes below) or ``hf`` (``path`` is a Hugging Face name or local folder).
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    path: str | None = None  # hf: model name or folder
+    pretrained: bool = False  # torchvision, hf: start from pretrained weights
+    variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500), "deep" (five, each one a depth) or "linear"
+    norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
+    hidden_size: int = 64  # llama
+    intermediate_size: int = 172  # llama
+    num_layers: int = 4  # llama
+    num_heads: int = 4  # llama: query heads
+    num_kv_heads: int = 2  # llama: key/value heads
+
+
+@dataclass
+class DatasetConfig:
+    """Which examples there are. ``root`` is where they lie or are downloaded to."""
+
+    name: str = MISSING
+    root: str | None = None
+    download: bool = True
+    path: str | None = None  # hf: data set name on the Hugging Face hub, or a local folder
+    subset: str | None = None  # hf: configuration name
+    split: str = "train"  # hf
+    text_column: str = "text"  # hf
+    tokenizer: str = "bytes"  # text: "bytes", or a Hugging Face tokenizer's name or folder
+    documents: str = "auto"  # text: "file", "line", "paragraph", "separator", "speaker"; "auto" looks at the text
+    sequence_length: int = 128  # text: tokens of context per example
+    test_fraction: float = 0.1  # data sets without a test split of their own, in (0, 1)
+    max_train_examples: int | None = None  # use only the first so many (after a seeded shuffle)
+    max_test_examples: int | None = None
+    augment: bool = False  # images: random crop with padding 4 and horizontal flip while training
+
+
+@dataclass
+class PartitionConfig:
+    """How the training examples are spread over clients."""
+
+    name: str = MISSING
+    alpha: float = 1.0  # dirichlet: concentration, > 0
+    shards_per_client: int = 2  # shards, mixed
+    mixrate: float = 0.95  # mixed: fraction of a client's examples that come from label-sorted shards, in [0, 1]
+    min_examples: int = 1  # smallest number of examples a client may get; dirichlet draws again until it is met
+
+
+@dataclass
+class StrategyConfig:
+    """Which sub-model, upload set and weights each client gets; see ``conf/strategy``."""
+
+    name: str = MISSING
+    layer_preserving_rate: Any = 1.0  # probability that a layer is uploaded, in [0, 1]; or one per client
+    mask_unit: str = "layer"  # "layer", or "tensor" as in FedLP's official code
+    weighting: str = "examples"  # "examples" or "equal"
+    depths: Any = "u"  # fedlp_hetero: "u" (uniform), a depth (0.6 there, rest shared), or one depth per client
+    persist_heads: bool = True  # fedlp_hetero: keep personal heads between rounds
+    widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
+    width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
+    server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
+    server_lr: float = 1.0
+    server_momentum: float = 0.9  # momentum; adam: beta1
+    server_beta2: float = 0.99  # adam
+    server_epsilon: float = 1e-3  # adam
+
+
+@dataclass
+class LocalConfig:
+    """How a client trains in one round."""
+
+    optimizer: str = MISSING  # "sgd" or "adam"
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.0  # sgd
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class SimulationConfig:
+    """Which engine carries the messages."""
+
+    engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
+    workers: int | None = None  # processes; as many as cores where absent
+    round_timeout_s: float = 3600.0  # a client that has not answered by then is counted as failed
+
+
+@dataclass
+class RunConfig:
+    """One federated run."""
+
+    seed: int = 0
+    num_rounds: int = 10
+    num_clients: int = 10
+    clients_per_round: int = 5
+    min_clients: int = 1  # a round with fewer good updates leaves the model unchanged
+    eval_every: int = 1  # rounds between evaluations of the global model; the last round always is
+    eval_batch_size: int = 500
+    checkpoint_every: int = 1
+    device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
+    dry_run: bool = False
+    resume: str | None = None  # a run directory
+    plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
+    label: str | None = None  # what reports call the run; a name is made from the config where absent
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)

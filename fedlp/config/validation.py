@@ -1,0 +1,96 @@
+"""The ranges of config values, checked once where a config enters; past that they are trusted."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fedlp.config.schema import RunConfig, StrategyConfig
+from fedlp.errors import ConfigError
+
+
+def validate(config: RunConfig) -> None:
+    """Check every range; ConfigError says which value is wrong and what is allowed."""
+    for name in ("num_rounds", "num_clients", "clients_per_round", "eval_every", "eval_batch_size", "checkpoint_every"):
+        _require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
+    _require(
+        config.clients_per_round <= config.num_clients,
+        "clients_per_round",
+        config.clients_per_round,
+        f"at most num_clients={config.num_clients}",
+    )
+    _require(
+        0 <= config.min_clients <= config.clients_per_round,
+        "min_clients",
+        config.min_clients,
+        f"in [0, clients_per_round={config.clients_per_round}]",
+    )
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        _require(getattr(config.model, name) >= 1, f"model.{name}", getattr(config.model, name), "at least 1")
+    _validate_strategy(config.strategy, config.num_clients)
+    local = config.local
+    _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
+    _require(local.epochs >= 1, "local.epochs", local.epochs, "at least 1")
+    _require(local.batch_size >= 1, "local.batch_size", local.batch_size, "at least 1")
+    _require(math.isfinite(local.lr) and local.lr > 0, "local.lr", local.lr, "a finite number above 0")
+    _require(0 <= local.momentum < 1, "local.momentum", local.momentum, "in [0, 1)")
+    _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
+    if local.max_grad_norm is not None:
+        _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+    simulation = config.simulation
+    _choice("simulation.engine", simulation.engine, ("local", "ray"))
+    if simulation.workers is not None:
+        _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
+    _require(
+        simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
+    )
+
+
+def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:
+    rate = strategy.layer_preserving_rate
+    rates = rate if isinstance(rate, list) else [rate]
+    for value in rates:
+        _require(_is_number(value) and 0 <= value <= 1, "strategy.layer_preserving_rate", value, "in [0, 1]")
+    if isinstance(rate, list):
+        _require(
+            len(rate) == num_clients,
+            "strategy.layer_preserving_rate",
+            f"a list of {len(rate)}",
+            f"one number, or one per client ({num_clients})",
+        )
+    _choice("strategy.mask_unit", strategy.mask_unit, ("layer", "tensor"))
+    _choice("strategy.weighting", strategy.weighting, ("examples", "equal"))
+    depths = strategy.depths
+    whole = [depths] if not isinstance(depths, list) else depths
+    fits = depths == "u" or all(isinstance(d, int) and not isinstance(d, bool) and d >= 1 for d in whole)
+    _require(fits, "strategy.depths", depths, "u, a depth (1, 2, ...), or a list with one depth per client")
+    if isinstance(depths, list):
+        _require(
+            len(depths) == num_clients, "strategy.depths", f"a list of {len(depths)}", f"one per client ({num_clients})"
+        )
+    widths, shares = strategy.widths, strategy.width_probabilities
+    _require(bool(widths) and all(0 < width <= 1 for width in widths), "strategy.widths", widths, "levels in (0, 1]")
+    if shares is not None:
+        fits = len(shares) == len(widths) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+        _require(fits, "strategy.width_probabilities", shares, "one share per width, summing to 1")
+    _choice("strategy.server_optimizer", strategy.server_optimizer, ("none", "momentum", "adam"))
+    lr = strategy.server_lr
+    _require(math.isfinite(lr) and lr > 0, "strategy.server_lr", lr, "a finite number above 0")
+    for name in ("server_momentum", "server_beta2"):
+        _require(0 <= getattr(strategy, name) < 1, f"strategy.{name}", getattr(strategy, name), "in [0, 1)")
+    _require(strategy.server_epsilon > 0, "strategy.server_epsilon", strategy.server_epsilon, "above 0")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value} is not allowed: it must be {allowed}")
+
+
+def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    _require(value in options, name, value, "one of " + ", ".join(options))

@@ -1,0 +1,58 @@
+"""What is known of the round under way, and the line of ``rounds.jsonl`` it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedlp.models.spec import ModelSpec
+from fedlp.types import ClientCost, ClientFailure, RoundRecord, TrainInstruction
+
+
+@dataclass
+class RoundUnderWay:
+    """Filled in as messages go out and replies come in.
+
+    Attributes
+    ----------
+    assigned : deque of (TrainInstruction, int)
+        Instructions that are not answered yet, in the order of sending, with the bytes they took.
+    """
+
+    server_round: int
+    cohort: tuple[int, ...]
+    assigned: deque[tuple[TrainInstruction, int]] = field(default_factory=deque)
+    costs: list[ClientCost] = field(default_factory=list)
+    failures: list[ClientFailure] = field(default_factory=list)
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def finish(self, wall_time_s: float) -> RoundRecord:
+        """Return the record of the finished round; totals are sums over clients."""
+        costs = self.costs
+        return RoundRecord(
+            server_round=self.server_round,
+            cohort=self.cohort,
+            bytes_up=sum(cost.bytes_up for cost in costs),
+            bytes_down=sum(cost.bytes_down for cost in costs),
+            params_up=sum(cost.params_up for cost in costs),
+            params_down=sum(cost.params_down for cost in costs),
+            macs=sum(cost.macs for cost in costs),
+            coverage=self.coverage,
+            failures=tuple(self.failures),
+            clients=tuple(costs),
+            metrics=self.metrics,
+            wall_time_s=wall_time_s,
+        )
+
+
+def layer_coverage(coverage: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:
+    """Return the fraction of each layer's entries that somebody returned, from those of its tensors."""
+    sizes = {name: math.prod(info.shape) for name, info in spec.tensors.items()}
+    return {
+        layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)
+        / sum(sizes[name] for name in layer.tensors)
+        for layer in spec.layers
+    }
