@@ -27,6 +27,7 @@ from fedlp.config import (
     explain,
     from_omegaconf,
     from_yaml,
+    prune_from_omegaconf,
     register_schemas,
     to_yaml,
     validate,
@@ -40,16 +41,28 @@ _RESUMABLE_WITH = ("num_rounds", "simulation", "resume")
 
 def main() -> None:
     """Run one federated run, a sweep (``-m``), a dry run, or go on with a stopped one."""
+    OmegaConf.register_new_resolver("fedlp.run_dir", _run_dir, use_cache=True, replace=True)
+    _main("config", _job)
+
+
+def prune_main() -> None:
+    """Prune one trained model and write it so that its own ecosystem loads it; ``-m`` for sweeps."""
+    stamp = datetime.now().strftime("pruned/%Y-%m-%d/%H-%M-%S.%f")
+    OmegaConf.register_new_resolver("fedlp.prune_dir", lambda: stamp, replace=True)
+    _main("prune", _prune_job)
+
+
+def _main(config_name: str, job: Callable[[DictConfig], None]) -> None:
+    """Run Hydra's command line on one of the config tree's roots, and exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schemas()
-    OmegaConf.register_new_resolver("fedlp.run_dir", _run_dir, use_cache=True, replace=True)
     codes: list[int] = []
 
-    def job(composed: DictConfig) -> None:
+    def guarded(composed: DictConfig) -> None:
         codes.append(0)
-        codes[-1] = _guard(lambda: _job(composed), _job_name())  # here, so that the rest of a sweep still runs
+        codes[-1] = _guard(lambda: job(composed), _job_name())  # here, so that the rest of a sweep still runs
 
-    run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)
+    run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(guarded)
 
     def compose_and_run() -> None:
         try:
@@ -93,6 +106,21 @@ def _job(composed: DictConfig) -> None:
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest["final_metrics"].items() if value is not None)
     totals = manifest["totals"]
     print(f"{metrics}  up {totals['bytes_up'] / 1e6:.2f} MB  down {totals['bytes_down'] / 1e6:.2f} MB  -> {out}")
+
+
+def _prune_job(composed: DictConfig) -> None:
+    config = with_absolute_paths(prune_from_omegaconf(composed))
+    out = Path(HydraConfig.get().runtime.output_dir)
+    _set_up_logging()
+    from fedlp import oneshot
+
+    report = oneshot.prune(config, out)
+    before, after = report["metrics_before"], report["metrics_after"]
+    metrics = "  ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
+    print(
+        f"{metrics}  parameters {report['params_before']:,} -> {report['params_after']:,}  "
+        f"MACs {report['macs_before'] / 1e6:,.1f} M -> {report['macs_after'] / 1e6:,.1f} M  -> {out}"
+    )
 
 
 def _resumed(config: RunConfig, folder: Path) -> RunConfig:

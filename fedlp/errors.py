@@ -23,6 +23,14 @@ class ProtocolError(FedLPError):
     """A message breaks the protocol: wrong shape, type, range, round or plan."""
 
 
+class CalibrationError(FedLPError):
+    """Calibration data are too few or not finite, so that a layer's statistics cannot be had."""
+
+
+class AllocationError(FedLPError):
+    """A budget cannot be met, or a sparsity plan does not fit the model."""
+
+
 class CheckpointError(FedLPError):
     """A checkpoint is missing, damaged or of another run."""
 

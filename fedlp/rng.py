@@ -25,6 +25,8 @@ class Stream(IntEnum):
     PERSONAL_HEAD = 8
     AUGMENTATION = 9
     DATA = 10
+    CALIBRATION = 11
+    FINETUNE = 12
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

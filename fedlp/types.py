@@ -36,6 +36,44 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class PrunableLayer:
+    """What units are removed from: one width axis, and the layers that read it.
+
+    Attributes
+    ----------
+    name : str
+        The width axis.
+    num_units : int
+        Units it has now; at least one must stay.
+    unit_size : int
+        Columns per unit in the weights of the first reader.
+    num_params : int
+        Parameters that go if all units go and everything else stays.
+    coupled : tuple of str
+        Tensors that lose entries with a unit.
+    readers : tuple of str
+        Modules whose inputs the units are, in the order of the model.
+    depth : float
+        Where in the network it lies, in [0, 1]; the layers of one transformer block lie at the same depth.
+    """
+
+    name: str
+    num_units: int
+    unit_size: int
+    num_params: int
+    coupled: tuple[str, ...]
+    readers: tuple[str, ...]
+    depth: float
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityPlan:
+    """Fraction of the units of each prunable layer that are removed, in [0, 1)."""
+
+    sparsity: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Keep:
     """Which indices of one axis stay: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
 
@@ -96,6 +134,16 @@ class Keep:
     def repeat(self, unit: int) -> Keep:
         """Return the same choice on an axis in which each index stands for ``unit`` consecutive entries."""
         return Keep(self.size * unit, tuple((start * unit, stop * unit) for start, stop in self.runs))
+
+    def tile(self, copies: int) -> Keep:
+        """Return the same choice on each of ``copies`` axes that lie behind each other as one."""
+        runs: list[tuple[int, int]] = []
+        for offset in range(0, copies * self.size, self.size):
+            for start, stop in self.runs:
+                touches = bool(runs) and runs[-1][1] == offset + start
+                first = runs.pop()[0] if touches else offset + start
+                runs.append((first, offset + stop))
+        return Keep(self.size * copies, tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)

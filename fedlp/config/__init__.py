@@ -7,11 +7,11 @@ dataclass.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from hydra import compose as hydra_compose
@@ -23,36 +23,50 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.schema import (
+    AllocatorConfig,
+    CalibrationConfig,
     DatasetConfig,
+    FinetuneConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
+    PruneConfig,
+    PrunerConfig,
     RunConfig,
     SimulationConfig,
     StrategyConfig,
 )
-from fedlp.config.validation import validate
+from fedlp.config.validation import validate, validate_prune
 from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
+    "AllocatorConfig",
+    "CalibrationConfig",
     "DatasetConfig",
+    "FinetuneConfig",
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PruneConfig",
+    "PrunerConfig",
     "RunConfig",
     "SimulationConfig",
     "StrategyConfig",
     "compose",
+    "compose_prune",
     "config_dir",
     "explain",
     "from_omegaconf",
     "from_yaml",
+    "prune_from_omegaconf",
     "register_schemas",
     "to_plain",
     "to_yaml",
     "validate",
     "with_absolute_paths",
 ]
+
+_Config = TypeVar("_Config", RunConfig, PruneConfig)
 
 
 def config_dir() -> Path:
@@ -63,8 +77,9 @@ def config_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the schema known to Hydra; ``conf/config.yaml`` starts from it."""
+    """Make the schemas known to Hydra; ``conf/config.yaml`` and ``conf/prune.yaml`` start from them."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -75,35 +90,56 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError
         For an option that does not exist, a value of the wrong type or out of range.
     """
+    return _compose("config", overrides, from_omegaconf)
+
+
+def compose_prune(overrides: Sequence[str] = ()) -> PruneConfig:
+    """Return the config that ``fedlp-prune OVERRIDES`` would run; ConfigError as for :func:`compose`."""
+    return _compose("prune", overrides, prune_from_omegaconf)
+
+
+def _compose(name: str, overrides: Sequence[str], convert: Callable[[DictConfig], _Config]) -> _Config:
     register_schemas()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return from_omegaconf(hydra_compose("config", overrides=list(overrides)))
+            return convert(hydra_compose(name, overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
 
 
 def from_omegaconf(composed: DictConfig) -> RunConfig:
     """Return Hydra's composed config as a validated RunConfig."""
-    config = OmegaConf.to_object(composed)
-    if not isinstance(config, RunConfig):
-        raise ConfigError("the config is not a run of fedlp: its defaults list must start with 'schema'")
-    _refuse_unknown(config)
+    config = _to_object(composed, RunConfig)
     validate(config)
     return config
 
 
-def _refuse_unknown(config: object, prefix: str = "") -> None:
+def prune_from_omegaconf(composed: DictConfig) -> PruneConfig:
+    """Return Hydra's composed config as a validated PruneConfig."""
+    config = _to_object(composed, PruneConfig)
+    validate_prune(config)
+    return config
+
+
+def _to_object(composed: DictConfig, schema: type[_Config]) -> _Config:
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, schema):
+        raise ConfigError("the config is not one of fedlp's: its defaults list must start with the schema")
+    _refuse_unknown(config, schema)
+    return config
+
+
+def _refuse_unknown(config: object, schema: type, prefix: str = "") -> None:
     """Raise for an option that Hydra added to the schema, as it does for ``+name=value``."""
     for name, value in vars(config).items():
-        if f"{prefix}{name}" not in _option_names(RunConfig):
+        if f"{prefix}{name}" not in _option_names(schema):
             raise ConfigError(_no_such_option(f"{prefix}{name}"))
         if is_dataclass(value):
-            _refuse_unknown(value, f"{prefix}{name}.")
+            _refuse_unknown(value, schema, f"{prefix}{name}.")
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: RunConfig | PruneConfig) -> str:
     """Return the config as YAML, every value resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -118,7 +154,7 @@ def from_yaml(text: str) -> RunConfig:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: _Config) -> _Config:
     """Return the config with its local files named so that they are found from any working folder."""
     dataset, model = config.dataset, config.model
     root = dataset.root and str(Path(dataset.root).expanduser().absolute())
@@ -133,7 +169,7 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def to_plain(config: RunConfig) -> dict[str, Any]:
+def to_plain(config: RunConfig | PruneConfig) -> dict[str, Any]:
     """Return the config as nested dicts of JSON values."""
     return asdict(config)
 
@@ -153,7 +189,7 @@ def explain(error: BaseException) -> str:
 
 
 def _no_such_option(name: str) -> str:
-    close = get_close_matches(name, _option_names(RunConfig))
+    close = get_close_matches(name, {*_option_names(RunConfig), *_option_names(PruneConfig)})
     return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
 
 

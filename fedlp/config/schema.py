@@ -12,13 +12,14 @@ from omegaconf import MISSING
 class ModelConfig:
     """Which model is trained.
 
-    ``source`` is one of ``fedlp_cnn``, ``fedlp_mlp``, ``small_cnn`` (ours), ``torchvision`` (``name`` is any of its
-    classifiers), ``llama`` (a LLaMA of the sizes below) or ``hf`` (``path`` is a Hugging Face name or local folder).
+    ``source`` is one of ``fedlp_cnn``, ``fedlp_mlp``, ``small_cnn`` (ours), ``cifar_resnet`` (``name`` is resnet20, 32,
+    44, 56 or 110), ``torchvision`` (``name`` is any of its classifiers), ``llama`` (a LLaMA of the sizes below) or
+    ``hf`` (``path`` is a Hugging Face name or local folder).
     """
 
     name: str = MISSING
     source: str = MISSING
-    path: str | None = None  # hf: model name or folder
+    path: str | None = None  # hf: model name or folder; cifar_resnet: a safetensors file of weights
     pretrained: bool = False  # torchvision, hf: start from pretrained weights
     variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500), "deep" (five, each one a depth) or "linear"
     norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
@@ -47,6 +48,8 @@ class DatasetConfig:
     max_train_examples: int | None = None  # use only the first so many (after a seeded shuffle)
     max_test_examples: int | None = None
     augment: bool = False  # images: random crop with padding 4 and horizontal flip while training
+    mean: list[float] | None = None  # images: what a pretrained model takes off each channel, on a [0, 1] scale
+    std: list[float] | None = None  # images: what it then divides by; both are the data set's own where absent
 
 
 @dataclass
@@ -124,3 +127,69 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+
+@dataclass
+class PrunerConfig:
+    """How units are chosen, and how the other weights make up for them; see ``conf/pruner``."""
+
+    name: str = MISSING
+    recovery: str = MISSING  # "least_squares", "bias" (of the removed means) or "none"
+    centred: bool = True  # least_squares: fit with a bias
+    correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
+    fisher: bool = False  # obs: weigh outputs by their Fisher information
+    damping: float | None = (
+        None  # of the Hessian, a fraction of its mean diagonal; least that rounding asks for if null
+    )
+    keeps_batch_norm: bool = False  # classifiers: shift batch norms by what recovery adds, or estimate them anew
+    shared: bool = False  # classifiers: also channels that several layers read, such as residual streams
+
+
+@dataclass
+class AllocatorConfig:
+    """How sparsity is spread over layers; see ``conf/allocator``."""
+
+    name: str = MISSING
+    amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
+
+
+@dataclass
+class CalibrationConfig:
+    """What pruning may look at, of the training examples."""
+
+    examples: int = 256
+    batch_size: int = 32
+
+
+@dataclass
+class FinetuneConfig:
+    """Training after pruning."""
+
+    name: str = MISSING  # "none", "lora" (language models, through peft) or "full"
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 1e-3
+    rank: int = 8  # lora
+    alpha: float = 16.0  # lora
+    max_examples: int | None = None  # of the training examples, counted from the first
+
+
+@dataclass
+class PruneConfig:
+    """One-shot pruning of one model. One of ``sparsity``, ``target_params`` and ``target_macs`` says how far."""
+
+    seed: int = 0
+    sparsity: float | None = None  # fraction removed of the parameters that belong to prunable units, in (0, 1)
+    target_params: float | None = None  # parameters of the whole model that may stay
+    target_macs: float | None = None  # multiply-accumulates per example that may stay
+    run: str | None = None  # prune the model of this run directory, on its data; ``model`` and ``dataset`` are its own
+    evaluate: bool = True  # measure before and after on the test examples
+    eval_batch_size: int = 100
+    onnx: bool = False  # also write model.onnx
+    device: str = "cpu"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from fedlp.config.schema import RunConfig, StrategyConfig
+from fedlp.config.schema import ModelConfig, PruneConfig, RunConfig, StrategyConfig
 from fedlp.errors import ConfigError
 
 
@@ -27,8 +27,7 @@ def validate(config: RunConfig) -> None:
         config.min_clients,
         f"in [0, clients_per_round={config.clients_per_round}]",
     )
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        _require(getattr(config.model, name) >= 1, f"model.{name}", getattr(config.model, name), "at least 1")
+    _validate_model(config.model)
     _validate_strategy(config.strategy, config.num_clients)
     local = config.local
     _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
@@ -46,6 +45,50 @@ def validate(config: RunConfig) -> None:
     _require(
         simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
     )
+
+
+def validate_prune(config: PruneConfig) -> None:
+    """Check every range of a one-shot pruning; ConfigError says which value is wrong and what is allowed."""
+    targets = {name: getattr(config, name) for name in ("sparsity", "target_params", "target_macs")}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(f"give one of sparsity, target_params and target_macs, not {' and '.join(given) or 'none'}")
+    value = targets[given[0]]
+    if given == ["sparsity"]:
+        _require(0 < value < 1, "sparsity", value, "in (0, 1)")
+    _require(math.isfinite(value) and value > 0, given[0], value, "a finite number above 0")
+    _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
+    _require(config.eval_batch_size >= 1, "eval_batch_size", config.eval_batch_size, "at least 1")
+    _validate_model(config.model)
+    pruner, allocator = config.pruner, config.allocator
+    _choice("pruner.name", pruner.name, ("obs", "slimgpt", "magnitude", "wanda", "flap", "taylor", "random"))
+    _choice("pruner.recovery", pruner.recovery, ("least_squares", "bias", "none"))
+    _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
+    if pruner.damping is not None:
+        _require(0 <= pruner.damping < math.inf, "pruner.damping", pruner.damping, "at least 0, or null")
+    _choice("allocator.name", allocator.name, ("uniform", "depth_line", "log_depth", "flap", "dp"))
+    if allocator.amplitude is not None:
+        _require(0 <= allocator.amplitude <= 2, "allocator.amplitude", allocator.amplitude, "in [0, 2], or null")
+    for name in ("examples", "batch_size"):
+        _require(
+            getattr(config.calibration, name) >= 1,
+            f"calibration.{name}",
+            getattr(config.calibration, name),
+            "at least 1",
+        )
+    finetune = config.finetune
+    _choice("finetune.name", finetune.name, ("none", "lora", "full"))
+    for name in ("epochs", "batch_size", "rank"):
+        _require(getattr(finetune, name) >= 1, f"finetune.{name}", getattr(finetune, name), "at least 1")
+    for name in ("lr", "alpha"):
+        size = getattr(finetune, name)
+        _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        _require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "at least 1")
 
 
 def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:

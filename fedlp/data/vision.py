@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.data.examples import DataInfo, Examples, FederatedData, subset
-from fedlp.errors import DataError
+from fedlp.errors import ConfigError, DataError
 from fedlp.rng import Stream, generator
 
 if TYPE_CHECKING:
@@ -104,12 +105,28 @@ def describe_vision(config: DatasetConfig) -> DataInfo:
         num_classes=known.num_classes,
         num_train=min(num_train, config.max_train_examples or num_train),
         num_test=min(num_test, config.max_test_examples or num_test),
-        mean=known.mean,
-        std=known.std,
+        mean=_channel_values("mean", config.mean, known.mean),
+        std=_channel_values("std", config.std, known.std),
         augment=config.augment,
         padding=known.padding,
         flip=known.flip,
     )
+
+
+def _channel_values(name: str, given: list[float] | None, own: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the configured normalisation, or the data set's own."""
+    if given is None:
+        return own
+    if (
+        len(given) != len(own)
+        or not all(math.isfinite(value) for value in given)
+        or (name == "std" and min(given) <= 0)
+    ):
+        raise ConfigError(
+            f"dataset.{name}={given} is not allowed: it must be {len(own)} finite numbers"
+            + (" above 0" if name == "std" else "")
+        )
+    return tuple(given)
 
 
 def load_vision(config: DatasetConfig, seed: int) -> FederatedData:

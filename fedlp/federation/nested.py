@@ -7,14 +7,14 @@ client's model, whose optimiser then steps. Units outside get zero gradient, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fedlp.models.spec import named_tensors
-from fedlp.pruning.groups import WidthSpec, cut_model
+from fedlp.pruning.groups import Dim, WidthSpec, cut_model
 from fedlp.types import Keep
 
 
@@ -33,34 +33,40 @@ class NestedWidth:
         widths = {axis: Keep.first(kept[axis], size) for axis, size in counts.items()}
         self._small = cut_model(model, replace(spec, axes=dict(counts)), widths)
         large = named_tensors(model)
-        # First units are leading corners, so a view of the client's tensor is all it takes.
-        self._pairs = [
-            (_corner(large[name], tensor), tensor, large[name]) for name, tensor in named_tensors(self._small).items()
-        ]
+        self._pairs = [(tensor, large[name], spec.dims[name]) for name, tensor in named_tensors(self._small).items()]
 
     @torch.no_grad()
     def pull(self) -> nn.Module:
         """Copy the client's current values into the nested model and return it."""
-        for corner, tensor, _ in self._pairs:
-            tensor.copy_(corner)
+        for tensor, large, dims in self._pairs:
+            _stacked(tensor, dims).copy_(_corner(large, tensor, dims))
             tensor.grad = None
         return self._small
 
     @torch.no_grad()
     def push(self) -> None:
         """Set the client's gradients to the nested model's, zero elsewhere, and take over its buffers."""
-        for corner, tensor, large in self._pairs:
+        for tensor, large, dims in self._pairs:
             if tensor.requires_grad:
                 large.grad = torch.zeros_like(large)
                 if tensor.grad is not None:
-                    _corner(large.grad, tensor).copy_(tensor.grad)
+                    _corner(large.grad, tensor, dims).copy_(_stacked(tensor.grad, dims))
             else:
-                corner.copy_(tensor)
+                _corner(large, tensor, dims).copy_(_stacked(tensor, dims))
 
 
-def _corner(large: Tensor, small: Tensor) -> Tensor:
-    """Return a view of the leading corner of ``large`` that has the shape of ``small``."""
-    return large.detach()[tuple(slice(size) for size in small.shape)]
+def _stacked(tensor: Tensor, dims: Sequence[Dim]) -> Tensor:
+    """Return a view in which the stacked copies of an axis have a dimension of their own."""
+    view = tensor.detach()
+    for position in reversed(range(len(dims))):
+        if dims[position].copies > 1:
+            view = view.view(*view.shape[:position], dims[position].copies, -1, *view.shape[position + 1 :])
+    return view
+
+
+def _corner(large: Tensor, small: Tensor, dims: Sequence[Dim]) -> Tensor:
+    """Return a view of the first units of ``large``, stacked: the leading corner as large as ``small``."""
+    return _stacked(large, dims)[tuple(slice(size) for size in _stacked(small, dims).shape)]
 
 
 def nested_counts(counts: Mapping[str, int], sizes: Mapping[str, int], level: float) -> dict[str, int]:

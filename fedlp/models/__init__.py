@@ -71,8 +71,12 @@ def _classifier_blueprint(config: ModelConfig, input_shape: tuple[int, ...], num
             if config.norm not in ("batch", "group"):
                 raise ConfigError(f"model.norm={config.norm} is neither batch nor group")
             return TorchvisionBlueprint(config.name, config.norm, config.pretrained, input_shape, num_classes)
+        case "cifar_resnet":
+            from fedlp.models.cifar_resnet import CifarResNetBlueprint
+
+            return CifarResNetBlueprint(config.name, config.path, input_shape, num_classes)
         case source:
-            known = ("fedlp_cnn", "fedlp_mlp", "small_cnn", "torchvision", *_LANGUAGE_SOURCES)
+            known = ("fedlp_cnn", "fedlp_mlp", "small_cnn", "cifar_resnet", "torchvision", *_LANGUAGE_SOURCES)
             raise ConfigError(f"model.source={source} is none of {', '.join(known)}")
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedlp.models.spec import forward_logits, shapes_only
 
-_NORM_MACS = 4  # per element: subtract, divide, multiply, add
+NORM_MACS = 4  # per element: subtract, divide, multiply, add
 _FLOPS_PER_MAC = 2
 
 
@@ -66,4 +66,4 @@ def _norms() -> dict[Any, Callable[..., int]]:
 
 
 def _norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:
-    return _FLOPS_PER_MAC * _NORM_MACS * torch.Size(shape).numel()
+    return _FLOPS_PER_MAC * NORM_MACS * torch.Size(shape).numel()

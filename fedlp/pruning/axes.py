@@ -72,9 +72,9 @@ class AxisTable:
         return axis is None or axis in self._whole
 
     def named(self, dim: AxisDim) -> Dim:
-        """Return the final (axis name, entries per unit)."""
+        """Return the dimension under its axis's final name."""
         axis, entries = self.root(dim)
-        return (None, 1) if axis is None or self.is_whole(dim) else (self._names[axis], entries)
+        return Dim(None, 1) if axis is None or self.is_whole(dim) else Dim(self._names[axis], entries)
 
     def final_sizes(self) -> dict[str, int]:
         """Return the units of every axis that can lose some, oldest first."""

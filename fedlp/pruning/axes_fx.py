@@ -123,6 +123,10 @@ class _AxisFinder(fx.Interpreter):
             return self._flatten(sources[0], value)
         if name == "mean":
             return self._mean(node, sources[0])
+        if name == "getitem":
+            return self._index(node, sources[0])
+        if name == "pad":
+            return self._pad(sources[0], value)
         raise ValueError("there is no rule for it")
 
     def _broadcast(self, sources: Sequence[fx.Node], value: Tensor) -> _Dims:
@@ -163,6 +167,27 @@ class _AxisFinder(fx.Interpreter):
         if not all(self.table.is_whole(dims[index]) for index in reduced):
             raise ValueError("it mixes units")
         return tuple(dim for index, dim in enumerate(dims) if keepdim or index not in reduced)
+
+    def _index(self, node: fx.Node, source: fx.Node) -> _Dims:
+        """Slices keep their axes if they leave the dimension's units alone."""
+        dims, shape = self._dims[source], self.env[source].shape
+        items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if not all(isinstance(item, slice) for item in items):
+            raise ValueError("it picks single entries")
+        for dim, size, item in zip(dims, shape, items, strict=False):
+            if not self.table.is_whole(dim) and len(range(size)[item]) != size:
+                raise ValueError("it slices units")
+        return dims
+
+    def _pad(self, source: fx.Node, value: Tensor) -> _Dims:
+        """A dimension that is padded stays whole."""
+        for dim, before, after in zip(self._dims[source], self.env[source].shape, value.shape, strict=True):
+            if before != after:
+                self.table.keep_whole(dim)
+        return tuple(
+            WHOLE if before != after else dim
+            for dim, before, after in zip(self._dims[source], self.env[source].shape, value.shape, strict=True)
+        )
 
     # --------------------------------------------------------------------------------------------------------- modules
     def _follow_module(self, node: fx.Node, module: nn.Module, value: Tensor) -> _Dims:

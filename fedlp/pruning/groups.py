@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.spec import named_tensors
+from fedlp.pruning.axes_decoder import decoder_widths, is_language_model, match_decoder
 from fedlp.pruning.axes_fx import trace_classifier
-from fedlp.pruning.axes_llama import is_language_model, llama_widths, match_config
+from fedlp.pruning.axes_vit import is_vision_transformer, replace_attention, vit_widths
 from fedlp.pruning.slicing import Dim, WidthSpec, slice_tensor, tensor_keeps
 from fedlp.types import Keep
 
@@ -23,7 +24,7 @@ __all__ = ["Dim", "WidthSpec", "cut_model", "slice_tensor", "tensor_keeps", "tra
 
 
 def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
-    """Return the width axes of a classifier (traced) or of a LLaMA-like language model (by rule).
+    """Return the width axes of a classifier (traced), a vision transformer or a language model (both by rule).
 
     Parameters
     ----------
@@ -37,7 +38,9 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
     ConfigError
         If the model has a part that axes cannot express; names it.
     """
-    return llama_widths(model) if is_language_model(model) else trace_classifier(model, inputs)
+    if is_language_model(model):
+        return decoder_widths(model)
+    return vit_widths(model) if is_vision_transformer(model) else trace_classifier(model, inputs)
 
 
 def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
@@ -56,7 +59,7 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     -------
     nn.Module
         Of the same class, device and dtypes, with its own tensors; the sizes that modules keep as attributes are
-        right for them.
+        right for them. A vision transformer's attentions are :class:`HeadAttention`, cut or not.
 
     Raises
     ------
@@ -74,7 +77,9 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     for module in cut.modules():
         _match_sizes(module)
     if is_language_model(cut):
-        match_config(cut)
+        match_decoder(cut)
+    elif is_vision_transformer(cut):
+        replace_attention(cut)
     return cut
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,28 @@ from fedlp.types import Keep
 
 _MAX_PIECES = 8  # runs that are copied as slices; more are gathered by index
 
-Dim = tuple[str | None, int]
-WHOLE: Dim = (None, 1)
+
+class Dim(NamedTuple):
+    """What one dimension of a tensor is made of.
+
+    Entry ``e`` of unit ``u`` in copy ``c`` has index ``(c * num_units + u) * entries + e``.
+
+    Attributes
+    ----------
+    axis : str or None
+        Axis whose units it loses; None if it always stays whole.
+    entries : int
+        Consecutive entries per unit.
+    copies : int
+        How many times the axis lies behind itself: 3 in fused queries, keys and values.
+    """
+
+    axis: str | None
+    entries: int
+    copies: int = 1
+
+
+WHOLE = Dim(None, 1)
 
 
 @dataclass(frozen=True)
@@ -26,8 +47,7 @@ class WidthSpec:
     axes : mapping from axis name to int
         Number of units of every axis, in the order of the forward pass. A unit is the least that can be removed: a
         channel, a neuron, a GroupNorm's or a convolution's group, a KV head with its queries, a hidden feature.
-    dims : mapping from tensor name to one pair per dimension
-        (axis, consecutive entries per unit), or (None, 1) for a dimension that always stays whole.
+    dims : mapping from tensor name to one Dim per dimension
     """
 
     axes: Mapping[str, int]
@@ -58,7 +78,7 @@ def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mappi
 
 
 def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) -> Keep:
-    axis, entries = dim
+    axis, entries, copies = dim
     if axis is None or axis not in widths:
         return Keep.full(size)
     keep = widths[axis]
@@ -66,7 +86,7 @@ def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) 
         raise ConfigError(f"axis {axis} has {spec.axes[axis]} units, but the choice is one of {keep.size}")
     if not keep.count:
         raise ConfigError(f"axis {axis} would keep none of its {keep.size} units; keep at least one")
-    return keep.repeat(entries)
+    return keep.repeat(entries).tile(copies)
 
 
 def slice_tensor(tensor: Tensor, keeps: Sequence[Keep]) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.integration.running import Finished, run
+from fedlp import cli
+from tests.integration.running import Call, Finished, run
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +25,27 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
         return done[overrides]
 
     return get
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function that runs a command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # main sets both: restore them
+    logger = logging.getLogger("fedlp")
+    monkeypatch.setattr(logger, "handlers", logger.handlers)
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "disabled", logger.disabled)
+    monkeypatch.setattr(logger, "level", logger.level)
+
+    def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [main.__name__, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return run

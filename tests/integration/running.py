@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ TINY = (
 TINY_CNN = (*TINY, "model=fedlp_cnn", "model.variant=plain")
 
 App = Callable[[Message, Context], Message]
+Call = Callable[..., tuple[int, str, str]]  # a command line: exit code, stdout, stderr
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,11 @@ def execute(name: str, *arguments: str, cwd: Path, timeout: float = 120) -> subp
     return subprocess.run(
         command(name, *arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def assert_refused(result: tuple[int, str, str], words: str) -> None:
+    code, _, errors = result
+    assert code == 2
+    assert errors.count("\n") == 1, f"not one line: {errors}"
+    assert errors.startswith("fedlp: ")
+    assert re.search(words, errors), errors

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,42 +12,9 @@ import pytest
 import torch
 
 from fedlp import assembly, cli
-from tests.integration.running import TINY, Finished, execute, read
+from tests.integration.running import TINY, Call, Finished, assert_refused, execute, read
 
 Once = Callable[..., Finished]
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Return a function that runs a command line in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # main sets both: restore them
-    logger = logging.getLogger("fedlp")
-    monkeypatch.setattr(logger, "handlers", logger.handlers)
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
-    monkeypatch.setattr(logger, "disabled", logger.disabled)
-    monkeypatch.setattr(logger, "level", logger.level)
-
-    def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [main.__name__, *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, out, err
-
-    return run
-
-
-def assert_refused(result: tuple[int, str, str], words: str) -> None:
-    code, _, errors = result
-    assert code == 2
-    assert errors.count("\n") == 1, f"not one line: {errors}"
-    assert errors.startswith("fedlp: ")
-    assert re.search(words, errors), errors
 
 
 # ---- options

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.config import ModelConfig
 from fedlp.errors import ConfigError
 from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.groups import WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
+from fedlp.models.spec import Blueprint, describe_blueprint
+from fedlp.models.torchvision_compat import import_torchvision
+from fedlp.pruning.groups import Dim, WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
 from fedlp.rng import Stream, generator
 from fedlp.types import Keep
 
@@ -30,7 +33,33 @@ CLASSIFIERS = {
     "mobilenet_v3_small": ModelConfig(name="mobilenet_v3_small", source="torchvision"),  # squeeze and excitation
     "regnet_y_400mf": ModelConfig(name="regnet_y_400mf", source="torchvision"),  # grouped convolutions
 }
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+}
+GPT2_SIZES = {"n_embd": 24, "n_inner": 20, "n_layer": 2, "n_head": 4, "n_positions": 16}
+OPT_SIZES = {
+    "hidden_size": 24,
+    "ffn_dim": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "pad_token_id": None,
+}
+LANGUAGE_MODELS = {
+    "llama": LLAMA_SIZES,
+    "mistral": LLAMA_SIZES | {"tie_word_embeddings": False},
+    "qwen2": LLAMA_SIZES | {"tie_word_embeddings": False},
+    "qwen3": LLAMA_SIZES | {"tie_word_embeddings": False},
+    "gpt2": GPT2_SIZES,
+    "opt": OPT_SIZES,
+    "opt-projected": OPT_SIZES | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},  # as opt-350m
+}
+WITHOUT_HEAD_DIM = ("gpt2", "opt", "opt-projected")
 
 
 def keep_first(size: int) -> Keep:
@@ -61,15 +90,42 @@ def randomise_norms(model: nn.Module) -> None:
             nn.init.normal_(module.bias, 0, 0.1)
 
 
+class TinyViT(Blueprint):
+    """torchvision's vision transformer, all of whose parameters differ."""
+
+    name = "vit"
+
+    def build(self) -> nn.Module:
+        model: nn.Module = import_torchvision().models.VisionTransformer(
+            image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=24, mlp_dim=96, num_classes=10
+        )
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0, 0.3)
+        return model
+
+
+def removed_entries(dim: Dim, keep: Keep) -> Tensor:
+    units = np.setdiff1d(np.arange(keep.size), keep.indices())
+    entries = [
+        (copy * keep.size + unit) * dim.entries + entry
+        for copy in range(dim.copies)
+        for unit in units
+        for entry in range(dim.entries)
+    ]
+    return torch.tensor(entries, dtype=torch.int64)
+
+
 @torch.no_grad()
 def silence(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
-    """Return the whole model in which nothing reads a removed unit: its columns are zero everywhere."""
+    """Return the whole model in which nothing reads a removed unit: what multiplies it is zero everywhere."""
     masked = copy.deepcopy(model)
+    transposed = {f"{name}.weight" for name, module in masked.named_modules() if type(module).__name__ == "Conv1D"}
     for name, tensor in state_tensors(masked).items():
-        keeps = tensor_keeps(spec, name, tensor.shape, widths)
-        if tensor.ndim > 1 and not keeps[1].is_full:
-            removed = np.setdiff1d(np.arange(keeps[1].size), keeps[1].indices())
-            tensor.index_fill_(1, torch.from_numpy(removed), 0.0)
+        if tensor.ndim > 1:
+            inputs = 0 if name in transposed else 1
+            dim = spec.dims[name][inputs]
+            if dim.axis in widths:
+                tensor.index_fill_(inputs, removed_entries(dim, widths[dim.axis]), 0.0)
     return masked
 
 
@@ -79,7 +135,10 @@ def classifiers() -> Callable[[str], tuple[ModelSpec, nn.Module, WidthSpec]]:
 
     def get(name: str) -> tuple[ModelSpec, nn.Module, WidthSpec]:
         if name not in built:
-            spec = describe_model(CLASSIFIERS[name], (3, 16, 16), 10, "classification")
+            if name == "vit":
+                spec = describe_blueprint(TinyViT(), "classification", (3, 16, 16), 10)
+            else:
+                spec = describe_model(CLASSIFIERS[name], (3, 16, 16), 10, "classification")
             model = spec.build(0).eval()
             randomise_norms(model)
             built[name] = spec, model, trace_widths(model, spec.example_inputs(1))
@@ -88,22 +147,11 @@ def classifiers() -> Callable[[str], tuple[ModelSpec, nn.Module, WidthSpec]]:
     return get
 
 
-def language_model(model_type: str) -> nn.Module:
+def language_model(name: str) -> nn.Module:
     transformers = import_transformers()
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=6,
-        tie_word_embeddings=model_type == "llama",
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    ids = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None}
+    sizes = {"tie_word_embeddings": True, "use_cache": False} | ids | LANGUAGE_MODELS[name]
+    config = transformers.AutoConfig.for_model(name.partition("-")[0], **sizes)
     torch.manual_seed(0)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -112,7 +160,7 @@ def language_model(model_type: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "vit"])
 def test_cut_classifier_equals_silenced_one(name: str, choice: str, classifiers: Callable) -> None:
     spec, model, axes = classifiers(name)
     widths = {axis: CHOICES[choice](size) for axis, size in axes.axes.items()}
@@ -128,13 +176,14 @@ def test_cut_classifier_equals_silenced_one(name: str, choice: str, classifiers:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert all(torch.equal(tensor, before[key]) for key, tensor in state_tensors(model).items())
     assert list(state_tensors(cut)) == list(before)
-    assert sum(p.numel() for p in cut.parameters()) < 0.5 * spec.num_params
+    density = 0.65 if name == "vit" else 0.5  # its residual stream stays whole
+    assert sum(p.numel() for p in cut.parameters()) < density * spec.num_params
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_cut_language_model_equals_silenced_one(model_type: str, choice: str) -> None:
-    model = language_model(model_type)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_cut_language_model_equals_silenced_one(name: str, choice: str) -> None:
+    model = language_model(name)
     tokens = torch.arange(24).reshape(2, 12)
     axes = trace_widths(model, tokens)
     widths = {axis: CHOICES[choice](size) for axis, size in axes.axes.items() if axis != "hidden"}
@@ -142,8 +191,11 @@ def test_cut_language_model_equals_silenced_one(model_type: str, choice: str) ->
     with torch.no_grad():
         expected = forward_logits(silence(model, axes, widths), tokens)
         torch.testing.assert_close(forward_logits(cut, tokens), expected, rtol=1e-4, atol=1e-4)
-    assert cut.config.num_key_value_heads == 2
-    assert cut.config.num_attention_heads == 4
+    assert list(state_tensors(cut)) == list(state_tensors(model))
+    assert all(trace_widths(cut, tokens).axes[axis] == keep.count for axis, keep in widths.items())
+    if name not in WITHOUT_HEAD_DIM:
+        assert cut.config.num_key_value_heads == 2
+        assert cut.config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -156,7 +208,7 @@ def test_hidden_axis_equals_silenced_features_but_for_the_norms_mean(choice: str
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for name, tensor in state_tensors(masked).items():
-            for dim, (axis, _) in enumerate(axes.dims[name]):
+            for dim, (axis, *_) in enumerate(axes.dims[name]):
                 if axis == "hidden":
                     removed = np.setdiff1d(np.arange(keep.size), keep.indices())
                     tensor.index_fill_(dim, torch.from_numpy(removed), 0.0)
@@ -168,16 +220,113 @@ def test_hidden_axis_equals_silenced_features_but_for_the_norms_mean(choice: str
         torch.testing.assert_close(forward_logits(cut, tokens), forward_logits(masked, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_cut_language_model_config_describes_it() -> None:
-    model, tokens = language_model("llama"), torch.arange(12).reshape(1, 12)
+class KeptNorm(nn.Module):
+    """A LayerNorm of some features only; the others come out as zeros."""
+
+    def __init__(self, norm: nn.LayerNorm, keep: Keep) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kept = torch.from_numpy(keep.indices())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.norm.weight[self.kept], self.norm.bias[self.kept]
+        normed = F.layer_norm(x[..., self.kept], (len(self.kept),), weight, bias, self.norm.eps)
+        return torch.zeros_like(x).index_copy(-1, self.kept, normed)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", WITHOUT_HEAD_DIM)
+def test_hidden_axis_equals_silenced_features_with_norms_of_the_kept_ones(name: str, choice: str) -> None:
+    model, tokens = language_model(name), torch.arange(24).reshape(2, 12)
     axes = trace_widths(model, tokens)
-    cut = cut_model(model, axes, {axis: keep_first(size) for axis, size in axes.axes.items()})
+    widths = {axis: CHOICES[choice](size) for axis, size in axes.axes.items()}
+    masked = silence(model, axes, widths)
+    for path, module in list(masked.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            masked.set_submodule(path, KeptNorm(module, widths["hidden"]))
+    with torch.no_grad():
+        actual = forward_logits(cut_model(model, axes, widths), tokens)
+        torch.testing.assert_close(actual, forward_logits(masked, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("only", ["", ".mlp"])
+@pytest.mark.parametrize("name", ["llama", *WITHOUT_HEAD_DIM])
+def test_cut_language_model_config_describes_it(name: str, only: str) -> None:
+    model, tokens = language_model(name), torch.arange(12).reshape(1, 12)
+    axes = trace_widths(model, tokens)
+    cut = cut_model(model, axes, {axis: keep_first(size) for axis, size in axes.axes.items() if axis.endswith(only)})
     again = type(cut)(cut.config).eval()
     again.load_state_dict(cut.state_dict())
     with torch.no_grad():
         assert torch.equal(forward_logits(again, tokens), forward_logits(cut, tokens))
-    assert cut.lm_head.weight is cut.model.embed_tokens.weight
+    assert cut.get_output_embeddings().weight is cut.get_input_embeddings().weight
     assert model.config.hidden_size == 24
+
+
+@pytest.mark.parametrize("name", WITHOUT_HEAD_DIM)
+@pytest.mark.parametrize("part", ["hidden", "attn", "0.mlp"])
+def test_config_that_cannot_describe_the_cut_is_left_alone(name: str, part: str) -> None:
+    model, tokens = language_model(name), torch.arange(12).reshape(1, 12)
+    axes = trace_widths(model, tokens)
+    widths = {axis: keep_first(size) for axis, size in axes.axes.items() if axis.endswith(part)}
+    cut = cut_model(model, axes, widths)
+    assert widths
+    assert cut.config.to_dict() == model.config.to_dict()
+    assert forward_logits(cut, tokens).shape == (1, 12, 50)
+
+
+def test_sizes_that_gpt2_keeps_as_attributes_are_set() -> None:
+    model, tokens = language_model("gpt2"), torch.arange(12).reshape(1, 12)
+    axes = trace_widths(model, tokens)
+    assert dict(axes.axes) == {
+        "hidden": 24,
+        "transformer.h.0.attn": 4,
+        "transformer.h.0.mlp": 20,
+        "transformer.h.1.attn": 4,
+        "transformer.h.1.mlp": 20,
+    }
+    assert axes.dims["transformer.h.0.attn.c_attn.weight"] == (Dim("hidden", 1), Dim("transformer.h.0.attn", 6, 3))
+    widths = {"hidden": keep_random(24), "transformer.h.1.attn": keep_random(4)}
+    attention = cut_model(model, axes, widths).transformer.h[1].attn
+    assert (attention.num_heads, attention.head_dim, attention.split_size, attention.embed_dim) == (2, 6, 12, 12)
+    assert (attention.c_attn.nx, attention.c_attn.nf) == (12, 36)
+
+
+def test_vision_transformers_get_attentions_that_call_their_output_layer(classifiers: Callable) -> None:
+    spec, model, axes = classifiers("vit")
+    assert axes.axes["encoder.layers.encoder_layer_1.self_attention"] == 4
+    assert axes.axes["encoder.layers.encoder_layer_1.mlp"] == 96
+    whole, inputs = cut_model(model, axes, {}), spec.example_inputs(2)
+    assert not any(isinstance(module, nn.MultiheadAttention) for module in whole.modules())
+    assert list(whole.state_dict()) == list(model.state_dict())
+    seen: list[Tensor] = []
+    whole.encoder.layers[1].self_attention.out_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(whole(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    assert [x.shape for x in seen] == [(2, 17, 24)]
+
+
+def test_cut_vision_transformer_can_train_and_be_cut_again(classifiers: Callable) -> None:
+    spec, model, axes = classifiers("vit")
+    cut = cut_model(model, axes, {axis: keep_random(size) for axis, size in axes.axes.items()}).train()
+    cut(spec.example_inputs(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())
+    assert cut.encoder.layers[0].self_attention.training
+    again = trace_widths(cut.eval(), spec.example_inputs(1))
+    widths = {axis: keep_first(size) for axis, size in again.axes.items()}
+    with torch.no_grad():
+        actual = cut_model(cut, again, widths)(spec.example_inputs(2))
+        torch.testing.assert_close(actual, silence(cut, again, widths)(spec.example_inputs(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("indices", [[0], [0, 3], [1, 2], [0, 1, 3], [3], [0, 1, 2, 3]])
+def test_stacked_copies_lose_the_same_units(indices: list[int]) -> None:
+    spec = WidthSpec({"heads": 4}, {"fused": (Dim("heads", 5, 3), Dim(None, 1))})
+    keep = Keep.from_indices(np.array(indices), 4)
+    rows, columns = tensor_keeps(spec, "fused", (60, 7), {"heads": keep})
+    expected = np.arange(60).reshape(3, 4, 5)[:, indices].ravel()
+    assert rows == Keep.from_indices(expected, 60)
+    assert columns.is_full
 
 
 def test_cut_model_trains_and_its_attributes_agree(classifiers: Callable) -> None:
@@ -207,15 +356,15 @@ def test_axes_of_known_models(classifiers: Callable) -> None:
     _, _, cnn = classifiers("fedlp_cnn")
     sizes = {"conv1": 32, "conv2": 32, "conv3": 64, "conv4": 64, "conv5": 128, "conv6": 128, "fc1": 128}
     assert dict(cnn.axes) == sizes
-    assert cnn.dims["fc1.weight"] == (("fc1", 1), ("conv6", 4))
-    assert cnn.dims["conv1.weight"] == (("conv1", 1), (None, 1), (None, 1), (None, 1))
-    assert cnn.dims["fc2.bias"] == ((None, 1),)
+    assert cnn.dims["fc1.weight"] == (Dim("fc1", 1), Dim("conv6", 4))
+    assert cnn.dims["conv1.weight"] == (Dim("conv1", 1), Dim(None, 1), Dim(None, 1), Dim(None, 1))
+    assert cnn.dims["fc2.bias"] == (Dim(None, 1),)
     _, _, resnet = classifiers("resnet18")
-    assert resnet.dims["layer1.1.conv2.weight"][:2] == (("conv1", 1), ("layer1.1.conv1", 1))
-    assert resnet.dims["layer2.0.downsample.0.weight"][:2] == (("layer2.0.conv2", 1), ("conv1", 1))
+    assert resnet.dims["layer1.1.conv2.weight"][:2] == (Dim("conv1", 1), Dim("layer1.1.conv1", 1))
+    assert resnet.dims["layer2.0.downsample.0.weight"][:2] == (Dim("layer2.0.conv2", 1), Dim("conv1", 1))
     _, _, grouped = classifiers("resnet18-group")
     assert grouped.axes["conv1"] == 16
-    assert grouped.dims["bn1.weight"] == (("conv1", 4),)
+    assert grouped.dims["bn1.weight"] == (Dim("conv1", 4),)
 
 
 def test_depth_prefix_can_be_cut_too() -> None:
@@ -235,12 +384,13 @@ def test_inexpressible_model_is_one_line_that_names_the_node(name: str, node: st
 
 
 def test_language_model_without_rules_is_refused() -> None:
-    config = import_transformers().GPT2Config(
-        n_layer=1, n_embd=8, n_head=2, vocab_size=9, bos_token_id=None, eos_token_id=None
+    config = import_transformers().GPTNeoXConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9
     )
-    model = import_transformers().GPT2LMHeadModel(config)
-    with pytest.raises(ConfigError, match="gpt2"):
+    model = import_transformers().GPTNeoXForCausalLM(config)
+    with pytest.raises(ConfigError, match="type gpt_neox, only for llama, mistral, qwen2, qwen3, gpt2, opt") as caught:
         trace_widths(model, torch.zeros(1, 4, dtype=torch.int64))
+    assert "\n" not in str(caught.value)
 
 
 class Reused(nn.Module):
@@ -260,7 +410,7 @@ class Reused(nn.Module):
 def test_reused_layers_and_residuals_are_one_axis() -> None:
     axes = trace_widths(Reused(), torch.zeros(1, 4))
     assert dict(axes.axes) == {"first": 6}
-    assert axes.dims["twice.weight"] == (("first", 1), ("first", 1))
+    assert axes.dims["twice.weight"] == (Dim("first", 1), Dim("first", 1))
 
 
 class ResidualOnInput(nn.Module):

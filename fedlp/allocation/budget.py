@@ -1,0 +1,101 @@
+r"""From a shape over layers to whole units that meet a budget.
+
+The sparsity of layer i is :math:`s_i = \operatorname{clip}(\mu + a z_i, 0, 1 - 1/n_i)`: a rule gives the shape z, and
+:math:`\mu` is the least that meets the budget, found by bisection as every cost falls with it. At least one unit of
+every layer stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from fedlp.errors import AllocationError
+from fedlp.types import PrunableLayer
+
+Cost = Callable[[Mapping[str, float]], float]  # of the units kept in each layer; rises with each of them
+
+_STEPS = 200  # of a bisection; it ends before, when the interval cannot be halved any more
+
+
+def solve_budget(
+    layers: Sequence[PrunableLayer], shape: Mapping[str, float], amplitude: float, cost: Cost, limit: float
+) -> dict[str, float]:
+    """Return the sparsity of each layer, met to rounding error before it is rounded to whole units.
+
+    Parameters
+    ----------
+    shape : mapping from layer name to float
+        :math:`z_i`; the higher, the more is removed.
+    amplitude : float
+        :math:`a`, >= 0.
+    cost : callable
+        What a choice of (fractional) units kept costs.
+    limit : float
+        What it may cost.
+
+    Raises
+    ------
+    AllocationError
+        If the shape is not finite, or the limit is below what one unit of every layer costs; names that cost.
+    """
+    for layer in layers:
+        if not -float("inf") < shape[layer.name] < float("inf"):
+            raise AllocationError(f"layer {layer.name}: its score is {shape[layer.name]}; scores must be finite")
+    check_reachable(layers, cost, limit)
+    ceilings = {layer.name: 1.0 - 1.0 / layer.num_units for layer in layers}
+    units = {layer.name: layer.num_units for layer in layers}
+
+    def sparsity(mu: float) -> dict[str, float]:
+        return {name: min(max(mu + amplitude * shape[name], 0.0), top) for name, top in ceilings.items()}
+
+    def fits(mu: float) -> bool:
+        return cost({name: (1.0 - s) * units[name] for name, s in sparsity(mu).items()}) <= limit
+
+    lowest = -amplitude * max(shape.values())
+    highest = 1.0 - amplitude * min(shape.values())
+    if fits(lowest):
+        return sparsity(lowest)
+    for _ in range(_STEPS):
+        middle = 0.5 * (lowest + highest)
+        if middle in (lowest, highest):
+            break
+        lowest, highest = (lowest, middle) if fits(middle) else (middle, highest)
+    return sparsity(highest)
+
+
+def check_reachable(layers: Sequence[PrunableLayer], cost: Cost, limit: float) -> None:
+    """Raise AllocationError if even one unit per layer costs more than the limit."""
+    least = cost({layer.name: 1.0 for layer in layers})
+    if least > limit:
+        raise AllocationError(
+            f"the target of {limit:,.0f} is out of reach: with one unit in each of the {len(layers)} prunable layers "
+            f"the model still has {least:,.0f}; choose at least that"
+        )
+
+
+def round_units(
+    layers: Sequence[PrunableLayer], sparsity: Mapping[str, float], cost: Cost, limit: float
+) -> dict[str, int]:
+    """Return the units kept of each layer: rounded down, then one more where the remainder is largest and still fits.
+
+    The result is within one unit of the limit, from below; no layer that still could grow fits one more.
+    """
+    wanted = {layer.name: (1.0 - sparsity[layer.name]) * layer.num_units for layer in layers}
+    kept = {name: max(1, int(value + 1e-9)) for name, value in wanted.items()}
+    for layer in sorted(layers, key=lambda layer: kept[layer.name] - wanted[layer.name]):
+        _grow(kept, layer, cost, limit)
+    smallest_first = sorted(layers, key=lambda layer: layer.num_params / layer.num_units)
+    while sum(_grow(kept, layer, cost, limit) for layer in smallest_first):
+        pass
+    return kept
+
+
+def _grow(kept: dict[str, int], layer: PrunableLayer, cost: Cost, limit: float) -> bool:
+    """Keep one more unit of a layer if there is one and it fits."""
+    if kept[layer.name] >= layer.num_units:
+        return False
+    kept[layer.name] += 1
+    if cost(kept) <= limit:
+        return True
+    kept[layer.name] -= 1
+    return False

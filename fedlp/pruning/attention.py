@@ -1,0 +1,46 @@
+"""Self-attention that can have fewer heads than its width holds."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HeadAttention(nn.Module):
+    """Self-attention like torch's, whose heads may be fewer than ``embed_dim / head_dim``.
+
+    Its parameters have the names and meaning of :class:`torch.nn.MultiheadAttention`'s, but ``out_proj`` is called as
+    a module, so forward hooks see its inputs.
+
+    Parameters
+    ----------
+    attention : nn.MultiheadAttention
+        Batch first, with equal sizes of queries, keys and values. Its parameters, which may have lost heads, are taken
+        over, not copied.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.in_proj_weight = attention.in_proj_weight
+        self.in_proj_bias = attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self.head_dim: int = attention.head_dim
+        self.dropout = attention.dropout
+        self.training = attention.training
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads there are."""
+        return len(self.in_proj_weight) // (3 * self.head_dim)
+
+    def forward(self, inputs: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        """Map (batch, tokens, embed_dim) to the same shape, and None for the attention's weights.
+
+        Keys and values are the inputs too, whatever else is passed.
+        """
+        fused = F.linear(inputs, self.in_proj_weight, self.in_proj_bias)
+        by_head = fused.view(*inputs.shape[:2], 3, self.num_heads, self.head_dim)
+        queries, keys, values = by_head.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None

@@ -1,0 +1,142 @@
+"""Second moments of a layer's inputs: the Hessian of its squared output error.
+
+Sums, not means: the moments of two data sets add up to those of their union, wherever they were collected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlp.errors import CalibrationError
+
+_PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
+
+
+@dataclass(slots=True)
+class Moments:
+    """Running sums over input vectors x of one layer, and optionally over the outputs t that they should give.
+
+    Attributes
+    ----------
+    count : int
+        Vectors seen.
+    total : (n,)
+        Sum of x.
+    gram : (n, n)
+        Sum of x xᵀ; only the lower triangle, by panels, is kept up to date.
+    target_total : (out,) or None
+        Sum of t.
+    cross : (out, n) or None
+        Sum of t xᵀ.
+    """
+
+    count: int
+    total: Tensor
+    gram: Tensor
+    target_total: Tensor | None = None
+    cross: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, size: int, targets: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> Moments:
+        """Return the moments of nothing, for ``size`` inputs and ``targets`` target outputs (0 for none)."""
+        total = torch.zeros(size, dtype=dtype, device=device)
+        gram = total.new_zeros(size, size)
+        if not targets:
+            return cls(0, total, gram)
+        return cls(0, total, gram, total.new_zeros(targets), total.new_zeros(targets, size))
+
+    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Take in (tokens, n) inputs, and (tokens, out) targets where targets are collected; any float dtype."""
+        x = inputs.to(self.gram.dtype)
+        for start in range(0, x.shape[1], _PANEL):
+            stop = start + _PANEL
+            self.gram[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        self.total += x.sum(dim=0)
+        self.count += len(x)
+        if self.cross is not None and self.target_total is not None:
+            assert targets is not None
+            t = targets.to(self.cross.dtype)
+            self.cross.addmm_(t.T, x)
+            self.target_total += t.sum(dim=0)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of the union of two disjoint data sets."""
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.gram + other.gram,
+            None if self.target_total is None or other.target_total is None else self.target_total + other.target_total,
+            None if self.cross is None or other.cross is None else self.cross + other.cross,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean input, (n,)."""
+        return self.total / self.count
+
+    def hessian(self, centred: bool) -> Tensor:
+        r"""Return :math:`H = \frac{2}{N}\sum x x^\top`, (n, n), of inputs less their mean if ``centred``.
+
+        Centring is what a constant input that is never removed comes to: the means of removed inputs then go into a
+        bias, and cost nothing (the Schur complement of the constant).
+        """
+        matrix = self.gram.tril() + self.gram.tril(-1).T
+        if centred:
+            matrix.addr_(self.total, self.mean, alpha=-1.0)
+        return matrix.mul_(2.0 / self.count)
+
+    def target_hessian(self, centred: bool) -> Tensor:
+        r"""Return :math:`\frac{2}{N}\sum t x^\top`, (out, n), of both less their means if ``centred``."""
+        assert self.cross is not None
+        assert self.target_total is not None
+        matrix = self.cross.clone()
+        if centred:
+            matrix.addr_(self.target_total, self.mean, alpha=-1.0)
+        return matrix.mul_(2.0 / self.count)
+
+    @property
+    def target_mean(self) -> Tensor:
+        """Mean target, (out,)."""
+        assert self.target_total is not None
+        return self.target_total / self.count
+
+
+def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> Tensor:
+    r"""Return the inverse of :math:`H + \lambda\,\overline{\operatorname{diag} H}\,I`.
+
+    Parameters
+    ----------
+    hessian : (n, n)
+        Symmetric positive semi-definite; not modified. The inverse has its dtype.
+    damping : float
+        :math:`\lambda`, a fraction of the mean diagonal entry, >= 0.
+    layer : str
+        Named in errors.
+    count : int
+        Input vectors behind the Hessian, named in errors.
+
+    Raises
+    ------
+    CalibrationError
+        If the damped Hessian is not positive definite or not finite; names layer, rank and remedy.
+    """
+    size = len(hessian)
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            f"layer {layer}: its inputs are not finite on the calibration data; check the model and the data"
+        )
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * hessian.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) or not bool((factor.diagonal() > 0).all()):
+        rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), hermitian=True))
+        raise CalibrationError(
+            f"layer {layer}: the Hessian of its {size} inputs has rank {rank}, from {count} calibration vectors; "
+            f"give at least {size} independent ones (calibration.examples), or damp it (pruner.damping=0.01)"
+        )
+    return torch.cholesky_inverse(factor)

@@ -1,0 +1,31 @@
+"""SlimGPT's own choices (Ling et al., NeurIPS 2024), to reproduce it and to measure the difference.
+
+*Deviations*: the released code divides by ``log(32)`` whatever the depth; here it is the paper's ``log(n)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+_FIRST, _LARGEST, _SMALLEST = 512, 1024, 64  # of the released code; the paper says "like 8"
+
+
+def group_schedule(total: int) -> list[int]:
+    """Return how many FFN channels each step removes (Dynamic Group Size of the released code), summing to ``total``.
+
+    The group is halved from step to step, after 512 has been taken off it, between 1024 and 64.
+    """
+    schedule: list[int] = []
+    group, left = (total - _FIRST) // 2, total
+    while left > 0:
+        schedule.append(min(left, max(group, _SMALLEST), _LARGEST))
+        left -= schedule[-1]
+        group = (group - _FIRST) // 2
+    return schedule
+
+
+def incremental_ratios(first: float, last: float, count: int) -> list[float]:
+    r"""Return :math:`r_i = r_0 + (r_{n-1} - r_0) \log(i + 1) / \log n` for n layers (eq. 6); ``last`` alone for one."""
+    if count == 1:
+        return [last]
+    return [first + (last - first) * math.log(index + 1) / math.log(count) for index in range(count)]

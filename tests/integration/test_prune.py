@@ -1,0 +1,165 @@
+"""``fedlp-prune``: from a command line to files that load elsewhere, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlp import cli, oneshot
+from fedlp.config import compose_prune
+from fedlp.models.language import import_transformers
+from tests.integration.running import TINY, Call, Finished, assert_refused
+
+Once = Callable[..., Finished]
+KEYS = {
+    *("method", "allocator", "params_before", "params_after", "macs_before", "macs_after", "layers"),
+    *("metrics_before", "metrics_after", "wall_time_s", "peak_memory_bytes", "config"),
+}
+SMALL = ("calibration.examples=64", "dataset.max_test_examples=50")
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    transformers = import_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def text_model(folder: Path) -> tuple[str, ...]:
+    return ("model=hf", f"model.path={folder}", "dataset=topics", "dataset.sequence_length=64", *SMALL)
+
+
+@pytest.mark.parametrize("allocator", ["dp", "flap", "log_depth"])
+def test_a_language_model_becomes_a_folder_that_transformers_loads(
+    allocator: str, language_model: Path, tmp_path: Path, call: Call
+) -> None:
+    out = tmp_path / "pruned"
+    target = ("sparsity=0.4", f"allocator={allocator}", f"hydra.run.dir={out}")
+    code, printed, progress = call(*text_model(language_model), *target, main=cli.prune_main)
+    assert code == 0, progress
+    assert "perplexity" in printed
+    assert progress.count("\n") == 6  # one line per layer
+    report = json.loads((out / "prune.json").read_text())
+    assert set(report) == KEYS
+    blocks = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    added = 3 * 2 * 32
+    assert report["params_before"] - 0.4 * blocks - 3 * 32 < report["params_after"]
+    assert report["params_after"] <= report["params_before"] - 0.4 * blocks + 1e-6
+    assert report["params_before"] - report["params_after"] > 0.3 * blocks - added
+    assert report["macs_after"] < report["macs_before"]
+    assert (out / "layers.png").stat().st_size > 1000
+    auto = import_transformers().AutoModelForCausalLM
+    stored = auto.from_pretrained(out / "model", trust_remote_code=True)
+    assert sum(parameter.numel() for parameter in stored.parameters()) == report["params_after"]
+
+
+def test_the_model_of_a_federated_run_is_pruned_to_a_number_of_macs(once: Once, tmp_path: Path, call: Call) -> None:
+    run = once(*TINY)
+    whole = json.loads((run.path / "manifest.json").read_text())["expected"]["macs_per_example"]
+    out = tmp_path / "pruned"
+    arguments = (f"run={run.path}", f"target_macs={0.6 * whole}", f"hydra.run.dir={out}", "pruner.damping=0.01", *SMALL)
+    code, printed, errors = call(
+        *arguments, "onnx=true", "finetune=full", "finetune.max_examples=64", main=cli.prune_main
+    )
+    assert code == 0, errors
+    assert "accuracy" in printed
+    report = json.loads((out / "prune.json").read_text())
+    assert 0.5 * whole < report["macs_after"] <= 0.6 * whole + 1
+    assert (out / "model" / "model.onnx").is_file()
+    assert (out / "model" / "widths.json").is_file()
+    assert call(*arguments, main=cli.prune_main)[0] == 2  # never over another result
+
+
+def test_adapters_are_trained_and_merged(language_model: Path, tmp_path: Path, call: Call) -> None:
+    pytest.importorskip("peft")
+    tuned = ("finetune=lora", "finetune.max_examples=64", "sparsity=0.3", "allocator=uniform")
+    code, _, errors = call(
+        *text_model(language_model), *tuned, f"hydra.run.dir={tmp_path / 'out'}", main=cli.prune_main
+    )
+    assert code == 0, errors
+    report = json.loads((tmp_path / "out" / "prune.json").read_text())
+    stored = import_transformers().AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "model", trust_remote_code=True
+    )
+    assert sum(p.numel() for p in stored.parameters()) == report["params_after"]
+
+
+# ---- bad input
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give one of sparsity, target_params and target_macs, not none"),
+        (("sparsity=0.3", "target_params=1000"), "not sparsity and target_params"),
+        (("sparsity=1.5",), r"sparsity=1.5 is not allowed: it must be in \(0, 1\)"),
+        (("sparsty=0.5",), "there is no option sparsty; did you mean sparsity"),
+        (("sparsity=0.5", "pruner=obd"), "obd"),
+        (("sparsity=0.5", "model=fedlp_cnn", "dataset=digits"), "model fedlp_cnn has no trained weights"),
+        (("sparsity=0.5", "run=/nowhere"), "run=/nowhere: that is not a run directory"),
+        (("sparsity=0.5", "pruner.damping=-1"), "pruner.damping=-1.0 is not allowed"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: tuple[str, ...], words: str, call: Call) -> None:
+    assert_refused(call(*arguments, main=cli.prune_main), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sparsity=0.5", "calibration.examples=1", "dataset.sequence_length=16"), r"has rank \d+, from 16 calib"),
+        (("target_params=100",), "out of reach: with one unit in each of the 6 prunable layers"),
+        (("target_params=1e9",), "parameters already, no more than the target"),
+        (("sparsity=0.5", "calibration.examples=1000000"), "calibration.examples=1000000, but the data set has"),
+    ],
+)
+def test_what_the_model_or_data_cannot_give_is_one_line(
+    arguments: tuple[str, ...], words: str, language_model: Path, call: Call, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert_refused(call(*text_model(language_model), *arguments, f"hydra.run.dir={out}", main=cli.prune_main), words)
+    assert not (out / "prune.json").exists()
+
+
+def test_an_unknown_architecture_is_one_line(tmp_path: Path, call: Call) -> None:
+    transformers = import_transformers()
+    config = transformers.GPTNeoXConfig(
+        vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert_refused(call(*text_model(tmp_path / "model"), "sparsity=0.3", main=cli.prune_main), "GPTNeoX")
+
+
+# ---- real models
+@pytest.mark.shared
+def test_a_real_language_model_loses_a_third_and_stays_good(shared: Path) -> None:
+    model = shared / "models" / "lm-3.3m"
+    config = compose_prune(
+        [
+            *("model=hf", f"model.path={model}", "dataset=text", f"dataset.root={shared}/text/tinystories.txt"),
+            *(f"dataset.tokenizer={model}", "dataset.max_train_examples=200", "dataset.max_test_examples=40"),
+            *("calibration.examples=32", "sparsity=0.33"),
+        ]
+    )
+    subject = oneshot.load_subject(config)
+    calibration = oneshot.draw_calibration(config, subject)
+    pruner = oneshot.Pruner(subject.model, subject.widths, subject.layers, calibration, oneshot.make_method(config))
+    pruned = pruner.prune(oneshot.allocate(config, subject, calibration, pruner))
+    before = oneshot._evaluate(subject.model, subject, config)["perplexity"]
+    after = oneshot._evaluate(pruned.model, subject, config)["perplexity"]
+    assert after < 1.15 * before

@@ -1,0 +1,275 @@
+"""Pruning whole models: what is cut computes what was fitted, and methods do what they say."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlp.config import ModelConfig
+from fedlp.errors import AllocationError, CalibrationError, ConfigError
+from fedlp.models import describe_model, forward_logits, state_tensors
+from fedlp.models.language import import_transformers
+from fedlp.pruning import criteria
+from fedlp.pruning.calibration import StagedRun
+from fedlp.pruning.groups import trace_widths
+from fedlp.pruning.hessian import Moments
+from fedlp.pruning.pruner import Calibration, Method, Pruner
+from fedlp.pruning.units import find_layers
+
+METHODS = {
+    "obs": Method("obs"),
+    "obs, corrected": Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True),
+    "slimgpt": Method("slimgpt", centred=False, damping=0.01),
+    "magnitude": Method("magnitude", recovery="none"),
+    "magnitude, refitted": Method("magnitude"),
+    "wanda": Method("wanda", recovery="none"),
+    "flap": Method("flap", recovery="bias"),
+    "taylor": Method("taylor", recovery="none"),
+    "random": Method("random", recovery="none"),
+}
+
+
+def language_model(model_type: str = "llama") -> nn.Module:
+    transformers = import_transformers()
+    sizes = {"vocab_size": 30, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    if model_type == "gpt2":
+        sizes |= {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 16}
+    elif model_type == "opt":
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 24}
+        sizes |= {"word_embed_proj_dim": 16, "max_position_embeddings": 16}
+    else:
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"intermediate_size": 24, "head_dim": 4}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
+def tokens(count: int, seed: int = 0) -> list[Tensor]:
+    return list(torch.randint(0, 30, (count, 8, 12), generator=torch.Generator().manual_seed(seed)))
+
+
+def make_pruner(model: nn.Module, method: Method, batches: Sequence[Tensor] | None = None, seed: int = 0) -> Pruner:
+    batches = tokens(3) if batches is None else batches
+    spec = trace_widths(model, batches[0])
+    labels = [forward_logits(model, batch).flatten(0, -2).argmax(dim=-1) for batch in batches]
+    return Pruner(model, spec, find_layers(model, spec), Calibration(batches, labels, seed), method)
+
+
+def half(pruner: Pruner) -> dict[str, int]:
+    return {layer.name: math.ceil(layer.num_units / 2) for layer in pruner.layers}
+
+
+def images(count: int) -> list[Tensor]:
+    return list(torch.randn(count, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def classifier() -> nn.Module:
+    spec = describe_model(ModelConfig(name="resnet20", source="cifar_resnet"), (3, 16, 16), 10, "classification")
+    model = spec.build(0)
+    with torch.no_grad():
+        for batch in images(4):  # gives batch norms statistics of their own
+            model(batch)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_language_models(method: str, model_type: str) -> None:
+    model = language_model(model_type)
+    before = copy.deepcopy(model.state_dict())
+    pruner = make_pruner(model, METHODS[method])
+    seen: list[str] = []
+    pruned = pruner.prune(half(pruner), lambda report: seen.append(report.name))
+    assert seen == [layer.name for layer in pruner.layers]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert {name: keep.count for name, keep in pruned.widths.items()} == half(pruner)
+    logits = forward_logits(pruned.model, tokens(1, seed=5)[0])
+    assert torch.isfinite(logits).all()
+    grown = sum(p.numel() for p in pruned.model.parameters())
+    assert grown < sum(p.numel() for p in model.parameters())
+    again = make_pruner(model, METHODS[method]).prune(half(pruner))
+    assert torch.equal(forward_logits(again.model, tokens(1, seed=5)[0]), logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_a_residual_network(method: str) -> None:
+    pruner = make_pruner(classifier(), METHODS[method], images(12))
+    pruned = pruner.prune(half(pruner))
+    assert pruned.model.get_submodule("layer2.0.conv1").out_channels == 16  # type: ignore[union-attr]
+    assert torch.isfinite(pruned.model(images(1)[0])).all()
+    assert pruner.num_added_params() == 0  # batch norms take what would go into biases
+
+
+def divergence(pruned: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> float:
+    with torch.no_grad():
+        return sum(
+            float(
+                F.kl_div(
+                    forward_logits(pruned, batch).log_softmax(-1),
+                    forward_logits(dense, batch).log_softmax(-1),
+                    log_target=True,
+                    reduction="sum",
+                )
+            )
+            for batch in batches
+        )
+
+
+def test_recovery_and_correction_help_where_they_should() -> None:
+    model, batches = language_model(), tokens(8)
+
+    def lost(method: Method) -> float:
+        pruner = make_pruner(model, method, batches)
+        return divergence(pruner.prune(half(pruner)).model, model, batches)
+
+    none = lost(Method("magnitude", recovery="none"))
+    refitted = lost(Method("magnitude"))
+    greedy = lost(Method("obs"))
+    corrected = lost(Method("obs", correction=1.0))
+    assert corrected < greedy < none
+    assert refitted < none
+
+
+def test_units_that_no_one_reads_go_without_any_loss() -> None:
+    model = language_model()
+    for block in model.model.layers:  # type: ignore[union-attr, operator]
+        with torch.no_grad():
+            block.mlp.down_proj.weight[:, 3:9] = 0.0
+    pruner = make_pruner(model, Method("obs"))
+    kept = {layer.name: layer.num_units - 6 * layer.name.endswith("mlp") for layer in pruner.layers}
+    pruned = pruner.prune(kept)
+    for name, keep in pruned.widths.items():
+        if name.endswith("mlp"):
+            assert keep.runs == ((0, 3), (9, 24))
+    batch = tokens(1, seed=3)[0]
+    torch.testing.assert_close(forward_logits(pruned.model, batch), forward_logits(model, batch), rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_removed_changes_nothing() -> None:
+    model = language_model()
+    pruner = make_pruner(model, Method("obs", correction=1.0))
+    pruned = pruner.prune({layer.name: layer.num_units for layer in pruner.layers})
+    batch = tokens(1, seed=3)[0]
+    torch.testing.assert_close(forward_logits(pruned.model, batch), forward_logits(model, batch), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_a_staged_run_is_the_whole_model(model_type: str) -> None:
+    model, batches = language_model(model_type), tokens(2)
+    run = StagedRun(model, batches)
+    hidden: dict[int, Tensor] = {}
+    last = run.stages[-1]
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            hook = last.register_forward_hook(
+                lambda _, __, output, index=index: hidden.update(
+                    {index: output if isinstance(output, Tensor) else output[0]}
+                )
+            )
+            model(batch)
+            hook.remove()
+    for _ in run.stages:
+        run.advance()
+    for index in range(len(batches)):
+        torch.testing.assert_close(run.input(index), hidden[index])
+
+
+def test_a_measured_curve_is_what_pruning_reports() -> None:
+    pruner = make_pruner(language_model(), Method("obs"))
+    first = pruner.layers[0]
+    found = pruner.measure()
+    kept = {layer.name: layer.num_units for layer in pruner.layers} | {first.name: first.num_units - 1}
+    assert pruner.prune(kept).layers[0].loss == pytest.approx(found[first.name].losses[0])
+    assert len(found[first.name].losses) == first.num_units - 1
+    assert list(found[first.name].losses) == sorted(found[first.name].losses)
+
+
+def test_gradients_and_scores_are_those_of_a_loop() -> None:
+    model, batches = language_model(), tokens(2)
+    labels = [batch.flatten() for batch in batches]
+    gradients = criteria.loss_gradients(model, batches, labels)
+    spec = trace_widths(model, batches[0])
+    layer = next(layer for layer in find_layers(model, spec) if layer.name == "model.layers.1.mlp")
+    loss = sum(F.cross_entropy(forward_logits(model, b).flatten(0, 1), t) for b, t in zip(batches, labels, strict=True))
+    (loss / 2).backward()  # type: ignore[union-attr]
+    mlp = model.model.layers[1].mlp  # type: ignore[union-attr, index, operator]
+    torch.testing.assert_close(gradients["model.layers.1.mlp.up_proj.weight"], mlp.up_proj.weight.grad)
+    tensors = [(mlp.gate_proj.weight, 0), (mlp.up_proj.weight, 0), (mlp.down_proj.weight, 1)]
+    for unit in range(layer.num_units):
+        rows = [(w.detach().select(dim, unit).double(), w.grad.select(dim, unit).double()) for w, dim in tensors]
+        expected = sum(float(w.square().sum()) for w, _ in rows)
+        assert float(criteria.magnitude_scores(model, spec, layer)[unit]) == pytest.approx(expected, rel=1e-5)
+        expected = sum(float((w * g).abs().sum()) for w, g in rows)
+        scores = criteria.taylor_scores(model, spec, layer, gradients)
+        assert float(scores[unit]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_activation_scores_are_those_of_their_formulas() -> None:
+    x = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    weight = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moments = Moments.empty(6)
+    moments.add(x)
+    wanda = (weight.abs() * x.square().mean(dim=0).sqrt()).sum(dim=0).view(3, 2).sum(dim=1)
+    flap = (weight.square() * x.var(dim=0, unbiased=False)).sum(dim=0).view(3, 2).sum(dim=1)
+    torch.testing.assert_close(criteria.wanda_scores(weight, moments, 2), wanda)
+    torch.testing.assert_close(criteria.flap_scores(weight, moments, 2), flap)
+
+
+def test_fisher_information_predicts_the_divergence_of_a_small_change() -> None:
+    model, batches = language_model(), tokens(24)
+    path = "model.layers.1.mlp.down_proj"
+    fisher = criteria.output_fisher(model, [path], batches, torch.Generator().manual_seed(0), logits_only=False)[path]
+    moments = Moments.empty(24)
+    run = StagedRun(model, batches)
+    run.advance()
+    reader = model.get_submodule(path)
+    for index in range(len(batches)):
+        moments.add(run.observe(index, [reader])[0][0].flatten(0, 1))
+    change = 0.02 * torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+    expected = 0.25 * torch.trace(fisher @ change.double() @ moments.hessian(False) @ change.double().T)
+    moved = copy.deepcopy(model)
+    state_tensors(moved)[f"{path}.weight"].add_(change)
+    actual = divergence(moved, model, batches) / sum(batch.numel() for batch in batches)
+    assert actual == pytest.approx(float(expected), rel=0.5)  # tokens' errors are taken to be independent
+
+
+# ---- bad input
+def test_too_few_calibration_vectors_name_the_layer_and_offer_damping() -> None:
+    model = language_model()
+    pruner = make_pruner(model, Method("obs"), [tokens(1)[0][:1]])
+    with pytest.raises(CalibrationError, match=r"o_proj: .* has rank \d+, from 12 calibration .*pruner\.damping"):
+        pruner.prune(half(pruner))
+    damped = make_pruner(model, Method("obs", damping=0.01), [tokens(1)[0][:1]])
+    assert damped.prune(half(damped)).widths
+
+
+def test_activations_that_are_not_finite_name_the_layer() -> None:
+    model = language_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf  # type: ignore[union-attr, index, operator]
+    pruner = make_pruner(model, Method("obs"))
+    with pytest.raises(CalibrationError, match=r"layer model\.layers\.1\.mlp: inputs of .* are not finite"):
+        pruner.prune(half(pruner))
+
+
+def test_counts_that_do_not_fit_are_refused() -> None:
+    pruner = make_pruner(language_model(), Method("obs"))
+    with pytest.raises(AllocationError, match="cannot keep 0 of 2 units"):
+        pruner.prune(dict.fromkeys(half(pruner), 0))
+
+
+def test_a_model_without_prunable_units_says_so() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ConfigError, match="Sequential has no prunable units"):
+        find_layers(model, trace_widths(model, torch.zeros(1, 3, 2, 2)))
