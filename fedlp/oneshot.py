@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,16 +163,22 @@ def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pr
     cost, limit, share = _target(config, subject, pruner)
     match config.allocator.name:
         case "dp":
-            measuring = Method(fisher=True, damping=config.pruner.damping)
-            able = Pruner(subject.model, subject.widths, layers, calibration, measuring)
-            curves = {name: found.losses for name, found in able.measure().items()}
-            return allocator.allocate_by_curves(layers, curves, cost, limit)
+            return allocator.allocate_by_curves(layers, _error_tables(config, subject, calibration), cost, limit)
         case "flap":
             able = Pruner(subject.model, subject.widths, layers, calibration, Method("flap"))
             scores = {name: found.numpy() for name, found in able.scores().items()}
             return allocator.allocate_pooled(layers, scores, cost, limit)
         case rule:
             return allocator.allocate_by_depth(layers, rule, share, cost, limit, config.allocator.amplitude)
+
+
+def _error_tables(config: PruneConfig, subject: Subject, calibration: Calibration) -> Mapping[str, Sequence[float]]:
+    """Return each layer's loss over units removed: predicted for language models, measured for classifiers."""
+    method = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
+    pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
+    if subject.info.task == "classification":
+        return pruner.measure_divergence()
+    return {name: found.losses for name, found in pruner.measure().items()}
 
 
 def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float, float]:

@@ -1,0 +1,246 @@
+"""Structured one-shot pruning of real models: every method at equal size, on equal calibration data.
+
+    python experiments/slimgpt_table/run.py --data FOLDER --cifar ROOT [--models ...] [--seeds 0 1 2]
+    python experiments/slimgpt_table/run.py --collect        # only tables and plots from what is there
+
+FOLDER holds ``models/`` and ``text/``, ROOT what torchvision's CIFAR10 reads. One line per pruned model is appended to
+``results/MODEL.jsonl``; what is there already is not run again, so stop and go on as you like. Seeds draw the
+calibration data (and what else is random); the test data are always the same.
+
+Language models are calibrated on the first halves of texts that they were not trained on, and tested on the second
+halves: 128 windows of 128 tokens. Image classifiers are calibrated on 512 training images and tested on 4,000 others.
+A ratio is the fraction removed of the parameters that belong to prunable units; biases that a method adds count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peers import PEERS, prune_with_peer
+from tables import write_results
+from torch import Tensor, nn
+
+from fedlp import oneshot
+from fedlp.allocation import allocator
+from fedlp.config import compose_prune
+from fedlp.models import forward_logits
+from fedlp.models.language import import_transformers
+from fedlp.pruning.footprint import Footprint
+from fedlp.pruning.groups import WidthSpec, trace_widths
+from fedlp.pruning.pruner import Calibration, Method, Pruner
+from fedlp.pruning.units import find_layers
+from fedlp.rng import Stream, generator
+from fedlp.training import one_thread
+from fedlp.types import PrunableLayer
+
+HERE = Path(__file__).resolve().parent
+RATIOS = (0.2, 0.25, 0.33, 0.5)
+PEER_RATIOS = (0.3, 0.5)  # torch-pruning's criteria
+WINDOW, NUM_WINDOWS, NUM_TEST_WINDOWS = 128, 128, 64
+NUM_IMAGES, NUM_TEST_IMAGES = 512, 4000
+SEEN_FRACTION = 0.95  # of the texts that lm-3.3m was trained on
+TEXTS = {  # what a model was not trained on: file -> first character as a fraction of it
+    "lm-3.3m": {"tinystories": SEEN_FRACTION, "wikitext2-valid": SEEN_FRACTION, "tinyshakespeare": SEEN_FRACTION}
+    | {"wikitext2-test": 0.0},
+    "stories260K": {"wikitext2-test": 0.0, "tinyshakespeare": SEEN_FRACTION},
+}
+RESNETS = {"resnet20": "resnet20-12fca82f", "resnet32": "resnet32-d509ac18"}
+
+OURS = Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True)
+PAPER = Method("slimgpt", centred=False, damping=0.01)
+REFIT = "least_squares"
+METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
+    "ours": (OURS, "dp"),
+    "ours, uniform": (OURS, "uniform"),
+    "ours, log depth": (OURS, "log_depth"),
+    "ours, plain OBS": (Method("obs", keeps_batch_norm=True), "dp"),
+    "SlimGPT": (PAPER, "log_depth"),
+    "SlimGPT, uniform": (PAPER, "uniform"),
+    "SlimGPT, dp": (PAPER, "dp"),
+    "FLAP": (Method("flap", recovery="bias"), "flap"),
+    "FLAP, refitted": (Method("flap"), "flap"),
+    "Wanda-sp": (Method("wanda", recovery="none"), "uniform"),
+    "Wanda-sp, refitted": (Method("wanda"), "uniform"),
+    "Taylor": (Method("taylor", recovery="none"), "uniform"),
+    "Taylor, refitted": (Method("taylor"), "uniform"),
+    "magnitude": (Method("magnitude", recovery="none"), "uniform"),
+    "magnitude, refitted": (Method("magnitude"), "uniform"),
+    "random": (Method("random", recovery="none"), "uniform"),
+    "random, refitted": (Method("random"), "uniform"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its data for one seed."""
+
+    model: nn.Module
+    spec: WidthSpec
+    layers: tuple[PrunableLayer, ...]
+    data: Calibration
+    tests: Mapping[str, tuple[Tensor, Tensor]]  # inputs, flat labels
+    is_language: bool
+
+
+def language_case(name: str, data: Path, seed: int) -> Case:
+    """Return a language model, calibration windows of all its unseen texts, and test windows by text."""
+    transformers = import_transformers()
+    folder = data / "models" / name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    calibration, tests = [], {}
+    for index, (text, start) in enumerate(TEXTS[name].items()):
+        content = (data / "text" / f"{text}.txt").read_text(encoding="utf-8")
+        tokens = np.array(tokenizer(content[int(start * len(content)) :], verbose=False)["input_ids"])
+        windows = torch.from_numpy(tokens[: len(tokens) // (WINDOW + 1) * (WINDOW + 1)].reshape(-1, WINDOW + 1))
+        half = len(windows) // 2
+        order = generator(seed, Stream.CALIBRATION, index).permutation(half)
+        calibration.append(windows[:half][order[: NUM_WINDOWS // len(TEXTS[name])]])
+        test = windows[half:][:NUM_TEST_WINDOWS]
+        tests[text] = test[:, :-1], test[:, 1:].flatten()
+    drawn = torch.cat(calibration)
+    drawn = drawn[torch.from_numpy(generator(seed, Stream.CALIBRATION, 99).permutation(len(drawn)))]
+    batches = [batch[:, :-1] for batch in drawn.split(16)]
+    labels = [batch[:, 1:].flatten() for batch in drawn.split(16)]
+    spec = trace_widths(model, batches[0])
+    return Case(model, spec, find_layers(model, spec), Calibration(batches, labels, seed), tests, True)
+
+
+def classifier_case(name: str, data: Path, cifar: Path, seed: int) -> Case:
+    """Return a CIFAR-10 ResNet with training images to calibrate on and test images."""
+    config = compose_prune(
+        [
+            *("model=cifar_resnet", f"model.name={name}", "sparsity=0.5", f"seed={seed}"),
+            f"model.path={data}/models/cifar10-resnet/{RESNETS[name]}.safetensors",
+            *("dataset=cifar10", f"dataset.root={cifar}", f"calibration.examples={NUM_IMAGES}"),
+            *("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]", "calibration.batch_size=64"),
+        ]
+    )
+    subject = oneshot.load_subject(config)
+    test = subject.data.test.select(np.arange(NUM_TEST_IMAGES))
+    inputs = oneshot.prepare_inputs(test.inputs, subject.info, torch.device("cpu"))
+    calibration = oneshot.draw_calibration(config, subject)
+    tests = {"cifar10": (inputs, test.targets)}
+    return Case(subject.model, subject.widths, subject.layers, calibration, tests, False)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, case: Case) -> dict[str, float]:
+    """Return the mean loss by text and over all texts, or loss and accuracy."""
+    found: dict[str, float] = {}
+    for name, (inputs, labels) in case.tests.items():
+        logits = torch.cat([forward_logits(model, batch).flatten(0, -2) for batch in inputs.split(50)])
+        found[name] = float(F.cross_entropy(logits, labels))
+        if not case.is_language:
+            found["accuracy"] = float((logits.argmax(dim=-1) == labels).double().mean())
+    found["loss"] = float(np.mean([found[name] for name in case.tests]))
+    return found
+
+
+class Allocations:
+    """Units kept by each allocator at each ratio; what they measure is measured once."""
+
+    def __init__(self, case: Case) -> None:
+        self._case, self._footprint = case, Footprint(case.model, case.spec)
+        self._tables: Any = None
+        self._scores: Any = None
+
+    def limit(self, ratio: float) -> float:
+        """Return how many parameters may stay."""
+        whole = self._footprint.count({})
+        return whole - ratio * (whole - self._footprint.count({layer.name: 0 for layer in self._case.layers}))
+
+    def __call__(self, rule: str, ratio: float, num_added: int) -> dict[str, int]:
+        """Return the units kept of each layer, with room for ``num_added`` parameters that the method adds."""
+        case, limit = self._case, self.limit(ratio) - num_added
+        cost = self._footprint.count
+        if rule == "dp":
+            if self._tables is None:
+                measure = Pruner(
+                    case.model, case.spec, case.layers, case.data, Method(fisher=True, keeps_batch_norm=True)
+                )
+                predicted = measure.measure if case.is_language else measure.measure_divergence
+                self._tables = {name: getattr(table, "losses", table) for name, table in predicted().items()}
+            return allocator.allocate_by_curves(case.layers, self._tables, cost, limit)
+        if rule == "flap":
+            if self._scores is None:
+                pruner = Pruner(case.model, case.spec, case.layers, case.data, Method("flap"))
+                self._scores = {name: scores.numpy() for name, scores in pruner.scores().items()}
+            return allocator.allocate_pooled(case.layers, self._scores, cost, limit)
+        return allocator.allocate_by_depth(case.layers, rule, ratio, cost, limit)
+
+
+def prune_all(case: Case, wanted: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+    """Yield one result per method and ratio."""
+    allocate = Allocations(case)
+    for method, ratio in wanted:
+        started = time.monotonic()
+        if method == "dense":
+            model, kept = case.model, {layer.name: layer.num_units for layer in case.layers}
+        elif method in PEERS:
+            kept = allocate("uniform", ratio, 0)
+            model = prune_with_peer(method, case.model, kept, case.data)
+        else:
+            kernel, rule = METHODS[method]
+            pruner = Pruner(case.model, case.spec, case.layers, case.data, kernel)
+            kept = allocate(rule, ratio, pruner.num_added_params())
+            model = pruner.prune(kept).model
+        seconds = time.monotonic() - started
+        params = sum(parameter.numel() for parameter in model.parameters())
+        assert method == "dense" or params <= allocate.limit(ratio) + 1e-6
+        result = {"method": method, "ratio": ratio, "params": params, "seconds": round(seconds, 2), "kept": kept}
+        yield result | {"metrics": evaluate(model, case)}
+
+
+def wanted_results(model: str) -> list[tuple[str, float]]:
+    """Return every method and ratio of one model and seed, the most telling first."""
+    wanted = [("dense", 0.0), *((method, ratio) for ratio in RATIOS for method in METHODS)]
+    if model in RESNETS:
+        few = ("ours", "ours, uniform", "SlimGPT", "magnitude")
+        wanted += [(method, ratio) for ratio in PEER_RATIOS for method in PEERS]
+        wanted += [(method, ratio) for ratio in PEER_RATIOS for method in few if ratio not in RATIOS]
+    return wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with models/ and text/")
+    parser.add_argument("--cifar", type=Path, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--models", nargs="+", choices=[*TEXTS, *RESNETS], default=[*TEXTS, *RESNETS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--collect", action="store_true", help="run nothing, only write tables and plots")
+    arguments = parser.parse_args()
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    for seed in () if arguments.collect else arguments.seeds:
+        for name in arguments.models:
+            file = results / f"{name}.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            done = {(line["seed"], line["method"], line["ratio"]) for line in lines}
+            wanted = [(method, ratio) for method, ratio in wanted_results(name) if (seed, method, ratio) not in done]
+            if not wanted:
+                continue
+            with one_thread(), file.open("a") as out:
+                if name in TEXTS:
+                    case = language_case(name, arguments.data, seed)
+                else:
+                    case = classifier_case(name, arguments.data, arguments.cifar, seed)
+                for result in prune_all(case, wanted):
+                    out.write(json.dumps({"model": name, "seed": seed, **result}) + "\n")
+                    out.flush()
+                    score = result["metrics"].get("accuracy", result["metrics"]["loss"])
+                    print(f"{name} seed {seed} {result['ratio']:.2f} {result['method']}: {score:.4f}", flush=True)
+    write_results(results)
+
+
+if __name__ == "__main__":
+    main()
