@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from fedlp.allocation import allocator
 from fedlp.allocation.budget import Cost
 from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
-from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
+from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError, one_line
 from fedlp.finetuning import finetune
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
@@ -168,8 +169,27 @@ def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pr
             able = Pruner(subject.model, subject.widths, layers, calibration, Method("flap"))
             scores = {name: found.numpy() for name, found in able.scores().items()}
             return allocator.allocate_pooled(layers, scores, cost, limit)
+        case "plan":
+            return allocator.allocate_by_shape(layers, _read_plan(str(config.allocator.path), layers), cost, limit)
         case rule:
             return allocator.allocate_by_depth(layers, rule, share, cost, limit, config.allocator.amplitude)
+
+
+def _read_plan(path: str, layers: Sequence[PrunableLayer]) -> dict[str, float]:
+    """Return the sparsity of every layer that a file gives; layers that it leaves out keep everything if they can."""
+    try:
+        stored = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AllocationError(f"allocator.path={path} cannot be read: {one_line(error)}") from error
+    names = {layer.name for layer in layers}
+    if not isinstance(stored, dict):
+        raise AllocationError(f"allocator.path={path} must map layer names to sparsities")
+    for name, value in stored.items():
+        if name not in names:
+            raise AllocationError(f"allocator.path={path}: the model has no prunable layer {name}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise AllocationError(f"allocator.path={path}: layer {name} has sparsity {value}; it must be in [0, 1)")
+    return {name: float(stored.get(name, 0.0)) for name in names}
 
 
 def _error_tables(config: PruneConfig, subject: Subject, calibration: Calibration) -> Mapping[str, Sequence[float]]:

@@ -150,6 +150,7 @@ class AllocatorConfig:
     """How sparsity is spread over layers; see ``conf/allocator``."""
 
     name: str = MISSING
+    path: str | None = None  # plan: a YAML or JSON file, layer name -> fraction of its units removed
     amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
 
 

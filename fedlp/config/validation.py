@@ -67,7 +67,9 @@ def validate_prune(config: PruneConfig) -> None:
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
     if pruner.damping is not None:
         _require(0 <= pruner.damping < math.inf, "pruner.damping", pruner.damping, "at least 0, or null")
-    _choice("allocator.name", allocator.name, ("uniform", "depth_line", "log_depth", "flap", "dp"))
+    _choice("allocator.name", allocator.name, ("uniform", "depth_line", "log_depth", "flap", "dp", "plan"))
+    if allocator.name == "plan" and allocator.path is None:
+        raise ConfigError("allocator=plan needs allocator.path: a YAML or JSON file, layer name -> sparsity")
     if allocator.amplitude is not None:
         _require(0 <= allocator.amplitude <= 2, "allocator.amplitude", allocator.amplitude, "in [0, 2], or null")
     for name in ("examples", "batch_size"):

@@ -22,7 +22,7 @@ PROMISED = {
     "simulation": "local ray",
     "experiment": "demo",
     "pruner": "obs slimgpt magnitude wanda flap taylor random",
-    "allocator": "uniform depth_line log_depth flap dp",
+    "allocator": "uniform depth_line log_depth flap dp plan",
     "finetune": "none lora full",
 }
 PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune alone
@@ -32,7 +32,8 @@ PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune alone
 def test_every_file_composes_and_survives_its_own_yaml(path: Path) -> None:
     group, option = path.parent.name, path.stem
     if group in PRUNING:
-        config: RunConfig | PruneConfig = compose_prune([f"{group}={option}", "sparsity=0.5"])
+        needed = ["allocator.path=plan.yaml"] if option == "plan" else []
+        config: RunConfig | PruneConfig = compose_prune([f"{group}={option}", "sparsity=0.5", *needed])
     else:
         config = compose([f"{group}={option}"])
         assert from_yaml(to_yaml(config)) == config

@@ -87,6 +87,19 @@ def test_the_model_of_a_federated_run_is_pruned_to_a_number_of_macs(once: Once, 
     assert call(*arguments, main=cli.prune_main)[0] == 2  # never over another result
 
 
+def test_a_plan_from_outside_is_followed(language_model: Path, tmp_path: Path, call: Call) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model.layers.1.mlp: 0.5\nmodel.layers.2.mlp: 0.75\n")
+    arguments = ("allocator=plan", f"allocator.path={plan}", "target_params=32000", f"hydra.run.dir={tmp_path / 'out'}")
+    code, _, errors = call(*text_model(language_model), *arguments, main=cli.prune_main)
+    assert code == 0, errors
+    layers = {layer["name"]: layer for layer in json.loads((tmp_path / "out" / "prune.json").read_text())["layers"]}
+    removed = {name: 1 - layer["kept_units"] / layer["num_units"] for name, layer in layers.items()}
+    assert removed["model.layers.2.mlp"] - removed["model.layers.1.mlp"] == pytest.approx(0.25, abs=0.05)
+    plan.write_text("model.layers.9.mlp: 0.5\n")
+    assert_refused(call(*text_model(language_model), *arguments[:3], main=cli.prune_main), "no prunable layer model")
+
+
 def test_adapters_are_trained_and_merged(language_model: Path, tmp_path: Path, call: Call) -> None:
     pytest.importorskip("peft")
     tuned = ("finetune=lora", "finetune.max_examples=64", "sparsity=0.3", "allocator=uniform")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fedlp.config import ModelConfig
 from fedlp.errors import AllocationError, CalibrationError, ConfigError
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
+from fedlp.models.torchvision_compat import import_torchvision
 from fedlp.pruning import criteria
 from fedlp.pruning.calibration import StagedRun
 from fedlp.pruning.groups import trace_widths
@@ -109,6 +111,28 @@ def test_every_method_on_a_residual_network(method: str) -> None:
     assert pruned.model.get_submodule("layer2.0.conv1").out_channels == 16  # type: ignore[union-attr]
     assert torch.isfinite(pruned.model(images(1)[0])).all()
     assert pruner.num_added_params() == 0  # batch norms take what would go into biases
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "vit"])
+def test_depthwise_networks_and_vision_transformers(name: str) -> None:
+    torchvision = import_torchvision()
+    if name == "vit":
+        torch.manual_seed(0)
+        model = torchvision.models.VisionTransformer(16, 4, 2, 4, 24, 32, num_classes=10).eval()
+    else:
+        config = ModelConfig(name=name, source="torchvision")
+        model = describe_model(config, (3, 16, 16), 10, "classification").build(0)
+        with torch.no_grad():
+            for batch in images(2):
+                model(batch)
+        model.eval()
+    pruner = make_pruner(model, replace(METHODS["obs, corrected"], damping=0.01), images(6))
+    widest = {layer.name: layer.num_units - (layer.num_units > 4) for layer in pruner.layers}
+    pruned = pruner.prune(half(pruner) if name == "vit" else widest)
+    assert all(pruned.widths[layer.name].count < layer.num_units for layer in pruner.layers if layer.num_units > 4)
+    assert torch.isfinite(pruned.model(images(1)[0])).all()
+    kinds = {layer.name.rpartition(".")[2] for layer in pruner.layers}
+    assert name != "vit" or kinds == {"self_attention", "mlp"}
 
 
 def divergence(pruned: nn.Module, dense: nn.Module, batches: Sequence[Tensor]) -> float:
