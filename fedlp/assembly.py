@@ -6,7 +6,6 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -35,6 +34,7 @@ from fedlp.models import describe_model, state_tensors
 from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
+from fedlp.training import count_cores
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,6 @@ def _check_device(name: str) -> None:
         raise ConfigError(
             f"device={name}: this machine has {count} CUDA devices that this PyTorch can use; set device=cpu"
         )
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def dry_run(cfg: str, out: Path) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from fedlp.config import (
     explain,
     from_omegaconf,
     from_yaml,
+    profile_from_omegaconf,
     prune_from_omegaconf,
     register_schemas,
+    search_from_omegaconf,
     to_yaml,
     validate,
     with_absolute_paths,
@@ -50,6 +52,20 @@ def prune_main() -> None:
     stamp = datetime.now().strftime("pruned/%Y-%m-%d/%H-%M-%S.%f")
     OmegaConf.register_new_resolver("fedlp.prune_dir", lambda: stamp, replace=True)
     _main("prune", _prune_job)
+
+
+def search_main() -> None:
+    """Search for an allocation function on one trained model and write it as a file that ``allocator=dsa`` takes."""
+    stamp = datetime.now().strftime("searched/%Y-%m-%d/%H-%M-%S.%f")
+    OmegaConf.register_new_resolver("fedlp.search_dir", lambda: stamp, replace=True)
+    _main("search", _search_job)
+
+
+def profile_main() -> None:
+    """Measure what training a model costs on this device, and write its budget file; ``-m`` for sweeps."""
+    stamp = datetime.now().strftime("profiles/%Y-%m-%d/%H-%M-%S.%f")
+    OmegaConf.register_new_resolver("fedlp.profile_dir", lambda: stamp, replace=True)
+    _main("profile", _profile_job)
 
 
 def _main(config_name: str, job: Callable[[DictConfig], None]) -> None:
@@ -121,6 +137,27 @@ def _prune_job(composed: DictConfig) -> None:
         f"{metrics}  parameters {report['params_before']:,} -> {report['params_after']:,}  "
         f"MACs {report['macs_before'] / 1e6:,.1f} M -> {report['macs_after'] / 1e6:,.1f} M  -> {out}"
     )
+
+
+def _search_job(composed: DictConfig) -> None:
+    config = with_absolute_paths(search_from_omegaconf(composed))
+    out = Path(HydraConfig.get().runtime.output_dir)
+    _set_up_logging()
+    from fedlp import searching
+
+    report = searching.run_search(config, out)
+    for name, found in report["held_out"].items():
+        print(f"{name}: {found['mean']:.4f} of uniform's divergence on held-out data, really pruned")
+    print(f"{report['winner']} wins  search {report['search_s']:.0f} s  -> {out / 'winner.yaml'}")
+
+
+def _profile_job(composed: DictConfig) -> None:
+    config = with_absolute_paths(profile_from_omegaconf(composed))
+    out = Path(HydraConfig.get().runtime.output_dir)
+    _set_up_logging()
+    from fedlp import profiling
+
+    print(f"{profiling.table(profiling.profile(config, out))}\nbudget: {out / 'budget.yaml'}")
 
 
 def _resumed(config: RunConfig, folder: Path) -> RunConfig:

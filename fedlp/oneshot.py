@@ -6,20 +6,19 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from fedlp.allocation import allocator
+from fedlp.allocating import DEPTH_RULES, Allocator
 from fedlp.allocation.budget import Cost
-from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
+from fedlp.config import PruneConfig, PrunerConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
-from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError, one_line
+from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
 from fedlp.finetuning import finetune
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
@@ -62,7 +61,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         subject = load_subject(config)
         before = _evaluate(subject.model, subject, config)
         calibration = draw_calibration(config, subject)
-        method = make_method(config)
+        method = make_method(config.pruner)
         pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
         kept = allocate(config, subject, calibration, pruner)
         pruned = pruner.prune(kept, _show_progress(subject.layers))
@@ -144,9 +143,8 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
     return Calibration(batches, labels, torch_seed(config.seed, Stream.CALIBRATION, 1))
 
 
-def make_method(config: PruneConfig) -> Method:
+def make_method(pruner: PrunerConfig) -> Method:
     """Return the pruning method of a config."""
-    pruner = config.pruner
     return Method(
         score=pruner.name,  # type: ignore[arg-type] # validated
         recovery=pruner.recovery,  # type: ignore[arg-type] # validated
@@ -160,49 +158,21 @@ def make_method(config: PruneConfig) -> Method:
 
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
     """Return the units kept of each layer, within the config's target, biases that pruning adds included."""
-    layers = subject.layers
-    cost, limit, share = _target(config, subject, pruner)
-    match config.allocator.name:
-        case "dp":
-            return allocator.allocate_by_curves(layers, _error_tables(config, subject, calibration), cost, limit)
-        case "flap":
-            able = Pruner(subject.model, subject.widths, layers, calibration, Method("flap"))
-            scores = {name: found.numpy() for name, found in able.scores().items()}
-            return allocator.allocate_pooled(layers, scores, cost, limit)
-        case "plan":
-            return allocator.allocate_by_shape(layers, _read_plan(str(config.allocator.path), layers), cost, limit)
-        case rule:
-            return allocator.allocate_by_depth(layers, rule, share, cost, limit, config.allocator.amplitude)
+    cost, limit = _target(config, subject, pruner)
+    measuring = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
+    settings = config.allocator
+    needs_fisher = settings.name not in DEPTH_RULES
+    method = measuring if needs_fisher else Method()
+    able = Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost)
+    if settings.name == "plan":
+        return able.by_plan(str(settings.path), limit)
+    if settings.name == "dsa" and settings.path is not None:
+        return able.by_file(settings.path, limit)
+    return able.by_rule(settings.name, limit, settings.amplitude)
 
 
-def _read_plan(path: str, layers: Sequence[PrunableLayer]) -> dict[str, float]:
-    """Return the sparsity of every layer that a file gives; layers that it leaves out keep everything if they can."""
-    try:
-        stored = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AllocationError(f"allocator.path={path} cannot be read: {one_line(error)}") from error
-    names = {layer.name for layer in layers}
-    if not isinstance(stored, dict):
-        raise AllocationError(f"allocator.path={path} must map layer names to sparsities")
-    for name, value in stored.items():
-        if name not in names:
-            raise AllocationError(f"allocator.path={path}: the model has no prunable layer {name}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise AllocationError(f"allocator.path={path}: layer {name} has sparsity {value}; it must be in [0, 1)")
-    return {name: float(stored.get(name, 0.0)) for name in names}
-
-
-def _error_tables(config: PruneConfig, subject: Subject, calibration: Calibration) -> Mapping[str, Sequence[float]]:
-    """Return each layer's loss over units removed: predicted for language models, measured for classifiers."""
-    method = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
-    pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
-    if subject.info.task == "classification":
-        return pruner.measure_divergence()
-    return {name: found.losses for name, found in pruner.measure().items()}
-
-
-def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float, float]:
-    """Return the cost that is limited, its limit, and the mean sparsity that this comes to."""
+def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:
+    """Return the cost that is limited, and its limit."""
     inputs = subject.spec.example_inputs(1)
     if config.target_macs is not None:
         footprint, limit, what = macs_footprint(subject.model, subject.widths, inputs), config.target_macs, "MACs"
@@ -218,7 +188,7 @@ def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost
         raise AllocationError(f"the model has {whole:,.0f} {what} already, no more than the target of {limit:,.0f}")
     if config.target_macs is None:
         footprint.add(None, pruner.num_added_params())
-    return footprint.count, limit, min((whole - limit) / prunable, 1.0)
+    return footprint.count, limit
 
 
 def _show_progress(layers: tuple[PrunableLayer, ...]) -> Callable[[LayerReport], None]:

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     DATA = 10
     CALIBRATION = 11
     FINETUNE = 12
+    FLEET = 13
+    SEARCH = 14
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -166,11 +166,37 @@ class SubModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What a client's sub-model may cost; None where there is no limit.
+
+    Attributes
+    ----------
+    params : float or None
+        Trainable numbers.
+    macs : float or None
+        Multiply-accumulates of a forward pass on one example.
+    memory_bytes : float or None
+        Peak of a training step: weights, gradients, optimiser state and a batch of activations.
+    upload_bytes : float or None
+        Of one round.
+    latency_s : float or None
+        Seconds of one training step on the client's device.
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    memory_bytes: float | None = None
+    upload_bytes: float | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClientProfile:
     """What a client says of itself, once, before the first round."""
 
     client_id: int
     num_examples: int
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,47 +26,59 @@ from fedlp.config.schema import (
     AllocatorConfig,
     CalibrationConfig,
     DatasetConfig,
+    DeviceConfig,
     FinetuneConfig,
+    FleetConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
+    ProfileConfig,
     PruneConfig,
     PrunerConfig,
     RunConfig,
+    SearchConfig,
     SimulationConfig,
     StrategyConfig,
 )
-from fedlp.config.validation import validate, validate_prune
+from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
     "AllocatorConfig",
     "CalibrationConfig",
     "DatasetConfig",
+    "DeviceConfig",
     "FinetuneConfig",
+    "FleetConfig",
     "LocalConfig",
     "ModelConfig",
     "PartitionConfig",
+    "ProfileConfig",
     "PruneConfig",
     "PrunerConfig",
     "RunConfig",
+    "SearchConfig",
     "SimulationConfig",
     "StrategyConfig",
     "compose",
+    "compose_profile",
     "compose_prune",
+    "compose_search",
     "config_dir",
     "explain",
     "from_omegaconf",
     "from_yaml",
+    "profile_from_omegaconf",
     "prune_from_omegaconf",
     "register_schemas",
+    "search_from_omegaconf",
     "to_plain",
     "to_yaml",
     "validate",
     "with_absolute_paths",
 ]
 
-_Config = TypeVar("_Config", RunConfig, PruneConfig)
+_Config = TypeVar("_Config", RunConfig, PruneConfig, ProfileConfig, SearchConfig)
 
 
 def config_dir() -> Path:
@@ -77,9 +89,11 @@ def config_dir() -> Path:
 
 
 def register_schemas() -> None:
-    """Make the schemas known to Hydra; ``conf/config.yaml`` and ``conf/prune.yaml`` start from them."""
+    """Make the schemas known to Hydra; the roots of ``conf`` start from them."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
+    ConfigStore.instance().store(name="profile_schema", node=ProfileConfig)
+    ConfigStore.instance().store(name="search_schema", node=SearchConfig)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -96,6 +110,16 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 def compose_prune(overrides: Sequence[str] = ()) -> PruneConfig:
     """Return the config that ``fedlp-prune OVERRIDES`` would run; ConfigError as for :func:`compose`."""
     return _compose("prune", overrides, prune_from_omegaconf)
+
+
+def compose_profile(overrides: Sequence[str] = ()) -> ProfileConfig:
+    """Return the config that ``fedlp-profile OVERRIDES`` would run; ConfigError as for :func:`compose`."""
+    return _compose("profile", overrides, profile_from_omegaconf)
+
+
+def compose_search(overrides: Sequence[str] = ()) -> SearchConfig:
+    """Return the config that ``fedlp-search OVERRIDES`` would run; ConfigError as for :func:`compose`."""
+    return _compose("search", overrides, search_from_omegaconf)
 
 
 def _compose(name: str, overrides: Sequence[str], convert: Callable[[DictConfig], _Config]) -> _Config:
@@ -122,6 +146,20 @@ def prune_from_omegaconf(composed: DictConfig) -> PruneConfig:
     return config
 
 
+def profile_from_omegaconf(composed: DictConfig) -> ProfileConfig:
+    """Return Hydra's composed config as a validated ProfileConfig."""
+    config = _to_object(composed, ProfileConfig)
+    validate_profile(config)
+    return config
+
+
+def search_from_omegaconf(composed: DictConfig) -> SearchConfig:
+    """Return Hydra's composed config as a validated SearchConfig."""
+    config = _to_object(composed, SearchConfig)
+    validate_search(config)
+    return config
+
+
 def _to_object(composed: DictConfig, schema: type[_Config]) -> _Config:
     config = OmegaConf.to_object(composed)
     if not isinstance(config, schema):
@@ -139,7 +177,7 @@ def _refuse_unknown(config: object, schema: type, prefix: str = "") -> None:
             _refuse_unknown(value, schema, f"{prefix}{name}.")
 
 
-def to_yaml(config: RunConfig | PruneConfig) -> str:
+def to_yaml(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> str:
     """Return the config as YAML, every value resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -169,7 +207,7 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def to_plain(config: RunConfig | PruneConfig) -> dict[str, Any]:
+def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> dict[str, Any]:
     """Return the config as nested dicts of JSON values."""
     return asdict(config)
 
@@ -189,7 +227,10 @@ def explain(error: BaseException) -> str:
 
 
 def _no_such_option(name: str) -> str:
-    close = get_close_matches(name, {*_option_names(RunConfig), *_option_names(PruneConfig)})
+    close = get_close_matches(
+        name,
+        {name for schema in (RunConfig, PruneConfig, ProfileConfig, SearchConfig) for name in _option_names(schema)},
+    )
     return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
 
 

@@ -105,6 +105,30 @@ class SimulationConfig:
 
 
 @dataclass
+class DeviceConfig:
+    """One class of devices; see ``conf/fleet/mixed.yaml`` for where figures come from."""
+
+    memory_bytes: float = MISSING
+    flops: float = MISSING  # float32 operations per second that training sustains
+    uplink_bytes_s: float = MISSING
+    share: float = 1.0  # of the clients, relative to the other classes
+
+
+@dataclass
+class FleetConfig:
+    """What the clients' sub-models may cost: nothing is limited, or by ``fractions``, or by ``devices``."""
+
+    name: str = "full"
+    fractions: list[float] = field(default_factory=list)  # tiers: of what the whole model costs, each in (0, 1]
+    limited: list[str] = field(default_factory=lambda: ["params"])  # tiers: which costs, of Budget's
+    shares: list[float] | None = None  # tiers: of the clients, relative to each other; equal where absent
+    devices: dict[str, DeviceConfig] = field(default_factory=dict)
+    memory_share: float = 0.5  # devices: of their memory that training may use, in (0, 1]
+    seconds_per_example: float = 0.05  # devices: time that one example may take in training
+    upload_s: float = 60.0  # devices: time that one upload may take
+
+
+@dataclass
 class RunConfig:
     """One federated run."""
 
@@ -127,6 +151,7 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
 
 @dataclass
@@ -150,7 +175,7 @@ class AllocatorConfig:
     """How sparsity is spread over layers; see ``conf/allocator``."""
 
     name: str = MISSING
-    path: str | None = None  # plan: a YAML or JSON file, layer name -> fraction of its units removed
+    path: str | None = None  # plan: a YAML or JSON file, layer name -> sparsity; dsa: what fedlp-search wrote
     amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
 
 
@@ -194,3 +219,47 @@ class PruneConfig:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+
+@dataclass
+class ProfileConfig:
+    """Measuring this device: what a training step of a model costs on it as the model is cut."""
+
+    seed: int = 0
+    densities: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 1.0])  # of every layer's units
+    repeats: int = 10  # timed steps at each density, of which the median counts
+    memory_bytes: float | None = None  # limit for the budget file; the memory that is free now where null
+    latency_s: float | None = None  # limit for the budget file, of one step; none where null
+    upload_bytes: float | None = None  # limit for the budget file; none where null
+    device: str = "cpu"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+
+
+@dataclass
+class SearchSettings:
+    """How allocation functions are searched."""
+
+    space: str = "trees"  # "trees" (typed expression trees) or "chains" (those that DSA published)
+    modes: list[str] = field(default_factory=lambda: ["evolution", "random", "vector"])  # at equal evaluations
+    evaluations: int = 150  # distinct candidates of each mode
+    population: int = 24
+    ratios: list[float] = field(default_factory=lambda: [0.2, 0.35, 0.5])  # sparsities that fitness averages over
+    fitness_examples: int = 16  # training examples that candidates are measured on
+    held_out_examples: int = 32  # training examples that the final check looks at
+    batch_size: int = 2
+    workers: int | None = None  # processes; as many as cores where absent
+
+
+@dataclass
+class SearchConfig:
+    """A search for an allocation function on one model."""
+
+    seed: int = 0
+    run: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    search: SearchSettings = field(default_factory=SearchSettings)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import math
 import re
 
-from fedlp.config.schema import ModelConfig, PruneConfig, RunConfig, StrategyConfig
+from fedlp.config.schema import (
+    FleetConfig,
+    LocalConfig,
+    ModelConfig,
+    ProfileConfig,
+    PruneConfig,
+    RunConfig,
+    SearchConfig,
+    StrategyConfig,
+)
 from fedlp.errors import ConfigError
+
+_RULES = ("uniform", "depth_line", "log_depth", "owl", "alphapruning", "dlp", "flap", "erk", "dp", "dsa", "plan")
 
 
 def validate(config: RunConfig) -> None:
@@ -29,15 +40,8 @@ def validate(config: RunConfig) -> None:
     )
     _validate_model(config.model)
     _validate_strategy(config.strategy, config.num_clients)
-    local = config.local
-    _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
-    _require(local.epochs >= 1, "local.epochs", local.epochs, "at least 1")
-    _require(local.batch_size >= 1, "local.batch_size", local.batch_size, "at least 1")
-    _require(math.isfinite(local.lr) and local.lr > 0, "local.lr", local.lr, "a finite number above 0")
-    _require(0 <= local.momentum < 1, "local.momentum", local.momentum, "in [0, 1)")
-    _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
-    if local.max_grad_norm is not None:
-        _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+    _validate_local(config.local)
+    _validate_fleet(config.fleet)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     if simulation.workers is not None:
@@ -67,7 +71,7 @@ def validate_prune(config: PruneConfig) -> None:
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
     if pruner.damping is not None:
         _require(0 <= pruner.damping < math.inf, "pruner.damping", pruner.damping, "at least 0, or null")
-    _choice("allocator.name", allocator.name, ("uniform", "depth_line", "log_depth", "flap", "dp", "plan"))
+    _choice("allocator.name", allocator.name, _RULES)
     if allocator.name == "plan" and allocator.path is None:
         raise ConfigError("allocator=plan needs allocator.path: a YAML or JSON file, layer name -> sparsity")
     if allocator.amplitude is not None:
@@ -86,6 +90,70 @@ def validate_prune(config: PruneConfig) -> None:
     for name in ("lr", "alpha"):
         size = getattr(finetune, name)
         _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
+
+
+def validate_profile(config: ProfileConfig) -> None:
+    """Check every range of a profile; ConfigError says which value is wrong and what is allowed."""
+    densities = config.densities
+    fits = bool(densities) and all(0 < value <= 1 for value in densities) and len(set(densities)) == len(densities)
+    _require(fits and max(densities) == 1, "densities", densities, "different numbers in (0, 1], 1 among them")
+    _require(config.repeats >= 1, "repeats", config.repeats, "at least 1")
+    _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
+    for name in ("memory_bytes", "latency_s", "upload_bytes"):
+        value = getattr(config, name)
+        _require(value is None or (_is_number(value) and value > 0), name, value, "a finite number above 0, or null")
+    _validate_model(config.model)
+    _validate_local(config.local)
+
+
+def _validate_local(local: LocalConfig) -> None:
+    _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
+    _require(local.epochs >= 1, "local.epochs", local.epochs, "at least 1")
+    _require(local.batch_size >= 1, "local.batch_size", local.batch_size, "at least 1")
+    _require(math.isfinite(local.lr) and local.lr > 0, "local.lr", local.lr, "a finite number above 0")
+    _require(0 <= local.momentum < 1, "local.momentum", local.momentum, "in [0, 1)")
+    _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
+    if local.max_grad_norm is not None:
+        _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+
+
+def _validate_fleet(fleet: FleetConfig) -> None:
+    _require(not (fleet.fractions and fleet.devices), "fleet", fleet.name, "one of fractions or devices, not both")
+    _require(all(0 < value <= 1 for value in fleet.fractions), "fleet.fractions", fleet.fractions, "each in (0, 1]")
+    limits = ("params", "macs", "memory_bytes", "upload_bytes", "latency_s")
+    for name in fleet.limited:
+        _choice("fleet.limited", name, limits)
+    if fleet.shares is not None:
+        fits = len(fleet.shares) == len(fleet.fractions) and min(fleet.shares) >= 0 and 0 < sum(fleet.shares) < math.inf
+        _require(fits, "fleet.shares", fleet.shares, "one share of at least 0 per fraction, not all 0")
+    for name in ("memory_share", "seconds_per_example", "upload_s"):
+        value = getattr(fleet, name)
+        _require(0 < value < math.inf, f"fleet.{name}", value, "a finite number above 0")
+    _require(fleet.memory_share <= 1, "fleet.memory_share", fleet.memory_share, "in (0, 1]")
+    for name, device in fleet.devices.items():
+        for figure, value in vars(device).items():
+            fits = 0 < value < math.inf or (figure == "share" and value == 0)
+            _require(fits, f"fleet.devices.{name}.{figure}", value, "a finite number above 0 (a share may be 0)")
+    shares = [device.share for device in fleet.devices.values()]
+    _require(not shares or sum(shares) > 0, "fleet.devices", "shares", "not all 0")
+
+
+def validate_search(config: SearchConfig) -> None:
+    """Check every range of a search; ConfigError says which value is wrong and what is allowed."""
+    _require(config.seed >= 0, "seed", config.seed, "at least 0")
+    _validate_model(config.model)
+    search = config.search
+    _choice("search.space", search.space, ("trees", "chains"))
+    _require(bool(search.modes), "search.modes", search.modes, "at least one of evolution, random, vector")
+    for mode in search.modes:
+        _choice("search.modes", mode, ("evolution", "random", "vector"))
+    for name in ("evaluations", "population", "fitness_examples", "held_out_examples", "batch_size"):
+        _require(getattr(search, name) >= 1, f"search.{name}", getattr(search, name), "at least 1")
+    fits = bool(search.ratios) and all(0 < ratio < 1 for ratio in search.ratios)
+    _require(fits, "search.ratios", search.ratios, "sparsities in (0, 1)")
+    if search.workers is not None:
+        _require(search.workers >= 1, "search.workers", search.workers, "at least 1")
 
 
 def _validate_model(model: ModelConfig) -> None:

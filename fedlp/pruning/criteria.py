@@ -35,7 +35,8 @@ def magnitude_scores(model: nn.Module, spec: WidthSpec, layer: PrunableLayer) ->
 
 def taylor_scores(model: nn.Module, spec: WidthSpec, layer: PrunableLayer, gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the summed sizes of weight times gradient of all parameters that go with each unit."""
-    products = {name: (w * gradients[name]).abs() for name, w in _parameters(model).items()}
+    parameters = _parameters(model)  # among them biases that pruning has added, which have no gradient
+    products = {name: (parameters[name] * gradient).abs() for name, gradient in gradients.items()}
     return _coupled_sums(products, spec, layer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,15 @@ class Footprint:
         """Return the cost when so many units of each axis are kept; axes that are absent stay whole."""
         units = {**self._spec.axes, **kept}
         return sum(share * math.prod(units[axis] for axis in axes) for axes, share in self._terms.items())
+
+    def terms(self, axes: Collection[str]) -> dict[tuple[str, ...], float]:
+        """Return the coefficient of every product of some axes' units; all other axes stay whole."""
+        found: dict[tuple[str, ...], float] = {}
+        for key, share in self._terms.items():
+            kept = tuple(axis for axis in key if axis in axes)
+            whole = math.prod(self._spec.axes[axis] for axis in key if axis not in axes)
+            found[kept] = found.get(kept, 0.0) + share * whole
+        return found
 
 
 def macs_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footprint:

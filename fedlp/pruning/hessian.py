@@ -87,7 +87,9 @@ class Moments:
         """
         matrix = self.gram.tril() + self.gram.tril(-1).T
         if centred:
+            rounding = 32 * torch.finfo(matrix.dtype).eps * matrix.diagonal().mean()
             matrix.addr_(self.total, self.mean, alpha=-1.0)
+            matrix.diagonal().add_(rounding * len(matrix))  # inputs that are almost constant leave nothing else
         return matrix.mul_(2.0 / self.count)
 
     def target_hessian(self, centred: bool) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ from fedlp.pruning.units import weight_matrix
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
-
-_LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ class Pruner:
         self.spec, self.layers, self.data, self.method = spec, layers, data, method
         self.model = cut_model(model, spec, {}).eval()  # a copy
         self._rng = torch.Generator().manual_seed(data.seed)
-        self._norms = following_batch_norms(self.model, data.batches[0])
+        self.norms = following_batch_norms(self.model, data.batches[0])
         self._fisher: Mapping[str, Tensor] = {}
         self._gradients: Mapping[str, Tensor] = {}
         if method.fisher:
@@ -95,37 +92,14 @@ class Pruner:
         return sum(
             len(weight_matrix(module))
             for path, module in modules.items()
-            if self.method.adds_bias and path not in self._norms and getattr(module, "bias", None) is None
+            if self.method.adds_bias and path not in self.norms and getattr(module, "bias", None) is None
         )
 
     # ----------------------------------------------------------------------------------------------------------- dense
     def measure(self) -> dict[str, Elimination]:
         """Return each layer's whole order of removal and its losses, on the dense model's inputs."""
         collector = self._collector(None)
-        return {layer.name: self._eliminate(layer, collector.collect(layer), None) for layer in self.layers}
-
-    def measure_divergence(self) -> dict[str, list[float]]:
-        """Return each layer's curve of KL divergence from the dense model, in nats per label, over units removed.
-
-        Measured on the calibration data with that layer alone pruned to a few levels, linear in between: for models in
-        which errors are too large for :meth:`measure`'s quadratic losses.
-        """
-        dense, collector = self._predictions(), self._collector(None)
-        found = {}
-        for layer in self.layers:
-            readers = collector.collect(layer)
-            order = self._eliminate(layer, readers, None).order
-            untouched = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            counts, values = [0], [0.0]
-            for level in _LEVELS:
-                counts.append(max(1, round(level * len(order))))
-                self._rewrite(layer, readers, torch.tensor(order[: counts[-1]]))
-                values.append(max(values[-1], _divergence(dense, self._predictions())))
-                for reader in readers:
-                    reader.drop_added_bias()
-                self.model.load_state_dict(untouched)
-            found[layer.name] = np.interp(np.arange(1, layer.num_units), counts, values).tolist()
-        return found
+        return {layer.name: self.eliminate(layer, collector.collect(layer), None) for layer in self.layers}
 
     def scores(self) -> dict[str, Tensor]:
         """Return each layer's unit scores by the method's criterion (not "obs", "slimgpt"), on the dense inputs."""
@@ -172,14 +146,14 @@ class Pruner:
         return Pruned(model.eval(), widths, tuple(reports))
 
     def _collector(self, dense: nn.Module | None) -> Collector:
-        return Collector(self.model, dense, self.layers, self.data.batches, self._norms)
+        return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
 
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
         """Return the units to remove and the loss of that."""
         if not count:
             return torch.empty(0, dtype=torch.int64), 0.0
         if self.method.score in ("obs", "slimgpt"):
-            found = self._eliminate(layer, readers, count)
+            found = self.eliminate(layer, readers, count)
             return torch.tensor(found.order), found.losses[-1]
         return torch.sort(self._scores(layer, readers), stable=True).indices[:count], float("nan")
 
@@ -191,8 +165,8 @@ class Pruner:
             reader.rewrite(everything[~gone], everything[gone], self.method)
         return everything[~gone]
 
-    def _eliminate(self, layer: PrunableLayer, readers: Sequence[Reader], count: int | None) -> Elimination:
-        """Remove ``count`` units, or all but one."""
+    def eliminate(self, layer: PrunableLayer, readers: Sequence[Reader], count: int | None) -> Elimination:
+        """Return in which order ``count`` units go, or all but one, by OBS with the method's schedule."""
         total = layer.num_units - 1 if count is None else count
         problems = [reader.problem(self.method, self._fisher.get(reader.path)) for reader in readers]
         if self.method.score == "slimgpt":
@@ -214,12 +188,14 @@ class Pruner:
                 parts = [score(reader.weight, reader.moments, reader.unit_size) for reader in readers]
                 return torch.stack(parts).sum(dim=0)
 
-    @torch.no_grad()
-    def _predictions(self) -> list[Tensor]:
-        return [forward_logits(self.model, batch).flatten(0, -2).log_softmax(dim=-1) for batch in self.data.batches]
+
+@torch.no_grad()
+def predictions(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return log probabilities, (labels, classes), by batch."""
+    return [forward_logits(model, batch).flatten(0, -2).log_softmax(dim=-1) for batch in batches]
 
 
-def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
-    """Return the mean KL divergence, in nats, of log probabilities (n, classes) by batch."""
+def mean_divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
+    """Return the mean KL divergence, in nats per label, of log probabilities by batch."""
     total = sum(float(F.kl_div(q, p, log_target=True, reduction="sum")) for p, q in zip(dense, pruned, strict=True))
     return total / sum(len(batch) for batch in dense)

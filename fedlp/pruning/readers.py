@@ -92,7 +92,13 @@ class Reader:
         bias: Tensor | None = getattr(module, "bias", None)
         self._had_bias = bias is not None
         self._bias = torch.zeros(outputs).to(self.weight) if bias is None else bias.detach().to(torch.float64)
+        mean: Tensor | None = getattr(norm, "running_mean", None)
+        self._mean = None if mean is None else mean.detach().clone()
         self._solved: tuple[Tensor, Tensor] | None = None
+
+    def shaped_weight(self) -> Tensor:
+        """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
+        return self.weight.view(self.module.weight.shape) if isinstance(self.module, nn.Conv2d) else self.weight
 
     def solve(self, method: Method) -> tuple[Tensor, Tensor]:
         """Return the best full-width weights for what the reader is to write, and the inverse Hessian."""
@@ -117,6 +123,10 @@ class Reader:
 
     def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
         """Give the module its new weights, zero where units are gone, and what goes into its bias."""
+        self.write(*self.solution(keep, gone, method), method)
+
+    def solution(self, keep: Tensor, gone: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
+        """Return new weights (out, columns), zero where units are gone, and the new bias, None for the old one."""
         kept, removed = kept_columns(keep, self.unit_size), kept_columns(gone, self.unit_size)
         moments, weight = self.moments, torch.zeros_like(self.weight)
         shift: Tensor | None = None
@@ -129,9 +139,13 @@ class Reader:
             weight[:, kept] = self.weight[:, kept]
             if method.recovery == "bias":
                 shift = self._bias + self.weight[:, removed] @ moments.mean[removed]
-        if self._norm is not None and shift is not None and method.keeps_batch_norm:
-            self._norm.running_mean.sub_(shift - self._bias)  # type: ignore[operator]
-        write_weight(self.module, weight, None if self._norm is not None else shift)
+        return weight, shift
+
+    def write(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:
+        """Give the module weights and bias; a batch norm that follows takes the bias off its mean instead."""
+        if self._norm is not None and self._mean is not None and bias is not None and method.keeps_batch_norm:
+            self._norm.running_mean.copy_(self._mean - (bias - self._bias))  # type: ignore[operator]
+        write_weight(self.module, weight, None if self._norm is not None else bias)
 
     def drop_added_bias(self) -> None:
         """Take away a bias that the module did not have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ PROMISED = {
     "simulation": "local ray",
     "experiment": "demo",
     "pruner": "obs slimgpt magnitude wanda flap taylor random",
-    "allocator": "uniform depth_line log_depth flap dp plan",
+    "allocator": "uniform depth_line log_depth owl alphapruning dlp flap erk dp dsa plan",
     "finetune": "none lora full",
+    "fleet": "full tiers mixed",
 }
 PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune alone
 
@@ -39,7 +41,7 @@ def test_every_file_composes_and_survives_its_own_yaml(path: Path) -> None:
         assert from_yaml(to_yaml(config)) == config
     if group != "experiment":
         values = yaml.safe_load(path.read_text())
-        chosen = vars(getattr(config, group))
+        chosen = asdict(getattr(config, group))
         assert {name: chosen[name] for name in values} == values
 
 

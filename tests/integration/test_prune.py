@@ -171,7 +171,9 @@ def test_a_real_language_model_loses_a_third_and_stays_good(shared: Path) -> Non
     )
     subject = oneshot.load_subject(config)
     calibration = oneshot.draw_calibration(config, subject)
-    pruner = oneshot.Pruner(subject.model, subject.widths, subject.layers, calibration, oneshot.make_method(config))
+    pruner = oneshot.Pruner(
+        subject.model, subject.widths, subject.layers, calibration, oneshot.make_method(config.pruner)
+    )
     pruned = pruner.prune(oneshot.allocate(config, subject, calibration, pruner))
     before = oneshot._evaluate(subject.model, subject, config)["perplexity"]
     after = oneshot._evaluate(pruned.model, subject, config)["perplexity"]

@@ -15,7 +15,7 @@ FLOORS = [
     {"types", "errors", "rng", "config", "models", "progress"},
     {"pruning", "allocation", "data", "training", "finetuning"},
     {"federation", "simulation"},
-    {"assembly", "oneshot", "report"},
+    {"assembly", "oneshot", "profiling", "allocating", "searching", "report"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,71 @@
+"""Who has which budget: a fleet of device classes or tiers, spread over clients in exact shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlp.config import DeviceConfig, FleetConfig
+from fedlp.errors import ConfigError
+from fedlp.rng import Stream, generator
+from fedlp.types import Budget
+
+_FLOPS_PER_MAC = 2
+_TRAINING_PASSES = 3  # a backward pass costs about two forward ones
+
+
+def fleet_budgets(
+    config: FleetConfig, num_clients: int, seed: int, whole_costs: Mapping[str, float]
+) -> tuple[Budget | None, ...]:
+    """Return the budget of each client, None for no limit; equal for equal seeds.
+
+    Every class gets its exact share of clients, rounded by largest remainder; which clients they are is random.
+
+    Parameters
+    ----------
+    whole_costs : mapping from limit name to float
+        What the whole model costs: every name in ``config.limited``, for tiers.
+
+    Raises
+    ------
+    ConfigError
+        If a cost that tiers limit is not among ``whole_costs``.
+    """
+    if config.fractions:
+        for name in config.limited:
+            if name not in whole_costs:
+                raise ConfigError(
+                    f"fleet.limited={name}: what the whole model costs of it is not known here; choose from "
+                    + ", ".join(whole_costs)
+                )
+        kinds: list[Budget] = [
+            Budget(**{name: fraction * whole_costs[name] for name in config.limited}) for fraction in config.fractions
+        ]
+        shares = config.shares or [1.0] * len(kinds)
+    elif config.devices:
+        kinds = [_device_budget(config, device) for device in config.devices.values()]
+        shares = [device.share for device in config.devices.values()]
+    else:
+        return (None,) * num_clients
+    counts = split_exactly(shares, num_clients)
+    members = np.repeat(np.arange(len(kinds)), counts)
+    return tuple(kinds[kind] for kind in generator(seed, Stream.FLEET).permutation(members))
+
+
+def split_exactly(shares: Sequence[float], total: int) -> NDArray[np.int64]:
+    """Return whole counts that sum to ``total``, each within one of its share; the largest remainders go up."""
+    wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * total
+    counts = np.floor(wanted + 1e-9).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(np.round(counts - wanted, 9), kind="stable")[:missing]] += 1
+    return counts
+
+
+def _device_budget(config: FleetConfig, device: DeviceConfig) -> Budget:
+    return Budget(
+        macs=device.flops * config.seconds_per_example / (_FLOPS_PER_MAC * _TRAINING_PASSES),
+        memory_bytes=config.memory_share * device.memory_bytes,
+        upload_bytes=device.uplink_bytes_s * config.upload_s,
+    )
