@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlp.allocation.fleet import fleet_budgets
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
 from fedlp.errors import CheckpointError, ConfigError
 from fedlp.federation import messages
+from fedlp.federation.budgets import fit_submodels, submodel_costs
 from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.policies import Policy, build_policy
+from fedlp.federation.policies import Policy, build_policy, fit_policy
 from fedlp.federation.run_directory import RunDirectory
 from fedlp.federation.server_app import Grid, make_server_app
 from fedlp.federation.strategy import FedLPStrategy, Observer
@@ -35,6 +37,7 @@ from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.training import count_cores
+from fedlp.types import SubModel
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,21 @@ def make_plan(cfg: str) -> Plan:
     info = describe_dataset(config.dataset)
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
     submodels = SubModels(spec)
+    costs = Costs(submodels)
     policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
-    return Plan(config, info, submodels, policy, Costs(submodels))
+    if config.fleet.fractions or config.fleet.devices:
+        policy = _fit_to_fleet(policy, config, submodels, costs)
+    return Plan(config, info, submodels, policy, costs)
+
+
+def _fit_to_fleet(policy: Policy, config: RunConfig, submodels: SubModels, costs: Costs) -> Policy:
+    """Return the policy in which each client gets the largest sub-model that its budget holds."""
+
+    def cost(submodel: SubModel) -> dict[str, float]:
+        return submodel_costs(submodel, submodels, costs, config.local)
+
+    budgets = fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel()))
+    return fit_policy(policy, lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name))
 
 
 @lru_cache(maxsize=1)

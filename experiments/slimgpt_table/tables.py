@@ -74,13 +74,28 @@ def _plot(path: Path, model: str, cells: Cells, is_classifier: bool) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     dense = statistics.mean(cells["dense", 0.0])
-    shown = ("ours", "SlimGPT", "FLAP", "Wanda-sp", "Taylor", "magnitude", "random")
+    shown = (
+        "ours",
+        "dp",
+        "uniform",
+        "log_depth",
+        "owl",
+        "searched function",
+        "SlimGPT",
+        "FLAP",
+        "Wanda-sp",
+        "Taylor",
+        "magnitude",
+        "random",
+    )
     for method in shown:
         points = sorted((ratio, values) for (name, ratio), values in cells.items() if name == method)
         if points:
             ratios = [ratio for ratio, _ in points]
             means = [statistics.mean(values) for _, values in points]
-            (line,) = axes.plot(ratios, means, marker="o", label=method, linewidth=2.5 if method == "ours" else 1.2)
+            (line,) = axes.plot(
+                ratios, means, marker="o", label=method, linewidth=2.5 if method in ("ours", "dp") else 1.2
+            )
             low, high = [min(values) for _, values in points], [max(values) for _, values in points]
             axes.fill_between(ratios, low, high, color=line.get_color(), alpha=0.2)
     axes.axhline(dense, color="#888888", linestyle=":", label="dense")

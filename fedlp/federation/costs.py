@@ -35,18 +35,23 @@ class Costs:
             found.append(self._count(submodel.depth, tuple(nested.items())))
         return Macs(sum(m.forward for m in found) / len(found), sum(m.training for m in found) / len(found))
 
+    def model(self, submodel: SubModel) -> nn.Module:
+        """Return a model of a sub-model's shape, whose values do not matter."""
+        counts = tuple((axis, keep.count) for axis, keep in submodel.widths.items())
+        return self._build(submodel.depth, counts)
+
     def _count_shape(self, depth: int | None, counts: tuple[tuple[str, int], ...]) -> Macs:
-        spec = self._submodels.spec
-        model: nn.Module
+        return count_macs(self._build(depth, counts), self._submodels.spec.example_inputs(1))
+
+    def _build(self, depth: int | None, counts: tuple[tuple[str, int], ...]) -> nn.Module:
         if depth is not None:
-            model = spec.build_depth(depth, seed=0, client_id=0)
-        else:
-            model = self._submodels.skeleton()
-            axes = self._submodels.widths.axes if counts else {}
-            if any(count < axes[axis] for axis, count in counts):
-                widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}
-                model = cut_model(model, self._submodels.widths, widths)
-        return count_macs(model, spec.example_inputs(1))
+            return self._submodels.spec.build_depth(depth, seed=0, client_id=0)
+        model = self._submodels.skeleton()
+        axes = self._submodels.widths.axes if counts else {}
+        if any(count < axes[axis] for axis, count in counts):
+            widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}
+            return cut_model(model, self._submodels.widths, widths)
+        return model
 
 
 def expected_costs(

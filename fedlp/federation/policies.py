@@ -9,8 +9,8 @@ A policy also states its distribution over sub-models, from which a dry run comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedlp.config import StrategyConfig
@@ -124,16 +124,20 @@ class WidthSlices:
     kind: str
     levels: tuple[float, ...]
     probabilities: tuple[float, ...]
+    levels_by_client: tuple[float, ...] | None = None
 
     def level(self, client_id: int) -> float:
         """Return the client's width in (0, 1]."""
+        if self.levels_by_client is not None:
+            return self.levels_by_client[client_id]
         return self.levels[sample_level(self.seed, Stream.WIDTHS, client_id, self.probabilities)]
 
     def submodel(self, server_round: int, client_id: int) -> SubModel:
         """Return the client's slice in this round."""
-        return self._slice(server_round, self.level(client_id))
+        return self.slice(server_round, self.level(client_id))
 
-    def _slice(self, server_round: int, level: float) -> SubModel:
+    def slice(self, server_round: int, level: float) -> SubModel:
+        """Return the slice of a width level in a round."""
         start = server_round - 1 if self.kind == "fedrolex" else 0
         widths = {
             axis: Keep.window(start, max(1, math.ceil(level * size - 1e-9)), size)
@@ -148,9 +152,11 @@ class WidthSlices:
         return self.submodels.layout(submodel).name_set
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
-        """Return one case per level."""
+        """Return one case per level, or one per client."""
+        if self.levels_by_client is not None:
+            return [Case(self.slice(1, self.level(client_id)), 1.0 / len(client_ids)) for client_id in client_ids]
         pairs = zip(self.levels, self.probabilities, strict=True)
-        return [Case(self._slice(1, level), p) for level, p in pairs if p > 0]
+        return [Case(self.slice(1, level), p) for level, p in pairs if p > 0]
 
 
 def build_policy(config: StrategyConfig, seed: int, num_clients: int, submodels: SubModels) -> Policy:
@@ -188,3 +194,24 @@ def _depth_policy(config: StrategyConfig, seed: int, submodels: SubModels) -> De
     if isinstance(depths, list | tuple):
         return DepthPrefixes(seed, submodels, (), tuple(depths))
     return DepthPrefixes(seed, submodels, tuple(depth_probabilities(depths, num_depths)))
+
+
+def fit_policy(policy: Policy, fit: Callable[[Sequence[SubModel]], tuple[int, ...]]) -> Policy:
+    """Return a policy in which clients get what their budgets hold, instead of what a draw gives them.
+
+    Parameters
+    ----------
+    fit : callable
+        Returns which of some sub-models, from the smallest to the largest, each client gets; ConfigError where none.
+    """
+    match policy:
+        case WidthSlices():
+            levels = sorted(policy.levels)
+            chosen = fit([policy.slice(1, level) for level in levels])
+            return replace(policy, levels_by_client=tuple(levels[index] for index in chosen))
+        case DepthPrefixes() if policy.depths is None:
+            depths = range(1, len(policy.probabilities) + 1)
+            return replace(policy, depths=tuple(index + 1 for index in fit([SubModel(depth=d) for d in depths])))
+        case _:
+            fit([SubModel()])  # everyone must hold the whole model
+            return policy

@@ -1,0 +1,63 @@
+"""Clients get the largest sub-model that their budgets hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedlp import assembly
+from fedlp.config import compose, to_yaml
+from fedlp.errors import ConfigError
+
+CNN = ("model=fedlp_cnn", "dataset=cifar10", "num_clients=8", "clients_per_round=4")
+TIERS = ("fleet=tiers", "fleet.limited=[params]")
+
+
+def plan_of(*overrides: str) -> assembly.Plan:
+    return assembly.make_plan(to_yaml(compose([*CNN, *overrides])))
+
+
+def params_of(plan: assembly.Plan) -> list[int]:
+    return sorted(plan.submodels.layout(plan.policy.submodel(1, client_id)).num_params() for client_id in range(8))
+
+
+def test_widths_are_the_widest_that_fit() -> None:
+    plan = plan_of("strategy=heterofl", "strategy.widths=[1.0,0.7,0.5,0.3,0.1]", *TIERS)
+    found, whole = params_of(plan), plan.submodels.spec.num_params
+    for tier, fraction in enumerate((0.1, 0.25, 0.5, 1.0)):
+        for params in found[2 * tier : 2 * tier + 2]:
+            assert params <= fraction * whole
+    assert len(set(found)) == 3  # 0.3 is the widest for both of the smaller tiers
+
+
+def test_depths_are_the_deepest_that_fit() -> None:
+    plan = plan_of("strategy=fedlp_hetero", *TIERS)
+    found, whole = params_of(plan), plan.submodels.spec.num_params
+    assert len(set(found)) > 2
+    assert found[-1] == whole
+    assert found[0] <= 0.1 * whole
+
+
+def test_expected_costs_are_those_of_the_clients(tmp_path: Path) -> None:
+    overrides = (*CNN, "strategy=heterofl", "strategy.widths=[1.0,0.5,0.3,0.1]", *TIERS)
+    assembly.dry_run(to_yaml(compose(list(overrides))), tmp_path)
+    expected = json.loads((tmp_path / "manifest.json").read_text())["expected"]
+    assert expected["params_down_per_client"] == pytest.approx(sum(params_of(plan_of(*overrides[4:]))) / 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("strategy=fedavg", *TIERS), r"client \d has a budget of [\d,]+ params, but the smallest .* fedavg offers"),
+        (("strategy=heterofl", "strategy.widths=[1.0,0.9]", "fleet=tiers"), "offer smaller ones"),
+        (
+            ("strategy=heterofl", "strategy.widths=[1.0,0.1]", "fleet=mixed"),
+            r"client \d has a budget of [\d,]+ (macs|memory_bytes), but",
+        ),
+    ],
+)
+def test_what_does_not_fit_names_client_and_limit(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan_of(*overrides)
