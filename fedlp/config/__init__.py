@@ -7,7 +7,7 @@ dataclass.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,27 +23,30 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.schema import (
-    AllocatorConfig,
-    CalibrationConfig,
     DatasetConfig,
     DeviceConfig,
-    FinetuneConfig,
     FleetConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
+    RunConfig,
+    SimulationConfig,
+    StrategyConfig,
+)
+from fedlp.config.tools import (
+    AllocatorConfig,
+    CalibrationConfig,
+    FinetuneConfig,
     ProfileConfig,
     PruneConfig,
     PrunerConfig,
-    RunConfig,
     SearchConfig,
-    SimulationConfig,
-    StrategyConfig,
 )
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
+    "ROOTS",
     "AllocatorConfig",
     "CalibrationConfig",
     "DatasetConfig",
@@ -68,10 +71,7 @@ __all__ = [
     "explain",
     "from_omegaconf",
     "from_yaml",
-    "profile_from_omegaconf",
-    "prune_from_omegaconf",
     "register_schemas",
-    "search_from_omegaconf",
     "to_plain",
     "to_yaml",
     "validate",
@@ -79,6 +79,7 @@ __all__ = [
 ]
 
 _Config = TypeVar("_Config", RunConfig, PruneConfig, ProfileConfig, SearchConfig)
+ROOTS: dict[type, str] = {RunConfig: "config", PruneConfig: "prune", ProfileConfig: "profile", SearchConfig: "search"}
 
 
 def config_dir() -> Path:
@@ -90,10 +91,8 @@ def config_dir() -> Path:
 
 def register_schemas() -> None:
     """Make the schemas known to Hydra; the roots of ``conf`` start from them."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
-    ConfigStore.instance().store(name="profile_schema", node=ProfileConfig)
-    ConfigStore.instance().store(name="search_schema", node=SearchConfig)
+    for schema, root in ROOTS.items():
+        ConfigStore.instance().store(name=f"{root}_schema", node=schema)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -104,67 +103,49 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError
         For an option that does not exist, a value of the wrong type or out of range.
     """
-    return _compose("config", overrides, from_omegaconf)
+    return _compose(RunConfig, overrides)
 
 
 def compose_prune(overrides: Sequence[str] = ()) -> PruneConfig:
     """Return the config that ``fedlp-prune OVERRIDES`` would run; ConfigError as for :func:`compose`."""
-    return _compose("prune", overrides, prune_from_omegaconf)
+    return _compose(PruneConfig, overrides)
 
 
 def compose_profile(overrides: Sequence[str] = ()) -> ProfileConfig:
     """Return the config that ``fedlp-profile OVERRIDES`` would run; ConfigError as for :func:`compose`."""
-    return _compose("profile", overrides, profile_from_omegaconf)
+    return _compose(ProfileConfig, overrides)
 
 
 def compose_search(overrides: Sequence[str] = ()) -> SearchConfig:
     """Return the config that ``fedlp-search OVERRIDES`` would run; ConfigError as for :func:`compose`."""
-    return _compose("search", overrides, search_from_omegaconf)
+    return _compose(SearchConfig, overrides)
 
 
-def _compose(name: str, overrides: Sequence[str], convert: Callable[[DictConfig], _Config]) -> _Config:
+def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
     register_schemas()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return convert(hydra_compose(name, overrides=list(overrides)))
+            return from_omegaconf(hydra_compose(ROOTS[schema], overrides=list(overrides)), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
 
 
-def from_omegaconf(composed: DictConfig) -> RunConfig:
-    """Return Hydra's composed config as a validated RunConfig."""
-    config = _to_object(composed, RunConfig)
-    validate(config)
-    return config
-
-
-def prune_from_omegaconf(composed: DictConfig) -> PruneConfig:
-    """Return Hydra's composed config as a validated PruneConfig."""
-    config = _to_object(composed, PruneConfig)
-    validate_prune(config)
-    return config
-
-
-def profile_from_omegaconf(composed: DictConfig) -> ProfileConfig:
-    """Return Hydra's composed config as a validated ProfileConfig."""
-    config = _to_object(composed, ProfileConfig)
-    validate_profile(config)
-    return config
-
-
-def search_from_omegaconf(composed: DictConfig) -> SearchConfig:
-    """Return Hydra's composed config as a validated SearchConfig."""
-    config = _to_object(composed, SearchConfig)
-    validate_search(config)
-    return config
-
-
-def _to_object(composed: DictConfig, schema: type[_Config]) -> _Config:
+def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
+    """Return Hydra's composed config as a validated one of the schema."""
     config = OmegaConf.to_object(composed)
     if not isinstance(config, schema):
         raise ConfigError("the config is not one of fedlp's: its defaults list must start with the schema")
     _refuse_unknown(config, schema)
+    match config:
+        case RunConfig():
+            validate(config)
+        case PruneConfig():
+            validate_prune(config)
+        case ProfileConfig():
+            validate_profile(config)
+        case SearchConfig():
+            validate_search(config)
     return config
 
 
@@ -186,7 +167,7 @@ def from_yaml(text: str) -> RunConfig:
     """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
     try:
         return from_omegaconf(
-            cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+            cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))), RunConfig
         )
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
@@ -229,7 +210,7 @@ def explain(error: BaseException) -> str:
 def _no_such_option(name: str) -> str:
     close = get_close_matches(
         name,
-        {name for schema in (RunConfig, PruneConfig, ProfileConfig, SearchConfig) for name in _option_names(schema)},
+        {option for schema in ROOTS for option in _option_names(schema)},
     )
     return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
 

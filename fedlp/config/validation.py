@@ -9,12 +9,10 @@ from fedlp.config.schema import (
     FleetConfig,
     LocalConfig,
     ModelConfig,
-    ProfileConfig,
-    PruneConfig,
     RunConfig,
-    SearchConfig,
     StrategyConfig,
 )
+from fedlp.config.tools import ProfileConfig, PruneConfig, SearchConfig
 from fedlp.errors import ConfigError
 
 _RULES = ("uniform", "depth_line", "log_depth", "owl", "alphapruning", "dlp", "flap", "erk", "dp", "dsa", "plan")

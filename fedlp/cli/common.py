@@ -1,0 +1,90 @@
+"""What all command lines share: Hydra, logging, and errors as one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlp.config import config_dir, explain, register_schemas
+from fedlp.errors import ConfigError, FedLPError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
+    """Run Hydra's command line on one of the config tree's roots, and exit."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
+    register_schemas()
+    codes: list[int] = []
+
+    def guarded(composed: DictConfig) -> None:
+        codes.append(0)
+        codes[-1] = guard(lambda: job(composed), _job_name())  # here, so that the rest of a sweep still runs
+
+    run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(guarded)
+
+    def compose_and_run() -> None:
+        try:
+            run()
+        except ValueError as error:  # what Hydra raises about some overrides and flags, before there is a job
+            if codes:
+                raise
+            raise ConfigError(explain(error)) from error
+
+    sys.exit(end(lambda: max(guard(compose_and_run), *codes, 0)))
+
+
+def output_dir() -> Path:
+    """Return the folder that the current job writes to."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def set_up_logging() -> None:
+    """Send fedlp's warnings to stderr, as lines that name it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fedlp: %(message)s"))
+    logger = logging.getLogger("fedlp")
+    logger.handlers, logger.propagate = [handler], False
+    logger.disabled = False  # Hydra disables all loggers it finds before every job of a sweep
+    logger.setLevel(logging.WARNING)
+
+
+def _job_name() -> str:
+    """Return what errors of a sweep's job start with."""
+    config = HydraConfig.get()
+    return f"job {config.job.num} ({', '.join(config.overrides.task)}): " if config.mode == RunMode.MULTIRUN else ""
+
+
+def guard(action: Callable[[], object], name: str = "") -> int:
+    """Run an action; turn what a user can cause into one line and an exit code."""
+    try:
+        action()
+    except (FedLPError, HydraException, OmegaConfBaseException, OSError) as error:
+        print(f"fedlp: {name}{explain(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def end(guarded: Callable[[], int]) -> int:
+    """Return the exit code of the whole program."""
+
+    def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign, assignment] # Hydra's own parser would print its usage
+    try:
+        return guarded()
+    except KeyboardInterrupt:
+        return INTERRUPTED

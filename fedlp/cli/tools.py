@@ -1,0 +1,47 @@
+"""The tools beside ``fedlp``: pruning, searching and profiling one model."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from fedlp.cli.common import output_dir, set_up_logging
+from fedlp.config import ProfileConfig, PruneConfig, SearchConfig, from_omegaconf, with_absolute_paths
+
+
+def prune_job(composed: DictConfig) -> None:
+    """Prune one model."""
+    config = with_absolute_paths(from_omegaconf(composed, PruneConfig))
+    out = output_dir()
+    set_up_logging()
+    from fedlp import oneshot
+
+    report = oneshot.prune(config, out)
+    before, after = report["metrics_before"], report["metrics_after"]
+    metrics = "  ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
+    print(
+        f"{metrics}  parameters {report['params_before']:,} -> {report['params_after']:,}  "
+        f"MACs {report['macs_before'] / 1e6:,.1f} M -> {report['macs_after'] / 1e6:,.1f} M  -> {out}"
+    )
+
+
+def search_job(composed: DictConfig) -> None:
+    """Search for an allocation function."""
+    config = with_absolute_paths(from_omegaconf(composed, SearchConfig))
+    out = output_dir()
+    set_up_logging()
+    from fedlp import searching
+
+    report = searching.run_search(config, out)
+    for name, found in report["held_out"].items():
+        print(f"{name}: {found['mean']:.4f} of uniform's divergence on held-out data, really pruned")
+    print(f"{report['winner']} wins  search {report['search_s']:.0f} s  -> {out / 'winner.yaml'}")
+
+
+def profile_job(composed: DictConfig) -> None:
+    """Measure this device."""
+    config = with_absolute_paths(from_omegaconf(composed, ProfileConfig))
+    out = output_dir()
+    set_up_logging()
+    from fedlp import profiling
+
+    print(f"{profiling.table(profiling.profile(config, out))}\nbudget: {out / 'budget.yaml'}")
