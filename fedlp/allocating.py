@@ -110,7 +110,7 @@ class Allocator:
                 "saliency": np.diff(self.stitcher.losses[layer.name], prepend=0.0).clip(min=0.0),
             }
         return Evidence(
-            compute_statistics(self.layers, elements, self._sensitivities()),
+            compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves),
             {name: [reader.shaped_weight().numpy() for reader in found] for name, found in readers.items()},
             {name: leaves["wanda"] for name, leaves in elements.items()},
         )
@@ -119,6 +119,12 @@ class Allocator:
         """Return the divergence that halving one layer alone causes."""
         halves = {layer.name: -(-layer.num_units // 2) for layer in self.layers}
         return {name: self.stitcher.divergence({**self.units, name: half}) for name, half in halves.items()}
+
+    @cached_property
+    def half_by_curves(self) -> dict[str, float]:
+        """The sparsities of the rule "dp" when half of all goes."""
+        kept = self.by_rule("dp", self.limit(0.5))
+        return {name: 1.0 - kept[name] / count for name, count in self.units.items()}
 
     @cached_property
     def _curves(self) -> Mapping[str, Sequence[float]]:

@@ -8,6 +8,7 @@ to [0, 1] over the layers, are the shape z (the higher, the more is removed), an
 minmax rank  of the layers by (leaf, pre, reduce), in [0, 1]
 depth, share as in ``LayerStatistics``
 sensitivity  min-max over the layers of log KL divergence
+curve        min-max over the layers of the sparsity that error tables give each at one half
 id neg sq    as they say
 sqrt log     sign(x) sqrt(\|x\|) and sign(x) log10(1 + 9\|x\|), which both map [-1, 1] onto itself
 tanh         as it says
@@ -176,12 +177,12 @@ def _values(node: Node, statistics: Sequence[LayerStatistics]) -> Vector:
             return np.array([layer.depth for layer in statistics])
         case Scalar("share"):
             return np.array([layer.share for layer in statistics])
-        case Scalar():
-            measured = np.array([layer.sensitivity for layer in statistics])
+        case Scalar(name):
+            measured = np.array([getattr(layer, name) for layer in statistics])
             if np.isnan(measured).any():
-                name = next(layer.name for layer in statistics if np.isnan(layer.sensitivity))
-                raise AllocationError(f"layer {name}: its sensitivity has not been measured; measure it, or do without")
-            return min_max(np.log(np.maximum(measured, LOG_FLOOR)))
+                missing = statistics[int(np.isnan(measured).argmax())].name
+                raise AllocationError(f"layer {missing}: its {name} has not been measured; measure it, or do without")
+            return min_max(np.log(np.maximum(measured, LOG_FLOOR)) if name == "sensitivity" else measured)
         case Constant():
             return np.full(max(len(statistics), 1), node.value)
         case Unary():

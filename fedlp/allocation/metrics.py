@@ -64,6 +64,8 @@ class LayerStatistics:
         Of the parameters of all prunable layers, in (0, 1].
     sensitivity : float
         KL divergence from the dense model, in nats per label, with this layer alone pruned; nan where not measured.
+    curve : float
+        Its sparsity by error tables (``allocator=dp``) when half of all goes; nan where there are none.
     """
 
     name: str
@@ -71,12 +73,14 @@ class LayerStatistics:
     depth: float
     share: float
     sensitivity: float = math.nan
+    curve: float = math.nan
 
 
 def compute_statistics(
     layers: Sequence[PrunableLayer],
     elements: Mapping[str, Mapping[Leaf, NDArray[np.floating]]],
     sensitivity: Mapping[str, float] | None = None,
+    curve: Mapping[str, float] | None = None,
 ) -> tuple[LayerStatistics, ...]:
     """Return the statistics of each layer, in the order of ``layers``.
 
@@ -84,7 +88,7 @@ def compute_statistics(
     ----------
     elements : mapping from layer name to leaf to array
         Of any shape; of a layer with several readers, those of all of them.
-    sensitivity : mapping from layer name to float, optional
+    sensitivity, curve : mapping from layer name to float, optional
         As in :class:`LayerStatistics`, where measured.
 
     Raises
@@ -100,7 +104,8 @@ def compute_statistics(
             where = f"layer {layer.name}: {leaf}"
             table |= {(leaf, pre, reduce): x for (pre, reduce), x in _reduce_all(values, where).items()}
         measured = math.nan if sensitivity is None else float(sensitivity[layer.name])
-        found.append(LayerStatistics(layer.name, table, layer.depth, layer.num_params / whole, measured))
+        bent = math.nan if curve is None else float(curve[layer.name])
+        found.append(LayerStatistics(layer.name, table, layer.depth, layer.num_params / whole, measured, bent))
     return tuple(found)
 
 

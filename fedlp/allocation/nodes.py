@@ -14,7 +14,7 @@ from fedlp.allocation.metrics import LEAVES, PRES, REDUCES, Key, is_defined
 from fedlp.errors import AllocationError
 
 Norm = Literal["minmax", "rank"]
-ScalarName = Literal["depth", "sensitivity", "share"]
+ScalarName = Literal["curve", "depth", "sensitivity", "share"]
 UnaryName = Literal["id", "neg", "sq", "sqrt", "log", "tanh"]
 BinaryName = Literal["add", "mul", "max"]
 NORMS: tuple[Norm, ...] = get_args(Norm)

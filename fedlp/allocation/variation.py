@@ -31,7 +31,7 @@ from fedlp.allocation.nodes import (
 
 MAX_DEPTH = 3
 _CONSTANTS = (-2.0, 2.0)
-_AMPLITUDES, _POWERS = (0.05, 1.0), (0.0, 2.0)
+_AMPLITUDES, _POWERS = (0.05, 2.0), (0.0, 2.0)
 _METRIC, _SCALAR = 0.7, 0.9  # cumulative chances of what a leaf is; the rest are constants
 _UNARY_CHANCE, _LEAF_CHANCE = 0.4, 0.2  # where a tree may still grow
 _CURVES = tuple(op for op in UNARIES if op != "id")
@@ -47,10 +47,9 @@ class Vocabulary:
 
     @classmethod
     def of(cls, statistics: Sequence[LayerStatistics]) -> Vocabulary:
-        """Return what these layers have: the keys of all tables, sensitivity only where all are measured."""
+        """Return what these layers have: the keys of all tables, sensitivity and curve only where all have one."""
         keys = tuple(key for key in KEYS if all(key in layer.table for layer in statistics))
-        measured = not any(np.isnan(layer.sensitivity) for layer in statistics)
-        return cls(keys, tuple(name for name in SCALARS if name != "sensitivity" or measured))
+        return cls(keys, tuple(name for name in SCALARS if not any(np.isnan(getattr(x, name)) for x in statistics)))
 
 
 def random_expression(rng: np.random.Generator, vocabulary: Vocabulary | None = None) -> Expression:

@@ -29,6 +29,7 @@ def make_statistics(seed: int = 0, count: int = 6) -> list[LayerStatistics]:
             i / (count - 1),
             1 / count + 0.01 * i,
             float(rng.random()),
+            float(rng.random()),
         )
         for i in range(count)
     ]
@@ -53,6 +54,9 @@ def naive(node: Node, statistics: list[LayerStatistics]) -> list[float]:
     if name == "sensitivity":
         logs = [math.log(layer.sensitivity) for layer in statistics]
         return [(x - min(logs)) / (max(logs) - min(logs)) for x in logs]
+    if name == "curve":
+        bent = [layer.curve for layer in statistics]
+        return [(x - min(bent)) / (max(bent) - min(bent)) for x in bent]
     if name in ("depth", "share"):
         return [getattr(layer, name) for layer in statistics]
     if not below:

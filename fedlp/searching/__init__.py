@@ -19,6 +19,7 @@ from fedlp import oneshot
 from fedlp.allocating import RULES, Allocator
 from fedlp.allocation import dsa
 from fedlp.allocation.expressions import Expression, evaluate, is_degenerate
+from fedlp.allocation.nodes import Scalar
 from fedlp.allocation.search import Plan, Settings, Space, Trial, VectorSpace, best_trial, search
 from fedlp.allocation.variation import Vocabulary, crossover, mutate, random_expression
 from fedlp.config import PruneConfig, SearchConfig, to_yaml
@@ -28,131 +29,9 @@ from fedlp.pruning.pruner import Calibration, Method, Pruner, mean_divergence, p
 from fedlp.pruning.stitching import Stitcher
 from fedlp.report.searching import draw_search
 from fedlp.rng import Stream, generator
+from fedlp.searching.fitness import Fitness
+from fedlp.searching.spaces import ChainSpace, FunctionSpace
 from fedlp.training import count_cores, one_thread
-
-_STITCHER: Stitcher | None = None  # what worker processes inherit
-
-
-class FunctionSpace:
-    """Typed expression trees over the statistics of one model's layers."""
-
-    def __init__(self, allocator: Allocator, ratios: Sequence[float]) -> None:
-        self._allocator, self._ratios = allocator, ratios
-        self._statistics = allocator.evidence.statistics
-        self._words = Vocabulary.of(self._statistics)
-
-    def draw(self, rng: np.random.Generator) -> Expression:
-        """Return a random function."""
-        return random_expression(rng, self._words)
-
-    def mutate(self, candidate: Expression, rng: np.random.Generator) -> Expression:
-        """Return a function that differs in one place."""
-        return mutate(candidate, rng, self._words)
-
-    def cross(self, first: Expression, second: Expression, rng: np.random.Generator) -> Expression:
-        """Return a function with a part of the other."""
-        return crossover(first, second, rng)
-
-    def plans(self, candidate: Expression) -> Sequence[Plan] | None:
-        """Return the plan at each ratio; None if the function does not tell layers apart."""
-        if is_degenerate(candidate, self._statistics):
-            return None
-        shape = evaluate(candidate, self._statistics)
-        return [
-            self._allocator.by_shape(shape, candidate.amplitude_at(ratio), self._allocator.limit(ratio))
-            for ratio in self._ratios
-        ]
-
-    def describe(self, candidate: Expression) -> str:
-        """Return the function as text."""
-        return f"{candidate} * {candidate.amplitude:g} S^{candidate.power:g}"
-
-
-class ChainSpace:
-    """DSA's published chains, with its published amplitude."""
-
-    def __init__(self, allocator: Allocator, ratios: Sequence[float]) -> None:
-        self._allocator, self._limits = allocator, [allocator.limit(ratio) for ratio in ratios]
-        self._elements = allocator.evidence.elements
-
-    def draw(self, rng: np.random.Generator) -> dsa.Chain:
-        """Return a random chain."""
-        return dsa.random_chain(rng)
-
-    def mutate(self, candidate: dsa.Chain, rng: np.random.Generator) -> dsa.Chain:
-        """Return a chain with one stage drawn anew."""
-        return dsa.mutate_chain(candidate, rng)
-
-    def cross(self, first: dsa.Chain, second: dsa.Chain, rng: np.random.Generator) -> dsa.Chain:
-        """Return a chain with stages of both."""
-        return dsa.cross_chains(first, second, rng)
-
-    def plans(self, candidate: dsa.Chain) -> Sequence[Plan] | None:
-        """Return the plan at each ratio; None if the chain fails on these layers or scores them alike."""
-        try:
-            shape = dsa.chain_shape(candidate, self._elements)
-        except AllocationError:
-            return None
-        return [self._allocator.by_shape(shape, dsa.AMPLITUDE, limit) for limit in self._limits]
-
-    def describe(self, candidate: dsa.Chain) -> str:
-        """Return the chain as its authors write it."""
-        return str(candidate)
-
-
-class Fitness:
-    """Mean over ratios of the divergence from the dense model, relative to uniform sparsity's.
-
-    Values that a stopped search left in ``search.jsonl`` are taken from there.
-    """
-
-    def __init__(self, stitcher: Stitcher, uniform: Sequence[Plan], num_partial: int, file: Path, workers: int) -> None:
-        global _STITCHER
-        _STITCHER = stitcher
-        self._num_partial, self._file = num_partial, file
-        self._known: dict[str, float] = {}
-        if file.exists():
-            *whole, torn = file.read_text(encoding="utf-8").split("\n")  # what was being written when it stopped
-            self._known = {entry["key"]: entry["fitness"] for entry in map(json.loads, whole)}
-            if torn:
-                file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        self._pool = multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,))
-        self._base = {full: self._divergences([uniform], full)[0] for full in (False, True)}
-
-    def close(self) -> None:
-        """End the worker processes."""
-        self._pool.terminate()
-        self._pool.join()
-
-    def __call__(self, candidates: Sequence[Sequence[Plan]], full: bool) -> list[float]:
-        """Return the fitness of each candidate's plans."""
-        found = self._divergences(candidates, full)
-        return [float(np.mean(np.divide(values, self._base[full]))) for values in found]
-
-    def _divergences(self, candidates: Sequence[Sequence[Plan]], full: bool) -> list[list[float]]:
-        keys = [[_key(plan, full) for plan in plans] for plans in candidates]
-        missing = {
-            key: plan
-            for plans, names in zip(candidates, keys, strict=True)
-            for plan, key in zip(plans, names, strict=True)
-            if key not in self._known
-        }
-        tasks = [(plan, None if full else self._num_partial) for plan in missing.values()]
-        values = self._pool.starmap(_divergence, tasks, chunksize=1)
-        with self._file.open("a", encoding="utf-8") as out:
-            for key, value in zip(missing, values, strict=True):
-                self._known[key] = value
-                out.write(json.dumps({"key": key, "fitness": value}) + "\n")
-        return [[self._known[key] for key in names] for names in keys]
-
-
-def _key(plan: Plan, full: bool) -> str:
-    return f"{'all' if full else 'part'} " + " ".join(str(plan[name]) for name in sorted(plan))
-
-
-def _divergence(plan: Plan, num_batches: int | None) -> float:
-    assert _STITCHER is not None
-    return _STITCHER.divergence(plan, num_batches)
 
 
 @dataclass(frozen=True)
@@ -251,12 +130,19 @@ def _search_modes(config: SearchConfig, out: Path, allocator: Allocator, scene: 
                 vectors = VectorSpace(start, lambda z: [allocator.by_shape(z, 1.0, limit) for limit in limits])
                 trials: list[Trial[Any]] = search(vectors, fitness, how, rng, observe, [tuple(start.values())])
             else:
-                trials = search(space, fitness, how, rng, observe)
+                first = [_first_function(allocator)] if settings.space == "trees" else []
+                trials = search(space, fitness, how, rng, observe, first)
             report["modes"][mode] = _summary(trials, allocator.units)
     finally:
         fitness.close()
     report["search_s"] = time.monotonic() - started
     return report
+
+
+def _first_function(allocator: Allocator) -> Expression:
+    """Return what comes closest to the rule "dp"."""
+    values = allocator.half_by_curves.values()
+    return Expression(Scalar("curve"), amplitude=max(2.0 * (max(values) - min(values)), 0.01), power=1.0)
 
 
 def _summary(trials: Sequence[Trial[Any]], units: Mapping[str, int]) -> dict[str, Any]:
