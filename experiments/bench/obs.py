@@ -56,7 +56,7 @@ def scaled_schedule(n: int, total: int) -> list[int]:
 def run_fedlp(weight: Tensor, hessian: Tensor, schedule: list[int]) -> Tensor:
     """Return the pruned weight, zero where inputs are gone."""
     inverse = invert_hessian(hessian, DAMPING, "bench", len(hessian))
-    order = torch.tensor(eliminate([Problem(weight.T @ weight, inverse, 1)], schedule).order)
+    order = torch.tensor(eliminate([Problem(weight, inverse, 1)], schedule).order)
     everything = torch.arange(len(hessian))
     kept = everything[~torch.isin(everything, order)]
     pruned = torch.zeros_like(weight)

@@ -9,8 +9,9 @@ with optimal compensation raises the mean squared output error by
 
 where :math:`F` weighs the outputs (the identity, or their Fisher information). SlimGPT (Ling et al., NeurIPS 2024)
 factorises the Hessian anew for every group of columns. Here it is inverted once: the elimination is a pivoted Cholesky
-factorisation of :math:`H^{-1}`. Scores depend on the weights only through :math:`W^\top F W`, which is carried along
-in their place, and the weights are solved for once, at the end: they do not depend on the order of removal.
+factorisation of :math:`H^{-1}`. Scores depend on the weights only through :math:`W^\top F W`. Where steps are small,
+that matrix is carried along in the weights' place, so that a step reads a few rows only; and the weights are solved for
+once, at the end: they do not depend on the order of removal.
 
 The kernels are pure: tensors in, new tensors out. Where the blocks of lazy updates end does not change the results.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from fedlp.errors import CalibrationError
 
 Score = Literal["exact", "columns"]
+_FEW_COLUMNS = 4  # per step: with more, products with all of the weight are worth their while
 _BLOCK = 64  # columns whose updates are applied together, as one matrix product
 
 
@@ -36,15 +38,15 @@ class Problem:
 
     Attributes
     ----------
-    weight_gram : (n, n)
-        :math:`W^\top F W`, symmetric.
+    weight : (rows, n)
+        The layer's weight, or :math:`F^{1/2} W`: any matrix whose Gram matrix is :math:`W^\top F W`.
     hessian_inv : (n, n)
         Inverse of the damped Hessian, symmetric positive definite.
     unit_size : int
         Consecutive columns per unit.
     """
 
-    weight_gram: Tensor
+    weight: Tensor
     hessian_inv: Tensor
     unit_size: int
 
@@ -120,14 +122,15 @@ def eliminate(
     CalibrationError
         If a block of the inverse Hessian stops being positive definite; names the unit.
     """
-    states = [_State(problem, block) for problem in problems]
+    counts = list(schedule)
+    states = [_State(problem, block, sum(counts) * problem.unit_size / max(len(counts), 1)) for problem in problems]
     first = states[0]
     removed = torch.zeros_like(first.units, dtype=torch.bool)  # by position
     order: list[int] = []
     steps: list[int] = []
     losses: list[float] = []
     loss = 0.0
-    for count in schedule:
+    for count in counts:
         saliency = torch.stack([state.saliency(score) for state in states]).sum(dim=0).masked_fill(removed, torch.inf)
         chosen = saliency.argmin()[None] if count == 1 else torch.sort(saliency, stable=True).indices[:count]
         loss += sum(state.remove(chosen) for state in states)
@@ -153,12 +156,12 @@ def resolve_weight(weight: Tensor, hessian_inv: Tensor, kept: Tensor, removed: T
     w = weight.to(hessian_inv.dtype)
     if not len(removed):
         return w[:, kept]
-    block = hessian_inv[removed][:, removed]
-    factor, info = torch.linalg.cholesky_ex(block)
+    rows = hessian_inv.index_select(0, removed)
+    factor, info = torch.linalg.cholesky_ex(rows.index_select(1, removed))
     if int(info):
         raise CalibrationError("the inverse Hessian of the removed columns is not positive definite; raise damping")
-    correction = torch.cholesky_solve(hessian_inv[removed][:, kept], factor)
-    return w[:, kept] - w[:, removed] @ correction
+    correction = torch.cholesky_solve(rows.index_select(1, kept), factor)
+    return w.index_select(1, kept).addmm_(w.index_select(1, removed), correction, alpha=-1.0)
 
 
 def output_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
@@ -170,16 +173,22 @@ def output_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
 class _State:
     r"""What the elimination carries for one layer.
 
-    ``inv`` and ``gram`` hold the inverse Hessian and :math:`W^\top F W` as of the last flush. Since then,
-    ``inv - UᵀU`` and ``gram - UᵀR - RᵀU`` are their values, with one row of U and R per removed column. Only the
-    diagonal blocks, from which scores come, are always up to date.
+    ``inv`` and ``weight`` hold the inverse Hessian and W as of the last flush. Since then, ``inv - UᵀU`` and
+    ``weight - CU`` are their values, with one row of U and column of C per removed column. Where steps are small,
+    ``gram``, WᵀW, takes the place of ``weight``: its value is ``gram - UᵀR - RᵀU``. Only the diagonal blocks, from
+    which scores come, are always up to date.
     """
 
-    def __init__(self, problem: Problem, block: int) -> None:
+    def __init__(self, problem: Problem, block: int, columns_per_step: float) -> None:
         self.size, self.block = problem.unit_size, block
-        self.inv, self.gram = problem.hessian_inv, problem.weight_gram.to(problem.hessian_inv.dtype)
+        self.inv, self.weight = problem.hessian_inv, problem.weight.to(problem.hessian_inv.dtype)
+        self.gram = self.weight.T @ self.weight if columns_per_step < _FEW_COLUMNS else None
         self.inv_blocks = _diagonal_blocks(self.inv, self.size).clone()
-        self.gram_blocks = _diagonal_blocks(self.gram, self.size).clone()
+        if self.gram is not None:
+            self.gram_blocks = _diagonal_blocks(self.gram, self.size).clone()
+        else:
+            columns = self.weight.view(len(self.weight), -1, self.size).transpose(0, 1)
+            self.gram_blocks = columns.mT @ columns
         self.units = torch.arange(len(self.inv_blocks), device=self.inv.device)  # what the positions stand for
         self._start_panel()
 
@@ -190,17 +199,24 @@ class _State:
         """Eliminate the units at some positions together; return by how much the loss grows."""
         columns = _columns(positions, self.size)
         u_panel, r_panel = self._panel[:, : self.used].unbind()
-        u_columns, r_columns = u_panel[:, columns].T, r_panel[:, columns].T
-        inv_rows = self.inv[columns].addmm_(u_columns, u_panel, alpha=-1.0)
-        gram_rows = self.gram[columns].addmm_(u_columns, r_panel, alpha=-1.0).addmm_(r_columns, u_panel, alpha=-1.0)
+        u_columns, r_columns = u_panel.index_select(1, columns).T, r_panel.index_select(1, columns).T
+        inv_rows = self.inv.index_select(0, columns).addmm_(u_columns, u_panel, alpha=-1.0)
         factor, info = torch.linalg.cholesky_ex(inv_rows[:, columns])
         if int(info):
             raise _indefinite(self.units[positions[0]])
         u = torch.linalg.solve_triangular(factor, inv_rows, upper=False)
-        t = torch.linalg.solve_triangular(factor, gram_rows, upper=False)
+        if self.gram is None:
+            c_panel = self._c[: self.used]
+            w_columns = self.weight.index_select(1, columns).T.addmm(u_columns, c_panel, alpha=-1.0)
+            c = torch.linalg.solve_triangular(factor, w_columns, upper=False)
+            t = (c @ self.weight).addmm_(c @ c_panel.T, u_panel, alpha=-1.0)
+        else:
+            rows = self.gram.index_select(0, columns)
+            rows.addmm_(u_columns, r_panel, alpha=-1.0).addmm_(r_columns, u_panel, alpha=-1.0)
+            t, c = torch.linalg.solve_triangular(factor, rows, upper=False), None
         s = torch.linalg.solve_triangular(factor, t[:, columns].T, upper=False)
         r = t.addmm_(s, u, alpha=-0.5)
-        self._append(u, r)
+        self._append(u, r, c)
         u_blocks, r_blocks = (part.T.reshape(-1, self.size, len(columns)) for part in (u, r))
         if self.size == 1:
             self.inv_blocks -= u.square().sum(dim=0)[:, None, None]
@@ -217,22 +233,28 @@ class _State:
         """Apply the lazy updates and forget what is removed."""
         columns = _columns(kept, self.size)
         u, r = self._panel[:, : self.used].index_select(2, columns).unbind()
-        self.inv, self.gram = (part.index_select(0, columns).index_select(1, columns) for part in (self.inv, self.gram))
-        self.inv.addmm_(u.T, u, alpha=-1.0)
-        self.gram.addmm_(torch.cat((u, r)).T, torch.cat((r, u)), alpha=-1.0)
+        self.inv = self.inv.index_select(0, columns).index_select(1, columns).addmm_(u.T, u, alpha=-1.0)
+        if self.gram is None:
+            self.weight = self.weight.index_select(1, columns).addmm_(self._c[: self.used].T, u, alpha=-1.0)
+        else:
+            self.gram = self.gram.index_select(0, columns).index_select(1, columns)
+            self.gram.addmm_(torch.cat((u, r)).T, torch.cat((r, u)), alpha=-1.0)
         self.inv_blocks, self.gram_blocks = self.inv_blocks[kept], self.gram_blocks[kept]
         self.units = self.units[kept]
         self._start_panel()
 
     def _start_panel(self) -> None:
         self._panel, self.used = self.inv.new_empty(2, self.block, len(self.inv)), 0
+        self._c = self.inv.new_empty(0, len(self.weight))
 
-    def _append(self, u: Tensor, r: Tensor) -> None:
+    def _append(self, u: Tensor, r: Tensor, c: Tensor | None) -> None:
         missing = self.used + len(u) - self._panel.shape[1]
         if missing > 0:
             self._panel = torch.cat((self._panel, self._panel.new_empty(2, missing, len(self.inv))), dim=1)
         self._panel[0, self.used : self.used + len(u)] = u
         self._panel[1, self.used : self.used + len(u)] = r
+        if c is not None:
+            self._c = torch.cat((self._c[: self.used], c))
         self.used += len(u)
 
 

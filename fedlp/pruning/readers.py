@@ -118,8 +118,7 @@ class Reader:
     def problem(self, method: Method, fisher: Tensor | None) -> Problem:
         """Return what the elimination needs to know."""
         weight, inverse = self.solve(method)
-        weighed = weight if fisher is None else fisher @ weight
-        return Problem(weight.T @ weighed, inverse, self.unit_size)
+        return Problem(weight if fisher is None else _root(fisher) @ weight, inverse, self.unit_size)
 
     def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
         """Give the module its new weights, zero where units are gone, and what goes into its bias."""
@@ -151,3 +150,10 @@ class Reader:
         """Take away a bias that the module did not have."""
         if not self._had_bias:
             self.module.register_parameter("bias", None)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return a matrix R with RᵀR equal to a positive semi-definite one."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return root

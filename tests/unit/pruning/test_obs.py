@@ -41,7 +41,7 @@ def test_greedy_order_and_losses_are_the_naive_ones_for_every_block(
 ) -> None:
     weight, hessian, inverse = make_layer(inputs, outputs)
     count = inputs // size - 1
-    found = eliminate([Problem(weight.T @ weight, inverse, size)], [1] * count, block=block)
+    found = eliminate([Problem(weight, inverse, size)], [1] * count, block=block)
     assert list(found.order) == naive.greedy_order([weight], [hessian], [size], count)
     for done in range(1, count + 1):
         kept, _ = split(list(found.order[:done]), inputs, size)
@@ -49,18 +49,28 @@ def test_greedy_order_and_losses_are_the_naive_ones_for_every_block(
         assert found.losses[done - 1] == pytest.approx(expected, rel=1e-9)
 
 
+def test_small_and_large_steps_eliminate_alike() -> None:
+    """Steps of many columns carry the weights along, steps of few their Gram matrix."""
+    weight, hessian, inverse = make_layer(24, 7)
+    for schedule in ([1] * 12, [5, 5, 2], [12]):
+        found = eliminate([Problem(weight, inverse, 1)], schedule, block=4)
+        for done, loss in zip(itertools.accumulate(schedule), found.losses, strict=True):
+            kept, _ = split(list(found.order[:done]), 24, 1)
+            assert loss == pytest.approx(naive.removal_loss(weight, hessian, kept.tolist()), rel=1e-9)
+
+
 def test_outputs_can_be_weighed() -> None:
     weight, hessian, inverse = make_layer(12, 6)
     root = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     fisher = root @ root.T
-    found = eliminate([Problem(weight.T @ fisher @ weight, inverse, 2)], [1, 1, 1])
+    found = eliminate([Problem(root.T @ weight, inverse, 2)], [1, 1, 1])
     kept, _ = split(list(found.order), 12, 2)
     assert found.losses[-1] == pytest.approx(naive.removal_loss(weight, hessian, kept.tolist(), fisher), rel=1e-9)
 
 
 def test_several_readers_of_the_same_units_lose_what_costs_them_least_together() -> None:
     layers = [(make_layer(12, 5, seed=1), 2), (make_layer(6, 4, seed=2), 1)]
-    problems = [Problem(w.T @ w, inverse, size) for (w, _, inverse), size in layers]
+    problems = [Problem(w, inverse, size) for (w, _, inverse), size in layers]
     found = eliminate(problems, [1] * 4, block=3)
     weights, hessians, sizes = [w for (w, _, _), _ in layers], [h for (_, h, _), _ in layers], [s for _, s in layers]
     assert list(found.order) == naive.greedy_order(weights, hessians, sizes, 4)
@@ -70,7 +80,7 @@ def test_several_readers_of_the_same_units_lose_what_costs_them_least_together()
 def test_paper_mode_is_the_literal_algorithm_1(size: int, inputs: int, outputs: int) -> None:
     weight, hessian, inverse = make_layer(inputs, outputs, seed=3)
     schedule = [2, 1, 1] if size == 1 else [1, 1, 1]
-    found = eliminate([Problem(weight.T @ weight, inverse, size)], schedule, score="columns", block=2)
+    found = eliminate([Problem(weight, inverse, size)], schedule, score="columns", block=2)
     expected, gone = naive.released_slimgpt(weight, hessian, size, schedule)
     assert sorted(found.order) == sorted(gone)
     kept, removed = split(gone, inputs, size)
@@ -104,11 +114,11 @@ def test_saliency_is_the_loss_of_removing_a_unit_alone(size: int, inputs: int, o
 
 def test_inputs_are_not_touched() -> None:
     weight, _, inverse = make_layer(24, 7)
-    gram = weight.T @ weight
-    before = [weight.clone(), gram.clone(), inverse.clone()]
-    eliminate([Problem(gram, inverse, 3)], [1] * 6, block=2)
+    before = [weight.clone(), inverse.clone()]
+    eliminate([Problem(weight, inverse, 3)], [1] * 6, block=2)
+    eliminate([Problem(weight, inverse, 1)], [6, 6], block=2)
     unit_saliency(weight, inverse, 3)
-    assert all(torch.equal(was, now) for was, now in zip(before, [weight, gram, inverse], strict=True))
+    assert all(torch.equal(was, now) for was, now in zip(before, [weight, inverse], strict=True))
 
 
 def test_float32_chooses_almost_as_well() -> None:
@@ -118,8 +128,7 @@ def test_float32_chooses_almost_as_well() -> None:
     losses = []
     for dtype in (torch.float32, torch.float64):
         inverse = invert_hessian(hessian.to(dtype), 1e-2, "layer", 1024)
-        gram = (weight.T @ weight).to(dtype)
-        losses.append(eliminate([Problem(gram, inverse, 1)], [1] * 64).losses[-1])
+        losses.append(eliminate([Problem(weight, inverse, 1)], [1] * 64).losses[-1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
