@@ -102,7 +102,8 @@ class Allocator:
         elements: dict[str, dict[Leaf, Any]] = {}
         for layer in self.layers:
             found = [
-                (r.weight.numpy(), (r.moments.gram.diagonal() / r.moments.count).numpy()) for r in readers[layer.name]
+                (r.weight.cpu().numpy(), (r.moments.gram.diagonal() / r.moments.count).cpu().numpy())
+                for r in readers[layer.name]
             ]
             elements[layer.name] = {
                 "magnitude": np.concatenate([np.abs(weight).ravel() for weight, _ in found]),
@@ -111,7 +112,7 @@ class Allocator:
             }
         return Evidence(
             compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves),
-            {name: [reader.shaped_weight().numpy() for reader in found] for name, found in readers.items()},
+            {name: [reader.shaped_weight().cpu().numpy() for reader in found] for name, found in readers.items()},
             {name: leaves["wanda"] for name, leaves in elements.items()},
         )
 
@@ -137,7 +138,7 @@ class Allocator:
     def _fluctuations(self) -> dict[str, Any]:
         readers = self.stitcher.readers
         return {
-            name: sum(flap_scores(reader.weight, reader.moments, reader.unit_size).numpy() for reader in found)
+            name: sum(flap_scores(reader.weight, reader.moments, reader.unit_size).cpu().numpy() for reader in found)
             for name, found in readers.items()
         }
 

@@ -68,6 +68,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
         after = _evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
+        pruned.model.cpu()
         _save(pruned, subject, config, out / "model")
         report = _report(config, subject, pruned, before, after) | {
             "wall_time_s": time.monotonic() - started,

@@ -58,7 +58,8 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _coupled_sums(values: Mapping[str, Tensor], spec: WidthSpec, layer: PrunableLayer) -> Tensor:
     """Return the sum over all entries that go with each unit, (units,), float64."""
-    total = torch.zeros(layer.num_units, dtype=torch.float64)
+    device = next(iter(values.values())).device
+    total = torch.zeros(layer.num_units, dtype=torch.float64, device=device)
     for name in layer.coupled:
         if name not in values:
             continue

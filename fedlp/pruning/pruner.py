@@ -155,7 +155,7 @@ class Pruner:
         if self.method.score in ("obs", "slimgpt"):
             found = self.eliminate(layer, readers, count)
             return torch.tensor(found.order), found.losses[-1]
-        return torch.sort(self._scores(layer, readers), stable=True).indices[:count], float("nan")
+        return torch.sort(self._scores(layer, readers).cpu(), stable=True).indices[:count], float("nan")
 
     def _rewrite(self, layer: PrunableLayer, readers: Sequence[Reader], removed: Tensor) -> Tensor:
         """Give the readers their new weights; return the units that stay."""

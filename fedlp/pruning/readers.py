@@ -126,7 +126,8 @@ class Reader:
 
     def solution(self, keep: Tensor, gone: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
         """Return new weights (out, columns), zero where units are gone, and the new bias, None for the old one."""
-        kept, removed = kept_columns(keep, self.unit_size), kept_columns(gone, self.unit_size)
+        device = self.weight.device
+        kept, removed = (kept_columns(units.to(device), self.unit_size) for units in (keep, gone))
         moments, weight = self.moments, torch.zeros_like(self.weight)
         shift: Tensor | None = None
         if method.recovery == "least_squares":

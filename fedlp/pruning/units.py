@@ -131,4 +131,4 @@ def output_rows(module: nn.Module, outputs: Tensor) -> Tensor:
 
 def kept_columns(units: Tensor, unit_size: int) -> Tensor:
     """Return the columns of some units, unit by unit."""
-    return (units[:, None] * unit_size + torch.arange(unit_size)).flatten()
+    return (units[:, None] * unit_size + torch.arange(unit_size, device=units.device)).flatten()

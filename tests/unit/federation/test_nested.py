@@ -10,8 +10,11 @@ from fedlp.config import LocalConfig, ModelConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.federation.nested import NestedWidth, nested_counts
 from fedlp.federation.submodels import SubModels
-from fedlp.models import describe_model, state_tensors
+from fedlp.models import describe_model, forward_logits, state_tensors
+from fedlp.models.language import import_transformers
+from fedlp.pruning.groups import cut_model, trace_widths
 from fedlp.training import train_locally
+from fedlp.types import Keep
 
 INFO = DataInfo("toy", "classification", (1, 8, 8), 10, None, None, (0.5,), (0.25,))
 EXAMPLES = Examples(
@@ -62,3 +65,25 @@ def test_units_outside_the_width_do_not_move_and_those_inside_learn(submodels: S
     assert torch.equal(after["conv2.weight"][:, 16:], before["conv2.weight"][:, 16:])
     assert torch.equal(after["bn2.running_mean"][16:], before["bn2.running_mean"][16:])
     assert not torch.equal(after["bn2.running_mean"][:16], before["bn2.running_mean"][:16])
+
+
+def test_fused_queries_keys_and_values_lose_units_in_every_copy() -> None:
+    transformers = import_transformers()
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=12, n_layer=1, n_head=4, n_positions=8, bos_token_id=None, eos_token_id=None
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    spec = trace_widths(model, torch.arange(6)[None])
+    kept = {axis: size if axis == "hidden" else size // 2 for axis, size in spec.axes.items()}
+    half = NestedWidth(model, spec, spec.axes, kept)
+    small = half.pull()
+    cut = cut_model(model, spec, {axis: Keep.first(kept[axis], size) for axis, size in spec.axes.items()})
+    for name, tensor in state_tensors(cut).items():
+        assert torch.equal(state_tensors(small)[name], tensor), name
+
+    (forward_logits(small.train(), torch.arange(6)[None]) ** 2).sum().backward()
+    half.push()
+    fused = model.transformer.h[0].attn.c_attn.weight.grad.view(12, 3, 4, 3)  # copies, heads, head_dim
+    assert (fused[:, :, :2] != 0).any(dim=-1).all()
+    assert not fused[:, :, 2:].any()
