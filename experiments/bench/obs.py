@@ -28,9 +28,10 @@ from torch import Tensor
 
 from fedlp.pruning.hessian import invert_hessian
 from fedlp.pruning.obs import Problem, eliminate, output_error, resolve_weight
+from fedlp.pruning.slimgpt import group_schedule
 
 DAMPING = 1e-2
-PUBLISHED_INPUTS, FIRST, LARGEST, SMALLEST = 11008, 512, 1024, 64
+PUBLISHED_INPUTS = 11008  # of LLaMA-7B's FFN layers, which SlimGPT's group sizes are meant for
 
 
 def make_layer(n: int) -> tuple[Tensor, Tensor]:
@@ -39,18 +40,6 @@ def make_layer(n: int) -> tuple[Tensor, Tensor]:
     mixing = torch.randn(n, n, generator=rng) / n**0.5 + torch.eye(n)
     inputs = torch.randn(4 * n, n, generator=rng) @ mixing
     return torch.randn(n // 2, n, generator=rng) / n**0.5, inputs.T @ inputs * (2 / len(inputs))
-
-
-def scaled_schedule(n: int, total: int) -> list[int]:
-    """Return SlimGPT's group sizes for ``total`` of n inputs."""
-    first, largest, smallest = (max(1, round(size * n / PUBLISHED_INPUTS)) for size in (FIRST, LARGEST, SMALLEST))
-    schedule: list[int] = []
-    group, left = (total - first) // 2, total
-    while left > 0:
-        schedule.append(min(left, max(group, smallest), largest))
-        left -= schedule[-1]
-        group = (group - first) // 2
-    return schedule
 
 
 def run_fedlp(weight: Tensor, hessian: Tensor, schedule: list[int]) -> Tensor:
@@ -105,7 +94,7 @@ def run_limit(weight: Tensor, hessian: Tensor, total: int) -> None:
 def measure(n: int, repeats: int) -> dict[str, Any]:
     """Return one row of the report."""
     weight, hessian = make_layer(n)
-    schedule = scaled_schedule(n, n // 2)
+    schedule = group_schedule(n // 2, n / PUBLISHED_INPUTS)
     times = alternate(
         {
             "fedlp": lambda: run_fedlp(weight, hessian, schedule),
@@ -136,10 +125,10 @@ def peak_memory(n: int) -> int:
     """Return by how much a fresh process grows beyond the layer while it is pruned."""
     code = (
         "import resource, torch, obs; torch.set_num_threads(1); "
-        f"obs.run_fedlp(*obs.make_layer(64), obs.scaled_schedule(64, 32)); layer = obs.make_layer({n}); "
+        f"obs.run_fedlp(*obs.make_layer(64), [8, 8]); layer = obs.make_layer({n}); "
         "status = lambda: int(next(x for x in open('/proc/self/status') if x.startswith('VmRSS')).split()[1]); "
         "before = status(); open('/proc/self/clear_refs', 'w').write('5'); "
-        f"obs.run_fedlp(*layer, obs.scaled_schedule({n}, {n // 2})); "
+        f"obs.run_fedlp(*layer, obs.group_schedule({n // 2}, {n / PUBLISHED_INPUTS})); "
         "peak = int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1]); "
         "print((peak - before) * 1024)"
     )
