@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ TEXTS = {  # what a model was not trained on: file -> first character as a fract
     | {"wikitext2-test": 0.0},
     "stories260K": {"wikitext2-test": 0.0, "tinyshakespeare": SEEN_FRACTION},
 }
+SEEN = {"stories260K": "tinystories"}  # training text: a test apart, as all else is foreign to this model
 RESNETS = {"resnet20": "resnet20-12fca82f", "resnet32": "resnet32-d509ac18"}
 
 OURS = Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True)
@@ -83,7 +85,7 @@ ONLY_LANGUAGE = {  # what classifiers are spared, for time
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One model with its data for one seed."""
 
@@ -93,6 +95,11 @@ class Case:
     data: Calibration
     tests: Mapping[str, tuple[Tensor, Tensor]]  # inputs, flat labels
     is_language: bool
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """The dense model's log probabilities on each test."""
+        return {name: log_probabilities(self.model, inputs) for name, (inputs, _) in self.tests.items()}
 
 
 def language_case(name: str, data: Path, seed: int) -> Case:
@@ -111,6 +118,11 @@ def language_case(name: str, data: Path, seed: int) -> Case:
         calibration.append(windows[:half][order[: NUM_WINDOWS // len(TEXTS[name])]])
         test = windows[half:][:NUM_TEST_WINDOWS]
         tests[text] = test[:, :-1], test[:, 1:].flatten()
+    if name in SEEN:
+        content = (data / "text" / f"{SEEN[name]}.txt").read_text(encoding="utf-8")
+        tokens = np.array(tokenizer(content[: len(content) // 10], verbose=False)["input_ids"])
+        windows = torch.from_numpy(tokens[: NUM_TEST_WINDOWS * (WINDOW + 1)].reshape(-1, WINDOW + 1))
+        tests[f"{SEEN[name]}, seen"] = windows[:, :-1], windows[:, 1:].flatten()
     drawn = torch.cat(calibration)
     drawn = drawn[torch.from_numpy(generator(seed, Stream.CALIBRATION, 99).permutation(len(drawn)))]
     batches = [batch[:, :-1] for batch in drawn.split(16)]
@@ -137,17 +149,26 @@ def classifier_case(name: str, data: Path, cifar: Path, seed: int) -> Case:
     return Case(subject.model, subject.widths, subject.layers, calibration, tests, False)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, case: Case) -> dict[str, float]:
-    """Return the mean loss by text and over all texts, or loss and accuracy."""
+    """Return the mean loss by text, over all unseen texts, and the KL divergence there; or loss and accuracy."""
     found: dict[str, float] = {}
+    divergences = []
     for name, (inputs, labels) in case.tests.items():
-        logits = torch.cat([forward_logits(model, batch).flatten(0, -2) for batch in inputs.split(50)])
-        found[name] = float(F.cross_entropy(logits, labels))
+        predicted = log_probabilities(model, inputs)
+        found[name] = float(F.nll_loss(predicted, labels))
+        if not name.endswith("seen"):
+            divergences.append(float(F.kl_div(predicted, case.dense[name], log_target=True, reduction="batchmean")))
         if not case.is_language:
-            found["accuracy"] = float((logits.argmax(dim=-1) == labels).double().mean())
-    found["loss"] = float(np.mean([found[name] for name in case.tests]))
+            found["accuracy"] = float((predicted.argmax(dim=-1) == labels).double().mean())
+    found["loss"] = float(np.mean([found[name] for name in case.tests if not name.endswith("seen")]))
+    found["divergence"] = float(np.mean(divergences))
     return found
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return (labels, classes)."""
+    return torch.cat([forward_logits(model, batch).flatten(0, -2).log_softmax(dim=-1) for batch in inputs.split(50)])
 
 
 class Allocations:

@@ -11,6 +11,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+METRICS = {
+    "accuracy": "accuracy, %",
+    "loss": "loss, nats per token, mean over unseen texts",
+    "divergence": "KL divergence from the dense model, nats per token, mean over unseen texts",
+    "tinystories, seen": "loss on text that it was trained on",
+}
 Cells = dict[tuple[str, float], list[float]]  # (method, ratio) -> score of each seed
 
 
@@ -19,22 +25,23 @@ def write_results(results: Path) -> None:
     sections = []
     for file in sorted(results.glob("*.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        is_classifier = "accuracy" in lines[0]["metrics"]
-        cells: Cells = defaultdict(list)
-        for line in lines:
-            metrics = line["metrics"]
-            score = 100 * metrics["accuracy"] if is_classifier else metrics["loss"]
-            cells[line["method"], line["ratio"]].append(score)
-        sections.append(_table(file.stem, cells, lines, is_classifier))
-        _plot(results / f"{file.stem}.png", file.stem, cells, is_classifier)
+        shared = set.intersection(*(set(line["metrics"]) for line in lines))
+        for metric, title in METRICS.items():
+            if metric in shared and not (metric in ("loss", "divergence") and "accuracy" in shared):
+                cells: Cells = defaultdict(list)
+                for line in lines:
+                    scale = 100 if metric == "accuracy" else 1
+                    cells[line["method"], line["ratio"]].append(scale * line["metrics"][metric])
+                sections.append(_table(file.stem, cells, lines, metric == "accuracy", title))
+                if metric in ("loss", "accuracy"):
+                    _plot(results / f"{file.stem}.png", file.stem, cells, metric == "accuracy")
     (results / "tables.md").write_text("\n".join(sections))
 
 
-def _table(model: str, cells: Cells, lines: list[dict[str, Any]], is_classifier: bool) -> str:
+def _table(model: str, cells: Cells, lines: list[dict[str, Any]], is_classifier: bool, what: str) -> str:
     ratios = sorted({ratio for _, ratio in cells if ratio})
     methods = list(dict.fromkeys(line["method"] for line in lines if line["method"] != "dense"))
     dense = statistics.mean(cells["dense", 0.0])
-    what = "accuracy, %" if is_classifier else "loss, nats per token (mean over texts)"
     seeds = len({line["seed"] for line in lines})
     best = {
         ratio: _best([cells[m, ratio] for m in methods if cells.get((m, ratio))], is_classifier) for ratio in ratios
