@@ -67,13 +67,6 @@ class PrunableLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class SparsityPlan:
-    """Fraction of the units of each prunable layer that are removed, in [0, 1)."""
-
-    sparsity: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Keep:
     """Which indices of one axis stay: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
 
@@ -196,7 +189,6 @@ class ClientProfile:
 
     client_id: int
     num_examples: int
-    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)

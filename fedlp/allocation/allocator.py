@@ -55,13 +55,6 @@ def allocate_by_depth(
     return round_units(layers, solved, cost, limit)
 
 
-def allocate_by_shape(
-    layers: Sequence[PrunableLayer], shape: Mapping[str, float], cost: Cost, limit: float
-) -> dict[str, int]:
-    """Return the units kept of each layer if all its sparsities are shifted alike until the limit is met."""
-    return round_units(layers, solve_budget(layers, shape, 1.0, cost, limit), cost, limit)
-
-
 def allocate_by_curves(
     layers: Sequence[PrunableLayer], curves: Mapping[str, Sequence[float]], cost: Cost, limit: float
 ) -> dict[str, int]:

@@ -90,7 +90,6 @@ class Reader:
         self.unit_size = columns // num_units
         self.moments = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
         bias: Tensor | None = getattr(module, "bias", None)
-        self._had_bias = bias is not None
         self._bias = torch.zeros(outputs).to(self.weight) if bias is None else bias.detach().to(torch.float64)
         mean: Tensor | None = getattr(norm, "running_mean", None)
         self._mean = None if mean is None else mean.detach().clone()
@@ -146,11 +145,6 @@ class Reader:
         if self._norm is not None and self._mean is not None and bias is not None and method.keeps_batch_norm:
             self._norm.running_mean.copy_(self._mean - (bias - self._bias))  # type: ignore[operator]
         write_weight(self.module, weight, None if self._norm is not None else bias)
-
-    def drop_added_bias(self) -> None:
-        """Take away a bias that the module did not have."""
-        if not self._had_bias:
-            self.module.register_parameter("bias", None)
 
 
 def _root(matrix: Tensor) -> Tensor:

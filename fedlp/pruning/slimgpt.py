@@ -1,11 +1,10 @@
 """SlimGPT's own choices (Ling et al., NeurIPS 2024), to reproduce it and to measure the difference.
 
-*Deviations*: the released code divides by ``log(32)`` whatever the depth; here it is the paper's ``log(n)``.
+Its Incremental Pruning Ratio is ``allocator=log_depth``. *Deviations*: the released code divides by ``log(32)`` whatever
+the depth; there it is the paper's ``log(n)``.
 """
 
 from __future__ import annotations
-
-import math
 
 _FIRST, _LARGEST, _SMALLEST = 512, 1024, 64  # of the released code; the paper says "like 8"
 
@@ -24,10 +23,3 @@ def group_schedule(total: int, scale: float = 1.0) -> list[int]:
         left -= schedule[-1]
         group = (group - first) // 2
     return schedule
-
-
-def incremental_ratios(first: float, last: float, count: int) -> list[float]:
-    r"""Return :math:`r_i = r_0 + (r_{n-1} - r_0) \log(i + 1) / \log n` for n layers (eq. 6); ``last`` alone for one."""
-    if count == 1:
-        return [last]
-    return [first + (last - first) * math.log(index + 1) / math.log(count) for index in range(count)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlp.errors import CalibrationError
 from fedlp.pruning.hessian import invert_hessian
 from fedlp.pruning.obs import Problem, eliminate, output_error, resolve_weight, unit_saliency
-from fedlp.pruning.slimgpt import group_schedule, incremental_ratios
+from fedlp.pruning.slimgpt import group_schedule
 from tests.reference import obs as naive
 
 DAMPING = 1e-3
@@ -166,9 +166,3 @@ def test_dynamic_group_size_is_the_released_one_for_llama_7b(total: int, first: 
     assert schedule[: len(first)] == first
     assert len(schedule) == steps
     assert sum(schedule) == total
-
-
-def test_incremental_ratios_of_llama_7b_mean_what_the_paper_reports() -> None:
-    assert sum(incremental_ratios(0.0625, 0.25, 32)) / 32 == pytest.approx(0.2004, abs=5e-5)
-    assert sum(incremental_ratios(0.125, 0.65625, 32)) / 32 == pytest.approx(0.5157, abs=5e-5)
-    assert incremental_ratios(0.1, 0.3, 1) == [0.3]
