@@ -1,7 +1,7 @@
 """SlimGPT's own choices (Ling et al., NeurIPS 2024), to reproduce it and to measure the difference.
 
-Its Incremental Pruning Ratio is ``allocator=log_depth``. *Deviations*: the released code divides by ``log(32)`` whatever
-the depth; there it is the paper's ``log(n)``.
+Its Incremental Pruning Ratio is ``allocator=log_depth``. *Deviations*: the released code divides by ``log(32)`` at any
+depth; there it is the paper's ``log(n)``.
 """
 
 from __future__ import annotations
