@@ -26,6 +26,7 @@ from run import (  # noqa: E402 # the other experiment's
     TEXTS,
     Case,
     classifier_case,
+    describe_machine,
     evaluate,
     language_case,
 )
@@ -113,6 +114,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
+    if not arguments.collect:
+        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
     for seed in () if arguments.collect else arguments.seeds:
         for name in arguments.models:
             file = results / f"{name}.jsonl"

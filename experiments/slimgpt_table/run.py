@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from fedlp.pruning.units import find_layers
 from fedlp.rng import Stream, generator
 from fedlp.training import one_thread
 from fedlp.types import PrunableLayer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from timing import describe_machine  # noqa: E402 # the benchmarks'
 
 HERE = Path(__file__).resolve().parent
 RATIOS = (0.2, 0.25, 0.33, 0.5)
@@ -247,6 +251,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
+    if not arguments.collect:
+        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
     for seed in () if arguments.collect else arguments.seeds:
         for name in arguments.models:
             file = results / f"{name}.jsonl"
