@@ -45,7 +45,7 @@ from fedlp.training import one_thread
 from fedlp.types import PrunableLayer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from timing import describe_machine  # noqa: E402 # the benchmarks'
+from timing import describe_machine  # the benchmarks'
 
 HERE = Path(__file__).resolve().parent
 RATIOS = (0.2, 0.25, 0.33, 0.5)
