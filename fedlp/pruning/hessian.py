@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlp.errors import CalibrationError
 
+_RANK_TOLERANCE = 1e-9  # eigenvalues below this fraction of the largest count as zero, in an error message
 _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
 
 
@@ -135,8 +136,9 @@ def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) or not bool((factor.diagonal() > 0).all()):
-        rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), hermitian=True))
+    too_few = damping == 0.0 and count < size  # rounding may hide it from the factorisation
+    if too_few or int(info):
+        rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), rtol=_RANK_TOLERANCE, hermitian=True))
         raise CalibrationError(
             f"layer {layer}: the Hessian of its {size} inputs has rank {rank}, from {count} calibration vectors; "
             f"give at least {size} independent ones (calibration.examples), or damp it (pruner.damping=0.01)"
