@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedlp.allocation.search import Plan
+from fedlp.errors import ConfigError, one_line
 from fedlp.pruning.stitching import Stitcher
 
 _STITCHER: Stitcher | None = None  # what worker processes inherit
@@ -29,7 +30,10 @@ class Fitness:
         self._known: dict[str, float] = {}
         if file.exists():
             *whole, torn = file.read_text(encoding="utf-8").split("\n")  # what was being written when it stopped
-            self._known = {entry["key"]: entry["fitness"] for entry in map(json.loads, whole)}
+            try:
+                self._known = {entry["key"]: float(entry["fitness"]) for entry in map(json.loads, whole)}
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{file} is damaged ({one_line(error)}); remove it to search anew") from error
             if torn:
                 file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
         self._pool = multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,))

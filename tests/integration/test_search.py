@@ -47,6 +47,11 @@ def test_workers_and_interruptions_do_not_change_a_search(language_model: Path, 
     )
 
 
+def test_a_damaged_log_is_one_line(language_model: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "search.jsonl").write_text("{}\n")
+    assert_refused(call(*arguments(language_model, tmp_path), main=cli.search_main), r"search\.jsonl is damaged")
+
+
 def test_the_space_that_dsa_published_is_one_config_of_it(language_model: Path, tmp_path: Path, call: Call) -> None:
     more = ("search.space=chains", "search.modes=[evolution]", "search.workers=1")
     code, _, errors = call(*arguments(language_model, tmp_path, *more), main=cli.search_main)
