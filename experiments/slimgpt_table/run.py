@@ -32,7 +32,7 @@ from tables import write_results
 from torch import Tensor, nn
 
 from fedlp import oneshot
-from fedlp.allocation import allocator
+from fedlp.allocating import Allocator
 from fedlp.config import compose_prune
 from fedlp.models import forward_logits
 from fedlp.models.language import import_transformers
@@ -179,33 +179,13 @@ class Allocations:
     """Units kept by each allocator at each ratio; what they measure is measured once."""
 
     def __init__(self, case: Case) -> None:
-        self._case, self._footprint = case, Footprint(case.model, case.spec)
-        self._tables: Any = None
-        self._scores: Any = None
-
-    def limit(self, ratio: float) -> float:
-        """Return how many parameters may stay."""
-        whole = self._footprint.count({})
-        return whole - ratio * (whole - self._footprint.count({layer.name: 0 for layer in self._case.layers}))
+        measuring = Method(fisher=True, keeps_batch_norm=True)
+        pruner = Pruner(case.model, case.spec, case.layers, case.data, measuring)
+        self._allocator = Allocator(pruner, Footprint(case.model, case.spec).count)
 
     def __call__(self, rule: str, ratio: float, num_added: int) -> dict[str, int]:
         """Return the units kept of each layer, with room for ``num_added`` parameters that the method adds."""
-        case, limit = self._case, self.limit(ratio) - num_added
-        cost = self._footprint.count
-        if rule == "dp":
-            if self._tables is None:
-                measure = Pruner(
-                    case.model, case.spec, case.layers, case.data, Method(fisher=True, keeps_batch_norm=True)
-                )
-                predicted = measure.measure if case.is_language else measure.measure_divergence
-                self._tables = {name: getattr(table, "losses", table) for name, table in predicted().items()}
-            return allocator.allocate_by_curves(case.layers, self._tables, cost, limit)
-        if rule == "flap":
-            if self._scores is None:
-                pruner = Pruner(case.model, case.spec, case.layers, case.data, Method("flap"))
-                self._scores = {name: scores.numpy() for name, scores in pruner.scores().items()}
-            return allocator.allocate_pooled(case.layers, self._scores, cost, limit)
-        return allocator.allocate_by_depth(case.layers, rule, ratio, cost, limit)
+        return self._allocator.by_rule(rule, self._allocator.limit(ratio) - num_added)
 
 
 def prune_all(case: Case, wanted: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
