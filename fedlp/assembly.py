@@ -16,18 +16,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlp import federated_oneshot
 from fedlp.allocation.fleet import fleet_budgets
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
 from fedlp.errors import CheckpointError, ConfigError
+from fedlp.federated_oneshot import serve_oneshot
 from fedlp.federation import messages
-from fedlp.federation.budgets import fit_submodels, submodel_costs
+from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.policies import Policy, build_policy, fit_policy
+from fedlp.federation.pruned_slices import PrunedSlices
 from fedlp.federation.run_directory import RunDirectory
 from fedlp.federation.server_app import Grid, make_server_app
 from fedlp.federation.strategy import FedLPStrategy, Observer
@@ -37,7 +40,7 @@ from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.training import count_cores
-from fedlp.types import SubModel
+from fedlp.types import Budget, SubModel
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Plan:
 
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
+        if self.config.strategy.name == "oneshot":
+            return federated_oneshot.expected_costs(self.config, self.submodels)
         cases = self.policy.cases(range(self.config.num_clients))
-        return expected_costs(cases, self.submodels, self.costs, self.initial_params())
+        encoding = self.config.strategy.encoding
+        return expected_costs(cases, self.submodels, self.costs, self.initial_params(), encoding)
 
 
 @lru_cache(maxsize=4)
@@ -68,9 +74,14 @@ def make_plan(cfg: str) -> Plan:
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
     submodels = SubModels(spec)
     costs = Costs(submodels)
-    policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
-    if config.fleet.fractions or config.fleet.devices:
-        policy = _fit_to_fleet(policy, config, submodels, costs)
+    if config.strategy.name == "oneshot":
+        config = replace(config, num_rounds=federated_oneshot.count_lines(config, submodels))
+    if config.strategy.name == "fedlp":
+        policy: Policy = _prune_to_fleet(config, submodels, costs)
+    else:
+        policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
+        if config.fleet.fractions or config.fleet.devices:
+            policy = _fit_to_fleet(policy, config, submodels, costs)
     return Plan(config, info, submodels, policy, costs)
 
 
@@ -82,6 +93,15 @@ def _fit_to_fleet(policy: Policy, config: RunConfig, submodels: SubModels, costs
 
     budgets = fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel()))
     return fit_policy(policy, lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name))
+
+
+def _prune_to_fleet(config: RunConfig, submodels: SubModels, costs: Costs) -> Policy:
+    """Return the policy in which each client gets and sends as many units as its budget holds."""
+    budgets: tuple[Budget | None, ...] = (None,) * config.num_clients
+    if config.fleet.fractions or config.fleet.devices:
+        whole = submodel_costs(SubModel(), submodels, costs, config.local)
+        budgets = fleet_budgets(config.fleet, config.num_clients, config.seed, whole)
+    return PrunedSlices(config, submodels, layer_costs(submodels, config.local, config.strategy.encoding), budgets)
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +119,8 @@ def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
     config = plan.config
     data, parts = load_parts(cfg)
     keeps_heads = config.strategy.name == "fedlp_hetero" and config.strategy.persist_heads
-    store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps_heads else None
+    keeps = keeps_heads or config.strategy.error_feedback
+    store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps else None
     return ClientRuntime(config, plan.info, plan.submodels, Shards(data.train, parts), data.test, store)
 
 
@@ -109,6 +130,8 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     directory = RunDirectory(out)
     runtime = make_runtime(cfg, str(directory.clients))  # where data is missing, nothing has been written yet
+    if config.strategy.name == "oneshot":
+        return serve_oneshot(grid, config, plan.submodels, load_parts(cfg)[0], directory, observers)
     state = directory.resume() if plan.config.resume else None
     if state is None:
         directory.begin(to_yaml(config))
@@ -143,6 +166,8 @@ def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict
     config = plan.config
     runtime = make_runtime(cfg, str(RunDirectory(out).clients))  # before the fork, so that workers share it
     size = sum(tensor.numel() * tensor.element_size() for tensor in plan.initial_params().values())
+    if config.strategy.name == "oneshot":
+        size = max(size, federated_oneshot.largest_message(config, plan.submodels))
     workers = config.simulation.workers or count_cores()
     with LocalGrid(
         lambda: client_app,
@@ -172,7 +197,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     if done > config.num_rounds:
         raise ConfigError(f"num_rounds={config.num_rounds}, but the run in {out} has done {done}; give a larger number")
     _plot_partition(cfg, out)
-    progress = Progress(config.num_rounds, label(to_plain(config)), done)
+    progress = Progress(make_plan(cfg).config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)

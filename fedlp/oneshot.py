@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlp.allocating import DEPTH_RULES, Allocator
 from fedlp.allocation.budget import Cost
-from fedlp.config import PruneConfig, PrunerConfig, from_yaml, to_plain, to_yaml
+from fedlp.calibrating import batch_calibration, make_method, whole_examples
+from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
 from fedlp.finetuning import finetune
@@ -29,7 +30,7 @@ from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Prune
 from fedlp.pruning.units import find_layers
 from fedlp.report.pruning import draw_layers
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.training import evaluate_sums, metrics_from_sums, one_thread, prepare_inputs
+from fedlp.training import evaluate_sums, metrics_from_sums, one_thread
 from fedlp.types import PrunableLayer
 
 
@@ -59,18 +60,18 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     with one_thread():
         subject = load_subject(config)
-        before = _evaluate(subject.model, subject, config)
+        before = evaluate(subject.model, subject, config)
         calibration = draw_calibration(config, subject)
         method = make_method(config.pruner)
         pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
         kept = allocate(config, subject, calibration, pruner)
         pruned = pruner.prune(kept, _show_progress(subject.layers))
         finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
-        after = _evaluate(pruned.model, subject, config)
+        after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
-        _save(pruned, subject, config, out / "model")
-        report = _report(config, subject, pruned, before, after) | {
+        save_pruned(pruned, subject, config, out / "model")
+        report = make_report(config, subject, pruned, before, after) | {
             "wall_time_s": time.monotonic() - started,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -122,9 +123,7 @@ def _load_run(model: nn.Module, path: Path) -> None:
 
 def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
     """Return random training examples, prepared; of text only windows without padding."""
-    train = subject.data.train
-    if subject.info.task == "language":
-        train = train.select((train.inputs >= 0).all(dim=1).nonzero().flatten().numpy())
+    train = whole_examples(subject.data.train, subject.info)
     wanted = config.calibration.examples
     if wanted > len(train):
         raise DataError(
@@ -132,29 +131,8 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
             "give more data"
         )
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
-    device = torch.device(config.device)
-    batches: list[Tensor] = []
-    labels: list[Tensor] = []
-    for start in range(0, wanted, config.calibration.batch_size):
-        stop = start + config.calibration.batch_size
-        raw = chosen.inputs[start:stop]
-        batches.append(prepare_inputs(raw, subject.info, device))
-        is_text = subject.info.task == "language"
-        labels.append((raw[:, 1:].flatten() if is_text else chosen.targets[start:stop]).to(device))
-    return Calibration(batches, labels, torch_seed(config.seed, Stream.CALIBRATION, 1))
-
-
-def make_method(pruner: PrunerConfig) -> Method:
-    """Return the pruning method of a config."""
-    return Method(
-        score=pruner.name,  # type: ignore[arg-type] # validated
-        recovery=pruner.recovery,  # type: ignore[arg-type] # validated
-        centred=pruner.centred,
-        correction=pruner.correction,
-        fisher=pruner.fisher,
-        damping=pruner.damping,
-        keeps_batch_norm=pruner.keeps_batch_norm,
-    )
+    seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
+    return batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
 
 
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
@@ -162,7 +140,7 @@ def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pr
     cost, limit = _target(config, subject, pruner)
     measuring = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
     settings = config.allocator
-    needs_fisher = settings.name not in DEPTH_RULES
+    needs_fisher = settings.name not in (*DEPTH_RULES, "plan")
     method = measuring if needs_fisher else Method()
     able = Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost)
     if settings.name == "plan":
@@ -207,14 +185,16 @@ def _show_progress(layers: tuple[PrunableLayer, ...]) -> Callable[[LayerReport],
     return show
 
 
-def _evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:
+def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:
+    """Return a model's metrics on the test examples; nothing where the config does not want them."""
     if not config.evaluate:
         return {}
     sums = evaluate_sums(model, subject.data.test, subject.info, config.eval_batch_size)
     return metrics_from_sums(sums, subject.info.task)
 
 
-def _save(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
+def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
+    """Write a pruned model so that its own ecosystem loads it, and as ONNX where the config asks for that."""
     if subject.info.task == "language":
         tokenizer = config.dataset.tokenizer
         save_language_model(pruned.model, folder, None if tokenizer == "bytes" else tokenizer)
@@ -224,9 +204,10 @@ def _save(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -
         export_onnx(pruned.model, subject.spec.example_inputs(1), folder / "model.onnx")
 
 
-def _report(
+def make_report(
     config: PruneConfig, subject: Subject, pruned: Pruned, before: dict[str, float], after: dict[str, float]
 ) -> dict[str, Any]:
+    """Return what ``prune.json`` says of a pruned model, but for time and memory."""
     inputs = subject.spec.example_inputs(1)
     return {
         "method": config.pruner.name,

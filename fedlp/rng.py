@@ -29,6 +29,8 @@ class Stream(IntEnum):
     FINETUNE = 12
     FLEET = 13
     SEARCH = 14
+    UNITS = 15
+    ENCODING = 16
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,6 +145,7 @@ def train_locally(
     config: LocalConfig,
     rng: np.random.Generator,
     nested: Sequence[StepModel] = (),
+    frozen: Collection[str] = (),
 ) -> TrainResult:
     """Train ``model`` in place on one client's examples.
 
@@ -154,17 +155,34 @@ def train_locally(
         Orders the batches and seeds torch's generators (dropout); the result depends on nothing else.
     nested : sequence of StepModel
         Nested sub-models of which each step trains one, drawn uniformly; none for plain training.
+    frozen : collection of str
+        Parameters that stay as they are: neither gradients nor momentum nor weight decay move them. The backward pass
+        ends where all that lies before is frozen (but for nested sub-models, which compute all gradients). Running
+        statistics of frozen BatchNorms move on all the same: they are buffers, whose names here do nothing, nor do
+        names that the model does not have.
 
     Returns
     -------
     TrainResult
         The loss is the mean over the last epoch's batches, weighted by their sizes.
     """
+    with _frozen(model, frozenset(frozen)) as trained:
+        return _train(model, trained, examples, info, config, rng, nested)
+
+
+def _train(
+    model: nn.Module,
+    trained: Sequence[nn.Parameter],
+    examples: Examples,
+    info: DataInfo,
+    config: LocalConfig,
+    rng: np.random.Generator,
+    nested: Sequence[StepModel],
+) -> TrainResult:
     device = next(model.parameters()).device
     seed_torch(int(rng.integers(2**63 - 1)), device)
     model.train()
-    trained = list(model.parameters())
-    optimizer = make_optimizer(trained, config)
+    optimizer = make_optimizer(trained, config) if trained else None
     losses: list[Tensor] = []
     sizes: list[int] = []
     for index in draw_batches(len(examples), config, rng):
@@ -177,17 +195,33 @@ def train_locally(
         stepped = model if step is None else step.pull().train()
         logits = forward_logits(stepped, prepare_inputs(raw, info, device))
         loss = mean_loss(logits, raw, examples.targets.index_select(0, index), info)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
         if step is not None:
             step.push()
-        if config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
+        if optimizer is not None:
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
         losses.append(loss.detach())
         sizes.append(len(index))
     num_batches = len(losses) // config.epochs
     last, weights = torch.stack(losses[-num_batches:]).tolist(), sizes[-num_batches:]
     return TrainResult(sum(sizes), sum(map(operator.mul, last, weights)) / sum(weights))
+
+
+@contextmanager
+def _frozen(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
+    """Let parameters need no gradients for a while; give all others."""
+    chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
+    needed = [parameter for parameter in chosen.values() if parameter.requires_grad]
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        yield [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
 
 
 @torch.inference_mode()

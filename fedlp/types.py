@@ -124,6 +124,14 @@ class Keep:
         parts = [np.arange(start, stop, dtype=np.int64) for start, stop in self.runs]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def within(self, outer: Keep) -> Keep:
+        """Return the same choice as positions among those of ``outer``, which must hold all of it."""
+        if outer.is_full:
+            return self
+        if self.is_full or not np.isin(self.indices(), outer.indices()).all():
+            raise ValueError(f"{self.count} indices are not all among the {outer.count} of {outer.size}")
+        return Keep.from_indices(np.searchsorted(outer.indices(), self.indices()), outer.count)
+
     def repeat(self, unit: int) -> Keep:
         """Return the same choice on an axis in which each index stands for ``unit`` consecutive entries."""
         return Keep(self.size * unit, tuple((start * unit, stop * unit) for start, stop in self.runs))
@@ -201,6 +209,12 @@ class TrainInstruction:
         The shared tensors of the client's sub-model, already sliced.
     uploads : frozenset of str
         Names of the tensors that the client sends back.
+    kept : mapping from axis name to int
+        How many units of each axis the client sends, which it chooses itself; all it has of an axis that is absent.
+    returned : mapping from axis name to Keep
+        The units that the client sends where the server has chosen them; of the global axis.
+    scored : bool
+        Whether the client also sends scores of the units that it holds.
     """
 
     server_round: int
@@ -208,17 +222,30 @@ class TrainInstruction:
     params: Mapping[str, Tensor]
     submodel: SubModel
     uploads: frozenset[str]
+    kept: Mapping[str, int] = field(default_factory=dict)
+    returned: Mapping[str, Keep] = field(default_factory=dict)
+    scored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """What one client returns: exactly the tensors it was asked for, sliced as its sub-model is."""
+    """What one client returns: exactly the tensors it was asked for, sliced to the units it sends.
+
+    Attributes
+    ----------
+    widths : mapping from axis name to Keep
+        The units of the global model that it returns; those of its sub-model where it was not asked to choose.
+    scores : mapping from axis name to (units,)
+        Saliency of every unit that it holds, >= 0; empty where it was not asked.
+    """
 
     server_round: int
     client_id: int
     num_examples: int
     params: Mapping[str, Tensor]
     metrics: Mapping[str, float]
+    widths: Mapping[str, Keep] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

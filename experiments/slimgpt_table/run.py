@@ -41,7 +41,7 @@ from fedlp.pruning.groups import WidthSpec, trace_widths
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.units import find_layers
 from fedlp.rng import Stream, generator
-from fedlp.training import one_thread
+from fedlp.training import one_thread, prepare_inputs
 from fedlp.types import PrunableLayer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -147,7 +147,7 @@ def classifier_case(name: str, data: Path, cifar: Path, seed: int) -> Case:
     )
     subject = oneshot.load_subject(config)
     test = subject.data.test.select(np.arange(NUM_TEST_IMAGES))
-    inputs = oneshot.prepare_inputs(test.inputs, subject.info, torch.device("cpu"))
+    inputs = prepare_inputs(test.inputs, subject.info, torch.device("cpu"))
     calibration = oneshot.draw_calibration(config, subject)
     tests = {"cifar10": (inputs, test.targets)}
     return Case(subject.model, subject.widths, subject.layers, calibration, tests, False)
@@ -182,6 +182,7 @@ class Allocations:
         measuring = Method(fisher=True, keeps_batch_norm=True)
         pruner = Pruner(case.model, case.spec, case.layers, case.data, measuring)
         self._allocator = Allocator(pruner, Footprint(case.model, case.spec).count)
+        self.limit = self._allocator.limit
 
     def __call__(self, rule: str, ratio: float, num_added: int) -> dict[str, int]:
         """Return the units kept of each layer, with room for ``num_added`` parameters that the method adds."""

@@ -98,9 +98,17 @@ def round_client(
     client_id: int = 0,
     table: LatencyTable | None = None,
     bounds: Bounds | None = None,
+    multiple: int = 1,
 ) -> dict[str, int]:
-    """Return the whole units of each layer: all limits hold, and no layer could keep one more; errors as above."""
-    box = make_box(layers, costs, bounds)
+    """Return the whole units of each layer: all limits hold, and no layer could keep one more; errors as above.
+
+    Parameters
+    ----------
+    multiple : int
+        Layers with at least twice as many units keep a multiple of it, or all units; any count where the bounds or
+        the limits leave neither. Then no layer could keep ``multiple`` more.
+    """
+    box = make_box(layers, costs, bounds, multiple)
     limits = _client_limits(box, costs, budget, client_id, table)[None]
     row = _shape_row(layers, sparsity, f"client {client_id}: ")[None]
     kept = refill(box, (1.0 - row) * box.units, costs, limits)
@@ -118,6 +126,7 @@ def solve_fleet(
     tables: Sequence[LatencyTable | None] | None = None,
     bounds: Bounds | None = None,
     reference: float | None = None,
+    multiple: int = 1,
 ) -> FleetPlan:
     """Return what each client keeps, as :func:`solve_client` and :func:`round_client` find it, all at once.
 
@@ -129,6 +138,8 @@ def solve_fleet(
         A function is called once: with ``reference``, or else with the mean over clients of what uniform pruning needs.
     tables : sequence of LatencyTable or None
         One per client; that of ``costs`` where absent.
+    multiple : int
+        Of which layers keep a multiple, where that can be; see :func:`round_client`.
 
     Raises
     ------
@@ -138,7 +149,7 @@ def solve_fleet(
     """
     ids = tuple(client_ids) if client_ids is not None else tuple(range(len(budgets)))
     own = tuple(tables) if tables is not None else (None,) * len(budgets)
-    box = make_box(layers, costs, bounds)
+    box = make_box(layers, costs, bounds, multiple)
     common = _shape_row(layers, shapes, "") if isinstance(shapes, Mapping) else None
     each = () if isinstance(shapes, Mapping) else shapes
     rows: list[int] = []

@@ -114,19 +114,22 @@ class CostModel:
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return found.reshape(*kept.shape[:-1], len(COSTS))
 
-    def grown(self, kept: Array) -> Array:
-        """Return the costs, (n, len(COSTS), layers), with one more unit of each layer in turn; ``kept``, (n, layers).
+    def grown(self, kept: Array, steps: Array) -> Array:
+        """Return the costs, (n, len(COSTS), layers), with so many more units of each layer in turn.
 
-        At least one unit of every layer must be kept.
+        Parameters
+        ----------
+        kept, steps : (n, layers)
+            Units kept, at least one of every layer, and units more.
         """
         step = max(1, _CHUNK // (len(COSTS) * len(self.factors)))
         found = np.empty((len(kept), len(COSTS), len(self.layers)))
         for start in range(0, len(kept), step):
-            part = kept[start : start + step]
+            part, more_units = kept[start : start + step], steps[start : start + step]
             shares = self._monomials(part)[:, None, :] * self.coefficients
             total = shares.sum(axis=-1, keepdims=True)
             more = [
-                (((part + 1.0) / part) ** power - 1.0)[:, None, :] * (shares @ which)
+                (((part + more_units) / part) ** power - 1.0)[:, None, :] * (shares @ which)
                 for power, which in self._incidence.items()
             ]
             found[start : start + step] = total + sum(more)

@@ -23,25 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.schema import (
+    AllocatorConfig,
+    CalibrationConfig,
     DatasetConfig,
     DeviceConfig,
     FleetConfig,
     LocalConfig,
     ModelConfig,
     PartitionConfig,
+    PrunerConfig,
     RunConfig,
     SimulationConfig,
     StrategyConfig,
 )
-from fedlp.config.tools import (
-    AllocatorConfig,
-    CalibrationConfig,
-    FinetuneConfig,
-    ProfileConfig,
-    PruneConfig,
-    PrunerConfig,
-    SearchConfig,
-)
+from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 

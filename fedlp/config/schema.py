@@ -75,11 +75,56 @@ class StrategyConfig:
     persist_heads: bool = True  # fedlp_hetero: keep personal heads between rounds
     widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
     width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
+    sparsity: float = 0.0  # fedlp, oneshot: fraction of the prunable units' parameters that is left out, in [0, 1)
+    masks: str = "client"  # fedlp: who chooses the units that are sent: each "client", or the "server", nested
+    criterion: str = "weights"  # fedlp: what must not be lost: the client's "weights", or its "update" of them
+    compensate: bool = False  # fedlp: send weights that make up for the units left out
+    refresh_every: int = 1  # fedlp: rounds between fresh scores of units; in between the last choice stays
+    warmup_rounds: int = 0  # fedlp: first rounds in which whoever can sends everything it holds
+    ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity rises to its full value
+    regrow: float = 0.0  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1]
+    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row)
+    values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
+    error_feedback: bool = False  # deltas: clients add what they could not send last time
+    skip_backward: bool = False  # leading layers that are not sent are not trained
     server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
     server_lr: float = 1.0
     server_momentum: float = 0.9  # momentum; adam: beta1
     server_beta2: float = 0.99  # adam
     server_epsilon: float = 1e-3  # adam
+
+
+@dataclass
+class PrunerConfig:
+    """How units are chosen, and how the other weights make up for them; see ``conf/pruner``."""
+
+    name: str = MISSING
+    recovery: str = MISSING  # "least_squares", "bias" (of the removed means) or "none"
+    centred: bool = True  # least_squares: fit with a bias
+    correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
+    fisher: bool = False  # obs: weigh outputs by their Fisher information
+    damping: float | None = (
+        None  # of the Hessian, a fraction of its mean diagonal; least that rounding asks for if null
+    )
+    keeps_batch_norm: bool = False  # classifiers: shift batch norms by what recovery adds, or estimate them anew
+    shared: bool = False  # classifiers: also channels that several layers read, such as residual streams
+
+
+@dataclass
+class AllocatorConfig:
+    """How sparsity is spread over layers; see ``conf/allocator``."""
+
+    name: str = MISSING
+    path: str | None = None  # plan: a YAML or JSON file, layer name -> sparsity; dsa: what fedlp-search wrote
+    amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
+
+
+@dataclass
+class CalibrationConfig:
+    """What pruning may look at, of the training examples."""
+
+    examples: int = 256
+    batch_size: int = 32
 
 
 @dataclass
@@ -152,3 +197,6 @@ class RunConfig:
     local: LocalConfig = field(default_factory=LocalConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -6,40 +6,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from fedlp.config.schema import DatasetConfig, LocalConfig, ModelConfig
-
-
-@dataclass
-class PrunerConfig:
-    """How units are chosen, and how the other weights make up for them; see ``conf/pruner``."""
-
-    name: str = MISSING
-    recovery: str = MISSING  # "least_squares", "bias" (of the removed means) or "none"
-    centred: bool = True  # least_squares: fit with a bias
-    correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
-    fisher: bool = False  # obs: weigh outputs by their Fisher information
-    damping: float | None = (
-        None  # of the Hessian, a fraction of its mean diagonal; least that rounding asks for if null
-    )
-    keeps_batch_norm: bool = False  # classifiers: shift batch norms by what recovery adds, or estimate them anew
-    shared: bool = False  # classifiers: also channels that several layers read, such as residual streams
-
-
-@dataclass
-class AllocatorConfig:
-    """How sparsity is spread over layers; see ``conf/allocator``."""
-
-    name: str = MISSING
-    path: str | None = None  # plan: a YAML or JSON file, layer name -> sparsity; dsa: what fedlp-search wrote
-    amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
-
-
-@dataclass
-class CalibrationConfig:
-    """What pruning may look at, of the training examples."""
-
-    examples: int = 256
-    batch_size: int = 32
+from fedlp.config.schema import (
+    AllocatorConfig,
+    CalibrationConfig,
+    DatasetConfig,
+    LocalConfig,
+    ModelConfig,
+    PrunerConfig,
+)
 
 
 @dataclass

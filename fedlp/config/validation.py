@@ -6,15 +6,20 @@ import math
 import re
 
 from fedlp.config.schema import (
+    AllocatorConfig,
+    CalibrationConfig,
     FleetConfig,
     LocalConfig,
     ModelConfig,
+    PrunerConfig,
     RunConfig,
     StrategyConfig,
 )
 from fedlp.config.tools import ProfileConfig, PruneConfig, SearchConfig
 from fedlp.errors import ConfigError
 
+ONESHOT_RULES = ("uniform", "depth_line", "log_depth", "plan")
+FEDERATED_RULES = ("uniform", "depth_line", "log_depth", "flap", "dp")
 _RULES = ("uniform", "depth_line", "log_depth", "owl", "alphapruning", "dlp", "flap", "erk", "dp", "dsa", "plan")
 
 
@@ -40,6 +45,8 @@ def validate(config: RunConfig) -> None:
     _validate_strategy(config.strategy, config.num_clients)
     _validate_local(config.local)
     _validate_fleet(config.fleet)
+    _validate_pruning(config.pruner, config.allocator, config.calibration)
+    _validate_uploads(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     if simulation.workers is not None:
@@ -63,7 +70,17 @@ def validate_prune(config: PruneConfig) -> None:
     _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
     _require(config.eval_batch_size >= 1, "eval_batch_size", config.eval_batch_size, "at least 1")
     _validate_model(config.model)
-    pruner, allocator = config.pruner, config.allocator
+    _validate_pruning(config.pruner, config.allocator, config.calibration)
+    finetune = config.finetune
+    _choice("finetune.name", finetune.name, ("none", "lora", "full"))
+    for name in ("epochs", "batch_size", "rank"):
+        _require(getattr(finetune, name) >= 1, f"finetune.{name}", getattr(finetune, name), "at least 1")
+    for name in ("lr", "alpha"):
+        size = getattr(finetune, name)
+        _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
+
+
+def _validate_pruning(pruner: PrunerConfig, allocator: AllocatorConfig, calibration: CalibrationConfig) -> None:
     _choice("pruner.name", pruner.name, ("obs", "slimgpt", "magnitude", "wanda", "flap", "taylor", "random"))
     _choice("pruner.recovery", pruner.recovery, ("least_squares", "bias", "none"))
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
@@ -76,18 +93,11 @@ def validate_prune(config: PruneConfig) -> None:
         _require(0 <= allocator.amplitude <= 2, "allocator.amplitude", allocator.amplitude, "in [0, 2], or null")
     for name in ("examples", "batch_size"):
         _require(
-            getattr(config.calibration, name) >= 1,
+            getattr(calibration, name) >= 1,
             f"calibration.{name}",
-            getattr(config.calibration, name),
+            getattr(calibration, name),
             "at least 1",
         )
-    finetune = config.finetune
-    _choice("finetune.name", finetune.name, ("none", "lora", "full"))
-    for name in ("epochs", "batch_size", "rank"):
-        _require(getattr(finetune, name) >= 1, f"finetune.{name}", getattr(finetune, name), "at least 1")
-    for name in ("lr", "alpha"):
-        size = getattr(finetune, name)
-        _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
 
 
 def validate_profile(config: ProfileConfig) -> None:
@@ -192,6 +202,55 @@ def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:
     for name in ("server_momentum", "server_beta2"):
         _require(0 <= getattr(strategy, name) < 1, f"strategy.{name}", getattr(strategy, name), "in [0, 1)")
     _require(strategy.server_epsilon > 0, "strategy.server_epsilon", strategy.server_epsilon, "above 0")
+
+
+def _validate_uploads(config: RunConfig) -> None:
+    """Check what clients send, and what goes with what."""
+    strategy = config.strategy
+    _require(0 <= strategy.sparsity < 1, "strategy.sparsity", strategy.sparsity, "in [0, 1)")
+    _choice("strategy.masks", strategy.masks, ("client", "server"))
+    _choice("strategy.criterion", strategy.criterion, ("weights", "update"))
+    encodings = ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8")
+    _choice("strategy.encoding", strategy.encoding, encodings)
+    _choice("strategy.values", strategy.values, ("weights", "deltas"))
+    _require(strategy.refresh_every >= 1, "strategy.refresh_every", strategy.refresh_every, "at least 1")
+    for name in ("warmup_rounds", "ramp_rounds"):
+        _require(getattr(strategy, name) >= 0, f"strategy.{name}", getattr(strategy, name), "at least 0")
+    _require(0 <= strategy.regrow <= 1, "strategy.regrow", strategy.regrow, "in [0, 1]")
+    if strategy.error_feedback and strategy.values != "deltas":
+        raise ConfigError(
+            "strategy.error_feedback=true needs strategy.values=deltas: only differences can be caught up"
+        )
+    if strategy.compensate and (strategy.masks == "server" or config.pruner.recovery != "least_squares"):
+        raise ConfigError(
+            "strategy.compensate=true needs strategy.masks=client and a pruner that refits (pruner=obs or slimgpt)"
+        )
+    if strategy.name == "oneshot":
+        _validate_oneshot(config)
+    if strategy.name != "fedlp":
+        return
+    if config.allocator.name not in FEDERATED_RULES:
+        raise ConfigError(
+            f"allocator={config.allocator.name} needs data, which the server of a federated run has not; choose one of "
+            + ", ".join(FEDERATED_RULES)
+        )
+
+
+def _validate_oneshot(config: RunConfig) -> None:
+    """Check what federated one-shot pruning cannot do."""
+    strategy = config.strategy
+    _require(strategy.sparsity > 0, "strategy.sparsity", strategy.sparsity, "in (0, 1)")
+    if config.resume is not None:
+        raise ConfigError("a run of strategy=oneshot cannot be resumed: start it anew in another hydra.run.dir")
+    if config.fleet.fractions or config.fleet.devices:
+        raise ConfigError(f"fleet={config.fleet.name} does not go with strategy=oneshot: all clients get one model")
+    if strategy.masks == "server" and config.pruner.name == "taylor":
+        raise ConfigError("pruner=taylor needs gradients, which clients do not send; choose another, or masks=client")
+    if config.allocator.name not in ONESHOT_RULES:
+        raise ConfigError(
+            f"allocator={config.allocator.name} needs data, which the server has not; strategy=oneshot takes "
+            + ", ".join(ONESHOT_RULES)
+        )
 
 
 def _is_number(value: object) -> bool:

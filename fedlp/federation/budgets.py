@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fedlp.allocation.costs import given_limits
+from fedlp.allocation.costs import CostModel, given_limits, make_costs
 from fedlp.config import LocalConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.pruning.activations import activation_footprint
+from fedlp.pruning.footprint import Footprint, macs_footprint
 from fedlp.pruning.groups import WidthSpec
 from fedlp.types import Budget, SubModel
+
+_NUMBER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
 
 SubModelCosts = Mapping[str, float]  # by the limits' names in ``Budget``
 _BYTES = 4
@@ -21,7 +24,7 @@ _COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gr
 def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig) -> dict[str, float]:
     """Return what a client needs for one sub-model: numbers, forward MACs, bytes in training and of an upload."""
     params = submodels.layout(submodel).num_params()
-    optimizer = "adam" if local.optimizer == "adam" else "momentum" if local.momentum else "sgd"
+    optimizer = optimizer_kind(local)
     model = costs.model(submodel)
     trained = sum(parameter.numel() for parameter in model.parameters())  # a personal head is trained, and stays
     activations = activation_footprint(model, WidthSpec({}, {}), submodels.spec.example_inputs(1)).count({})
@@ -31,6 +34,25 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
         "memory_bytes": float(_BYTES * _COPIES[optimizer] * trained) + local.batch_size * activations,
         "upload_bytes": float(_BYTES * params),
     }
+
+
+def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> CostModel:
+    """Return what any choice of units of the prunable layers costs a client."""
+    model, inputs, axes = submodels.skeleton(), submodels.spec.example_inputs(1), [x.name for x in submodels.layers]
+    return make_costs(
+        submodels.layers,
+        Footprint(model, submodels.widths).terms(axes),
+        macs_footprint(model, submodels.widths, inputs).terms(axes),
+        activation_footprint(model, submodels.widths, inputs).terms(axes),
+        local.batch_size,
+        optimizer_kind(local),
+        upload_bytes_per_number=_NUMBER_BYTES[encoding],
+    )
+
+
+def optimizer_kind(local: LocalConfig) -> str:
+    """Return what decides how much an optimiser keeps: "sgd", "momentum" or "adam"."""
+    return "adam" if local.optimizer == "adam" else "momentum" if local.momentum else "sgd"
 
 
 def fit_submodels(

@@ -1,6 +1,7 @@
 """Checkpoints: exactly the state that outlives a round, written atomically; the previous one is kept.
 
-A checkpoint is ``round-N.safetensors`` (model and server optimiser) and ``round-N.json`` (its SHA-256), written last. A
+A checkpoint is ``round-N.safetensors`` (model, server optimiser and what the policy
+remembers) and ``round-N.json`` (its SHA-256), written last. A
 folder without a matching pair holds nothing that counts.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from fedlp.errors import CheckpointError
 
 _NAME = re.compile(r"round-(\d+)\.json")
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _MEMORY = "model.", "optimizer.", "memory."
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class ServerState:
     server_round: int
     params: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # the policy's
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -38,6 +40,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_MODEL + name: tensor.contiguous() for name, tensor in state.params.items()}
     tensors |= {_OPTIMIZER + name: tensor.contiguous() for name, tensor in state.optimizer.items()}
+    tensors |= {_MEMORY + name: tensor.contiguous() for name, tensor in state.memory.items()}
     data = save(tensors)
     stem = f"round-{state.server_round:06d}"
     write_atomically(folder / f"{stem}.safetensors", data)
@@ -69,11 +72,11 @@ def load_checkpoint(folder: Path) -> ServerState | None:
         tensors = load(data)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {stem} cannot be read ({error}); {remedy}") from error
-    return ServerState(
-        server_round=rounds[-1],
-        params={name.removeprefix(_MODEL): t for name, t in tensors.items() if name.startswith(_MODEL)},
-        optimizer={name.removeprefix(_OPTIMIZER): t for name, t in tensors.items() if name.startswith(_OPTIMIZER)},
-    )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    return ServerState(rounds[-1], part(_MODEL), part(_OPTIMIZER), part(_MEMORY))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
-from fedlp.federation import messages
+from fedlp.federation import messages, pooling_messages
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.nested import NestedWidth, nested_counts
+from fedlp.federation.pooling_client import PoolingClient
 from fedlp.federation.server_app import read_settings
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.uploads import Uploads
 from fedlp.models import state_tensors
 from fedlp.pruning.groups import cut_model
 from fedlp.rng import Stream, generator
@@ -56,7 +59,7 @@ class ClientRuntime:
     shards : Shards
         The training examples of each client.
     store : ClientStore or None
-        Where personal heads live between rounds; None starts every round from the client's first head.
+        Where personal heads and what could not be sent live between rounds; None forgets both.
     """
 
     def __init__(
@@ -75,7 +78,13 @@ class ClientRuntime:
         self.test = test
         self.store = store
         self.device = torch.device(config.device)
+        self._uploads = Uploads(config, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+
+    @cached_property
+    def pooling(self) -> PoolingClient:
+        """What answers the questions of one-shot pruning."""
+        return PoolingClient(self.config, self.info, self.submodels, self.shards.of)
 
     def profile(self, client_id: int) -> ClientProfile:
         """Return what the client says of itself."""
@@ -91,12 +100,18 @@ class ClientRuntime:
             model, examples, self.info, self.config.local, rng, self._nested(instruction.submodel, model)
         )
         self._save_personal(instruction, state)
+        metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
+        if self._uploads.is_plain:
+            sent = {name: tensor for name, tensor in state.items() if name in instruction.uploads}
+            return ClientUpdate(server_round, client_id, len(examples), sent, metrics)
+        residual = self._load_residual(instruction)
+        upload = self._uploads.make(instruction, model, examples, residual)
+        if upload.residual and self.store is not None:
+            self.store.save(client_id, server_round, upload.residual)
+        if upload.macs:
+            metrics["pruning-macs"] = upload.macs
         return ClientUpdate(
-            server_round=server_round,
-            client_id=client_id,
-            num_examples=len(examples),
-            params={name: tensor for name, tensor in state.items() if name in instruction.uploads},
-            metrics={"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {},
+            server_round, client_id, len(examples), upload.params, metrics, upload.widths, upload.scores
         )
 
     def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
@@ -150,6 +165,12 @@ class ClientRuntime:
         fresh = state_tensors(self.submodels.spec.build_depth(depth, self.config.seed, client_id))
         return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
 
+    def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
+        """Return what the client could not send before."""
+        if self.store is None or not self.config.strategy.error_feedback:
+            return {}
+        return self.store.load(instruction.client_id, before_round=instruction.server_round)
+
     def _save_personal(self, instruction: TrainInstruction, state: Mapping[str, Tensor]) -> None:
         personal = {name: tensor for name, tensor in state.items() if name not in self.submodels.spec.tensors}
         if personal and self.store is not None:
@@ -189,6 +210,15 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
         update = runtime.train(instruction)
         return Message(messages.encode_update(update, runtime.submodels), reply_to=message)
+
+    def answer(message: Message, context: Context) -> Message:
+        runtime, client_id = load_runtime(context), client_id_of(context)
+        folder = Path(str(context.node_config.get("state-dir", read_settings(context)[1] / "clients"))) / str(client_id)
+        kind = message.metadata.message_type
+        return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
+
+    for kind in pooling_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answer)
 
     @app.evaluate("central")
     def evaluate(message: Message, context: Context) -> Message:

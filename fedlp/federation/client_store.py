@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, on its own disk: personal heads.
+"""What a client keeps between rounds, on its own disk: personal heads, or what it could not send.
 
 One file per client and round. A client reads the newest one from before the current round, so a run that is resumed
 from an earlier checkpoint finds the head it had then. Versions that no kept checkpoint can reach are deleted.

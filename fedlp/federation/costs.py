@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
 from fedlp.federation import messages
+from fedlp.federation.encodings import encode_values
 from fedlp.federation.nested import nested_counts
 from fedlp.federation.policies import Case
 from fedlp.federation.submodels import SubModels
@@ -26,7 +28,7 @@ class Costs:
     def macs(self, submodel: SubModel) -> Macs:
         """Return forward and training MACs per example; the mean over nested widths where steps draw from them."""
         axes = self._submodels.widths.axes if submodel.widths or submodel.nested_levels else {}
-        counts = {axis: submodel.widths[axis].count if submodel.widths else size for axis, size in axes.items()}
+        counts = {a: submodel.widths[a].count if a in submodel.widths else size for a, size in axes.items()}
         if not submodel.nested_levels:
             return self._count(submodel.depth, tuple(counts.items()))
         found = []
@@ -55,7 +57,7 @@ class Costs:
 
 
 def expected_costs(
-    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor]
+    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor], encoding: str = "float32"
 ) -> dict[str, float]:
     """Return the expected cost of one client in one round.
 
@@ -82,12 +84,14 @@ def expected_costs(
         record = messages.encode_params(sliced)
         uploads = frozenset(layout.names)
         instruction = TrainInstruction(1, 0, sliced, case.submodel, uploads)
-        update = ClientUpdate(1, 0, 1, sliced, {"train-loss": 0.0})
-        payload = sum(tensor.numel() * tensor.element_size() for tensor in sliced.values())
+        sent = submodels.layout(case.sent or case.submodel)
+        encoded = encode_values(sent.slice(params), encoding, torch.Generator().manual_seed(0))
+        update = ClientUpdate(1, 0, 1, encoded, {"train-loss": 0.0})
+        payload = sum(tensor.numel() * tensor.element_size() for tensor in encoded.values())
         up = messages.count_bytes(messages.encode_update(update, submodels))
         macs = costs.macs(case.submodel)
         total["params_down_per_client"] += weight * layout.num_params()
-        total["params_up_per_client"] += weight * rate * layout.num_params()
+        total["params_up_per_client"] += weight * rate * sent.num_params()
         total["bytes_down_per_client"] += weight * messages.count_bytes(
             messages.encode_instruction(instruction, record, submodels)
         )

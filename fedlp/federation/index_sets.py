@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedlp.types import Keep, SubModel
+from fedlp.types import Keep
 
 _AXIS = struct.Struct("<HBI")  # axis number, kind (0 runs, 1 bitmap), payload length
 
@@ -31,11 +31,24 @@ def decode_names(data: bytes, all_names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(all_names[int(i)] for i in np.flatnonzero(bits))
 
 
-def encode_widths(submodel: SubModel, axes: Sequence[str]) -> bytes:
+def encode_counts(kept: Mapping[str, int], axes: Sequence[str]) -> bytes:
+    """Return how many units of each axis are kept; those that are absent count as 0."""
+    return np.array([kept.get(axis, 0) for axis in axes], dtype="<u4").tobytes()
+
+
+def decode_counts(data: bytes, axes: Sequence[str]) -> dict[str, int]:
+    """Invert :func:`encode_counts`; ValueError where there is not one count per axis."""
+    counts = np.frombuffer(data, dtype="<u4")
+    if len(counts) != len(axes):
+        raise ValueError(f"there are {len(counts)} unit counts for {len(axes)} axes")
+    return {axis: int(count) for axis, count in zip(axes, counts, strict=True) if count}
+
+
+def encode_widths(widths: Mapping[str, Keep], axes: Sequence[str]) -> bytes:
     """Return the kept indices of each named axis: as (start, stop) pairs or as a bitmap, whichever is shorter."""
     number = {axis: i for i, axis in enumerate(axes)}
     parts = []
-    for axis, keep in sorted(submodel.widths.items(), key=lambda item: number[item[0]]):
+    for axis, keep in sorted(widths.items(), key=lambda item: number[item[0]]):
         runs = np.asarray(keep.runs, dtype="<u4").tobytes()
         bitmap_length = (keep.size + 7) // 8
         if len(runs) <= bitmap_length:

@@ -1,8 +1,9 @@
 """Types to Flower records and back: the only file with record keys, the only door bad input can come through.
 
-Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``.
-Only the kept slices of the tensors asked for travel; index sets are runs or bitmaps, whichever is shorter. Decoders
-check everything against what was assigned and raise :class:`ProtocolError` naming the client and what was wrong.
+Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
+and ``scores`` where they were asked for. Only the kept slices of the tensors asked for travel; index sets are runs or
+bitmaps, whichever is shorter. Decoders check everything against what was assigned and raise :class:`ProtocolError`
+naming the client and what was wrong.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
-from fedlp.federation.index_sets import decode_names, decode_widths, encode_names, encode_widths
+from fedlp.federation.encodings import decode_values, encoded_signature
+from fedlp.federation.index_sets import (
+    decode_counts,
+    decode_names,
+    decode_widths,
+    encode_counts,
+    encode_names,
+    encode_widths,
+)
 from fedlp.federation.packing import Signature, pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
-from fedlp.types import ClientProfile, ClientUpdate, SubModel, TrainInstruction
+from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
-PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE = (
+PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
     "params",
     "instruction",
     "update",
     "metrics",
     "profile",
     "range",
+    "scores",
 )
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
@@ -47,9 +57,15 @@ def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submo
     if submodel.depth is not None:
         record["depth"] = submodel.depth
     if submodel.widths:
-        record["widths"] = encode_widths(submodel, tuple(submodels.widths.axes))
+        record["widths"] = encode_widths(submodel.widths, tuple(submodels.widths.axes))
     if submodel.nested_levels:
         record["nested-levels"] = list(submodel.nested_levels)
+    if instruction.kept:
+        record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
+    if instruction.returned:
+        record["returned"] = encode_widths(instruction.returned, tuple(submodels.widths.axes))
+    if instruction.scored:
+        record["scored"] = True
     return RecordDict({PARAMS: params, INSTRUCTION: record})
 
 
@@ -80,6 +96,9 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
             params=_decode_params(content, layout.signature()),
             submodel=submodel,
             uploads=decode_names(_bytes(record, "uploads"), submodels.names),
+            kept=decode_counts(_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
+            returned=decode_widths(_bytes(record, "returned"), submodels.widths.axes) if "returned" in record else {},
+            scored=bool(record.get("scored", False)),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {_reason(error)}") from error
@@ -87,38 +106,50 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
 
 # ---- updates
 def encode_update(update: ClientUpdate, submodels: SubModels) -> RecordDict:
-    """Return the records of one client's update."""
-    return RecordDict(
+    """Return the records of one client's update; its tensors travel as they are, already encoded."""
+    record = ConfigRecord(
+        {
+            "server-round": update.server_round,
+            "client-id": update.client_id,
+            "uploads": encode_names(frozenset(update.params) & frozenset(submodels.names), submodels.names),
+        }
+    )
+    if update.widths:
+        record["widths"] = encode_widths(update.widths, tuple(submodels.widths.axes))
+    content = RecordDict(
         {
             PARAMS: encode_params(update.params),
-            UPDATE: ConfigRecord(
-                {
-                    "server-round": update.server_round,
-                    "client-id": update.client_id,
-                    "uploads": encode_names(frozenset(update.params), submodels.names),
-                }
-            ),
+            UPDATE: record,
             METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
         }
     )
+    if update.scores:
+        flat = torch.cat([update.scores[layer.name].flatten() for layer in submodels.layers])
+        content[SCORES] = encode_params({SCORES: flat.to(torch.bfloat16)})
+    return content
 
 
 def decode_update(
-    content: RecordDict, assigned: TrainInstruction, profile: ClientProfile, submodels: SubModels
+    content: RecordDict,
+    assigned: TrainInstruction,
+    profile: ClientProfile,
+    submodels: SubModels,
+    encoding: str = "float32",
 ) -> ClientUpdate:
-    """Return a client's update, checked against what it was assigned; tensors are read-only views into the message.
+    """Return a client's update, checked against what it was assigned; tensors may be read-only views into the message.
 
     Raises
     ------
     ProtocolError
-        Another round, client or upload set; a missing, misshapen or non-finite tensor; an example count outside
-        [1, the profile's]; a non-finite metric. Names the client and the layer.
+        Another round, client, upload set or number of units; a missing, misshapen or non-finite tensor; an example
+        count outside [1, the profile's]; a metric or score that is not finite. Names the client and the layer.
     """
     who = f"client {assigned.client_id}, round {assigned.server_round}"
     try:
         record, metrics = _config(content, UPDATE), _metrics(content)
         server_round, client_id = _integer(record, "server-round"), _integer(record, "client-id")
         uploads = decode_names(_bytes(record, "uploads"), submodels.names)
+        sent = decode_widths(_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {}
         num_examples = metrics["num-examples"]
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"{who}: the update cannot be read: {_reason(error)}") from error
@@ -131,8 +162,10 @@ def decode_update(
         raise ProtocolError(f"{who}: the update holds other tensors than were asked for, first of them {wrong[0]}")
     if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
         raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
+    widths = _check_widths(sent, assigned, who)
+    signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
-        params = _decode_params(content, submodels.layout(assigned.submodel).signature(assigned.uploads))
+        params = decode_values(_decode_params(content, encoded_signature(signature, encoding)), signature, who)
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {_reason(error)}") from error
     check_finite(params, who)
@@ -145,7 +178,46 @@ def decode_update(
         num_examples=num_examples,
         params=params,
         metrics={key: float(value) for key, value in values.items()},  # type: ignore[arg-type]
+        widths=widths,
+        scores=_decode_scores(content, assigned, submodels, who) if assigned.scored else {},
     )
+
+
+def _check_widths(sent: Mapping[str, Keep], assigned: TrainInstruction, who: str) -> dict[str, Keep]:
+    """Return which units a client returns, after checking those that it was asked to choose."""
+    held = assigned.submodel.widths
+    if sent.keys() != assigned.kept.keys():
+        raise ProtocolError(f"{who}: the update chooses units of {sorted(sent)}, not of {sorted(assigned.kept)}")
+    for axis, keep in sent.items():
+        outer = held.get(axis, Keep.full(keep.size))
+        if keep.count != assigned.kept[axis]:
+            raise ProtocolError(f"{who}: {keep.count} units of {axis} came, {assigned.kept[axis]} were asked for")
+        try:
+            keep.within(outer)
+        except ValueError as error:
+            raise ProtocolError(f"{who}: units of {axis} came that it does not hold: {error}") from error
+    return {**held, **assigned.returned, **sent}
+
+
+def _decode_scores(
+    content: RecordDict, assigned: TrainInstruction, submodels: SubModels, who: str
+) -> dict[str, Tensor]:
+    """Return the scores of the units that a client holds, by axis, float64."""
+    held = assigned.submodel.widths
+    sizes = [held[x.name].count if x.name in held else x.num_units for x in submodels.layers]
+    try:
+        arrays = content[SCORES]
+        if not isinstance(arrays, ArrayRecord):
+            raise ValueError(f"record {SCORES} holds no arrays")
+        images = {name: array.data for name, array in arrays.items()}
+        flat = unpack_tensors(images, [(SCORES, (sum(sizes),), torch.bfloat16)])[SCORES].to(torch.float64)
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: its scores cannot be read: {_reason(error)}") from error
+    found = dict(zip((layer.name for layer in submodels.layers), torch.split(flat, sizes), strict=True))
+    for axis, scores in found.items():
+        if not bool((scores >= 0).all() & torch.isfinite(scores).all()):
+            raise ProtocolError(f"{who}: a score of {axis} is not a finite number of at least 0")
+    return found
 
 
 def check_finite(params: dict[str, Tensor], who: str) -> None:

@@ -24,6 +24,7 @@ _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<i2"),  # numpy has no bfloat16: its bits travel as int16
     "int64": np.dtype("<i8"),
     "int32": np.dtype("<i4"),
+    "int8": np.dtype("|i1"),
     "uint8": np.dtype("|u1"),
     "bool": np.dtype("|b1"),
 }

@@ -9,9 +9,12 @@ A policy also states its distribution over sub-models, from which a dry run comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from torch import Tensor
 
 from fedlp.config import StrategyConfig
 from fedlp.errors import ConfigError
@@ -20,31 +23,90 @@ from fedlp.federation.submodels import SubModels
 from fedlp.rng import Stream
 from fedlp.types import Keep, SubModel
 
+Memory = Mapping[str, Tensor]
+"""What a policy remembers from round to round: part of the server's state, so of every checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a client gets and sends in one round; the fields are those of :class:`~fedlp.types.TrainInstruction`."""
+
+    submodel: SubModel
+    uploads: frozenset[str]
+    kept: Mapping[str, int] = field(default_factory=dict)
+    returned: Mapping[str, Keep] = field(default_factory=dict)
+    scored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What is remembered of a good update: whose it was, of how many examples, and units and their scores."""
+
+    client_id: int
+    num_examples: int
+    held: Mapping[str, Keep]
+    widths: Mapping[str, Keep]
+    scores: Mapping[str, Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One possible assignment: a sub-model, how likely a client has it, and the rate at which its layers are sent."""
+    """One possible assignment.
+
+    Attributes
+    ----------
+    submodel : SubModel
+        What the client gets.
+    probability : float
+        How likely a client has it.
+    layer_preserving_rate : float
+        Rate at which its layers are sent.
+    sent : SubModel or None
+        What it sends of each layer; all it has where None.
+    """
 
     submodel: SubModel
     probability: float
     layer_preserving_rate: float = 1.0
+    sent: SubModel | None = None
 
 
 class Policy(Protocol):
     """What a method decides for one client in one round."""
 
-    def submodel(self, server_round: int, client_id: int) -> SubModel:
-        """Return the part of the global model that the client gets and trains."""
+    def assign(self, server_round: int, client_id: int, memory: Memory) -> Assignment:
+        """Return what the client gets and sends; AllocationError where its budget cannot be met."""
 
-    def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
-        """Return the tensors that the client sends back."""
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Returned]) -> Memory:
+        """Return what to remember after a round, from the good updates in the order of client ids."""
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return the distribution over assignments; probabilities sum to 1."""
 
 
+class Forgetful(ABC):
+    """A policy that remembers nothing."""
+
+    @abstractmethod
+    def submodel(self, server_round: int, client_id: int) -> SubModel:
+        """Return the part of the global model that the client gets and trains."""
+
+    @abstractmethod
+    def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
+        """Return the tensors that the client sends back."""
+
+    def assign(self, server_round: int, client_id: int, memory: Memory) -> Assignment:
+        """Return sub-model and uploads."""
+        submodel = self.submodel(server_round, client_id)
+        return Assignment(submodel, self.uploads(server_round, client_id, submodel))
+
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Returned]) -> Memory:
+        """Return what there is."""
+        return memory
+
+
 @dataclass(frozen=True)
-class LayerUploads:
+class LayerUploads(Forgetful):
     """FedAvg and FedLP-Homo: the whole model down, each layer up with the client's layer-preserving rate."""
 
     seed: int
@@ -75,7 +137,7 @@ class LayerUploads:
 
 
 @dataclass(frozen=True)
-class DepthPrefixes:
+class DepthPrefixes(Forgetful):
     """FedLP-Hetero: a depth per client, drawn once; the shared prefix travels, the head below it stays personal."""
 
     seed: int
@@ -106,7 +168,7 @@ class DepthPrefixes:
 
 
 @dataclass(frozen=True)
-class WidthSlices:
+class WidthSlices(Forgetful):
     """HeteroFL, FjORD and FedRolex: a width level per client, drawn once; all layers of the slice travel.
 
     ``kind``: ``heterofl`` keeps the first units of every axis; ``fjord`` too, and its local steps train random nested
@@ -167,7 +229,7 @@ def build_policy(config: StrategyConfig, seed: int, num_clients: int, submodels:
     ConfigError
         For an unknown name, or values that do not fit the model or the number of clients.
     """
-    if config.name in ("fedavg", "fedlp_homo"):
+    if config.name in ("fedavg", "fedlp_homo", "oneshot"):
         rate = config.layer_preserving_rate
         rates = tuple(float(r) for r in rate) if isinstance(rate, list | tuple) else float(rate)
         return LayerUploads(seed, submodels, rates, config.mask_unit)
@@ -178,7 +240,8 @@ def build_policy(config: StrategyConfig, seed: int, num_clients: int, submodels:
         probabilities = config.width_probabilities or [1.0 / len(levels)] * len(levels)
         return WidthSlices(seed, submodels, config.name, levels, tuple(probabilities))
     raise ConfigError(
-        f"strategy {config.name!r} does not exist; choose fedavg, fedlp_homo, fedlp_hetero, heterofl, fjord or fedrolex"
+        f"strategy {config.name!r} does not exist; choose fedavg, fedlp_homo, fedlp_hetero, heterofl, fjord, fedrolex "
+        "or oneshot"
     )
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,17 +20,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedlp.config import RunConfig
-from fedlp.errors import FedLPError, ProtocolError
+from fedlp.errors import AllocationError, FedLPError, ProtocolError
 from fedlp.federation import messages
 from fedlp.federation.aggregation import CoverageAverage
 from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.exchange import exchange, reason_of
-from fedlp.federation.policies import Policy
+from fedlp.federation.policies import Policy, Returned
 from fedlp.federation.roster import Roster
 from fedlp.federation.round import RoundUnderWay, layer_coverage
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server_optimizer import apply_server_optimizer
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.training import metrics_from_sums
 from fedlp.types import ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
 
@@ -133,7 +134,12 @@ class FedLPStrategy(Strategy):
 
     def _warn_of_starved_layers(self) -> None:
         """Say which layers no client will ever return, such as the head where nobody has full depth."""
-        layouts = [self.submodels.layout(self.policy.submodel(1, client_id)) for client_id in self._roster.client_ids]
+        assert self.state is not None
+        layouts = []
+        for client_id in self._roster.client_ids:
+            with suppress(AllocationError):  # said in every round in which the client would take part
+                submodel = self.policy.assign(1, client_id, self.state.memory).submodel
+                layouts.append(self.submodels.layout(submodel))
         returned = {name for layout in set(layouts) for name in layout.names}
         starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
         if starved:
@@ -151,14 +157,26 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         params = self.state.params
         for client_id in cohort:
-            submodel = self.policy.submodel(server_round, client_id)
-            layout = self.submodels.layout(submodel)
+            try:
+                assigned = self.policy.assign(server_round, client_id, self.state.memory)
+            except AllocationError as error:
+                self._fail(client_id, "refused", error)
+                continue
+            layout = self.submodels.layout(assigned.submodel)
             record = arrays if layout.is_whole else encoded.get(id(layout))
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
                 record = encoded[id(layout)] = messages.encode_params(layout.slice(params))
-            uploads = self.policy.uploads(server_round, client_id, submodel)
-            instruction = TrainInstruction(server_round, client_id, {}, submodel, uploads)
+            instruction = TrainInstruction(
+                server_round,
+                client_id,
+                {},
+                assigned.submodel,
+                assigned.uploads,
+                assigned.kept,
+                assigned.returned,
+                assigned.scored,
+            )
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.config.simulation.round_timeout_s
@@ -174,19 +192,26 @@ class FedLPStrategy(Strategy):
         state = self.state
         average = CoverageAverage(state.params)
         losses: list[tuple[float, int]] = []
+        answers: list[Returned] = []
         for reply in replies:
             instruction, bytes_down = self._round.assigned.popleft()
             update = self._receive(instruction, bytes_down, reply)
             if update is None:
                 continue
             weight = float(update.num_examples) if self.config.strategy.weighting == "examples" else 1.0
-            average.add(update.params, self.submodels.layout(instruction.submodel).keeps, weight)
+            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+            average.add(self._values(update, layout), layout.keeps, weight)
+            answers.append(
+                Returned(
+                    update.client_id, update.num_examples, instruction.submodel.widths, update.widths, update.scores
+                )
+            )
             if "train-loss" in update.metrics:
                 losses.append((update.metrics["train-loss"], update.num_examples))
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
-        params, optimizer = dict(state.params), dict(state.optimizer)
+        params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
         good = len(self._round.cohort) - len(self._round.failures)
         if good >= self.config.min_clients:
             params, coverage = average.result()
@@ -194,6 +219,7 @@ class FedLPStrategy(Strategy):
                 self.config.strategy, state.params, params, state.optimizer, average.covered, self._trainable
             )
             self._round.coverage = layer_coverage(coverage, self.submodels.spec)
+            memory = self.policy.remember(memory, server_round, answers)
         else:
             log.warning(
                 "round %d: %d good updates, min_clients=%d: the model stays",
@@ -202,7 +228,7 @@ class FedLPStrategy(Strategy):
                 self.config.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
-        self.state = ServerState(server_round, params, optimizer)
+        self.state = ServerState(server_round, params, optimizer, memory)
         return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
 
     def _receive(self, instruction: TrainInstruction, bytes_down: int, reply: Message) -> ClientUpdate | None:
@@ -214,11 +240,11 @@ class FedLPStrategy(Strategy):
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
-            update = messages.decode_update(reply.content, instruction, self._roster.profile(client_id), self.submodels)
+            profile, encoding = self._roster.profile(client_id), self.config.strategy.encoding
+            update = messages.decode_update(reply.content, instruction, profile, self.submodels, encoding)
         except FedLPError as error:
-            reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
-            self._round.failures.append(ClientFailure(client_id, reason, str(error)))
-            log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+            rejected = isinstance(error, ProtocolError)
+            self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
         examples = update.num_examples if update else 0
         self._round.costs.append(
             ClientCost(
@@ -227,11 +253,32 @@ class FedLPStrategy(Strategy):
                 bytes_down=bytes_down,
                 bytes_up=bytes_up,
                 params_down=layout.num_params(),
-                params_up=layout.num_params(instruction.uploads) if update else 0,
-                macs=self.macs(instruction.submodel) * examples * self.config.local.epochs,
+                params_up=self._num_returned(instruction, update) if update else 0,
+                macs=self.macs(instruction.submodel) * examples * self.config.local.epochs
+                + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
             )
         )
         return update
+
+    def _num_returned(self, instruction: TrainInstruction, update: ClientUpdate) -> int:
+        """Return how many trainable numbers came."""
+        layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+        return layout.num_params(instruction.uploads)
+
+    def _values(self, update: ClientUpdate, layout: SubModelLayout) -> Mapping[str, Tensor]:
+        """Return the weights that an update stands for: itself, or what was sent down plus the differences."""
+        if self.config.strategy.values == "weights":
+            return update.params
+        assert self.state is not None
+        old = layout.slice({name: self.state.params[name] for name in layout.names})
+        return {
+            name: old[name] + values if values.is_floating_point() else values for name, values in update.params.items()
+        }
+
+    def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
+        """Count and name a client whose part in the round is lost."""
+        self._round.failures.append(ClientFailure(client_id, reason, str(error)))
+        log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
     # ---- evaluation
     def configure_evaluate(

@@ -16,7 +16,8 @@ from fedlp.errors import ConfigError
 from fedlp.federation.packing import Signature
 from fedlp.models.spec import ModelSpec
 from fedlp.pruning.groups import WidthSpec, slice_tensor, tensor_keeps, trace_widths
-from fedlp.types import Keep, SubModel
+from fedlp.pruning.units import find_layers
+from fedlp.types import Keep, PrunableLayer, SubModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,11 @@ class SubModels:
     def widths(self) -> WidthSpec:
         """The axes that width slices cut, found by tracing the model once."""
         return trace_widths(self.skeleton(), self.spec.example_inputs(1))
+
+    @cached_property
+    def layers(self) -> tuple[PrunableLayer, ...]:
+        """What units can be removed from; of a classifier also channels that several layers read."""
+        return find_layers(self.skeleton(), self.widths, shared=self.spec.task == "classification")
 
     def skeleton(self) -> nn.Module:
         """Return a model of the global architecture whose values do not matter (nothing pretrained is loaded)."""

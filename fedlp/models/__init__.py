@@ -13,13 +13,22 @@ from fedlp.models.spec import (
     TensorInfo,
     describe_blueprint,
     forward_logits,
+    leading_layers,
     state_tensors,
 )
 
 if TYPE_CHECKING:
     from fedlp.config import ModelConfig
 
-__all__ = ["ModelSpec", "Task", "TensorInfo", "describe_model", "forward_logits", "state_tensors"]
+__all__ = [
+    "ModelSpec",
+    "Task",
+    "TensorInfo",
+    "describe_model",
+    "forward_logits",
+    "leading_layers",
+    "state_tensors",
+]
 
 _LANGUAGE_SOURCES = ("llama", "hf")
 

@@ -8,9 +8,10 @@ model and its prefixes from a seed. A family of models (``cnn``, ``vision``, ``l
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlp.errors import ConfigError
+from fedlp.models.sequence import order_layers
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 
@@ -72,7 +74,10 @@ class ModelSpec:
     tensors : mapping from name to TensorInfo
         Every persistent tensor in ``state_dict`` order; of tied tensors only the first name.
     layers : tuple of Layer
-        One per module that owns tensors directly, together holding every tensor once.
+        One per module that owns tensors directly, together holding every tensor once; as modules are registered.
+    sequence : tuple of Layer
+        The layers in the order in which a forward pass first uses them, up to the first that it uses again later, as
+        tied embeddings are.
     num_params : int
         Trainable numbers.
     depths : tuple of frozenset of str
@@ -84,6 +89,7 @@ class ModelSpec:
     num_classes: int
     tensors: Mapping[str, TensorInfo]
     layers: tuple[Layer, ...]
+    sequence: tuple[Layer, ...]
     num_params: int
     depths: tuple[frozenset[str], ...]
     blueprint: Blueprint
@@ -128,11 +134,12 @@ def describe_blueprint(blueprint: Blueprint, task: Task, input_shape: tuple[int,
         model = _build_shapes(blueprint, blueprint.num_depths)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
-    _check_forward(model, blueprint, input_shape, num_classes, exact=task == "classification")
+    used = _check_forward(model, blueprint, input_shape, num_classes, exact=task == "classification")
     tensors = {
         name: TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
         for name, tensor in named_tensors(model).items()
     }
+    layers = _group_layers(tensors)
     prefixes = [named_tensors(_build_shapes(blueprint, depth)) for depth in range(1, blueprint.num_depths)]
     shared = tuple(frozenset(prefix) & frozenset(tensors) for prefix in prefixes)
     return ModelSpec(
@@ -140,7 +147,8 @@ def describe_blueprint(blueprint: Blueprint, task: Task, input_shape: tuple[int,
         input_shape=input_shape,
         num_classes=num_classes,
         tensors=tensors,
-        layers=_group_layers(tensors),
+        layers=layers,
+        sequence=order_layers(layers, used, _tied_names(model)),
         num_params=sum(torch.Size(info.shape).numel() for info in tensors.values() if info.trainable),
         depths=(*shared, frozenset(tensors)),
         blueprint=blueprint,
@@ -153,6 +161,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
+
+
+def leading_layers(spec: ModelSpec, uploads: Collection[str]) -> tuple[str, ...]:
+    """Return the tensors of all layers that a forward pass uses before any of which a tensor is in ``uploads``.
+
+    With these frozen, the backward pass ends where the first layer begins that is uploaded in part. A layer that is
+    used again later, as tied embeddings are, is not among them, nor is any after it.
+    """
+    uploaded = frozenset(uploads)
+    leading = itertools.takewhile(lambda layer: uploaded.isdisjoint(layer.tensors), spec.sequence)
+    return tuple(name for layer in leading for name in layer.tensors)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -223,16 +242,27 @@ def _build(blueprint: Blueprint, depth: int) -> nn.Module:
 
 def _check_forward(
     model: nn.Module, blueprint: Blueprint, input_shape: tuple[int, ...], num_classes: int, exact: bool
-) -> None:
+) -> list[str]:
+    """Return the paths of the modules that a forward pass calls, in order."""
+    called: list[str] = []
     inputs = torch.empty((2, *input_shape), dtype=torch.float32 if exact else torch.int64, device="meta")
     try:
         with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
+            for path, module in shapes.named_modules():
+                module.register_forward_pre_hook(lambda *_, path=path: called.append(path))
             logits = forward_logits(shapes, example)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
     width = logits.shape[-1]
     if width < num_classes or (exact and width != num_classes):
         raise ConfigError(f"model {blueprint.name} has {width} outputs, but the data set has {num_classes} classes")
+    return called
+
+
+def _tied_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of tensors that have others as well."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return frozenset(names[id(t)] for name, t in model.state_dict(keep_vars=True).items() if names[id(t)] != name)
 
 
 def _shape_error(blueprint: Blueprint, input_shape: tuple[int, ...], error: Exception) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,25 @@ from fedlp.pruning.calibration import StagedRun
 from fedlp.pruning.readers import Reader
 from fedlp.pruning.units import input_columns, output_rows
 from fedlp.types import PrunableLayer
+
+
+class Collects(Protocol):
+    """What pruning asks for the statistics of a layer, wherever the data lie."""
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers, without statistics."""
+
+    def collect(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers with the statistics of their inputs."""
+
+
+def make_readers(model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str], targets: bool) -> list[Reader]:
+    """Return a layer's readers, without statistics; ``norms`` are the paths of the batch norms that follow them."""
+    found = []
+    for path in layer.readers:
+        norm = model.get_submodule(norms[path]) if path in norms else None
+        found.append(Reader(path, model.get_submodule(path), norm, layer.num_units, targets))
+    return found
 
 
 class Collector:
@@ -46,12 +66,7 @@ class Collector:
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
-        found = []
-        for path in layer.readers:
-            norm = self._model.get_submodule(self._norms[path]) if path in self._norms else None
-            module = self._model.get_submodule(path)
-            found.append(Reader(path, module, norm, layer.num_units, self._dense is not None))
-        return found
+        return make_readers(self._model, layer, self._norms, self._dense is not None)
 
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the statistics of their inputs; layers come in the order of the model."""

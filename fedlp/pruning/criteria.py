@@ -112,6 +112,14 @@ def output_fisher(
         for a classifier, which is certain of the images that it was trained on, so that the Fisher information there
         is almost zero.
     """
+    sums, num_labels = fisher_sums(model, paths, batches, generator, logits_only)
+    return {path: total / num_labels for path, total in sums.items()}
+
+
+def fisher_sums(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor], generator: torch.Generator, logits_only: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Return the sums that :func:`output_fisher` divides by the number of labels, and that number; both add up."""
     sums: dict[str, Tensor] = {}
     num_labels = 0
 
@@ -142,4 +150,4 @@ def output_fisher(
             loss.backward()  # type: ignore[no-untyped-call]
             num_labels += len(logits)
     model.zero_grad(set_to_none=True)
-    return {path: sums[path].to(torch.float64) / num_labels for path in paths}
+    return {path: sums[path].to(torch.float64) for path in paths}, num_labels

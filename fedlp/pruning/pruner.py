@@ -17,7 +17,7 @@ from fedlp.errors import AllocationError
 from fedlp.models.spec import forward_logits
 from fedlp.pruning import criteria
 from fedlp.pruning.axes_decoder import is_language_model
-from fedlp.pruning.collecting import Collector
+from fedlp.pruning.collecting import Collector, Collects
 from fedlp.pruning.groups import WidthSpec, cut_model
 from fedlp.pruning.norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.obs import Elimination, eliminate
@@ -80,9 +80,7 @@ class Pruner:
         self._fisher: Mapping[str, Tensor] = {}
         self._gradients: Mapping[str, Tensor] = {}
         if method.fisher:
-            paths = [path for layer in layers for path in layer.readers]
-            logits_only = not is_language_model(self.model)
-            self._fisher = criteria.output_fisher(self.model, paths, data.batches, self._rng, logits_only)
+            self._fisher = self.output_fisher([path for layer in layers for path in layer.readers])
         if method.score == "taylor":
             self._gradients = criteria.loss_gradients(self.model, data.batches, data.labels)
 
@@ -98,12 +96,12 @@ class Pruner:
     # ----------------------------------------------------------------------------------------------------------- dense
     def measure(self) -> dict[str, Elimination]:
         """Return each layer's whole order of removal and its losses, on the dense model's inputs."""
-        collector = self._collector(None)
+        collector = self.collector(None)
         return {layer.name: self.eliminate(layer, collector.collect(layer), None) for layer in self.layers}
 
     def scores(self) -> dict[str, Tensor]:
         """Return each layer's unit scores by the method's criterion (not "obs", "slimgpt"), on the dense inputs."""
-        collector = self._collector(None)
+        collector = self.collector(None)
         return {layer.name: self._scores(layer, collector.collect(layer)) for layer in self.layers}
 
     # ----------------------------------------------------------------------------------------------------------- prune
@@ -127,7 +125,7 @@ class Pruner:
         for layer in self.layers:
             if not 1 <= kept[layer.name] <= layer.num_units:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
-        collector = self._collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
         widths: dict[str, Keep] = {}
         reports = []
         for layer in self.layers:
@@ -140,14 +138,41 @@ class Pruner:
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
+        return Pruned(self.finish(widths).eval(), widths, tuple(reports))
+
+    def refit(self, keeps: Mapping[str, Tensor]) -> nn.Module:
+        """Return the model with given units silenced and its readers refitted, uncut; may be called once.
+
+        Parameters
+        ----------
+        keeps : mapping from layer name to int64 Tensor
+            The units that stay, sorted; all of a layer that is absent.
+        """
+        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        for layer in self.layers:
+            if layer.name in keeps:
+                everything = torch.arange(layer.num_units)
+                self._rewrite(layer, collector.collect(layer), everything[~torch.isin(everything, keeps[layer.name])])
+        return self.model
+
+    # ----------------------------------------------------------------------- all that looks at data, to be overridden
+    def collector(self, dense: nn.Module | None) -> Collects:
+        """Return what collects statistics of the layers, and of the dense model's outputs where it is given."""
+        return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
+
+    def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the Fisher information of some readers' outputs, as :func:`criteria.output_fisher` does."""
+        logits_only = not is_language_model(self.model)
+        return criteria.output_fisher(self.model, paths, self.data.batches, self._rng, logits_only)
+
+    def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
+        """Return the model with the removed units cut out, and what its batch norms then see."""
         model = cut_model(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
-        return Pruned(model.eval(), widths, tuple(reports))
+        return model
 
-    def _collector(self, dense: nn.Module | None) -> Collector:
-        return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
-
+    # ------------------------------------------------------------------------------------------------------- one layer
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
         """Return the units to remove and the loss of that."""
         if not count:

@@ -117,7 +117,7 @@ class Reader:
     def problem(self, method: Method, fisher: Tensor | None) -> Problem:
         """Return what the elimination needs to know."""
         weight, inverse = self.solve(method)
-        return Problem(weight if fisher is None else _root(fisher) @ weight, inverse, self.unit_size)
+        return Problem(weight if fisher is None else square_root(fisher) @ weight, inverse, self.unit_size)
 
     def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
         """Give the module its new weights, zero where units are gone, and what goes into its bias."""
@@ -147,7 +147,7 @@ class Reader:
         write_weight(self.module, weight, None if self._norm is not None else bias)
 
 
-def _root(matrix: Tensor) -> Tensor:
+def square_root(matrix: Tensor) -> Tensor:
     """Return a matrix R with RᵀR equal to a positive semi-definite one."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T

@@ -18,6 +18,7 @@ from fedlp.allocating import RULES, Allocator
 from fedlp.allocation.expressions import Expression
 from fedlp.allocation.nodes import Scalar
 from fedlp.allocation.search import Settings, Space, Trial, VectorSpace, best_trial, search
+from fedlp.calibrating import make_method
 from fedlp.config import PruneConfig, SearchConfig, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.pruning.footprint import Footprint
@@ -164,7 +165,7 @@ def _check(
         for name in dict.fromkeys(("uniform", hand))
     }
     plans |= {mode: found["plans"] for mode, found in report["modes"].items()}
-    subject, method = scene.subject, oneshot.make_method(config.pruner)
+    subject, method = scene.subject, make_method(config.pruner)
     dense = predictions(subject.model, scene.held_out)
     found: dict[str, dict[str, float]] = {}
     for name, by_ratio in plans.items():

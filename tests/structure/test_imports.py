@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "fedlp"
 FLOORS = [
     {"types", "errors", "rng", "config", "models", "progress"},
-    {"pruning", "allocation", "data", "training", "finetuning"},
+    {"pruning", "allocation", "data", "training", "finetuning", "calibrating"},
     {"federation", "simulation"},
-    {"assembly", "oneshot", "profiling", "allocating", "searching", "report"},
+    {"assembly", "oneshot", "federated_oneshot", "profiling", "allocating", "searching", "report"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

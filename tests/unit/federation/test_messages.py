@@ -169,7 +169,7 @@ def test_random_width_plans_are_decoded_or_refused(data: bytes) -> None:
 @given(st.sets(st.integers(0, 99), min_size=1), st.integers(100, 140))
 def test_kept_indices_survive_and_take_the_shorter_form(chosen: set[int], size: int) -> None:
     keep = Keep.from_indices(np.array(sorted(chosen)), size)
-    data = encode_widths(SubModel(widths={"x": keep}), ("w", "x"))
+    data = encode_widths({"x": keep}, ("w", "x"))
     assert decode_widths(data, {"w": 3, "x": size}) == {"x": keep}
     assert len(data) - 7 == min(8 * len(keep.runs), (size + 7) // 8)
 

@@ -1,0 +1,266 @@
+"""FedLP with pruning: a plan per client from its budget, units chosen on its shard, only what is kept travels.
+
+What a client gets is the largest sub-model that its budget holds (parameters, MACs, memory, seconds); what it sends is
+what ``strategy.sparsity`` and its limit on uploads leave of that. The server pools the scores of units that clients
+send: they say how sparsity is spread over layers, and which units come first where the server chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlp.allocation import allocator
+from fedlp.allocation.budget import Cost
+from fedlp.allocation.constraints import round_client
+from fedlp.allocation.costs import COSTS, CostModel, LatencyTable
+from fedlp.config import RunConfig
+from fedlp.errors import AllocationError
+from fedlp.federation.policies import Assignment, Case, Memory, Returned
+from fedlp.federation.sampling import sample_uploads
+from fedlp.federation.submodels import SubModels
+from fedlp.rng import Stream, generator
+from fedlp.types import Budget, Keep, PrunableLayer, SubModel
+
+Counts = Mapping[str, int]
+
+_SCORE, _SEEN, _HELD = "score", "seen", "held"  # what the names of remembered tensors begin with
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedSlices:
+    """The policy of ``strategy=fedlp``.
+
+    Parameters
+    ----------
+    costs : CostModel
+        Of the model's prunable layers.
+    budgets : tuple of Budget or None
+        One per client.
+    tables : mapping from client id to LatencyTable
+        What was measured on a client's device, where something was.
+    """
+
+    config: RunConfig
+    submodels: SubModels
+    costs: CostModel
+    budgets: tuple[Budget | None, ...]
+    tables: Mapping[int, LatencyTable] = field(default_factory=dict)
+    _solved: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the memory that was seen last
+
+    # ---- the plan
+    def counts(self, server_round: int, client_id: int, memory: Memory) -> tuple[Counts, Counts]:
+        """Return how many units of each axis a client gets, and how many it sends.
+
+        Raises
+        ------
+        AllocationError
+            If the client's budget is out of reach; names the client and the limit.
+        """
+        budget, table = self.budgets[client_id], self.tables.get(client_id)
+        whole = {layer.name: layer.num_units for layer in self.submodels.layers}
+        held: Counts = whole
+        if budget is not None and replace(budget, upload_bytes=None) != Budget():
+            held = self._solve(replace(budget, upload_bytes=None), whole, memory, client_id, table)
+        sparsity = self.sparsity(server_round)
+        upload_bytes = None if budget is None else budget.upload_bytes
+        if not sparsity and upload_bytes is None:
+            return held, held
+        most = None
+        if sparsity:
+            full, least = self._params(whole), self._params(dict.fromkeys(whole, 0))
+            most = full - sparsity * (full - least)
+        return held, self._solve(Budget(params=most, upload_bytes=upload_bytes), held, memory, client_id, None)
+
+    def sparsity(self, server_round: int) -> float:
+        """Return what uploads leave out in a round: nothing at first, then rising to the full value."""
+        strategy = self.config.strategy
+        done = server_round - strategy.warmup_rounds
+        return strategy.sparsity * min(max(done, 0) / (strategy.ramp_rounds + 1), 1.0)
+
+    def _params(self, kept: Counts) -> float:
+        row = np.array([[kept[name] for name in self.costs.layers]], dtype=np.float64)
+        return float(self.costs.evaluate(row)[0, COSTS.index("params")])
+
+    def _solve(
+        self, budget: Budget, most: Counts, memory: Memory, client_id: int, table: LatencyTable | None
+    ) -> Counts:
+        """Return the units that a budget leaves of ``most``, by the config's rule; clients of one kind share it."""
+        if self._solved.get("memory") is not memory:
+            self._solved.clear()
+            self._solved["memory"] = memory
+        key = budget, tuple(most.values()), table
+        if key not in self._solved:
+            self._solved[key] = self._fit(budget, most, memory, client_id, table)
+        found: Counts = self._solved[key]
+        return found
+
+    def _fit(self, budget: Budget, most: Counts, memory: Memory, client_id: int, table: LatencyTable | None) -> Counts:
+        layers, costs = self.submodels.layers, self.costs
+        limits = costs.limits(budget, table)
+        bounds = {x.name: (1.0 - most[x.name] / x.num_units, 1.0) for x in layers}
+        even = {x.name: 1.0 - most[x.name] / x.num_units for x in layers}
+
+        def load(kept: Mapping[str, float]) -> float:
+            row = np.array([[min(kept[name], most[name]) for name in costs.layers]], dtype=np.float64)
+            return float((costs.evaluate(row)[0] / limits).max())
+
+        if load(most) <= 1.0:
+            return most
+        least = dict.fromkeys(costs.layers, 1)
+        if load(least) <= 1.0:  # else let the rounding say what is out of reach
+            found = self._by_rule(load, memory)
+            even = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
+        return round_client(layers, even, costs, budget, client_id=client_id, table=table, bounds=bounds)
+
+    def _by_rule(self, load: Cost, memory: Memory) -> Counts:
+        layers, settings = self.submodels.layers, self.config.allocator
+        scores = {x.name: memory[f"{_SCORE}.{x.name}"].numpy() for x in layers} if memory else {}
+        match settings.name:
+            case "dp" if scores:
+                curves = {name: np.cumsum(np.sort(values))[:-1].tolist() for name, values in scores.items()}
+                return allocator.allocate_by_curves(layers, curves, load, 1.0)
+            case "flap" if scores:
+                return allocator.allocate_pooled(layers, scores, load, 1.0)
+            case "depth_line" | "log_depth" as rule:
+                return allocator.allocate_by_depth(layers, rule, 0.5, load, 1.0, settings.amplitude)
+            case _:
+                return allocator.allocate_by_depth(layers, "uniform", 0.5, load, 1.0)
+
+    # ---- the units
+    def assign(self, server_round: int, client_id: int, memory: Memory) -> Assignment:
+        """Return what the client gets and sends; AllocationError where its budget is out of reach."""
+        strategy, layers = self.config.strategy, self.submodels.layers
+        held, sent = self.counts(server_round, client_id, memory)
+        fresh = (server_round - 1) % strategy.refresh_every == 0
+        own = self._own(client_id, memory)
+        ranked = {}
+        for number, x in enumerate(layers):
+            rng = generator(self.config.seed, Stream.UNITS, server_round, client_id, number)
+            ranked[x.name] = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
+        widths = {
+            x.name: Keep.from_indices(np.sort(ranked[x.name][: held[x.name]]), x.num_units)
+            for x in layers
+            if held[x.name] < x.num_units
+        }
+        submodel = SubModel(widths=widths)
+        rates = strategy.layer_preserving_rate
+        rate = float(rates[client_id] if isinstance(rates, list) else rates)
+        uploads = self.submodels.layout(submodel).name_set
+        if rate < 1.0:
+            uploads = sample_uploads(
+                self.config.seed, server_round, client_id, self.submodels.spec.layers, rate, strategy.mask_unit
+            )
+        pruned = [x for x in layers if sent[x.name] < held[x.name]]
+        chooses = strategy.masks == "client" and (fresh or not own)
+        kept = {x.name: sent[x.name] for x in pruned} if chooses else {}
+        returned = (
+            {}
+            if chooses
+            else {x.name: Keep.from_indices(np.sort(ranked[x.name][: sent[x.name]]), x.num_units) for x in pruned}
+        )
+        return Assignment(submodel, uploads, kept, returned, scored=fresh and self._uses_scores)
+
+    @property
+    def _uses_scores(self) -> bool:
+        return self.config.pruner.name != "random" and (
+            self.config.strategy.masks == "server"
+            or self.config.allocator.name in ("dp", "flap")
+            or any(budget is not None for budget in self.budgets)
+        )
+
+    def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
+        """Return the units that a client returned last, as booleans; empty where the server chooses."""
+        prefix = f"{_HELD}.{client_id}."
+        if self.config.strategy.masks == "server":
+            return {}
+        return {x.name: memory[prefix + x.name] for x in self.submodels.layers if prefix + x.name in memory}
+
+    def _rank(
+        self, layer: PrunableLayer, own: Tensor | None, sent: int, memory: Memory, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Return the units of a layer, those that a client is to have first.
+
+        A share of them are those that nobody has returned for longest; then come the client's own, then all others, by
+        their scores. Units without scores come in their order, or at random.
+        """
+        axis, size = layer.name, layer.num_units
+        if self.config.pruner.name == "random":
+            ranked = rng.permutation(size)
+        else:
+            scores = memory.get(f"{_SCORE}.{axis}")
+            keys = np.zeros(size) if scores is None else -scores.numpy()
+            mine = np.zeros(size, dtype=bool) if own is None else own.numpy()
+            ranked = np.lexsort((np.arange(size), keys, ~mine))
+        count = int(self.config.strategy.regrow * sent)
+        seen = memory.get(f"{_SEEN}.{axis}")
+        if not count or seen is None:
+            return ranked
+        stale = np.lexsort((rng.permutation(size), seen.numpy()))[:count]
+        return np.concatenate([stale, ranked[~np.isin(ranked, stale)]])
+
+    # ---- the memory
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Returned]) -> Memory:
+        """Return the pooled scores, when each unit was last returned, and which units each client returned last.
+
+        A unit's score is the mean over the clients that scored it, weighted by their examples; one that nobody has
+        scored in this round keeps its score.
+        """
+        found = dict(memory)
+        for layer in self.submodels.layers:
+            axis, size = layer.name, layer.num_units
+            total, weight = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+            seen = found.get(f"{_SEEN}.{axis}", torch.zeros(size, dtype=torch.int64)).clone()
+            for answer in answers:
+                sent = torch.from_numpy(answer.widths.get(axis, Keep.full(size)).indices())
+                seen[sent] = server_round
+                if axis in answer.scores:
+                    held = torch.from_numpy(answer.held.get(axis, Keep.full(size)).indices())
+                    total[held] += answer.num_examples * answer.scores[axis]
+                    weight[held] += answer.num_examples
+                if self.config.strategy.masks == "client":
+                    mine = torch.zeros(size, dtype=torch.bool)
+                    mine[sent] = True
+                    found[f"{_HELD}.{answer.client_id}.{axis}"] = mine
+            old = found.get(f"{_SCORE}.{axis}", torch.zeros(size, dtype=torch.float64))
+            found[f"{_SCORE}.{axis}"] = torch.where(weight > 0, total / weight.clamp(min=1.0), old)
+            found[f"{_SEEN}.{axis}"] = seen
+        return found
+
+    def cases(self, client_ids: Sequence[int]) -> list[Case]:
+        """Return one case per client, with the counts that hold before anything is known of the units.
+
+        Clients whose budgets are out of reach are left out.
+        """
+        rates = self.config.strategy.layer_preserving_rate
+        last = self.config.num_rounds
+        find = lru_cache(self._case)
+        found = []
+        for client_id in client_ids:
+            rate = float(rates[client_id] if isinstance(rates, list) else rates)
+            with suppress(AllocationError):
+                submodel, sent = find(last, self._first_like(client_id))
+                found.append(Case(submodel, 1.0, rate, sent))
+        return [replace(case, probability=1.0 / len(found)) for case in found]
+
+    def _first_like(self, client_id: int) -> int:
+        """Return the first client of the same budget and device."""
+        if client_id in self.tables:
+            return client_id
+        return self.budgets.index(self.budgets[client_id])
+
+    def _case(self, server_round: int, client_id: int) -> tuple[SubModel, SubModel]:
+        sizes = {layer.name: layer.num_units for layer in self.submodels.layers}
+        held, sent = (
+            SubModel(widths={axis: Keep.first(counts[axis], size) for axis, size in sizes.items()})
+            for counts in self.counts(server_round, client_id, {})
+        )
+        return held, sent

@@ -1,0 +1,179 @@
+"""A client's choice: which units of its sub-model to send, seen on a few of its own examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlp.errors import CalibrationError
+from fedlp.models.cost import count_macs
+from fedlp.models.spec import forward_logits
+from fedlp.pruning import criteria
+from fedlp.pruning.axes_decoder import is_language_model
+from fedlp.pruning.groups import WidthSpec
+from fedlp.pruning.hessian import Moments, invert_hessian
+from fedlp.pruning.obs import Problem, eliminate
+from fedlp.pruning.pruner import Calibration
+from fedlp.pruning.readers import Method, square_root
+from fedlp.pruning.slimgpt import group_schedule
+from fedlp.pruning.units import input_columns, weight_matrix
+from fedlp.types import Keep, PrunableLayer
+
+DAMPING = 0.01  # of Hessians where the config leaves it open: a client has few examples
+_ROWS = 1  # input vectors per column: positions of an image resemble each other, and a few of them do
+
+
+def score_units(
+    model: nn.Module,
+    scored: nn.Module,
+    spec: WidthSpec,
+    layers: Sequence[PrunableLayer],
+    data: Calibration,
+    method: Method,
+) -> dict[str, Tensor]:
+    """Return what losing each unit costs, by axis: (units,), float64, >= 0; ranks and, for OBS, losses.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The client's model, which the examples run through; not changed.
+    scored : nn.Module
+        Of the same architecture, with the weights that are to be kept: the model itself or the change of its weights.
+    spec, layers
+        The width axes and prunable layers of ``model``.
+    method : Method
+        Its ``score`` says how. With "obs" and "slimgpt" a unit's score is the rise of the loss as it goes, in exact
+        greedy order, and never falls along that order.
+
+    Raises
+    ------
+    CalibrationError
+        If the examples give inputs that are not finite.
+    """
+    model.eval()
+    rng = torch.Generator().manual_seed(data.seed)
+    match method.score:
+        case "magnitude":
+            return {layer.name: criteria.magnitude_scores(scored, spec, layer).cpu() for layer in layers}
+        case "random":
+            return {layer.name: torch.rand(layer.num_units, generator=rng, dtype=torch.float64) for layer in layers}
+        case "taylor":
+            gradients = criteria.loss_gradients(model, data.batches, data.labels)
+            return {layer.name: criteria.taylor_scores(scored, spec, layer, gradients).cpu() for layer in layers}
+    seen = _observe(model, layers, data.batches, rng)
+    fisher: Mapping[str, Tensor] = {}
+    if method.fisher:
+        paths = [path for layer in layers for path in layer.readers]
+        fisher = criteria.output_fisher(model, paths, data.batches, rng, not is_language_model(model))
+    weights = {path: weight_matrix(scored.get_submodule(path)).to(torch.float64) for path in seen}
+    return {layer.name: _score(layer, weights, seen, method, fisher).cpu() for layer in layers}
+
+
+def _score(
+    layer: PrunableLayer,
+    weights: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor],
+    method: Method,
+    fisher: Mapping[str, Tensor],
+) -> Tensor:
+    if method.score in ("wanda", "flap"):
+        score = criteria.wanda_scores if method.score == "wanda" else criteria.flap_scores
+        parts = []
+        for path in layer.readers:
+            moments = Moments.empty(seen[path].shape[1], device=seen[path].device)
+            moments.add(seen[path])
+            parts.append(score(weights[path], moments, len(moments.total) // layer.num_units))
+        return torch.stack(parts).sum(dim=0)
+    total = layer.num_units - 1
+    if not total:
+        return torch.ones(1, dtype=torch.float64)
+    problems = []
+    for path in layer.readers:
+        weight = weights[path] if path not in fisher else square_root(fisher[path]) @ weights[path]
+        inverse = _invert(seen[path], method, path)
+        problems.append(Problem(weight, inverse, len(inverse) // layer.num_units))
+    if method.score == "slimgpt":
+        schedule = [1] * total if layer.unit_size > 1 else group_schedule(total)
+        found = eliminate(problems, schedule, score="columns")
+    else:
+        found = eliminate(problems, [1] * total)
+    rises = np.maximum.accumulate(np.diff(found.losses, prepend=0.0).clip(min=0.0) / found.steps)
+    last = sorted(set(range(layer.num_units)) - set(found.order))
+    scores = torch.empty(layer.num_units, dtype=torch.float64)
+    scores[[*found.order, *last]] = torch.from_numpy(np.repeat([*rises, rises[-1]], [*found.steps, len(last)]))
+    return scores
+
+
+def _invert(rows: Tensor, method: Method, path: str) -> Tensor:
+    """Return the inverse of the damped Hessian of some inputs, (n, n); of few inputs by the Woodbury identity."""
+    x = rows.to(torch.float64)
+    if method.centred:
+        x = x - x.mean(dim=0)
+    x = x * math.sqrt(2.0 / len(x))
+    count, size = x.shape
+    damping = DAMPING if method.damping is None else method.damping
+    ridge = damping * float(x.square().sum()) / size
+    if count >= size or not ridge:
+        return invert_hessian(x.T @ x, damping, path, count)
+    small = x @ x.T
+    small.diagonal().add_(ridge)
+    inverse = x.T @ torch.cholesky_solve(x, torch.linalg.cholesky(small))
+    inverse.diagonal().sub_(1.0)
+    return inverse.div_(-ridge)
+
+
+def _observe(
+    model: nn.Module, layers: Sequence[PrunableLayer], batches: Sequence[Tensor], rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Return a sample of what every reader reads, (vectors, columns), from one pass over the examples."""
+    found: dict[str, list[Tensor]] = {path: [] for layer in layers for path in layer.readers}
+    with ExitStack() as stack, torch.no_grad():
+        for path, parts in found.items():
+
+            def note(module: nn.Module, inputs: Any, parts: list[Tensor] = parts) -> None:
+                rows = input_columns(module, inputs[0].detach())
+                wanted = -(-_ROWS * rows.shape[1] // len(batches))
+                if len(rows) > wanted:
+                    rows = rows[torch.randint(len(rows), (wanted,), generator=rng).to(rows.device)]
+                parts.append(rows.clone())
+
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(note).remove)
+        for batch in batches:
+            forward_logits(model, batch)
+    for path, parts in found.items():
+        if not all(bool(torch.isfinite(rows).all()) for rows in parts):
+            raise CalibrationError(f"inputs of {path} are not finite on the client's examples; check its data")
+    return {path: torch.cat(parts) for path, parts in found.items()}
+
+
+def best_units(scores: Tensor, count: int) -> Keep:
+    """Return the ``count`` units of the highest scores; of equal ones the first."""
+    ranked = torch.sort(scores, descending=True, stable=True).indices[:count]
+    return Keep.from_indices(np.sort(ranked.numpy()), len(scores))
+
+
+def count_scoring_macs(model: nn.Module, layers: Sequence[PrunableLayer], data: Calibration, method: Method) -> float:
+    """Return about how many multiply-accumulates :func:`score_units` takes.
+
+    The forward passes, for every reader the Gram matrix of its sampled inputs and the inverse of that, and with Fisher
+    information or gradients the backward passes. The elimination itself is small beside these.
+    """
+    if method.score in ("magnitude", "random"):
+        return 0.0
+    examples = sum(len(batch) for batch in data.batches)
+    macs = count_macs(model, data.batches[0][:1])
+    total = examples * macs.forward
+    if method.fisher or method.score == "taylor":
+        total += examples * macs.training
+    if method.score in ("obs", "slimgpt"):
+        for layer in layers:
+            for path in layer.readers:
+                columns = weight_matrix(model.get_submodule(path)).shape[1]
+                total += _ROWS * columns**3 + columns**3 / 3.0
+    return total

@@ -1,0 +1,149 @@
+"""Rounds in which clients prune: budgets met, only kept slices move, equal on every engine and after a stop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlp import assembly
+from fedlp.config import compose, to_yaml
+from fedlp.federation.pruned_slices import PrunedSlices
+from fedlp.federation.run_directory import RunDirectory
+from fedlp.types import Keep
+from tests.integration.running import TINY_CNN, Finished, run
+from tests.integration.test_resume import assert_same, go_on
+
+Once = Callable[..., Finished]
+OURS = (*TINY_CNN, "strategy=fedlp", "calibration.examples=8", "pruner=magnitude")
+OBS = (*OURS, "pruner=obs", "pruner.fisher=false")
+PLAIN = ("strategy.encoding=float32", "strategy.error_feedback=false")
+TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]")
+
+
+def plan_of(done: Finished) -> tuple[assembly.Plan, PrunedSlices]:
+    plan = assembly.make_plan(to_yaml(done.config))
+    assert isinstance(plan.policy, PrunedSlices)
+    return plan, plan.policy
+
+
+def changed(overrides: Sequence[str], done: Finished) -> dict[str, Tensor]:
+    before = assembly.make_plan(to_yaml(compose(overrides))).initial_params()
+    return {name: (after != before[name]) for name, after in done.tensors.items()}
+
+
+def test_nothing_pruned_and_nothing_encoded_is_fedavg(once: Once) -> None:
+    ours = once(*OURS, *PLAIN, "strategy.sparsity=0", "strategy.values=weights")
+    assert ours.model == once(*TINY_CNN, "strategy=fedavg").model
+
+
+def test_differences_in_float32_are_fedavg_to_rounding(once: Once) -> None:
+    deltas, weights = (
+        once(*TINY_CNN, "strategy=fedavg", f"strategy.values={kind}").tensors for kind in ("deltas", "weights")
+    )
+    for name, value in deltas.items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", ["client", "server"])
+def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
+    done = once(*OURS, f"strategy.masks={masks}", "strategy.sparsity=0.6")
+    assert done.failures == []
+    plan, policy = plan_of(done)
+    whole = plan.submodels.layout(plan.policy.assign(1, 0, {}).submodel).num_params()
+    sizes = {layer.name: layer.num_units for layer in plan.submodels.layers}
+    least = policy.costs.evaluate(torch.zeros(1, len(sizes)).numpy())[0, 0]
+    for line in done.rounds:
+        for client in line["clients"]:
+            assert client["params_down"] == whole
+            assert client["params_up"] <= whole - 0.6 * (whole - least)
+            assert client["params_up"] >= 0.9 * (whole - 0.6 * (whole - least))
+            assert client["bytes_up"] < 1.1 * client["params_up"] + 6000, "a byte a number, and little else"
+
+
+def test_only_what_was_returned_moves(once: Once) -> None:
+    overrides = (*OURS, *PLAIN, "strategy.sparsity=0.7", "num_rounds=1", "clients_per_round=1")
+    done = once(*overrides)
+    moved = changed(overrides, done)
+    units = moved["conv1.weight"].flatten(1).any(dim=1)
+    assert 0 < int(units.sum()) < len(units)
+    assert torch.equal(moved["conv1.bias"], units)
+    assert torch.equal(moved["conv2.weight"].flatten(2).any(dim=2).any(dim=0), units), "rows there, columns here"
+
+
+@pytest.mark.parametrize("masks", ["client", "server"])
+def test_every_budget_is_met_and_every_layer_trained(masks: str, once: Once) -> None:
+    done = once(*OURS, *TIERS, f"strategy.masks={masks}", "strategy.sparsity=0.2", "clients_per_round=6")
+    _, policy = plan_of(done)
+    assert done.failures == []
+    for line in done.rounds:
+        for client in line["clients"]:
+            budget = policy.budgets[client["client_id"]]
+            assert budget is not None
+            assert budget.params is not None
+            assert client["params_up"] <= client["params_down"] <= budget.params
+        assert min(line["coverage"].values()) > 0.0
+    assert len({client["params_down"] for client in done.rounds[0]["clients"]}) == 3
+
+
+def test_a_budget_out_of_reach_costs_its_client_alone(once: Once) -> None:
+    done = once(*OURS, "fleet=tiers", "fleet.fractions=[1.0,0.0001]", "clients_per_round=6", "num_rounds=1")
+    failures = done.rounds[0]["failures"]
+    assert len(failures) == 3
+    assert all(failure["reason"] == "refused" and "out of reach" in failure["message"] for failure in failures)
+    assert len(done.rounds[0]["clients"]) == 3
+
+
+def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
+    done = once(*OURS, *TIERS, "strategy.masks=server", "allocator=uniform", "clients_per_round=6")
+    _, policy = plan_of(done)
+    memory = RunDirectory(done.path).resume().memory
+    kinds = {policy.budgets[client]: policy.assign(9, client, memory).submodel.widths for client in range(6)}
+    ordered = sorted(kinds.items(), key=lambda item: item[0].params)
+    for (_, small), (_, large) in pairwise(ordered):
+        for axis, keep in small.items():
+            keep.within(large.get(axis, Keep.full(keep.size)))  # or it raises
+
+
+CHOICES = {
+    "obs on the update, all of it": ("pruner=obs", "strategy.criterion=update", *TIERS),
+    "random": ("pruner=random",),
+    "wanda, compensated by least squares": (
+        *("pruner=wanda", "pruner.recovery=least_squares", "strategy.compensate=true", "strategy.encoding=bfloat16"),
+    ),
+    "slimgpt, server, seldom": ("pruner=slimgpt", "strategy.masks=server", "strategy.refresh_every=2", *TIERS),
+    "taylor, draws on top": ("pruner=taylor", "strategy.layer_preserving_rate=0.5", "strategy.regrow=0.3"),
+    "flap, warm": ("pruner=flap", "strategy.warmup_rounds=1", "strategy.ramp_rounds=1", "allocator=flap"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_choices_give_the_same_bytes_on_any_number_of_workers(case: str, tmp_path: Path) -> None:
+    runs = [run(tmp_path / n, *OURS, *CHOICES[case], f"simulation.workers={n}") for n in ("1", "2")]
+    assert runs[0].failures == []
+    assert runs[0].model == runs[1].model
+    assert runs[0].untimed == runs[1].untimed
+
+
+@pytest.mark.parametrize("case", ["obs on the update, all of it", "slimgpt, server, seldom"])
+def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_path: Path) -> None:
+    overrides = (*OURS, *CHOICES[case])
+    shutil.copytree(once(*overrides, "num_rounds=2").path, tmp_path / "run")
+    assert_same(go_on(tmp_path / "run", 5), once(*overrides, "num_rounds=5"))
+
+
+def test_sparsity_waits_and_rises(once: Once) -> None:
+    done = once(*OURS, *PLAIN, "strategy.warmup_rounds=1", "strategy.ramp_rounds=1", "num_rounds=4", "pruner=random")
+    sent = [line["params_up"] / line["params_down"] for line in done.rounds]
+    assert sent[0] == 1.0
+    assert sent[0] > sent[1] > sent[2] == pytest.approx(sent[3], rel=0.05)
+
+
+def test_choosing_units_is_counted_as_computation(once: Once) -> None:
+    scored, drawn = once(*OBS, "num_rounds=1"), once(*OURS, "pruner=random", "num_rounds=1")
+    assert scored.rounds[0]["macs"] > drawn.rounds[0]["macs"]

@@ -1,0 +1,153 @@
+"""Questions and sums go there and back; whatever no honest client could send is refused, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedlp.errors import ProtocolError
+from fedlp.federation import messages
+from fedlp.federation import pooling_messages as wire
+from fedlp.federation.pooling import tally
+from fedlp.federation.pooling_messages import Part, Question, Request
+from fedlp.types import Keep
+
+PARTS = [
+    Part("total", (5,)),
+    Part("gram", (5, 5), symmetric=True),
+    Part("cross", (3, 5)),
+    Part("var", (2,), False, True),
+]
+AXES = {"hidden": 4, "a": 6, "b": 3}
+Fault = Callable[[RecordDict], None]
+
+
+def sums() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(20, 5, dtype=torch.float64)
+    x[:, 2] = 0.0  # a unit that is never active
+    return {"total": x.sum(0), "gram": x.T @ x, "cross": torch.randn(3, 5), "var": torch.tensor([0.0, 2.0])}
+
+
+def decode(content: RecordDict, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
+    return wire.decode_sums(content, PARTS, layer=2, most=9, dtype=dtype, who="client 4")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 1e-6)])
+def test_sums_go_there_and_back_and_only_half_of_what_is_symmetric_travels(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    sent = sums()
+    content = wire.encode_sums(sent, PARTS, 2, 7, dtype)
+    got, count = decode(content, dtype)
+    gram = wire.unpack_symmetric(got["gram"], 5)
+    assert count == 7
+    assert all(value.dtype == torch.float64 for value in got.values())
+    for name, value in {**got, "gram": gram}.items():
+        expected = sent[name].tril() if name == "gram" else sent[name].to(torch.float64)
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+    numbers = 5 + 15 + 15 + 2
+    assert 0 <= messages.count_bytes(content) - numbers * dtype.itemsize <= 250
+
+
+def test_a_request_goes_there_and_back() -> None:
+    changed = {"w": torch.randn(2, 3), "b": torch.randn(2)}
+    signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in changed.items()]
+    asked = Request(Question(wire.VOTE, 3, {"a": 4, "b": 1}), b"before", b"after", (1, 2), changed)
+    got = wire.decode_request(wire.encode_request(asked, tuple(AXES)), wire.VOTE, tuple(AXES), lambda layers: signature)
+    assert (got.question, got.base, got.state, got.layers) == (asked.question, b"before", b"after", (1, 2))
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in changed.items())
+    bare = wire.encode_request(Request(Question(wire.MOMENTS, 1), b"x", b"x"), tuple(AXES))
+    assert wire.PARAMS not in bare
+    assert wire.decode_request(bare, wire.MOMENTS, tuple(AXES), lambda layers: signature).layers == ()
+
+
+def put(name: str, value: object, index: tuple[int, ...] = (0,)) -> Fault:
+    def fault(content: RecordDict) -> None:
+        bad = sums()
+        bad[name][index] = value  # type: ignore[assignment]
+        content[wire.PARAMS] = wire.encode_sums(bad, PARTS, 2, 7, torch.float32)[wire.PARAMS]
+
+    return fault
+
+
+def answer(**values: int | str | bytes) -> Fault:
+    def fault(content: RecordDict) -> None:
+        for key, value in values.items():
+            content.config_records[wire.ANSWER][key.replace("_", "-")] = value
+
+    return fault
+
+
+def misshapen(content: RecordDict) -> None:
+    content[wire.PARAMS] = messages.encode_params({"all": torch.zeros(36)})
+
+
+def missing(content: RecordDict) -> None:
+    del content[wire.PARAMS]
+
+
+def no_arrays(content: RecordDict) -> None:
+    content[wire.PARAMS] = ConfigRecord({"a": 1})
+
+
+def another_dtype(content: RecordDict) -> None:
+    content[wire.PARAMS] = wire.encode_sums(sums(), PARTS, 2, 7, torch.float64)[wire.PARAMS]
+
+
+def garbled(content: RecordDict) -> None:
+    content[wire.PARAMS] = ArrayRecord({})
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (put("total", float("nan")), "tensor total holds NaN"),
+        (put("gram", float("inf"), (3, 3)), "tensor gram holds NaN or infinite"),
+        (put("gram", -1.0, (3, 3)), "gram have a negative diagonal entry"),
+        (put("gram", 1e6, (3, 1)), "gram have an entry that no data could give"),
+        (put("gram", 1e-3, (4, 2)), "gram have an entry that no data could give"),
+        (put("var", -0.5), "var has a negative entry"),
+        (answer(layer=1), "the answer is about layer 1, not 2"),
+        (answer(num_examples=-3), r"num-examples is -3, not a count in \[1, 9\]"),
+        (answer(num_examples=0), "num-examples is 0"),
+        (answer(num_examples=10), "num-examples is 10"),
+        (answer(num_examples="7"), "num-examples is '7', not an integer"),
+        (misshapen, "that are not the"),
+        (missing, "record or key 'params' is missing"),
+        (no_arrays, "holds no arrays"),
+        (another_dtype, r"arrays \['float64'\] came"),
+        (garbled, r"arrays \[\] came"),
+    ],
+)
+def test_what_no_honest_client_sends_is_refused(fault: Fault, words: str) -> None:
+    content = wire.encode_sums(sums(), PARTS, 2, 7, torch.float32)
+    fault(content)
+    with pytest.raises(ProtocolError, match=f"^client 4: .*{words}"):
+        decode(content)
+
+
+def test_votes_are_checked_and_counted() -> None:
+    kept = {"a": 2, "b": 3}
+    votes = []
+    for units in ([0, 5], [1, 5], [1, 3]):
+        index = torch.tensor(units).numpy()
+        sent = {"a": Keep.from_indices(index, 6), "b": Keep.full(3)}
+        votes.append(wire.decode_vote(wire.encode_vote(sent, tuple(AXES), 3), kept, AXES, 9, "client 4")[0])
+        assert votes[-1] == sent
+    assert tally(votes, kept)["a"] == Keep.from_indices(torch.tensor([1, 5]).numpy(), 6)
+    assert tally(votes[:1] + votes[2:], kept)["a"] == Keep.first(2, 6), "equal votes: the lower index stays"
+    with pytest.raises(ProtocolError, match="the vote keeps 2 units of a, not 1"):
+        wire.decode_vote(wire.encode_vote(votes[0], tuple(AXES), 3), {"a": 1, "b": 3}, AXES, 9, "client 4")
+    with pytest.raises(ProtocolError, match="the vote keeps 0 units of b, not 3"):
+        wire.decode_vote(wire.encode_vote({"a": votes[0]["a"]}, tuple(AXES), 3), kept, AXES, 9, "client 4")
+
+
+def test_a_lacking_client_says_so() -> None:
+    assert wire.is_lack(wire.encode_lack())
+    assert not wire.is_lack(wire.encode_sums(sums(), PARTS, 2, 7, torch.float32))
+    assert not wire.is_lack(RecordDict())
