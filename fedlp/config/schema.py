@@ -86,6 +86,7 @@ class StrategyConfig:
     encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row)
     values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
     error_feedback: bool = False  # deltas: clients add what they could not send last time
+    batch_norm: str = "average"  # running statistics: "average" of all, or of clients with the "whole" model only
     skip_backward: bool = False  # leading layers that are not sent are not trained
     server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
     server_lr: float = 1.0

@@ -178,7 +178,8 @@ class WidthSlices(Forgetful):
     Deviations
     ----------
     Slices and averages are the papers'; what they add around them is not here: HeteroFL's scaler, static BatchNorm and
-    masked loss, FjORD's self-distillation. BatchNorm statistics are averaged like every other tensor.
+    masked loss, FjORD's self-distillation. BatchNorm statistics are averaged like every other tensor, or over the
+    clients of the largest width alone (``batch_norm`` "whole"): those of a narrow model are not those of a wide one.
     """
 
     seed: int
@@ -187,6 +188,7 @@ class WidthSlices(Forgetful):
     levels: tuple[float, ...]
     probabilities: tuple[float, ...]
     levels_by_client: tuple[float, ...] | None = None
+    batch_norm: str = "average"
 
     def level(self, client_id: int) -> float:
         """Return the client's width in (0, 1]."""
@@ -210,8 +212,12 @@ class WidthSlices(Forgetful):
         return SubModel(widths=widths, nested_levels=nested)
 
     def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
-        """Return all tensors of the slice."""
-        return self.submodels.layout(submodel).name_set
+        """Return all tensors of the slice, maybe without the statistics of its batch norms."""
+        names = self.submodels.layout(submodel).name_set
+        largest = max(self.levels if self.levels_by_client is None else self.levels_by_client)
+        if self.batch_norm == "whole" and self.level(client_id) < largest:
+            names -= self.submodels.statistics
+        return names
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return one case per level, or one per client."""
@@ -238,7 +244,7 @@ def build_policy(config: StrategyConfig, seed: int, num_clients: int, submodels:
     if config.name in ("heterofl", "fjord", "fedrolex"):
         levels = tuple(config.widths)
         probabilities = config.width_probabilities or [1.0 / len(levels)] * len(levels)
-        return WidthSlices(seed, submodels, config.name, levels, tuple(probabilities))
+        return WidthSlices(seed, submodels, config.name, levels, tuple(probabilities), batch_norm=config.batch_norm)
     raise ConfigError(
         f"strategy {config.name!r} does not exist; choose fedavg, fedlp_homo, fedlp_hetero, heterofl, fjord, fedrolex "
         "or oneshot"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,8 @@ class PrunedSlices:
             uploads = sample_uploads(
                 self.config.seed, server_round, client_id, self.submodels.spec.layers, rate, strategy.mask_unit
             )
+        if strategy.batch_norm == "whole" and widths and self._somebody_is_whole:
+            uploads -= self.submodels.statistics  # those of a narrow model are not those of a wide one
         pruned = [x for x in layers if sent[x.name] < held[x.name]]
         chooses = strategy.masks == "client" and (fresh or not own)
         kept = {x.name: sent[x.name] for x in pruned} if chooses else {}
@@ -176,6 +178,18 @@ class PrunedSlices:
             or self.config.allocator.name in ("dp", "flap")
             or any(budget is not None for budget in self.budgets)
         )
+
+    @cached_property
+    def _somebody_is_whole(self) -> bool:
+        return any(not held.widths for held, _ in self._kinds())
+
+    def _kinds(self) -> list[tuple[SubModel, SubModel]]:
+        """Return what every kind of client gets and sends in the end, before anything is known of the units."""
+        found = []
+        for client_id in sorted({self._first_like(client_id) for client_id in range(len(self.budgets))}):
+            with suppress(AllocationError):
+                found.append(self._case(self.config.num_rounds, client_id))
+        return found
 
     def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
         """Return the units that a client returned last, as booleans; empty where the server chooses."""
@@ -260,7 +274,7 @@ class PrunedSlices:
     def _case(self, server_round: int, client_id: int) -> tuple[SubModel, SubModel]:
         sizes = {layer.name: layer.num_units for layer in self.submodels.layers}
         held, sent = (
-            SubModel(widths={axis: Keep.first(counts[axis], size) for axis, size in sizes.items()})
+            SubModel(widths={a: Keep.first(counts[a], size) for a, size in sizes.items() if counts[a] < size})
             for counts in self.counts(server_round, client_id, {})
         )
         return held, sent

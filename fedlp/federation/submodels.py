@@ -19,6 +19,8 @@ from fedlp.pruning.groups import WidthSpec, slice_tensor, tensor_keeps, trace_wi
 from fedlp.pruning.units import find_layers
 from fedlp.types import Keep, PrunableLayer, SubModel
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 @dataclass(frozen=True, eq=False)
 class SubModelLayout:
@@ -94,6 +96,11 @@ class SubModels:
     def layers(self) -> tuple[PrunableLayer, ...]:
         """What units can be removed from; of a classifier also channels that several layers read."""
         return find_layers(self.skeleton(), self.widths, shared=self.spec.task == "classification")
+
+    @cached_property
+    def statistics(self) -> frozenset[str]:
+        """Names of the running statistics of batch norms."""
+        return frozenset(name for name in self.names if name.rpartition(".")[2] in _STATISTICS)
 
     def skeleton(self) -> nn.Module:
         """Return a model of the global architecture whose values do not matter (nothing pretrained is loaded)."""

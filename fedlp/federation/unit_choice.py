@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
@@ -26,6 +27,7 @@ from fedlp.pruning.units import input_columns, weight_matrix
 from fedlp.types import Keep, PrunableLayer
 
 DAMPING = 0.01  # of Hessians where the config leaves it open: a client has few examples
+_BLOCK = 128  # columns per block of the elimination
 _ROWS = 1  # input vectors per column: positions of an image resemble each other, and a few of them do
 
 
@@ -96,13 +98,13 @@ def _score(
     problems = []
     for path in layer.readers:
         weight = weights[path] if path not in fisher else square_root(fisher[path]) @ weights[path]
-        inverse = _invert(seen[path], method, path)
+        inverse = _invert(seen[path], method, path).to(torch.float32)  # well conditioned by its damping
         problems.append(Problem(weight, inverse, len(inverse) // layer.num_units))
     if method.score == "slimgpt":
         schedule = [1] * total if layer.unit_size > 1 else group_schedule(total)
-        found = eliminate(problems, schedule, score="columns")
+        found = eliminate(problems, schedule, score="columns", block=_BLOCK)
     else:
-        found = eliminate(problems, [1] * total)
+        found = eliminate(problems, [1] * total, block=_BLOCK)
     rises = np.maximum.accumulate(np.diff(found.losses, prepend=0.0).clip(min=0.0) / found.steps)
     last = sorted(set(range(layer.num_units)) - set(found.order))
     scores = torch.empty(layer.num_units, dtype=torch.float64)
@@ -137,11 +139,8 @@ def _observe(
         for path, parts in found.items():
 
             def note(module: nn.Module, inputs: Any, parts: list[Tensor] = parts) -> None:
-                rows = input_columns(module, inputs[0].detach())
-                wanted = -(-_ROWS * rows.shape[1] // len(batches))
-                if len(rows) > wanted:
-                    rows = rows[torch.randint(len(rows), (wanted,), generator=rng).to(rows.device)]
-                parts.append(rows.clone())
+                wanted = -(-_ROWS * weight_matrix(module).shape[1] // len(batches))
+                parts.append(_sample_columns(module, inputs[0].detach(), wanted, rng))
 
             stack.callback(model.get_submodule(path).register_forward_pre_hook(note).remove)
         for batch in batches:
@@ -150,6 +149,22 @@ def _observe(
         if not all(bool(torch.isfinite(rows).all()) for rows in parts):
             raise CalibrationError(f"inputs of {path} are not finite on the client's examples; check its data")
     return {path: torch.cat(parts) for path, parts in found.items()}
+
+
+def _sample_columns(module: nn.Module, inputs: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Return ``count`` random rows of :func:`input_columns`, or all where they are fewer."""
+    if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1) or isinstance(module.padding, str):
+        rows = input_columns(module, inputs)
+        if len(rows) <= count:
+            return rows.clone()
+        return rows[torch.randint(len(rows), (count,), generator=rng).to(rows.device)]
+    (down, right), (height, width), (top, left) = module.stride, module.kernel_size, module.padding
+    padded = F.pad(inputs, (left, left, top, top))
+    patches = padded.unfold(2, height, down).unfold(3, width, right)  # a view: only what is drawn is copied
+    images, _, rows_of, columns_of = patches.shape[:4]
+    places = torch.randint(images * rows_of * columns_of, (count,), generator=rng).to(inputs.device)
+    image, place = places // (rows_of * columns_of), places % (rows_of * columns_of)
+    return patches[image, :, place // columns_of, place % columns_of].flatten(1)
 
 
 def best_units(scores: Tensor, count: int) -> Keep:

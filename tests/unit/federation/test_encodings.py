@@ -1,0 +1,70 @@
+"""Uploads in fewer bits: right on average, small in error, refused where they cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlp.errors import ProtocolError
+from fedlp.federation.encodings import decode_values, encode_values, encoded_signature
+from fedlp.federation.packing import pack_tensors, unpack_tensors
+
+VALUES = {
+    "weight": torch.linspace(-3.0, 2.0, 60).view(4, 3, 5) ** 3,
+    "zero": torch.zeros(2, 3),
+    "bias": torch.tensor([0.1, -1e-8]),
+    "count": torch.tensor(7),
+}
+SIGNATURE = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in VALUES.items()]
+
+
+def there_and_back(encoding: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    encoded = encode_values(VALUES, encoding, torch.Generator().manual_seed(seed))
+    images = {name: image for name, (_, image) in pack_tensors(encoded).items()}
+    return decode_values(unpack_tensors(images, encoded_signature(SIGNATURE, encoding)), SIGNATURE, "client 1")
+
+
+def test_float32_is_exact() -> None:
+    assert all(torch.equal(value, VALUES[name]) for name, value in there_and_back("float32").items())
+
+
+@pytest.mark.parametrize(("encoding", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_errors_are_within_a_step(encoding: str, error: float) -> None:
+    found = there_and_back(encoding)
+    for name, value in found.items():
+        assert value.dtype == VALUES[name].dtype
+        assert value.shape == VALUES[name].shape
+    rows = VALUES["weight"].flatten(1)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    assert ((found["weight"].flatten(1) - rows).abs() <= error * largest * (1 + 1e-6)).all()
+    for exact in ("zero", "bias", "count"):
+        assert torch.equal(found[exact], VALUES[exact])
+
+
+def test_rounding_is_right_on_average_and_repeatable() -> None:
+    drawn = torch.stack([there_and_back("int8", seed)["weight"] for seed in range(2000)])
+    step = VALUES["weight"].flatten(1).abs().amax(dim=1) / 127
+    error = (drawn.mean(dim=0) - VALUES["weight"]).flatten(1) / step[:, None]
+    assert float(error.abs().max()) < 4 * 0.5 / 2000**0.5
+    assert torch.equal(there_and_back("int8", 3)["weight"], drawn[3])
+    assert not torch.equal(drawn[3], drawn[4])
+
+
+def test_a_byte_per_weight_travels() -> None:
+    weight = {"weight": torch.randn(64, 256)}
+    encoded = encode_values(weight, "int8", torch.Generator())
+    assert sum(tensor.nbytes for tensor in encoded.values()) == 64 * 256 + 64 * 4
+
+
+def test_values_that_are_not_finite_do_not_become_finite() -> None:
+    for bad in (float("nan"), float("inf")):
+        encoded = encode_values({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, "int8", torch.Generator())
+        found = decode_values(encoded, [("w", (2, 2), torch.float32)], "client 1")["w"]
+        assert not torch.isfinite(found[0]).all()
+
+
+def test_a_negative_scale_is_refused_by_name() -> None:
+    encoded = encode_values(VALUES, "int8", torch.Generator())
+    encoded["scale of weight"][0] = -1.0
+    with pytest.raises(ProtocolError, match="client 1: tensor weight has a negative scale"):
+        decode_values(encoded, SIGNATURE, "client 1")

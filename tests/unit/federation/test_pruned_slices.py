@@ -1,0 +1,168 @@
+"""Plans per client: within budgets, nested where the server chooses, remembered where clients do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from fedlp import assembly
+from fedlp.config import compose, to_yaml
+from fedlp.errors import AllocationError, ProtocolError
+from fedlp.federation import messages
+from fedlp.federation.policies import Returned
+from fedlp.federation.pruned_slices import PrunedSlices
+from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]", "num_clients=6", "clients_per_round=6")
+
+
+@lru_cache
+def policy(*overrides: str) -> PrunedSlices:
+    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp", "model=fedlp_cnn", *TIERS, *overrides]))).policy
+    assert isinstance(found, PrunedSlices)
+    return found
+
+
+def answer(
+    found: PrunedSlices, client_id: int, examples: int, values: float, widths: dict[str, Keep] | None = None
+) -> Returned:
+    """Return an answer of a client that holds ``widths``, scored by unit number times ``values``."""
+    held = widths or {}
+    scores = {}
+    for layer in found.submodels.layers:
+        units = held.get(layer.name, Keep.full(layer.num_units)).indices()
+        scores[layer.name] = values * torch.from_numpy(units).double()
+    return Returned(client_id, examples, held, held, scores)
+
+
+def test_scores_are_those_of_all_examples_together() -> None:
+    found = policy("strategy.masks=server")
+    layer = found.submodels.layers[0]
+    half = {layer.name: Keep.first(layer.num_units // 2, layer.num_units)}
+    memory = found.remember({}, 1, [answer(found, 0, 10, 1.0), answer(found, 1, 30, 3.0, half)])
+    pooled = memory[f"score.{layer.name}"]
+    units = torch.arange(layer.num_units, dtype=torch.float64)
+    expected = torch.where(units < layer.num_units // 2, units * (10 * 1.0 + 30 * 3.0) / 40, units)
+    torch.testing.assert_close(pooled, expected)
+    later = found.remember(memory, 2, [answer(found, 1, 5, 0.0, half)])
+    torch.testing.assert_close(later[f"score.{layer.name}"][layer.num_units // 2 :], expected[layer.num_units // 2 :])
+    assert later[f"seen.{layer.name}"].tolist() == [2] * (layer.num_units // 2) + [1] * (
+        layer.num_units - layer.num_units // 2
+    )
+
+
+@pytest.mark.parametrize("rule", ["uniform", "depth_line", "log_depth", "flap", "dp"])
+def test_every_rule_meets_every_budget(rule: str) -> None:
+    found = policy(f"allocator={rule}", "strategy.sparsity=0.4", "fleet.limited=[params,macs]")
+    memory = found.remember({}, 1, [answer(found, client, 10, 1.0 + client) for client in range(6)])
+    for past in ({}, memory):
+        for client in range(6):
+            held, sent = found.counts(9, client, past)
+            budget = found.budgets[client]
+            assert budget is not None
+            rows = np.array([[counts[name] for name in found.costs.layers] for counts in (held, sent)], dtype=float)
+            params, macs = found.costs.evaluate(rows)[:, :2].T
+            assert params[0] <= budget.params * (1 + 1e-9)
+            assert macs[0] <= budget.macs * (1 + 1e-9)
+            assert all(1 <= sent[name] <= held[name] for name in held)
+            assert params[1] <= found._params({x.name: x.num_units for x in found.submodels.layers}) * 0.61
+
+
+def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
+    found = policy("allocator=uniform", "strategy.sparsity=0")
+    small = max(range(6), key=lambda client: -found.budgets[client].params)  # type: ignore[union-attr]
+    first = found.assign(1, small, {}).submodel.widths
+    memory = found.remember({}, 1, [Returned(small, 5, first, first, {})])
+    own = {axis: Keep.from_indices(np.arange(1, 2 * keep.count, 2), keep.size) for axis, keep in first.items()}
+    memory = found.remember(memory, 2, [Returned(small, 5, own, own, {})])
+    assert found.assign(3, small, memory).submodel.widths == own
+
+
+def test_stale_units_come_back() -> None:
+    found = policy("strategy.masks=server", "strategy.regrow=0.5", "allocator=uniform", "strategy.sparsity=0")
+    memory = found.remember({}, 1, [answer(found, 0, 10, 1.0)])
+    small = max(range(6), key=lambda client: -found.budgets[client].params)  # type: ignore[union-attr]
+    layer = found.submodels.layers[-1]
+    seen: set[int] = set()
+    for server_round in range(2, 40):
+        assigned = found.assign(server_round, small, memory)
+        seen |= set(assigned.submodel.widths[layer.name].indices().tolist())
+        widths = assigned.submodel.widths
+        memory = found.remember(memory, server_round, [Returned(small, 5, widths, widths, {})])
+    assert seen == set(range(layer.num_units))
+
+
+def test_an_unreachable_budget_names_client_and_limit() -> None:
+    found = policy("fleet.fractions=[1.0,0.00001]")
+    refused = [client for client in range(6) if found.budgets[client].params < 100]  # type: ignore[operator,union-attr]
+    with pytest.raises(AllocationError, match=rf"client {refused[0]}: its budget of params=.* is out of reach"):
+        found.assign(1, refused[0], {})
+    assert sum(case.probability for case in found.cases(range(6))) == pytest.approx(1.0)
+    assert len(found.cases(range(6))) == 6 - len(refused)
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+PROFILE = ClientProfile(4, 50)
+
+
+def asked(found: PrunedSlices) -> tuple[TrainInstruction, ClientUpdate]:
+    """Return an instruction to choose a few units of the first axis, and a right answer."""
+    submodels = found.submodels
+    layer, other = submodels.layers[:2]
+    held = {layer.name: Keep.first(8, layer.num_units)}
+    names = submodels.layout(SubModel()).name_set
+    returned = {other.name: Keep.first(4, other.num_units)}
+    instruction = TrainInstruction(3, 4, {}, SubModel(widths=held), names, {layer.name: 3}, returned, scored=True)
+    chosen = {layer.name: Keep.from_indices(np.array([1, 4, 7]), layer.num_units)}
+    layout = submodels.layout(SubModel(widths={**held, **returned, **chosen}))
+    values = layout.slice(dict(assembly.make_plan(to_yaml(found.config)).initial_params()))
+    sizes = [held[x.name].count if x.name in held else x.num_units for x in submodels.layers]
+    scores = {x.name: torch.rand(size) for x, size in zip(submodels.layers, sizes, strict=True)}
+    return instruction, ClientUpdate(3, 4, 50, values, {}, chosen, scores)
+
+
+def test_choices_and_scores_go_there_and_back() -> None:
+    found = policy()
+    instruction, update = asked(found)
+    params = found.submodels.layout(instruction.submodel).slice(
+        dict(assembly.make_plan(to_yaml(found.config)).initial_params())
+    )
+    content = messages.encode_instruction(instruction, messages.encode_params(params), found.submodels)
+    got = messages.decode_instruction(content, found.submodels)
+    assert (got.kept, got.returned, got.scored) == (instruction.kept, instruction.returned, True)
+    back = messages.decode_update(messages.encode_update(update, found.submodels), got, PROFILE, found.submodels)
+    assert back.widths == {**instruction.submodel.widths, **instruction.returned, **update.widths}
+    for name, scores in back.scores.items():
+        torch.testing.assert_close(scores, update.scores[name].double(), rtol=2**-8, atol=0)
+    assert all(torch.equal(value, update.params[name]) for name, value in back.params.items())
+
+
+def with_widths(update: ClientUpdate, indices: Sequence[int], size: int) -> ClientUpdate:
+    axis = next(iter(update.widths))
+    keep = Keep.from_indices(np.array(indices), size)
+    return ClientUpdate(3, 4, 50, update.params, {}, {axis: keep}, update.scores)
+
+
+def test_wrong_choices_and_scores_are_refused() -> None:
+    found = policy()
+    instruction, update = asked(found)
+    axis = next(iter(update.widths))
+    size = found.submodels.widths.axes[axis]
+    bad = [
+        ("asked for", with_widths(update, [1, 4], size)),
+        ("does not hold", with_widths(update, [1, 4, 9], size)),
+        ("chooses units of", ClientUpdate(3, 4, 50, update.params, {}, {}, update.scores)),
+        ("scores cannot be read", ClientUpdate(3, 4, 50, update.params, {}, update.widths, {})),
+    ]
+    for value in (-1.0, float("nan"), float("inf")):
+        wrong = {**update.scores, axis: torch.full_like(update.scores[axis], value)}
+        bad.append((f"a score of {axis} is not", ClientUpdate(3, 4, 50, update.params, {}, update.widths, wrong)))
+    for text, answered in bad:
+        with pytest.raises(ProtocolError, match=f"client 4, round 3: .*{text}"):
+            messages.decode_update(
+                messages.encode_update(answered, found.submodels), instruction, PROFILE, found.submodels
+            )

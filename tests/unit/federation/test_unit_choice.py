@@ -1,0 +1,121 @@
+"""Units scored on a few examples: the scores of the pruner, where both see the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlp.errors import CalibrationError
+from fedlp.federation import unit_choice
+from fedlp.federation.unit_choice import best_units, count_scoring_macs, score_units
+from fedlp.pruning.groups import trace_widths
+from fedlp.pruning.hessian import Moments, invert_hessian
+from fedlp.pruning.obs import eliminate
+from fedlp.pruning.pruner import Calibration, Pruner
+from fedlp.pruning.readers import Method
+from fedlp.pruning.units import find_layers, input_columns
+
+DAMPING = 0.01
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(45, 4),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def data() -> Calibration:
+    inputs = torch.randn(24, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Calibration(list(inputs.split(12)), [torch.zeros(12, dtype=torch.int64)] * 2)
+
+
+def scores(data: Calibration, **how: object) -> dict[str, torch.Tensor]:
+    model = small_net()
+    spec = trace_widths(model, data.batches[0][:1])
+    method = Method(damping=DAMPING, **how)  # type: ignore[arg-type]
+    return score_units(model, model, spec, find_layers(model, spec), data, method)
+
+
+@pytest.mark.parametrize("score", ["obs", "slimgpt"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_all_positions_give_the_pruners_order(
+    score: str, centred: bool, data: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everything(module: nn.Module, inputs: torch.Tensor, *_: object) -> torch.Tensor:
+        return input_columns(module, inputs)
+
+    monkeypatch.setattr(unit_choice, "_sample_columns", everything)
+    found = scores(data, score=score, centred=centred)
+    model = small_net()
+    spec = trace_widths(model, data.batches[0][:1])
+    pruner = Pruner(model, spec, find_layers(model, spec), data, Method(score, centred=centred, damping=DAMPING))
+    for name, whole in pruner.measure().items():
+        ranked = found[name][list(whole.order)]
+        assert bool((ranked.diff() >= 0).all()), "what goes first costs least"
+        rises = np.maximum.accumulate(np.diff(whole.losses, prepend=0.0) / whole.steps)
+        np.testing.assert_allclose(ranked.numpy(), np.repeat(rises, whole.steps), rtol=1e-3)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_few_inputs_give_the_same_inverse_as_their_hessian(centred: bool) -> None:
+    rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    moments = Moments.empty(12)
+    moments.add(rows)
+    expected = invert_hessian(moments.hessian(centred), DAMPING, "x", 5)
+    found = unit_choice._invert(rows, Method(centred=centred, damping=DAMPING), "x")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sampled_rows_are_rows_of_the_inputs() -> None:
+    inputs = torch.randn(3, 2, 7, 6, generator=torch.Generator().manual_seed(0))
+    for conv in (nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, (3, 2), stride=(2, 1)), nn.Conv2d(2, 4, 3, dilation=2)):
+        drawn = unit_choice._sample_columns(conv, inputs, 9, torch.Generator())
+        rows = input_columns(conv, inputs)
+        assert drawn.shape == (9, rows.shape[1])
+        assert all(bool((rows == row).all(dim=1).any()) for row in drawn)
+
+
+@pytest.mark.parametrize("score", ["obs", "slimgpt", "wanda", "flap", "taylor", "magnitude", "random"])
+def test_every_criterion_scores_every_unit_and_repeats_itself(score: str, data: Calibration) -> None:
+    one, other = scores(data, score=score), scores(data, score=score)
+    for name, found in one.items():
+        assert found.shape == ({"0": 6, "2": 5}[name],)
+        assert bool((found >= 0).all())
+        assert torch.equal(found, other[name])
+
+
+def test_the_best_units_are_sorted_and_ties_go_to_the_first() -> None:
+    assert best_units(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.9]), 2).indices().tolist() == [1, 3]
+    assert best_units(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.9]), 4).indices().tolist() == [1, 2, 3, 4]
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    batch = torch.full((12, 2, 8, 8), float("nan"))
+    with pytest.raises(CalibrationError, match="inputs of 2 are not finite"):
+        scores(Calibration([batch], [torch.zeros(12, dtype=torch.int64)]), score="obs")
+
+
+def test_criteria_without_data_cost_nothing(data: Calibration) -> None:
+    model = small_net()
+    layers = find_layers(model, trace_widths(model, data.batches[0][:1]))
+    prices = {score: count_scoring_macs(model, layers, data, Method(score)) for score in ("random", "wanda", "obs")}
+    assert prices["random"] == 0.0 < prices["wanda"] < prices["obs"]
+
+
+def test_the_exact_order_is_that_of_the_kernel() -> None:
+    """The block in which updates are applied lazily changes no order."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(80, 24), torch.randn(5, 24)
+    inverse = unit_choice._invert(rows, Method(damping=DAMPING), "x")
+    problem = unit_choice.Problem(weight, inverse, 3)
+    orders = {eliminate([problem], [1] * 7, block=block).order for block in (1, 128)}
+    assert len(orders) == 1
