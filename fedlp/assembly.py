@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlp import federated_oneshot
 from fedlp.allocation.fleet import fleet_budgets
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
 from fedlp.errors import CheckpointError, ConfigError
 from fedlp.federated_oneshot import serve_oneshot
-from fedlp.federation import messages
+from fedlp.federation import messages, pooling_costs
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.checkpoint import ServerState
 from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
@@ -60,7 +59,7 @@ class Plan:
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
         if self.config.strategy.name == "oneshot":
-            return federated_oneshot.expected_costs(self.config, self.submodels)
+            return pooling_costs.expected_costs(self.config, self.submodels)
         cases = self.policy.cases(range(self.config.num_clients))
         encoding = self.config.strategy.encoding
         return expected_costs(cases, self.submodels, self.costs, self.initial_params(), encoding)
@@ -75,7 +74,7 @@ def make_plan(cfg: str) -> Plan:
     submodels = SubModels(spec)
     costs = Costs(submodels)
     if config.strategy.name == "oneshot":
-        config = replace(config, num_rounds=federated_oneshot.count_lines(config, submodels))
+        config = replace(config, num_rounds=pooling_costs.count_lines(config, submodels))
     if config.strategy.name == "fedlp":
         policy: Policy = _prune_to_fleet(config, submodels, costs)
     else:
@@ -167,7 +166,7 @@ def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict
     runtime = make_runtime(cfg, str(RunDirectory(out).clients))  # before the fork, so that workers share it
     size = sum(tensor.numel() * tensor.element_size() for tensor in plan.initial_params().values())
     if config.strategy.name == "oneshot":
-        size = max(size, federated_oneshot.largest_message(config, plan.submodels))
+        size = max(size, pooling_costs.largest_message(config, plan.submodels))
     workers = config.simulation.workers or count_cores()
     with LocalGrid(
         lambda: client_app,

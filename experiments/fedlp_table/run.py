@@ -9,14 +9,13 @@ Every run is an ordinary run directory under ``--out``. Finished ones are skippe
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FEDLP = Path(sys.executable).with_name("fedlp")
+sys.path.insert(0, str(HERE.parent))
+
+from runs import collect, run  # noqa: E402 # the experiments'
 
 METHODS = {
     "fedavg": ["strategy=fedavg"],
@@ -40,53 +39,12 @@ def main() -> int:
             for partition, partition_overrides in PARTITIONS.items():
                 for method, overrides in METHODS.items():
                     out = arguments.out / f"{partition}/{method}/seed-{seed}"
-                    code = run(out, [*overrides, *partition_overrides, f"seed={seed}"], arguments.data)
+                    common = ["experiment=fedlp_table", f"dataset.root={arguments.data}", f"seed={seed}"]
+                    code = run(out, [*common, *overrides, *partition_overrides])
                     if code:
                         return code
-    collect(arguments.out, HERE / "results")
+    collect(arguments.out, HERE / "results", tuple(PARTITIONS))
     return 0
-
-
-def run(out: Path, overrides: list[str], data: Path) -> int:
-    """Start, resume or skip one run; return fedlp's exit code."""
-    manifest = out / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["final_metrics"]:
-        return 0
-    if any((out / "checkpoint").glob("*.json")):
-        return subprocess.run([FEDLP, f"resume={out}"], check=False).returncode
-    command = [FEDLP, "experiment=fedlp_table", f"dataset.root={data}", *overrides, f"hydra.run.dir={out}"]
-    return subprocess.run(command, check=False).returncode
-
-
-def collect(out: Path, results: Path) -> None:
-    """Copy config, manifest and rounds (without per-client costs) of every finished run; plot each partition."""
-    for manifest in sorted(out.glob("*/*/*/manifest.json")):
-        if not json.loads(manifest.read_text())["final_metrics"]:
-            continue
-        target = results / manifest.parent.relative_to(out)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(manifest, target)
-        config = (manifest.parent / "config.yaml").read_text().splitlines()
-        (target / "config.yaml").write_text("\n".join(_without_root(line) for line in config) + "\n")
-        with (target / "rounds.jsonl").open("w") as file:
-            for line in (manifest.parent / "rounds.jsonl").read_text().splitlines():
-                file.write(json.dumps(json.loads(line) | {"clients": []}) + "\n")
-        _strip_manifest(target / "manifest.json")
-    for partition in PARTITIONS:
-        if (results / partition).is_dir():
-            report = [FEDLP.with_name("fedlp-report"), results / partition, "--out", results / f"report-{partition}"]
-            subprocess.run(report, check=True)
-            (results / f"report-{partition}" / "report.html").unlink()  # made again from the rest at any time
-
-
-def _without_root(line: str) -> str:
-    return "  root: null" if line.startswith("  root: ") else line
-
-
-def _strip_manifest(path: Path) -> None:
-    manifest = json.loads(path.read_text())
-    manifest["config"]["dataset"]["root"] = None
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 if __name__ == "__main__":

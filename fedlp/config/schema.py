@@ -76,12 +76,13 @@ class StrategyConfig:
     widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
     width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
     sparsity: float = 0.0  # fedlp, oneshot: fraction of the prunable units' parameters that is left out, in [0, 1)
-    masks: str = "client"  # fedlp: who chooses the units that are sent: each "client", or the "server", nested
+    masks: str = "client"  # fedlp: units are chosen by each "client", by the "server" (nested), or at "random"
     criterion: str = "weights"  # fedlp: what must not be lost: the client's "weights", or its "update" of them
     compensate: bool = False  # fedlp: send weights that make up for the units left out
     refresh_every: int = 1  # fedlp: rounds between fresh scores of units; in between the last choice stays
     warmup_rounds: int = 0  # fedlp: first rounds in which whoever can sends everything it holds
     ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity rises to its full value
+    width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
     regrow: float = 0.0  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1]
     encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row)
     values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received

@@ -208,13 +208,14 @@ def _validate_uploads(config: RunConfig) -> None:
     """Check what clients send, and what goes with what."""
     strategy = config.strategy
     _require(0 <= strategy.sparsity < 1, "strategy.sparsity", strategy.sparsity, "in [0, 1)")
-    _choice("strategy.masks", strategy.masks, ("client", "server"))
+    _choice("strategy.masks", strategy.masks, ("client", "server", "random"))
     _choice("strategy.criterion", strategy.criterion, ("weights", "update"))
     encodings = ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8")
     _choice("strategy.encoding", strategy.encoding, encodings)
     _choice("strategy.values", strategy.values, ("weights", "deltas"))
     _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole"))
-    _require(strategy.refresh_every >= 1, "strategy.refresh_every", strategy.refresh_every, "at least 1")
+    for name in ("refresh_every", "width_multiple"):
+        _require(getattr(strategy, name) >= 1, f"strategy.{name}", getattr(strategy, name), "at least 1")
     for name in ("warmup_rounds", "ramp_rounds"):
         _require(getattr(strategy, name) >= 0, f"strategy.{name}", getattr(strategy, name), "at least 0")
     _require(0 <= strategy.regrow <= 1, "strategy.regrow", strategy.regrow, "in [0, 1]")
@@ -222,7 +223,7 @@ def _validate_uploads(config: RunConfig) -> None:
         raise ConfigError(
             "strategy.error_feedback=true needs strategy.values=deltas: only differences can be caught up"
         )
-    if strategy.compensate and (strategy.masks == "server" or config.pruner.recovery != "least_squares"):
+    if strategy.compensate and (strategy.masks != "client" or config.pruner.recovery != "least_squares"):
         raise ConfigError(
             "strategy.compensate=true needs strategy.masks=client and a pruner that refits (pruner=obs or slimgpt)"
         )

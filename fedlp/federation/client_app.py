@@ -28,7 +28,7 @@ from fedlp.federation.pooling_client import PoolingClient
 from fedlp.federation.server_app import read_settings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.uploads import Uploads
-from fedlp.models import state_tensors
+from fedlp.models import leading_layers, state_tensors
 from fedlp.pruning.groups import cut_model
 from fedlp.rng import Stream, generator
 from fedlp.training import evaluate_sums, train_locally
@@ -96,9 +96,8 @@ class ClientRuntime:
         model, state = self._load_submodel(instruction)
         examples = self.shards.of(client_id)
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
-        result = train_locally(
-            model, examples, self.info, self.config.local, rng, self._nested(instruction.submodel, model)
-        )
+        nested = self._nested(instruction.submodel, model)
+        result = train_locally(model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction))
         self._save_personal(instruction, state)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
         if self._uploads.is_plain:
@@ -164,6 +163,12 @@ class ClientRuntime:
             return head
         fresh = state_tensors(self.submodels.spec.build_depth(depth, self.config.seed, client_id))
         return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
+
+    def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
+        """Return the tensors that are not trained because neither they nor what lies before them is sent."""
+        if not self.config.strategy.skip_backward:
+            return ()
+        return leading_layers(self.submodels.spec, instruction.uploads)
 
     def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
         """Return what the client could not send before."""

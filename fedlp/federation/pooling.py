@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlp.config import RunConfig
 from fedlp.errors import FedLPError, ProtocolError
@@ -24,21 +23,11 @@ from fedlp.federation.messages import count_bytes, encode_params
 from fedlp.federation.pooling_messages import Part, Question, Request
 from fedlp.federation.pooling_model import (
     ModelStates,
-    count_positions,
-    fisher_parts,
-    moment_parts,
-    norm_parts,
-    norm_statistics,
-    read_moments,
 )
 from fedlp.federation.roster import Roster
 from fedlp.federation.round import RoundUnderWay
 from fedlp.federation.sampling import sample_cohort
-from fedlp.pruning.collecting import make_readers
-from fedlp.pruning.groups import WidthSpec, cut_model
-from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.readers import Method, Reader
-from fedlp.types import ClientCost, ClientFailure, Keep, PrunableLayer, RoundRecord
+from fedlp.types import ClientCost, ClientFailure, Keep, RoundRecord
 
 log = logging.getLogger("fedlp")
 
@@ -104,14 +93,18 @@ class ClientPool:
 
         sums: dict[str, Tensor] = {}
         counts = []
-        for values, count in self.ask(question, states, decode):
+        for values, count in self.ask(question, states, decode, sum(part.num_sent for part in parts)):
             sums = {name: sums[name] + value for name, value in values.items()} if sums else values
             counts.append(count)
         full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
         return {**sums, **full}, counts
 
     def ask(
-        self, question: Question, states: ModelStates, decode: Callable[[RecordDict, int, str], tuple[_Answer, int]]
+        self,
+        question: Question,
+        states: ModelStates,
+        decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
+        params_up: int = 0,
     ) -> Iterator[tuple[_Answer, int]]:
         """Yield each client's answer and number of examples, in the order of ids; failures are counted and named.
 
@@ -121,9 +114,13 @@ class ClientPool:
         ----------
         decode : callable
             Returns an answer from its records, the most examples it may be about and what errors call the client.
+        params_up : int
+            Numbers in an answer.
         """
         good, asked = 0, list(self.cohort)
         for is_last in (False, True):
+            if not asked:
+                break
             lacking: list[int] = []
             replies = exchange(
                 self._grid, self._requests(question, states, asked), self._config.simulation.round_timeout_s
@@ -133,15 +130,15 @@ class ClientPool:
                     self._spend(client_id, bytes_up=count_bytes(reply.content))
                     self._has[client_id] = 0
                     lacking.append(client_id)
-                elif (answer := self._receive(question, client_id, reply, decode)) is not None:
+                elif (answer := self._receive(question, states, client_id, reply, decode)) is not None:
                     self._has[client_id] = len(states.changed)
+                    self._spend(client_id, params_up=params_up)
                     good += 1
                     yield answer
             asked = lacking
         if good < max(1, self._config.min_clients):
-            layer = f" of layer {states.layers[question.layer].name}" if question.kind == wire.MOMENTS else ""
             raise FedLPError(
-                f"{question.kind}{layer}: {good} of {len(self.cohort)} clients gave a good answer, "
+                f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "
                 f"min_clients={self._config.min_clients}; the lines above say why"
             )
 
@@ -165,12 +162,13 @@ class ClientPool:
     def _receive(
         self,
         question: Question,
+        states: ModelStates,
         client_id: int,
         reply: Message,
         decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
     ) -> tuple[_Answer, int] | None:
         """Return the answer of a reply, or None after counting the failure; either way its cost is recorded."""
-        who = f"client {client_id}, {question.kind}, layer {question.layer}"
+        who = f"client {client_id}, {self._describe(question, states)}"
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
@@ -184,97 +182,18 @@ class ClientPool:
             self._round.failures.append(ClientFailure(client_id, reason, str(error)))
             log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
             return None
-        arrays = reply.content.get(wire.PARAMS)
-        numbers = sum(array.shape[0] for array in arrays.values()) if isinstance(arrays, ArrayRecord) else 0
-        self._spend(client_id, params_up=numbers, num_examples=num_examples)
+        self._spend(client_id, num_examples=num_examples)
         return answer, num_examples
+
+    @staticmethod
+    def _describe(question: Question, states: ModelStates) -> str:
+        return question.kind + (f" of {states.layers[question.layer].name}" if question.kind == wire.MOMENTS else "")
 
     def _spend(self, client_id: int, **spent: int) -> None:
         keys = ("num_examples", "bytes_down", "bytes_up", "params_down", "params_up")
         account = self._spent.setdefault(client_id, dict.fromkeys(keys, 0))
         for key, value in spent.items():
             account[key] += value
-
-
-class PooledPruner(Pruner):
-    """A pruner without data: whatever looks at data asks the clients.
-
-    Parameters
-    ----------
-    model, spec, layers, method
-        As of :class:`Pruner`.
-    example : Tensor
-        Inputs of one example, whose values do not matter.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: WidthSpec,
-        layers: Sequence[PrunableLayer],
-        method: Method,
-        pool: ClientPool,
-        example: Tensor,
-        seed: int,
-    ) -> None:
-        self.pool = pool
-        self._example = example
-        super().__init__(model, spec, layers, Calibration([example], [], seed), method)
-
-    @cached_property
-    def states(self) -> ModelStates:
-        """The states of the model so far."""
-        return ModelStates(self.model, self.layers, self.norms, self.method)
-
-    @cached_property
-    def positions(self) -> tuple[Mapping[str, int], int]:
-        """Input vectors of each reader, and labels, per example."""
-        return count_positions(self.model, self.layers, self._example)
-
-    def collector(self, dense: nn.Module | None) -> PooledCollector:
-        """Return what asks the clients for the statistics of each layer."""
-        return PooledCollector(self, dense is not None)
-
-    def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the Fisher information of all readers' outputs on the clients' examples."""
-        parts = fisher_parts(self.model, self.layers)
-        sums, counts = self.pool.total(Question(wire.FISHER), parts, self.states)
-        labels = sum(counts) * self.positions[1]
-        return {path: (sums[path].tril() + sums[path].tril(-1).T) / labels for path in paths}
-
-    @torch.no_grad()
-    def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out, and what its batch norms see on the clients' examples."""
-        parts = norm_parts(self.model)
-        if parts and not self.method.keeps_batch_norm:
-            sums, counts = self.pool.total(Question(wire.NORMS), parts, self.states)
-            batches = sum(-(-count // self.pool.batch_size) for count in counts)
-            for name, live in norm_statistics(self.model).items():
-                live.copy_(sums[name] / batches)
-                self.model.get_submodule(name.rpartition(".")[0]).num_batches_tracked.fill_(batches)  # type: ignore[operator]
-        return cut_model(self.model, self.spec, widths)
-
-
-class PooledCollector:
-    """Collects the statistics of layers from clients."""
-
-    def __init__(self, pruner: PooledPruner, targets: bool) -> None:
-        self._pruner, self._targets = pruner, targets
-
-    def readers(self, layer: PrunableLayer) -> list[Reader]:
-        """Return the layer's readers, without statistics."""
-        return make_readers(self._pruner.model, layer, self._pruner.norms, self._targets)
-
-    def collect(self, layer: PrunableLayer) -> list[Reader]:
-        """Return the layer's readers with the clients' statistics added up."""
-        readers = self.readers(layer)
-        pruner = self._pruner
-        question = Question(wire.MOMENTS, list(pruner.layers).index(layer))
-        sums, counts = pruner.pool.total(question, moment_parts(readers, pruner.method), pruner.states)
-        for reader in readers:
-            count = pruner.positions[0][reader.path] * sum(counts)
-            reader.moments = read_moments(sums, reader.path, count)
-        return readers
 
 
 def tally(votes: Sequence[Mapping[str, Keep]], kept: Mapping[str, int]) -> dict[str, Keep]:

@@ -78,7 +78,8 @@ class ModelStates:
                 path, _, leaf = name.rpartition(".")
                 module = self.model.get_submodule(path)
                 if getattr(module, leaf, None) is None:
-                    module.register_parameter(leaf, nn.Parameter(tensors[name].to(dtype, copy=True)))
+                    device = next(module.parameters()).device
+                    module.register_parameter(leaf, nn.Parameter(tensors[name].to(device, dtype, copy=True)))
                 else:
                     _find(self.model, name).copy_(tensors[name])
             self.note(layer)

@@ -119,7 +119,10 @@ class PrunedSlices:
         if load(least) <= 1.0:  # else let the rounding say what is out of reach
             found = self._by_rule(load, memory)
             even = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
-        return round_client(layers, even, costs, budget, client_id=client_id, table=table, bounds=bounds)
+        multiple = self.config.strategy.width_multiple
+        return round_client(
+            layers, even, costs, budget, client_id=client_id, table=table, bounds=bounds, multiple=multiple
+        )
 
     def _by_rule(self, load: Cost, memory: Memory) -> Counts:
         layers, settings = self.submodels.layers, self.config.allocator
@@ -173,11 +176,9 @@ class PrunedSlices:
 
     @property
     def _uses_scores(self) -> bool:
-        return self.config.pruner.name != "random" and (
-            self.config.strategy.masks == "server"
-            or self.config.allocator.name in ("dp", "flap")
-            or any(budget is not None for budget in self.budgets)
-        )
+        masks, limited = self.config.strategy.masks, any(budget is not None for budget in self.budgets)
+        ranks = masks == "server" or (masks == "client" and limited)
+        return self.config.pruner.name != "random" and (ranks or self.config.allocator.name in ("dp", "flap"))
 
     @cached_property
     def _somebody_is_whole(self) -> bool:
@@ -194,7 +195,7 @@ class PrunedSlices:
     def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
         """Return the units that a client returned last, as booleans; empty where the server chooses."""
         prefix = f"{_HELD}.{client_id}."
-        if self.config.strategy.masks == "server":
+        if self.config.strategy.masks != "client":
             return {}
         return {x.name: memory[prefix + x.name] for x in self.submodels.layers if prefix + x.name in memory}
 
@@ -207,7 +208,7 @@ class PrunedSlices:
         their scores. Units without scores come in their order, or at random.
         """
         axis, size = layer.name, layer.num_units
-        if self.config.pruner.name == "random":
+        if "random" in (self.config.strategy.masks, self.config.pruner.name):
             ranked = rng.permutation(size)
         else:
             scores = memory.get(f"{_SCORE}.{axis}")

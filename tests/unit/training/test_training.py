@@ -142,3 +142,68 @@ def test_augmented_images_are_windows_of_the_padded_ones() -> None:
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, batch, strict=True)]
     assert all(a or b for a, b in zip(same, mirrored, strict=True))
     assert 5 < sum(mirrored) < 35
+
+
+FREEZING = [
+    LocalConfig(optimizer="sgd", epochs=2, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.1, max_grad_norm=1.0),
+    LocalConfig(optimizer="adam", epochs=2, batch_size=8, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("config", FREEZING, ids=["sgd", "adam"])
+def test_frozen_parameters_do_not_move_and_no_gradient_is_computed_for_them(config: LocalConfig) -> None:
+    plain, model, untouched = classifier(), classifier(), classifier()
+    reached: list[bool] = []
+    model[1].register_full_backward_hook(lambda *_: reached.append(True))
+    train_locally(plain, images(20), IMAGES, config, np.random.default_rng(5))
+    frozen = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "elsewhere.weight")
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # left over; it must not move anything
+    train_locally(model, images(20), IMAGES, config, np.random.default_rng(5), frozen=frozen)
+    assert not reached
+    before, after = untouched.state_dict(), model.state_dict()
+    for name in frozen[:4]:
+        assert torch.equal(before[name], after[name])
+    assert not torch.equal(before["4.weight"], after["4.weight"])
+    assert not torch.equal(before["1.running_mean"], after["1.running_mean"])  # frozen or not, statistics follow
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    again = classifier()
+    train_locally(again, images(20), IMAGES, config, np.random.default_rng(5), frozen=())
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_what_is_not_frozen_is_trained_as_if_it_were_alone() -> None:
+    config, rng = LocalConfig(optimizer="sgd", batch_size=20, lr=0.1), np.random.default_rng
+    plain, model = classifier(), classifier()
+    train_locally(plain, images(20), IMAGES, config, rng(5))
+    train_locally(model, images(20), IMAGES, config, rng(5), frozen={"0.weight"})
+    for name, tensor in plain.state_dict().items():  # one step: the others' gradients are the same
+        assert torch.equal(tensor, model.state_dict()[name]) == (name != "0.weight")
+
+
+@pytest.mark.parametrize("config", FREEZING, ids=["sgd", "adam"])
+def test_a_wholly_frozen_model_only_reports_its_loss(config: LocalConfig) -> None:
+    model, untouched = classifier(), classifier()
+    names = [name for name, _ in model.named_parameters()]
+    result = train_locally(model, images(20), IMAGES, config, np.random.default_rng(5), frozen=names)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+    assert result.num_processed == 40
+    assert 1 < result.train_loss < 2
+
+
+def test_freezing_ends_with_an_error_too_and_what_needed_no_gradient_before_needs_none_after() -> None:
+    model = classifier()
+    model[0].bias.requires_grad_(False)
+    wrong = Examples(images(20).inputs[:, :2], images(20).targets, None)
+    config = LocalConfig(optimizer="sgd", batch_size=8)
+    with pytest.raises(RuntimeError):
+        train_locally(model, wrong, IMAGES, config, np.random.default_rng(5), frozen={"0.weight", "0.bias"})
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["0.bias"]
+
+
+def test_a_tied_parameter_is_frozen_by_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 108), nn.Linear(108, 108), nn.Linear(108, 4))
+    model[2].weight = model[1].weight
+    before = model[1].weight.detach().clone()
+    config = LocalConfig(optimizer="sgd", batch_size=8, lr=0.1)
+    train_locally(model, images(8), IMAGES, config, np.random.default_rng(5), frozen={"2.weight"})
+    assert torch.equal(before, model[1].weight)
