@@ -29,6 +29,7 @@ from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.policies import Policy, build_policy, fit_policy
+from fedlp.federation.privacy import check_privacy
 from fedlp.federation.pruned_slices import PrunedSlices
 from fedlp.federation.run_directory import RunDirectory
 from fedlp.federation.server_app import Grid, make_server_app
@@ -72,6 +73,7 @@ def make_plan(cfg: str) -> Plan:
     info = describe_dataset(config.dataset)
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
     submodels = SubModels(spec)
+    check_privacy(config, submodels)
     costs = Costs(submodels)
     if config.strategy.name == "oneshot":
         config = replace(config, num_rounds=pooling_costs.count_lines(config, submodels))

@@ -43,6 +43,8 @@ from fedlp.types import Keep, RoundRecord
 Observer = Callable[[RoundRecord, ServerState], None]
 REPORT = "prune.json"
 
+_REFERENCE_EXAMPLES = 8  # random inputs, whose means clients measure their own inputs from
+
 
 class FederatedOneshot:
     """One run: what is pruned, the clients, and the lines and files that come of it.
@@ -94,7 +96,7 @@ class FederatedOneshot:
     def _by_moments(self, pool: ClientPool, before: Mapping[str, float]) -> Pruned:
         """Return the model pruned on what clients send; leaves the last line open, for the metrics after."""
         subject, method = self.subject, make_method(self.config.pruner)
-        example = subject.spec.example_inputs(1)
+        example = subject.spec.example_inputs(_REFERENCE_EXAMPLES)
         seed = torch_seed(self.config.seed, Stream.CALIBRATION, 1)
         pruner = PooledPruner(subject.model, subject.widths, subject.layers, method, pool, example, seed)
         kept = oneshot.allocate(self.plain, subject, pruner.data, pruner)

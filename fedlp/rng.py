@@ -31,6 +31,7 @@ class Stream(IntEnum):
     SEARCH = 14
     UNITS = 15
     ENCODING = 16
+    PRIVACY = 17
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -208,6 +208,21 @@ def _train(
     num_batches = len(losses) // config.epochs
     last, weights = torch.stack(losses[-num_batches:]).tolist(), sizes[-num_batches:]
     return TrainResult(sum(sizes), sum(map(operator.mul, last, weights)) / sum(weights))
+
+
+@contextmanager
+def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply gradients of some parameters by masks of 0 and 1 for a while; weight decay moves all entries still."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    hooks = [
+        parameters[name].register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]
+        for name, mask in masks.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fedlp.cli.common import end, guard, run_hydra
+from fedlp.cli.deployment import certs_parser, demo_parser, make_certs, run_demo
 from fedlp.cli.run import report, run_dir, run_job
 from fedlp.cli.tools import profile_job, prune_job, search_job
 
@@ -53,3 +54,15 @@ def report_main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs (a sweep)")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/report of the first)")
     sys.exit(end(lambda: guard(lambda: report(parser.parse_args()))))
+
+
+def certs_main() -> None:
+    """Make a development CA, the SuperLink's certificate and the SuperNodes' keys."""
+    parser = certs_parser(certs_main.__doc__)
+    sys.exit(end(lambda: guard(lambda: make_certs(parser.parse_args()))))
+
+
+def deploy_demo_main() -> None:
+    """Rehearse a deployment here: SuperLink, TLS, one SuperNode with its own key per client; compare, count bytes."""
+    parser = demo_parser(deploy_demo_main.__doc__)
+    sys.exit(end(lambda: guard(lambda: run_demo(parser.parse_args()))))

@@ -70,13 +70,14 @@ class StrategyConfig:
     name: str = MISSING
     layer_preserving_rate: Any = 1.0  # probability that a layer is uploaded, in [0, 1]; or one per client
     mask_unit: str = "layer"  # "layer", or "tensor" as in FedLP's official code
-    weighting: str = "examples"  # "examples" or "equal"
+    weighting: str = "examples"  # "examples", "equal", or "held": examples times the share of the model that is held
     depths: Any = "u"  # fedlp_hetero: "u" (uniform), a depth (0.6 there, rest shared), or one depth per client
     persist_heads: bool = True  # fedlp_hetero: keep personal heads between rounds
     widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
     width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
     sparsity: float = 0.0  # fedlp, oneshot: fraction of the prunable units' parameters that is left out, in [0, 1)
-    masks: str = "client"  # fedlp: units are chosen by each "client", by the "server" (nested), or at "random"
+    masks: str = "client"  # fedlp: units are chosen by each "client", by the "server" (nested), or at "random";
+    # oneshot: the "server" prunes on pooled moments, or each "client" prunes alone and votes
     criterion: str = "weights"  # fedlp: what must not be lost: the client's "weights", or its "update" of them
     compensate: bool = False  # fedlp: send weights that make up for the units left out
     refresh_every: int = 1  # fedlp: rounds between fresh scores of units; in between the last choice stays
@@ -84,10 +85,12 @@ class StrategyConfig:
     ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity rises to its full value
     width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
     regrow: float = 0.0  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1]
-    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row)
+    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row);
+    # oneshot: of sums, "float32" or "float64"
     values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
     error_feedback: bool = False  # deltas: clients add what they could not send last time
     batch_norm: str = "average"  # running statistics: "average" of all, or of clients with the "whole" model only
+    train_sent: bool = False  # fedlp, masks=server or random: only entries that will be sent are trained
     skip_backward: bool = False  # leading layers that are not sent are not trained
     server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
     server_lr: float = 1.0
@@ -176,6 +179,20 @@ class FleetConfig:
 
 
 @dataclass
+class PrivacyConfig:
+    """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
+
+    ``name`` is "none", or "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``.
+    """
+
+    name: str = "none"
+    clipping_norm: float = 1.0  # longest update (L2 norm over all weights); the sensitivity is twice this
+    epsilon: float = 0.5  # of one upload, > 0; the Gaussian mechanism keeps its promise below 1
+    delta: float = 1e-5  # of one upload, in (0, 1)
+    seeded: bool = False  # draw noise from the run's seed, which whoever reads the config can take off again
+
+
+@dataclass
 class RunConfig:
     """One federated run."""
 
@@ -202,3 +219,4 @@ class RunConfig:
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)

@@ -11,6 +11,7 @@ from fedlp.config.schema import (
     FleetConfig,
     LocalConfig,
     ModelConfig,
+    PrivacyConfig,
     PrunerConfig,
     RunConfig,
     StrategyConfig,
@@ -47,6 +48,7 @@ def validate(config: RunConfig) -> None:
     _validate_fleet(config.fleet)
     _validate_pruning(config.pruner, config.allocator, config.calibration)
     _validate_uploads(config)
+    _validate_privacy(config.privacy)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     if simulation.workers is not None:
@@ -182,7 +184,7 @@ def _validate_strategy(strategy: StrategyConfig, num_clients: int) -> None:
             f"one number, or one per client ({num_clients})",
         )
     _choice("strategy.mask_unit", strategy.mask_unit, ("layer", "tensor"))
-    _choice("strategy.weighting", strategy.weighting, ("examples", "equal"))
+    _choice("strategy.weighting", strategy.weighting, ("examples", "equal", "held"))
     depths = strategy.depths
     whole = [depths] if not isinstance(depths, list) else depths
     fits = depths == "u" or all(isinstance(d, int) and not isinstance(d, bool) and d >= 1 for d in whole)
@@ -229,6 +231,8 @@ def _validate_uploads(config: RunConfig) -> None:
         )
     if strategy.name == "oneshot":
         _validate_oneshot(config)
+    if strategy.train_sent and strategy.masks == "client":
+        raise ConfigError("strategy.train_sent=true needs masks=server or random: a client chooses after training")
     if strategy.name != "fedlp":
         return
     if config.allocator.name not in FEDERATED_RULES:
@@ -242,6 +246,7 @@ def _validate_oneshot(config: RunConfig) -> None:
     """Check what federated one-shot pruning cannot do."""
     strategy = config.strategy
     _require(strategy.sparsity > 0, "strategy.sparsity", strategy.sparsity, "in (0, 1)")
+    _choice("strategy.masks", strategy.masks, ("server", "client"))
     if config.resume is not None:
         raise ConfigError("a run of strategy=oneshot cannot be resumed: start it anew in another hydra.run.dir")
     if config.fleet.fractions or config.fleet.devices:
@@ -253,6 +258,14 @@ def _validate_oneshot(config: RunConfig) -> None:
             f"allocator={config.allocator.name} needs data, which the server has not; strategy=oneshot takes "
             + ", ".join(ONESHOT_RULES)
         )
+
+
+def _validate_privacy(privacy: PrivacyConfig) -> None:
+    _choice("privacy.name", privacy.name, ("none", "local_dp"))
+    for name in ("clipping_norm", "epsilon"):
+        value = getattr(privacy, name)
+        _require(0 < value < math.inf, f"privacy.{name}", value, "a finite number above 0")
+    _require(0 < privacy.delta < 1, "privacy.delta", privacy.delta, "in (0, 1)")
 
 
 def _is_number(value: object) -> bool:

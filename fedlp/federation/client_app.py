@@ -25,13 +25,14 @@ from fedlp.federation import messages, pooling_messages
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.nested import NestedWidth, nested_counts
 from fedlp.federation.pooling_client import PoolingClient
+from fedlp.federation.privacy import protect_update
 from fedlp.federation.server_app import read_settings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.uploads import Uploads
 from fedlp.models import leading_layers, state_tensors
 from fedlp.pruning.groups import cut_model
 from fedlp.rng import Stream, generator
-from fedlp.training import evaluate_sums, train_locally
+from fedlp.training import evaluate_sums, masked_gradients, train_locally
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 
@@ -97,7 +98,10 @@ class ClientRuntime:
         examples = self.shards.of(client_id)
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
         nested = self._nested(instruction.submodel, model)
-        result = train_locally(model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction))
+        with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
+            result = train_locally(
+                model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction)
+            )
         self._save_personal(instruction, state)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
         if self._uploads.is_plain:
@@ -214,7 +218,8 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
         if instruction.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
         update = runtime.train(instruction)
-        return Message(messages.encode_update(update, runtime.submodels), reply_to=message)
+        reply = Message(messages.encode_update(update, runtime.submodels), reply_to=message)
+        return protect_update(runtime.config, instruction, message, reply, context)
 
     def answer(message: Message, context: Context) -> Message:
         runtime, client_id = load_runtime(context), client_id_of(context)

@@ -14,13 +14,14 @@ from fedlp.federation.pooling_messages import Question
 from fedlp.federation.pooling_model import (
     ModelStates,
     count_positions,
+    fill_moments,
     fisher_parts,
     moment_parts,
     norm_parts,
     norm_statistics,
-    read_moments,
+    split_reference,
 )
-from fedlp.pruning.collecting import make_readers
+from fedlp.pruning.collecting import Collector, make_readers
 from fedlp.pruning.groups import WidthSpec, cut_model
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.readers import Method, Reader
@@ -35,7 +36,7 @@ class PooledPruner(Pruner):
     model, spec, layers, method
         As of :class:`Pruner`.
     example : Tensor
-        Inputs of one example, whose values do not matter.
+        Inputs of a few examples that resemble nobody's data.
     """
 
     def __init__(
@@ -87,10 +88,14 @@ class PooledPruner(Pruner):
 
 
 class PooledCollector:
-    """Collects the statistics of layers from clients."""
+    """Collects the statistics of layers from clients.
+
+    Inputs are measured from what they are on the example: all that clients send is small where they are much alike.
+    """
 
     def __init__(self, pruner: PooledPruner, targets: bool) -> None:
         self._pruner, self._targets = pruner, targets
+        self._example = Collector(pruner.model, None, pruner.layers, pruner.data.batches, pruner.norms)
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
@@ -98,11 +103,13 @@ class PooledCollector:
 
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the clients' statistics added up."""
-        readers = self.readers(layer)
-        pruner = self._pruner
-        question = Question(wire.MOMENTS, list(pruner.layers).index(layer))
-        sums, counts = pruner.pool.total(question, moment_parts(readers, pruner.method), pruner.states)
-        for reader in readers:
-            count = pruner.positions[0][reader.path] * sum(counts)
-            reader.moments = read_moments(sums, reader.path, count)
+        pruner, readers = self._pruner, self.readers(layer)
+        parts = moment_parts(readers, pruner.method)
+        reference = torch.cat([reader.moments.mean for reader in self._example.collect(layer)]).float()
+        if not any(part.symmetric for part in parts):
+            reference.zero_()  # a diagonal needs no digits to spare, and must not become negative
+        question = Question(wire.MOMENTS, list(pruner.layers).index(layer), reference)
+        sums, counts = pruner.pool.total(question, parts, pruner.states)
+        seen = {path: positions * sum(counts) for path, positions in pruner.positions[0].items()}
+        fill_moments(readers, sums, seen, split_reference(reference, readers))
         return readers

@@ -154,6 +154,7 @@ class ClientPool:
             request, params = encoded[has]
             content = wire.encode_request(request, self._axes, params)
             numbers = sum(tensor.numel() for tensor in request.tensors.values())
+            numbers += 0 if question.reference is None else len(question.reference)
             self._spend(client_id, bytes_down=count_bytes(content), params_down=numbers)
             ttl = self._config.simulation.round_timeout_s
             group = str(self._round.server_round)

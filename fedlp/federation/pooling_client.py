@@ -21,7 +21,7 @@ from fedlp.calibrating import batch_calibration, make_method, whole_examples
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo
 from fedlp.data.examples import Examples
-from fedlp.errors import DataError
+from fedlp.errors import DataError, ProtocolError
 from fedlp.federation import pooling_messages as messages
 from fedlp.federation.packing import Signature
 from fedlp.federation.pooling_messages import Part, Request
@@ -32,6 +32,7 @@ from fedlp.federation.pooling_model import (
     moment_sums,
     norm_parts,
     norm_statistics,
+    split_reference,
 )
 from fedlp.federation.submodels import SubModels
 from fedlp.pruning.axes_decoder import is_language_model
@@ -120,7 +121,11 @@ class PoolingClient:
         match request.question.kind:
             case messages.MOMENTS:
                 number = request.question.layer
-                readers = self._collector(client_id, number).collect(self._layers[number])
+                collector, layer = self._collector(client_id, number), self._layers[number]
+                reference = request.question.reference
+                if reference is None:
+                    raise ProtocolError("the server's question has no reference")
+                readers = collector.collect(layer, split_reference(reference, collector.readers(layer)))
                 return moment_parts(readers, self._method), moment_sums(readers)
             case messages.FISHER:
                 rng = torch.Generator().manual_seed(data.seed)

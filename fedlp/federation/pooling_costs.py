@@ -44,6 +44,10 @@ def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
         for _, shape, dtype in changes:
             down["params"] += math.prod(shape)
             down["bytes"] += math.prod(shape) * dtype.itemsize
+        if method.needs_inputs:
+            readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
+            down["params"] += sum(len(reader.moments.total) for reader in readers)
+            down["bytes"] += 4 * sum(len(reader.moments.total) for reader in readers)
     up = sum(_answer_sizes(config, submodels))
     return {
         "params_down_per_client": down["params"] / lines,

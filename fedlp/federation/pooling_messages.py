@@ -1,8 +1,8 @@
 """Records of federated one-shot pruning: the only file with their keys, the only door their bad input comes through.
 
-Down: ``question`` (what is asked, from which state of the model to which) and ``params`` (what changed in between). Up:
-``answer`` (how many examples) and ``params`` (sums over these), or the client's units, or that it lacks the state asked
-from. Of symmetric sums only the lower triangle travels, row by row.
+Down: ``question`` (what is asked, from which state of the model to which), ``params`` (what changed in between) and
+``reference`` (what inputs are measured from). Up: ``answer`` (how many examples) and ``params`` (sums over these), or
+the client's units, or that it lacks the state asked from. Of symmetric sums the lower triangle travels, row by row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedlp.federation.messages import check_finite, encode_params
 from fedlp.federation.packing import Signature, unpack_tensors
 from fedlp.types import Keep
 
-QUESTION, ANSWER, PARAMS = "question", "answer", "params"
+QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference"
 MOMENTS, FISHER, NORMS, VOTE = "query.moments", "query.fisher", "query.norms", "query.vote"
 KINDS = (MOMENTS, FISHER, NORMS, VOTE)
 
@@ -54,12 +54,15 @@ class Question:
         One of ``KINDS``, the type of the message.
     layer : int
         The layer's number, for moments.
+    reference : (n,) or None
+        What the inputs of the layer's readers are measured from, one after the other, for moments; float32.
     kept : mapping from layer name to int
         Units that stay, for a vote.
     """
 
     kind: str
     layer: int = 0
+    reference: Tensor | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -91,6 +94,8 @@ def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | 
     content = RecordDict({QUESTION: record})
     if request.question.kept:
         record["kept"] = encode_counts(request.question.kept, axes)
+    if request.question.reference is not None:
+        content[REFERENCE] = encode_params({REFERENCE: request.question.reference})
     if request.layers:
         record["layers"] = list(request.layers)
         content[PARAMS] = encode_params(request.tensors) if params is None else params
@@ -112,11 +117,21 @@ def decode_request(
         numbers = record.get("layers", [])
         layers = tuple(int(number) for number in numbers)  # type: ignore[union-attr]
         kept = decode_counts(_bytes(record, "kept"), axes) if "kept" in record else {}
-        question = Question(kind, _integer(record, "layer"), kept)
+        question = Question(kind, _integer(record, "layer"), _reference(content), kept)
         tensors = _unpack(content, signature(layers)) if layers else {}
         return Request(question, _bytes(record, "base"), _bytes(record, "state"), layers, tensors)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's question cannot be read: {_reason(error)}") from error
+
+
+def _reference(content: RecordDict) -> Tensor | None:
+    if REFERENCE not in content:
+        return None
+    arrays = content[REFERENCE]
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError(f"record {REFERENCE} holds no arrays")
+    signature = [(REFERENCE, arrays["float32"].shape, torch.float32)]
+    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)[REFERENCE]
 
 
 # ---- sums

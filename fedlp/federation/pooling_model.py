@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedlp.errors import ProtocolError
 from fedlp.federation.packing import Signature, pack_tensors
 from fedlp.federation.pooling_messages import Part
 from fedlp.models.spec import forward_logits, state_tensors
@@ -133,12 +134,32 @@ def moment_sums(readers: Sequence[Reader]) -> dict[str, Tensor]:
     return sums
 
 
-def read_moments(sums: Mapping[str, Tensor], path: str, count: int) -> Moments:
-    """Return a reader's moments from sums over ``count`` input vectors."""
-    diagonal = sums.get(f"{path}.diagonal")
-    gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
-    targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
-    return Moments(count, sums[f"{path}.total"], gram, *targets)
+def fill_moments(
+    readers: Sequence[Reader], sums: Mapping[str, Tensor], counts: Mapping[str, int], origins: Mapping[str, Tensor]
+) -> None:
+    """Give readers the moments of sums over ``counts`` input vectors that were measured from ``origins``, by path."""
+    for reader in readers:
+        path = reader.path
+        diagonal = sums.get(f"{path}.diagonal")
+        gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
+        targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
+        reader.moments = Moments(counts[path], sums[f"{path}.total"], gram, *targets).shifted(-origins[path])
+        reader.moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+
+
+def split_reference(reference: Tensor, readers: Sequence[Reader]) -> dict[str, Tensor]:
+    """Return what each reader's inputs are measured from, float64, by path.
+
+    Parameters
+    ----------
+    reference : (n,)
+        Of all readers, one after the other. Near the mean of the inputs, it leaves float32 the digits that count.
+    """
+    sizes = [len(reader.moments.total) for reader in readers]
+    if len(reference) != sum(sizes):
+        raise ProtocolError(f"the reference has {len(reference)} entries, not {sum(sizes)}")
+    parts = torch.split(reference.to(readers[0].moments.total), sizes)
+    return {reader.path: part for reader, part in zip(readers, parts, strict=True)}
 
 
 def fisher_parts(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[Part]:

@@ -146,8 +146,9 @@ class PrunedSlices:
         fresh = (server_round - 1) % strategy.refresh_every == 0
         own = self._own(client_id, memory)
         ranked = {}
+        whose = 0 if strategy.masks == "server" else client_id  # the server's draws are the same for all clients
         for number, x in enumerate(layers):
-            rng = generator(self.config.seed, Stream.UNITS, server_round, client_id, number)
+            rng = generator(self.config.seed, Stream.UNITS, server_round, whose, number)
             ranked[x.name] = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
         widths = {
             x.name: Keep.from_indices(np.sort(ranked[x.name][: held[x.name]]), x.num_units)

@@ -198,7 +198,7 @@ class FedLPStrategy(Strategy):
             update = self._receive(instruction, bytes_down, reply)
             if update is None:
                 continue
-            weight = float(update.num_examples) if self.config.strategy.weighting == "examples" else 1.0
+            weight = self._weight(update, instruction)
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             average.add(self._values(update, layout), layout.keeps, weight)
             answers.append(
@@ -259,6 +259,17 @@ class FedLPStrategy(Strategy):
             )
         )
         return update
+
+    def _weight(self, update: ClientUpdate, instruction: TrainInstruction) -> float:
+        """Return what an update counts in the average."""
+        match self.config.strategy.weighting:
+            case "examples":
+                return float(update.num_examples)
+            case "held":
+                held = self.submodels.layout(instruction.submodel).num_params()
+                return update.num_examples * held / self.submodels.spec.num_params
+            case _:
+                return 1.0
 
     def _num_returned(self, instruction: TrainInstruction, update: ClientUpdate) -> int:
         """Return how many trainable numbers came."""

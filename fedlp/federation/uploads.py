@@ -60,6 +60,30 @@ class Uploads:
         strategy = self._strategy
         return strategy.name != "fedlp" and strategy.values == "weights" and strategy.encoding == "float32"
 
+    def gradient_masks(self, instruction: TrainInstruction, model: nn.Module) -> dict[str, Tensor]:
+        """Return 1 for entries that the server will have back and 0 for others, where only those are to be trained."""
+        if not (self._strategy.train_sent and instruction.returned):
+            return {}
+        spec, local = self._spec(instruction), self._returned(instruction)
+        masks = {}
+        for name, parameter in model.named_parameters():
+            masks[name] = torch.zeros_like(parameter)
+            if name in instruction.uploads:
+                masks[name][_index(tensor_keeps(spec, name, parameter.shape, local))] = 1.0
+        return masks
+
+    def _spec(self, instruction: TrainInstruction) -> WidthSpec:
+        """Return the axes of a client's sub-model."""
+        held = instruction.submodel.widths
+        counts = {axis: held[axis].count if axis in held else size for axis, size in self._axes.items()}
+        return WidthSpec(counts, self._submodels.widths.dims) if counts else WidthSpec({}, {})
+
+    @staticmethod
+    def _returned(instruction: TrainInstruction) -> dict[str, Keep]:
+        """Return the units that the server has chosen, as positions in the client's sub-model."""
+        held = instruction.submodel.widths
+        return {axis: keep.within(held.get(axis, Keep.full(keep.size))) for axis, keep in instruction.returned.items()}
+
     def make(
         self, instruction: TrainInstruction, model: nn.Module, examples: Examples, residual: Mapping[str, Tensor]
     ) -> Upload:
@@ -85,11 +109,9 @@ class Uploads:
                 keeps = layout.keeps.get(name)
                 left = residual[name] if keeps is None else slice_tensor(residual[name], keeps)
                 updates[name] = updates[name] + left.to(updates[name])
-        counts = {axis: held[axis].count if axis in held else size for axis, size in self._axes.items()}
-        spec = WidthSpec(counts, self._submodels.widths.dims) if counts else WidthSpec({}, {})
+        spec = self._spec(instruction)
         scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
-        local = {axis: keep.within(held.get(axis, Keep.full(keep.size))) for axis, keep in instruction.returned.items()}
-        local |= chosen
+        local = self._returned(instruction) | chosen
         if chosen and self._strategy.compensate:
             trained |= self._compensate(instruction, model, local, spec, examples)
             updates |= {name: trained[name] - received[name] for name in updates}

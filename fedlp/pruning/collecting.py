@@ -68,8 +68,14 @@ class Collector:
         """Return the layer's readers, without statistics."""
         return make_readers(self._model, layer, self._norms, self._dense is not None)
 
-    def collect(self, layer: PrunableLayer) -> list[Reader]:
-        """Return the layer's readers with the statistics of their inputs; layers come in the order of the model."""
+    def collect(self, layer: PrunableLayer, origins: Mapping[str, Tensor] | None = None) -> list[Reader]:
+        """Return the layer's readers with the statistics of their inputs; layers come in the order of the model.
+
+        Parameters
+        ----------
+        origins : mapping from path to (n,), optional
+            What each reader's inputs are measured from.
+        """
         while self._run.current < self._run.stage_of(layer.readers[0]):
             self._run.advance()
             if self._dense is not None:
@@ -89,6 +95,8 @@ class Collector:
                         f"layer {layer.name}: inputs of {reader.path} are not finite on the calibration data; check "
                         "the model's weights and the data set"
                     )
+                if origins is not None:
+                    columns = columns.to(torch.float64) - origins[reader.path]
                 reader.moments.add(columns, aim)
         return readers
 

@@ -75,6 +75,15 @@ class Moments:
             None if self.cross is None or other.cross is None else self.cross + other.cross,
         )
 
+    def shifted(self, by: Tensor) -> Moments:
+        """Return the moments of inputs less a vector (n,), of the same targets."""
+        gram = torch.addr(self.gram, by, self.total, alpha=-1.0)
+        gram.addr_(self.total, by, alpha=-1.0).addr_(by, by, alpha=self.count)
+        cross = self.cross
+        if cross is not None and self.target_total is not None:
+            cross = torch.addr(cross, self.target_total, by, alpha=-1.0)
+        return Moments(self.count, self.total - self.count * by, gram, self.target_total, cross)
+
     @property
     def mean(self) -> Tensor:
         """Mean input, (n,)."""

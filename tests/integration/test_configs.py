@@ -18,7 +18,7 @@ PROMISED = {
     "model": "fedlp_cnn fedlp_mlp resnet18 vgg11_bn mobilenet_v2 llama_tiny hf",
     "dataset": "digits cifar10 cifar100 mnist fashion_mnist topics text hf",
     "partition": "iid dirichlet shards mixed natural",
-    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex",
+    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp oneshot",
     "local": "sgd adam",
     "simulation": "local ray",
     "experiment": "demo",
@@ -26,8 +26,9 @@ PROMISED = {
     "allocator": "uniform depth_line log_depth owl alphapruning dlp flap erk dp dsa plan",
     "finetune": "none lora full",
     "fleet": "full tiers mixed",
+    "privacy": "none local_dp",
 }
-PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune alone
+PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
@@ -41,6 +42,7 @@ def test_every_file_composes_and_survives_its_own_yaml(path: Path) -> None:
         assert from_yaml(to_yaml(config)) == config
     if group != "experiment":
         values = yaml.safe_load(path.read_text())
+        values.pop("defaults", None)
         chosen = asdict(getattr(config, group))
         assert {name: chosen[name] for name in values} == values
 

@@ -175,6 +175,6 @@ def test_a_real_language_model_loses_a_third_and_stays_good(shared: Path) -> Non
         subject.model, subject.widths, subject.layers, calibration, oneshot.make_method(config.pruner)
     )
     pruned = pruner.prune(oneshot.allocate(config, subject, calibration, pruner))
-    before = oneshot._evaluate(subject.model, subject, config)["perplexity"]
-    after = oneshot._evaluate(pruned.model, subject, config)["perplexity"]
+    before = oneshot.evaluate(subject.model, subject, config)["perplexity"]
+    after = oneshot.evaluate(pruned.model, subject, config)["perplexity"]
     assert after < 1.15 * before

@@ -15,7 +15,7 @@ from fedlp import assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.pruned_slices import PrunedSlices
 from fedlp.federation.run_directory import RunDirectory
-from fedlp.types import Keep
+from fedlp.types import Keep, SubModel, TrainInstruction
 from tests.integration.running import TINY_CNN, Finished, run
 from tests.integration.test_resume import assert_same, go_on
 
@@ -147,3 +147,30 @@ def test_sparsity_waits_and_rises(once: Once) -> None:
 def test_choosing_units_is_counted_as_computation(once: Once) -> None:
     scored, drawn = once(*OBS, "num_rounds=1"), once(*OURS, "pruner=random", "num_rounds=1")
     assert scored.rounds[0]["macs"] > drawn.rounds[0]["macs"]
+
+
+def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
+    cfg = to_yaml(compose([*OURS, *PLAIN, "strategy.masks=server", "strategy.train_sent=true", "strategy.regrow=1"]))
+    plan, runtime = assembly.make_plan(cfg), assembly.make_runtime(cfg, str(tmp_path))
+    params = plan.initial_params()
+    assigned = plan.policy.assign(1, 2, {})
+    instruction = TrainInstruction(1, 2, params, assigned.submodel, assigned.uploads, {}, assigned.returned)
+    update = runtime.train(instruction)
+    sent = plan.submodels.layout(SubModel(widths=assigned.returned))
+    _, state = runtime._skeleton(None, ())
+    for name, before in params.items():
+        if not plan.submodels.spec.tensors[name].trainable:
+            continue
+        changed = state[name] != before
+        inside = torch.zeros_like(changed)
+        keeps = sent.keeps.get(name, tuple(Keep.full(size) for size in before.shape))
+        inside[torch.meshgrid(*(torch.from_numpy(keep.indices()) for keep in keeps), indexing="ij")] = True
+        assert not bool((changed & ~inside).any()), name
+        assert bool(changed.any()), name
+        torch.testing.assert_close(update.params[name], (state[name] - before)[inside].view(sent.shape(name)))
+
+
+def test_wide_models_can_count_for_more(once: Once) -> None:
+    overrides = (*OURS, *PLAIN, *TIERS, "strategy.sparsity=0", "num_rounds=1", "clients_per_round=6")
+    examples, held = (once(*overrides, f"strategy.weighting={kind}").tensors for kind in ("examples", "held"))
+    assert any(not torch.equal(value, held[name]) for name, value in examples.items())

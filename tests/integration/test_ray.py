@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.simulation.flower_run import processes_in
+from fedlp.simulation.flower_process import processes_in
 from tests.integration.running import TINY, Finished, command, execute, interruptible, read
 
 pytestmark = [

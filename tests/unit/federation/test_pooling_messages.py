@@ -14,6 +14,7 @@ from fedlp.federation import messages
 from fedlp.federation import pooling_messages as wire
 from fedlp.federation.pooling import tally
 from fedlp.federation.pooling_messages import Part, Question, Request
+from fedlp.pruning.hessian import Moments
 from fedlp.types import Keep
 
 PARTS = [
@@ -54,13 +55,35 @@ def test_sums_go_there_and_back_and_only_half_of_what_is_symmetric_travels(
     assert 0 <= messages.count_bytes(content) - numbers * dtype.itemsize <= 250
 
 
+@pytest.mark.parametrize(("origin", "error"), [(100.0, 1e-4), (99.9, 1e-2)])
+def test_measured_from_near_the_mean_float32_holds_what_varies(origin: float, error: float) -> None:
+    torch.manual_seed(0)
+    x = 100 + 0.01 * torch.randn(300, 8, dtype=torch.float64)
+    by, parts = torch.full((8,), origin, dtype=torch.float64), [Part("total", (8,)), Part("gram", (8, 8), True)]
+
+    def sent(origin: Tensor) -> Tensor:
+        moments = Moments.empty(8)
+        moments.add(x - origin)
+        content = wire.encode_sums({"total": moments.total, "gram": moments.gram}, parts, 2, 7, torch.float32)
+        got, _ = wire.decode_sums(content, parts, 2, 9, torch.float32, "client 4")
+        return Moments(300, got["total"], wire.unpack_symmetric(got["gram"], 8)).shifted(-origin).hessian(True)
+
+    expected = 2 * x.T.cov(correction=0)
+    assert (sent(by) - expected).norm() < error * expected.norm()
+    assert (sent(torch.zeros(8)) - expected).norm() > expected.norm(), "measured from 0, nothing is left"
+
+
 def test_a_request_goes_there_and_back() -> None:
     changed = {"w": torch.randn(2, 3), "b": torch.randn(2)}
     signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in changed.items()]
-    asked = Request(Question(wire.VOTE, 3, {"a": 4, "b": 1}), b"before", b"after", (1, 2), changed)
+    asked = Request(Question(wire.VOTE, 3, None, {"a": 4, "b": 1}), b"before", b"after", (1, 2), changed)
     got = wire.decode_request(wire.encode_request(asked, tuple(AXES)), wire.VOTE, tuple(AXES), lambda layers: signature)
     assert (got.question, got.base, got.state, got.layers) == (asked.question, b"before", b"after", (1, 2))
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in changed.items())
+    measured = Request(Question(wire.MOMENTS, 1, torch.arange(3.0)), b"x", b"x")
+    back = wire.decode_request(wire.encode_request(measured, tuple(AXES)), wire.MOMENTS, tuple(AXES), lambda layers: [])
+    assert back.question.reference is not None
+    assert back.question.reference.tolist() == [0.0, 1.0, 2.0]
     bare = wire.encode_request(Request(Question(wire.MOMENTS, 1), b"x", b"x"), tuple(AXES))
     assert wire.PARAMS not in bare
     assert wire.decode_request(bare, wire.MOMENTS, tuple(AXES), lambda layers: signature).layers == ()

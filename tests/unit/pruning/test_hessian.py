@@ -40,6 +40,18 @@ def test_moments_of_clients_pool_to_those_of_the_union() -> None:
     torch.testing.assert_close(pooled.target_mean, union.target_mean)
 
 
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_moments_can_be_measured_from_anywhere(with_targets: bool) -> None:
+    x, by = draw(60, 6), torch.arange(6, dtype=torch.float64)
+    t = draw(60, 3, seed=1) if with_targets else None
+    found, expected = moments_of(x, t).shifted(by), moments_of(x - by, t)
+    torch.testing.assert_close(found.hessian(False), expected.hessian(False))
+    torch.testing.assert_close(found.mean, expected.mean)
+    torch.testing.assert_close(found.shifted(-by).hessian(True), moments_of(x).hessian(True))
+    if with_targets:
+        torch.testing.assert_close(found.target_hessian(False), expected.target_hessian(False))
+
+
 def test_a_centred_fit_is_the_fit_with_a_constant_input_that_stays() -> None:
     x = draw(50, 6)
     weight = draw(4, 6, seed=2)

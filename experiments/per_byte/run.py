@@ -1,0 +1,123 @@
+"""Accuracy per uplink byte and per client MAC on real CIFAR-10: every method, two fleets, one after another.
+
+    python experiments/per_byte/run.py --data ROOT               # hours on two cores; stop and go on as you like
+    python experiments/per_byte/run.py --data ROOT --groups mixed-iid --methods ours heterofl --seeds 0 1
+    python experiments/per_byte/run.py --collect                 # only copy what is finished into results/
+
+``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
+of its parameters; only methods of sub-models can take part. Every run is an ordinary run directory under ``--out``;
+finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and ``--part 1/2`` share the work of two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from runs import collect, run  # noqa: E402 # the experiments'
+
+BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
+WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
+OURS = ["strategy=fedlp", *BYTES]
+DRAWN = [*OURS, "strategy.masks=client", "allocator=uniform"]
+FULL = {
+    "fedavg": ["strategy=fedavg"],
+    "fedavg-int8": ["strategy=fedavg", *BYTES],
+    "homo-0.5": ["strategy=fedlp_homo"],
+    "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
+    "hetero-u": ["strategy=fedlp_hetero"],
+    "random": [*DRAWN, "pruner=random"],
+    "magnitude": [*DRAWN, "pruner=magnitude"],
+    "ours": [*OURS],
+}
+MIXED = {
+    "heterofl": ["strategy=heterofl", *WIDTHS],
+    "fjord": ["strategy=fjord", *WIDTHS],
+    "fedrolex": ["strategy=fedrolex", *WIDTHS],
+    "random": [*DRAWN, "pruner=random"],
+    "magnitude": [*DRAWN, "pruner=magnitude"],
+    "ours": [*OURS],
+}
+ABLATIONS = {
+    "ours": [*OURS],
+    "masks-random": [*OURS, "strategy.masks=random"],
+    "masks-client": [*OURS, "strategy.masks=client"],
+    "masks-client-compensated": [*OURS, "strategy.masks=client", "strategy.compensate=true"],
+    "masks-client-seldom": [*OURS, "strategy.masks=client", "strategy.refresh_every=10"],
+    "allocator-uniform": [*OURS, "allocator=uniform"],
+    "allocator-log_depth": [*OURS, "allocator=log_depth"],
+    "pruner-magnitude": [*OURS, "pruner=magnitude"],
+    "pruner-wanda": [*OURS, "pruner=wanda"],
+    "criterion-update": [*OURS, "strategy.criterion=update"],
+    "refresh-1": [*OURS, "strategy.refresh_every=1"],
+    "regrow-0": [*OURS, "strategy.regrow=0"],
+    "regrow-0.5": [*OURS, "strategy.regrow=0.5"],
+    "warmup-10": [*OURS, "strategy.warmup_rounds=10"],
+    "ramp-20": [*OURS, "strategy.ramp_rounds=20"],
+    "sparsity-0.25": [*OURS, "strategy.sparsity=0.25"],
+    "sparsity-0.75": [*OURS, "strategy.sparsity=0.75"],
+    "encoding-float32": [*OURS, "strategy.encoding=float32"],
+    "encoding-bfloat16": [*OURS, "strategy.encoding=bfloat16"],
+    "values-weights": [*OURS, "strategy.values=weights"],
+    "error-feedback": [*OURS, "strategy.error_feedback=true"],
+    "draws-0.5": [*OURS, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0"],
+    "draws-0.5-skip-backward": [
+        *[*OURS, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0", "strategy.skip_backward=true"],
+    ],
+}
+MIXED_ABLATIONS = {
+    "ours": [*OURS],
+    "batch-norm-average": [*OURS, "strategy.batch_norm=average"],
+    "regrow-0.3": [*OURS, "strategy.regrow=0.3"],
+    "regrow-1": [*OURS, "strategy.regrow=1.0"],
+    "allocator-uniform": [*OURS, "allocator=uniform"],
+    "masks-client": [*OURS, "strategy.masks=client"],
+    "width-multiple-8": [*OURS, "strategy.width_multiple=8"],
+}
+TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]"]
+DIRICHLET = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=10"]
+GROUPS = {
+    "full-iid": (FULL, []),
+    "mixed-iid": (MIXED, TIERS),
+    "full-dirichlet": (FULL, DIRICHLET),
+    "mixed-dirichlet": (MIXED, [*TIERS, *DIRICHLET]),
+    "ablation-full": (ABLATIONS, ["num_rounds=40"]),
+    "ablation-mixed": (MIXED_ABLATIONS, [*TIERS, "num_rounds=40"]),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--out", type=Path, default=Path("runs/per_byte"))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--methods", nargs="+", help="all of a group where absent")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--part", default="0/1", help="which of how many processes this is")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
+    arguments = parser.parse_args()
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    wanted = [
+        (group, method, seed)
+        for seed in arguments.seeds
+        for group in arguments.groups
+        for method in GROUPS[group][0]
+        if not arguments.methods or method in arguments.methods
+    ]
+    for group, method, seed in () if arguments.collect else wanted[part::parts]:
+        methods, common = GROUPS[group]
+        overrides = ["experiment=per_byte", f"dataset.root={arguments.data}", f"seed={seed}", *common, *methods[method]]
+        code = run(arguments.out / f"{group}/{method}/seed-{seed}", [*overrides, f"label={method}"])
+        if code:
+            return code
+    if arguments.collect:
+        collect(arguments.out, HERE / "results", tuple(GROUPS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
