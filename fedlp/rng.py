@@ -32,6 +32,7 @@ class Stream(IntEnum):
     UNITS = 15
     ENCODING = 16
     PRIVACY = 17
+    STATISTICS = 18
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -23,7 +23,9 @@ from runs import collect, run  # noqa: E402 # the experiments'
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES]
-DRAWN = [*OURS, "strategy.masks=client", "allocator=uniform"]
+EVERYTHING = [*OURS, "strategy.train_sent=false"]  # is trained, also what is not sent
+CLIENTS = [*EVERYTHING, "strategy.masks=client", "strategy.refresh_every=1"]
+DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
     "fedavg-int8": ["strategy=fedavg", *BYTES],
@@ -44,16 +46,19 @@ MIXED = {
 }
 ABLATIONS = {
     "ours": [*OURS],
+    "trains-everything": [*EVERYTHING],
     "masks-random": [*OURS, "strategy.masks=random"],
-    "masks-client": [*OURS, "strategy.masks=client"],
-    "masks-client-compensated": [*OURS, "strategy.masks=client", "strategy.compensate=true"],
-    "masks-client-seldom": [*OURS, "strategy.masks=client", "strategy.refresh_every=10"],
+    "masks-client": [*CLIENTS],
+    "masks-client-compensated": [*CLIENTS, "strategy.compensate=true"],
+    "masks-client-seldom": [*CLIENTS, "strategy.refresh_every=10"],
+    "masks-client-update": [*CLIENTS, "strategy.criterion=update"],
+    "masks-client-error-feedback": [*CLIENTS, "strategy.error_feedback=true"],
     "allocator-uniform": [*OURS, "allocator=uniform"],
     "allocator-log_depth": [*OURS, "allocator=log_depth"],
     "pruner-magnitude": [*OURS, "pruner=magnitude"],
     "pruner-wanda": [*OURS, "pruner=wanda"],
     "criterion-update": [*OURS, "strategy.criterion=update"],
-    "refresh-1": [*OURS, "strategy.refresh_every=1"],
+    "refresh-2": [*OURS, "strategy.refresh_every=2"],
     "regrow-0": [*OURS, "strategy.regrow=0"],
     "regrow-0.5": [*OURS, "strategy.regrow=0.5"],
     "warmup-10": [*OURS, "strategy.warmup_rounds=10"],
@@ -64,18 +69,18 @@ ABLATIONS = {
     "encoding-bfloat16": [*OURS, "strategy.encoding=bfloat16"],
     "values-weights": [*OURS, "strategy.values=weights"],
     "error-feedback": [*OURS, "strategy.error_feedback=true"],
-    "draws-0.5": [*OURS, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0"],
-    "draws-0.5-skip-backward": [
-        *[*OURS, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0", "strategy.skip_backward=true"],
+    "draws": [*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0"],
+    "draws-skip-backward": [
+        *[*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0", "strategy.skip_backward=true"],
     ],
 }
 MIXED_ABLATIONS = {
     "ours": [*OURS],
     "batch-norm-average": [*OURS, "strategy.batch_norm=average"],
-    "regrow-0.3": [*OURS, "strategy.regrow=0.3"],
-    "regrow-1": [*OURS, "strategy.regrow=1.0"],
+    "regrow-0": [*OURS, "strategy.regrow=0"],
+    "weighting-examples": [*OURS, "strategy.weighting=examples"],
     "allocator-uniform": [*OURS, "allocator=uniform"],
-    "masks-client": [*OURS, "strategy.masks=client"],
+    "masks-client": [*CLIENTS],
     "width-multiple-8": [*OURS, "strategy.width_multiple=8"],
 }
 TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]"]

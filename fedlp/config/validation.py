@@ -215,7 +215,7 @@ def _validate_uploads(config: RunConfig) -> None:
     encodings = ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8")
     _choice("strategy.encoding", strategy.encoding, encodings)
     _choice("strategy.values", strategy.values, ("weights", "deltas"))
-    _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole"))
+    _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole", "static"))
     for name in ("refresh_every", "width_multiple"):
         _require(getattr(strategy, name) >= 1, f"strategy.{name}", getattr(strategy, name), "at least 1")
     for name in ("warmup_rounds", "ramp_rounds"):

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlp.calibrating import batch_calibration, whole_examples
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
@@ -31,6 +32,7 @@ from fedlp.federation.submodels import SubModels
 from fedlp.federation.uploads import Uploads
 from fedlp.models import leading_layers, state_tensors
 from fedlp.pruning.groups import cut_model
+from fedlp.pruning.norms import reestimate_batch_norms
 from fedlp.rng import Stream, generator
 from fedlp.training import evaluate_sums, masked_gradients, train_locally
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
@@ -122,6 +124,15 @@ class ClientRuntime:
         model, state = self._skeleton(None, ())
         load_tensors(state, params)
         return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
+
+    def statistics(self, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
+        """Return the batch norm statistics of the global model on the client's examples."""
+        model, state = self._skeleton(None, ())
+        load_tensors(state, params)
+        examples = whole_examples(self.shards.of(client_id), self.info)
+        reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
+        names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
+        return ClientUpdate(0, client_id, len(examples), {name: state[name] for name in names}, {})
 
     # ---- sub-models
     def _build_skeleton(
@@ -229,6 +240,12 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
 
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answer)
+
+    @app.query("statistics")
+    def statistics(message: Message, context: Context) -> Message:
+        runtime = load_runtime(context)
+        found = runtime.statistics(messages.decode_whole(message.content, runtime.submodels), client_id_of(context))
+        return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
     @app.evaluate("central")
     def evaluate(message: Message, context: Context) -> Message:

@@ -41,6 +41,7 @@ PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
+STATISTICS = "query.statistics"
 
 
 # ---- instructions
@@ -256,10 +257,20 @@ def encode_range(params: ArrayRecord, start: int, stop: int) -> RecordDict:
     return RecordDict({PARAMS: params, RANGE: ConfigRecord({"start": start, "stop": stop})})
 
 
+def encode_whole(params: ArrayRecord) -> RecordDict:
+    """Return the records that hold the whole model and nothing else."""
+    return RecordDict({PARAMS: params})
+
+
+def decode_whole(content: RecordDict, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the tensors of the whole model."""
+    return _decode_params(content, submodels.layout(SubModel()).signature())
+
+
 def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
     """Return the whole model and the range of test examples to evaluate."""
     record = _config(content, RANGE)
-    params = _decode_params(content, submodels.layout(SubModel()).signature())
+    params = decode_whole(content, submodels)
     return params, _integer(record, "start"), _integer(record, "stop")
 
 
@@ -271,6 +282,32 @@ def encode_sums(sums: dict[str, float]) -> RecordDict:
 def decode_sums(content: RecordDict) -> dict[str, float]:
     """Return additive evaluation sums."""
     return {key: float(value) for key, value in _metrics(content).items()}  # type: ignore[arg-type]
+
+
+# ---- statistics of batch norms
+def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:
+    """Return the records of batch norm statistics that a client has measured."""
+    return RecordDict({PARAMS: encode_params(params), METRICS: MetricRecord({"num-examples": num_examples})})
+
+
+def decode_statistics(
+    content: RecordDict, profile: ClientProfile, submodels: SubModels
+) -> tuple[dict[str, Tensor], int]:
+    """Return a client's statistics and of how many examples they are; ProtocolError where they cannot be right."""
+    who = f"client {profile.client_id}"
+    names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
+    try:
+        num_examples = _metrics(content)["num-examples"]
+        params = _decode_params(content, submodels.layout(SubModel()).signature(names))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"{who}: its statistics cannot be read: {_reason(error)}") from error
+    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
+        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
+    check_finite(params, who)
+    for name, tensor in params.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ProtocolError(f"{who}: {name} holds negative variances")
+    return params, num_examples
 
 
 def count_bytes(content: RecordDict) -> int:

@@ -215,7 +215,8 @@ class WidthSlices(Forgetful):
         """Return all tensors of the slice, maybe without the statistics of its batch norms."""
         names = self.submodels.layout(submodel).name_set
         largest = max(self.levels if self.levels_by_client is None else self.levels_by_client)
-        if self.batch_norm == "whole" and self.level(client_id) < largest:
+        narrow = self.batch_norm == "whole" and self.level(client_id) < largest
+        if narrow or self.batch_norm == "static":
             names -= self.submodels.statistics
         return names
 

@@ -163,7 +163,8 @@ class PrunedSlices:
             uploads = sample_uploads(
                 self.config.seed, server_round, client_id, self.submodels.spec.layers, rate, strategy.mask_unit
             )
-        if strategy.batch_norm == "whole" and widths and self._somebody_is_whole:
+        narrow = strategy.batch_norm == "whole" and widths and self._somebody_is_whole
+        if narrow or strategy.batch_norm == "static":
             uploads -= self.submodels.statistics  # those of a narrow model are not those of a wide one
         pruned = [x for x in layers if sent[x.name] < held[x.name]]
         chooses = strategy.masks == "client" and (fresh or not own)

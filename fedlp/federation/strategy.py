@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -30,7 +31,9 @@ from fedlp.federation.roster import Roster
 from fedlp.federation.round import RoundUnderWay, layer_coverage
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server_optimizer import apply_server_optimizer
+from fedlp.federation.statistics import Statistics, pool_statistics
 from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.rng import Stream, generator
 from fedlp.training import metrics_from_sums
 from fedlp.types import ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
 
@@ -122,6 +125,8 @@ class FedLPStrategy(Strategy):
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.config.eval_every == 0 or server_round == num_rounds:
+                if self.config.strategy.batch_norm == "static":
+                    arrays = self._measure_statistics(server_round, arrays, grid, timeout)
                 asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
                 evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
                 result.evaluate_metrics_serverapp[server_round] = evaluated
@@ -291,6 +296,49 @@ class FedLPStrategy(Strategy):
         self._round.failures.append(ClientFailure(client_id, reason, str(error)))
         log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
+    # ---- static batch norms
+    def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
+        """Ask clients that hold the whole model for its batch norm statistics; what they cost counts in the round."""
+        assert self.state is not None
+        asked = self._whole_clients(server_round)[:_STATISTICS_CLIENTS]
+        content = messages.encode_whole(arrays)
+        requests = [
+            Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
+            for client_id in asked
+        ]
+        parts: list[Statistics] = []
+        for client_id, reply in zip(asked, exchange(grid, requests, timeout), strict=True):
+            count = 0
+            try:
+                if reply.has_error():
+                    raise FedLPError(reason_of(reply))
+                parts.append(messages.decode_statistics(reply.content, self._roster.profile(client_id), self.submodels))
+                count = parts[-1][1]
+            except FedLPError as error:
+                self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
+            up = messages.count_bytes(reply.content) if reply.has_content() else 0
+            macs = self.macs(SubModel()) / _TRAINING_PASSES * count
+            self._round.costs.append(
+                ClientCost(client_id, 0, messages.count_bytes(content), up, self.submodels.spec.num_params, 0, macs)
+            )
+        if parts:
+            params = {**self.state.params, **pool_statistics(parts)}
+            self.state = replace(self.state, params=params)
+            arrays = self._encode_model(self.state)
+        return arrays
+
+    def _whole_clients(self, server_round: int) -> list[int]:
+        """Return the clients that hold the whole model, in an order drawn for the round."""
+        assert self.state is not None
+        rng = generator(self.config.seed, Stream.STATISTICS, server_round)
+        found = []
+        for client_id in rng.permutation(self._roster.client_ids).tolist():
+            with suppress(AllocationError):
+                submodel = self.policy.assign(server_round, client_id, self.state.memory).submodel
+                if self.submodels.layout(submodel).is_whole:
+                    found.append(client_id)
+        return found
+
     # ---- evaluation
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -327,6 +375,8 @@ class FedLPStrategy(Strategy):
         return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
 
 
+_STATISTICS_CLIENTS = 3
+_TRAINING_PASSES = 3  # of a training step, in forward passes
 _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 

@@ -1,0 +1,38 @@
+"""Static batch norms: running statistics of the global model, measured on a few clients' examples.
+
+Clients of narrow sub-models see other activations than the global model has: an average of their statistics fits
+nobody. Here none are sent; before the global model is evaluated, some clients that can hold all of it run it over
+their examples (Diao et al., ICLR 2021, ask all clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_MEAN, _VAR = ".running_mean", ".running_var"
+
+Statistics = tuple[Mapping[str, Tensor], int]
+"""Running means and variances by tensor name, and of how many examples."""
+
+
+def pool_statistics(parts: Sequence[Statistics]) -> dict[str, Tensor]:
+    """Return the statistics of all examples together: means, and variances around the common mean.
+
+    Parameters
+    ----------
+    parts : sequence of Statistics
+        At least one.
+    """
+    total = sum(count for _, count in parts)
+    found: dict[str, Tensor] = {}
+    for name in (name for name in parts[0][0] if name.endswith(_MEAN)):
+        var_name = name.removesuffix(_MEAN) + _VAR
+        mean = sum(count * part[name].double() for part, count in parts) / total
+        square = sum(count * (part[var_name].double() + part[name].double().square()) for part, count in parts) / total
+        assert isinstance(mean, Tensor)
+        found[name] = mean.to(parts[0][0][name])
+        found[var_name] = torch.as_tensor(square - mean.square()).clamp(min=0.0).to(parts[0][0][var_name])
+    return found
