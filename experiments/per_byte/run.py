@@ -90,8 +90,8 @@ GROUPS = {
     "mixed-iid": (MIXED, TIERS),
     "full-dirichlet": (FULL, DIRICHLET),
     "mixed-dirichlet": (MIXED, [*TIERS, *DIRICHLET]),
-    "ablation-full": (ABLATIONS, ["num_rounds=40"]),
-    "ablation-mixed": (MIXED_ABLATIONS, [*TIERS, "num_rounds=40"]),
+    "ablation-full": (ABLATIONS, []),
+    "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }
 
 
