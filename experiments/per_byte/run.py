@@ -5,7 +5,7 @@
     python experiments/per_byte/run.py --collect                 # only copy what is finished into results/
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
-of its parameters; only methods of sub-models can take part. Every run is an ordinary run directory under ``--out``;
+of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. Every run is an ordinary run directory under ``--out``;
 finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and ``--part 1/2`` share the work of two processes.
 """
 
@@ -25,6 +25,7 @@ WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES]
 EVERYTHING = [*OURS, "strategy.train_sent=false"]  # is trained, also what is not sent
 CLIENTS = [*EVERYTHING, "strategy.masks=client", "strategy.refresh_every=1"]
+NARROW = [*OURS, "strategy.weighting=held", "strategy.regrow=0.5"]  # where many hold but a part of the model
 DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
@@ -42,7 +43,7 @@ MIXED = {
     "fedrolex": ["strategy=fedrolex", *WIDTHS],
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
-    "ours": [*OURS],
+    "ours": [*NARROW],
 }
 ABLATIONS = {
     "ours": [*OURS],
@@ -75,19 +76,24 @@ ABLATIONS = {
     ],
 }
 MIXED_ABLATIONS = {
-    "ours": [*OURS],
-    "batch-norm-average": [*OURS, "strategy.batch_norm=average"],
-    "regrow-0": [*OURS, "strategy.regrow=0"],
-    "weighting-examples": [*OURS, "strategy.weighting=examples"],
-    "allocator-uniform": [*OURS, "allocator=uniform"],
+    "ours": [*NARROW],
+    "batch-norm-average": [*NARROW, "strategy.batch_norm=average"],
+    "batch-norm-whole": [*NARROW, "strategy.batch_norm=whole"],
+    "regrow-0": [*NARROW, "strategy.regrow=0"],
+    "regrow-1": [*NARROW, "strategy.regrow=1"],
+    "sparsity-0": [*NARROW, "strategy.sparsity=0"],
+    "weighting-examples": [*NARROW, "strategy.weighting=examples"],
+    "allocator-uniform": [*NARROW, "allocator=uniform"],
     "masks-client": [*CLIENTS],
-    "width-multiple-8": [*OURS, "strategy.width_multiple=8"],
+    "width-multiple-8": [*NARROW, "strategy.width_multiple=8"],
 }
-TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]"]
+TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]", "fleet.limited=[params]"]
+BOTH = [*TIERS, "fleet.limited=[params,macs]"]
 DIRICHLET = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=10"]
 GROUPS = {
     "full-iid": (FULL, []),
     "mixed-iid": (MIXED, TIERS),
+    "mixed-macs-iid": ({name: MIXED[name] for name in ("heterofl", "fedrolex", "random", "ours")}, BOTH),
     "full-dirichlet": (FULL, DIRICHLET),
     "mixed-dirichlet": (MIXED, [*TIERS, *DIRICHLET]),
     "ablation-full": (ABLATIONS, []),
