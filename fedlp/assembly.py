@@ -6,7 +6,7 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,10 @@ class Plan:
         """Return the tensors of the initial global model."""
         return dict(state_tensors(self.submodels.spec.build(self.config.seed)))
 
+    def fit(self, brought: Mapping[int, Budget]) -> Policy:
+        """Return the policy for the budgets that devices brought, by client id."""
+        return _make_policy(self.config, self.submodels, self.costs, brought)
+
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
         if self.config.strategy.name == "oneshot":
@@ -77,32 +81,35 @@ def make_plan(cfg: str) -> Plan:
     costs = Costs(submodels)
     if config.strategy.name == "oneshot":
         config = replace(config, num_rounds=pooling_costs.count_lines(config, submodels))
-    if config.strategy.name == "fedlp":
-        policy: Policy = _prune_to_fleet(config, submodels, costs)
-    else:
-        policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
-        if config.fleet.fractions or config.fleet.devices:
-            policy = _fit_to_fleet(policy, config, submodels, costs)
-    return Plan(config, info, submodels, policy, costs)
+    return Plan(config, info, submodels, _make_policy(config, submodels, costs, {}), costs)
 
 
-def _fit_to_fleet(policy: Policy, config: RunConfig, submodels: SubModels, costs: Costs) -> Policy:
-    """Return the policy in which each client gets the largest sub-model that its budget holds."""
+def _make_policy(config: RunConfig, submodels: SubModels, costs: Costs, brought: Mapping[int, Budget]) -> Policy:
+    """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet.
+
+    With ``strategy=fedlp`` each client gets and sends as many units as its budget holds, else the largest sub-model.
+    """
 
     def cost(submodel: SubModel) -> dict[str, float]:
         return submodel_costs(submodel, submodels, costs, config.local)
 
-    budgets = fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel()))
-    return fit_policy(policy, lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name))
-
-
-def _prune_to_fleet(config: RunConfig, submodels: SubModels, costs: Costs) -> Policy:
-    """Return the policy in which each client gets and sends as many units as its budget holds."""
-    budgets: tuple[Budget | None, ...] = (None,) * config.num_clients
+    budgets: list[Budget | None] = [None] * config.num_clients
     if config.fleet.fractions or config.fleet.devices:
-        whole = submodel_costs(SubModel(), submodels, costs, config.local)
-        budgets = fleet_budgets(config.fleet, config.num_clients, config.seed, whole)
-    return PrunedSlices(config, submodels, layer_costs(submodels, config.local, config.strategy.encoding), budgets)
+        budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
+    for client_id, budget in brought.items():
+        budgets[client_id] = budget
+        if config.privacy.name != "none" and budget.upload_bytes is not None:
+            raise ConfigError(
+                f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
+                "back; take upload_bytes out of its budget"
+            )
+    if config.strategy.name == "fedlp":
+        layers = layer_costs(submodels, config.local, config.strategy.encoding)
+        return PrunedSlices(config, submodels, layers, tuple(budgets))
+    policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
+    if any(budget is not None for budget in budgets):
+        policy = fit_policy(policy, lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name))
+    return policy
 
 
 @lru_cache(maxsize=1)
@@ -152,6 +159,7 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
         evaluate=runtime.evaluate,
         num_test=len(runtime.test),
         macs=lambda submodel: plan.costs.macs(submodel).training,
+        fit=plan.fit,
         observers=(record, *observers),
         state=state,
     )

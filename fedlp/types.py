@@ -193,10 +193,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
-    """What a client says of itself, once, before the first round."""
+    """What a client says of itself, once, before the first round.
+
+    Attributes
+    ----------
+    budget : Budget or None
+        What its device brought of its own; None leaves it to the config's fleet.
+    """
 
     client_id: int
     num_examples: int
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)

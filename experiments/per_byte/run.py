@@ -5,8 +5,9 @@
     python experiments/per_byte/run.py --collect                 # only copy what is finished into results/
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
-of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. Every run is an ordinary run directory under ``--out``;
-finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and ``--part 1/2`` share the work of two processes.
+of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. Every run is an
+ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and
+``--part 1/2`` share the work of two processes.
 """
 
 from __future__ import annotations

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 
-from fedlp.allocation.costs import CostModel, given_limits, make_costs
+import yaml
+
+from fedlp.allocation.costs import CostModel, LatencyTable, given_limits, make_costs
 from fedlp.config import LocalConfig
-from fedlp.errors import ConfigError
+from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.pruning.activations import activation_footprint
@@ -88,3 +94,43 @@ def fit_submodels(
                 )
             found[budget] = fitting[-1]
     return tuple(found[budget] for budget in budgets)
+
+
+def read_budget(path: Path) -> Budget | None:
+    """Return the budget in a file of ``fedlp-profile``, None where it limits nothing.
+
+    The file, YAML or JSON, holds fields of :class:`~fedlp.types.Budget`. A limit on seconds becomes one on MACs, by
+    what ``profile.json`` beside the file says of this device: the server needs no measurements.
+
+    Raises
+    ------
+    DataError
+        If a file is absent or holds something else; says which.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"the budget {path} cannot be read: {one_line(error)}") from error
+    names = [item.name for item in fields(Budget)]
+    if not isinstance(found, dict) or not found.keys() <= set(names):
+        raise DataError(f"the budget {path} must hold limits on {', '.join(names)}, and nothing else")
+    limits = {name: value for name, value in found.items() if value is not None}
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise DataError(f"the budget {path} has {name}={value!r}; a limit is a finite number above 0")
+    budget = Budget(**{name: float(value) for name, value in limits.items()})
+    if budget.latency_s is not None:
+        macs = _measured(path.with_name("profile.json")).most_macs(budget.latency_s)
+        budget = replace(budget, macs=min(macs, budget.macs or math.inf), latency_s=None)
+    return None if budget == Budget() else budget
+
+
+def _measured(path: Path) -> LatencyTable:
+    """Return what ``fedlp-profile`` measured."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return LatencyTable(tuple(report["macs"]), tuple(report["step_s"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"a limit on latency_s needs the device's {path}, which cannot be read: {one_line(error)}"
+        ) from error

@@ -23,6 +23,7 @@ from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation import messages, pooling_messages
+from fedlp.federation.budgets import read_budget
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.nested import NestedWidth, nested_counts
 from fedlp.federation.pooling_client import PoolingClient
@@ -35,7 +36,7 @@ from fedlp.pruning.groups import cut_model
 from fedlp.pruning.norms import reestimate_batch_norms
 from fedlp.rng import Stream, generator
 from fedlp.training import evaluate_sums, masked_gradients, train_locally
-from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 
 class Shards:
@@ -89,9 +90,9 @@ class ClientRuntime:
         """What answers the questions of one-shot pruning."""
         return PoolingClient(self.config, self.info, self.submodels, self.shards.of)
 
-    def profile(self, client_id: int) -> ClientProfile:
+    def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
         """Return what the client says of itself."""
-        return ClientProfile(client_id, self.shards.size(client_id))
+        return ClientProfile(client_id, self.shards.size(client_id), budget)
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the tensors asked for."""
@@ -220,7 +221,9 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
     @app.query("capabilities")
     def query(message: Message, context: Context) -> Message:
         runtime = load_runtime(context)
-        return Message(messages.encode_profile(runtime.profile(client_id_of(context))), reply_to=message)
+        path = context.node_config.get("budget")
+        budget = None if path is None else read_budget(Path(str(path)))
+        return Message(messages.encode_profile(runtime.profile(client_id_of(context), budget)), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedlp.allocation.costs import given_limits
 from fedlp.errors import ProtocolError
 from fedlp.federation.encodings import decode_values, encoded_signature
 from fedlp.federation.index_sets import (
@@ -25,9 +27,18 @@ from fedlp.federation.index_sets import (
     encode_names,
     encode_widths,
 )
-from fedlp.federation.packing import Signature, pack_tensors, unpack_tensors
+from fedlp.federation.packing import pack_tensors
+from fedlp.federation.records import (
+    read_bytes,
+    read_config,
+    read_integer,
+    read_limit,
+    read_metrics,
+    read_tensors,
+    say_why,
+)
 from fedlp.federation.submodels import SubModels
-from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
     "params",
@@ -42,6 +53,7 @@ CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
 STATISTICS = "query.statistics"
+_BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
 
 
 # ---- instructions
@@ -79,30 +91,33 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
         Where a record is missing or malformed.
     """
     try:
-        record = _config(content, INSTRUCTION)
-        client_id = _integer(record, "client-id")
+        record = read_config(content, INSTRUCTION)
+        client_id = read_integer(record, "client-id")
         widths = {}
         if "widths" in record:
-            widths = decode_widths(_bytes(record, "widths"), submodels.widths.axes)
+            widths = decode_widths(read_bytes(record, "widths"), submodels.widths.axes)
+        returned = {}
+        if "returned" in record:
+            returned = decode_widths(read_bytes(record, "returned"), submodels.widths.axes)
         levels = record.get("nested-levels", [])
         submodel = SubModel(
-            depth=_integer(record, "depth") if "depth" in record else None,
+            depth=read_integer(record, "depth") if "depth" in record else None,
             widths=widths,
             nested_levels=tuple(float(level) for level in levels),  # type: ignore[union-attr]
         )
         layout = submodels.layout(submodel)
         return TrainInstruction(
-            server_round=_integer(record, "server-round"),
+            server_round=read_integer(record, "server-round"),
             client_id=client_id,
-            params=_decode_params(content, layout.signature()),
+            params=read_tensors(content, PARAMS, layout.signature()),
             submodel=submodel,
-            uploads=decode_names(_bytes(record, "uploads"), submodels.names),
-            kept=decode_counts(_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
-            returned=decode_widths(_bytes(record, "returned"), submodels.widths.axes) if "returned" in record else {},
+            uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
+            kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
+            returned=returned,
             scored=bool(record.get("scored", False)),
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"the server's instruction cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
 
 
 # ---- updates
@@ -147,13 +162,13 @@ def decode_update(
     """
     who = f"client {assigned.client_id}, round {assigned.server_round}"
     try:
-        record, metrics = _config(content, UPDATE), _metrics(content)
-        server_round, client_id = _integer(record, "server-round"), _integer(record, "client-id")
-        uploads = decode_names(_bytes(record, "uploads"), submodels.names)
-        sent = decode_widths(_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {}
+        record, metrics = read_config(content, UPDATE), read_metrics(content, METRICS)
+        server_round, client_id = read_integer(record, "server-round"), read_integer(record, "client-id")
+        uploads = decode_names(read_bytes(record, "uploads"), submodels.names)
+        sent = decode_widths(read_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {}
         num_examples = metrics["num-examples"]
     except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"{who}: the update cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: the update cannot be read: {say_why(error)}") from error
     if server_round != assigned.server_round:
         raise ProtocolError(f"{who}: the update is of round {server_round}")
     if client_id != assigned.client_id:
@@ -166,9 +181,9 @@ def decode_update(
     widths = _check_widths(sent, assigned, who)
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
-        params = decode_values(_decode_params(content, encoded_signature(signature, encoding)), signature, who)
+        params = decode_values(read_tensors(content, PARAMS, encoded_signature(signature, encoding)), signature, who)
     except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: {say_why(error)}") from error
     check_finite(params, who)
     values = {key: value for key, value in metrics.items() if key != "num-examples"}
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
@@ -207,13 +222,9 @@ def _decode_scores(
     held = assigned.submodel.widths
     sizes = [held[x.name].count if x.name in held else x.num_units for x in submodels.layers]
     try:
-        arrays = content[SCORES]
-        if not isinstance(arrays, ArrayRecord):
-            raise ValueError(f"record {SCORES} holds no arrays")
-        images = {name: array.data for name, array in arrays.items()}
-        flat = unpack_tensors(images, [(SCORES, (sum(sizes),), torch.bfloat16)])[SCORES].to(torch.float64)
+        flat = read_tensors(content, SCORES, [(SCORES, (sum(sizes),), torch.bfloat16)])[SCORES].to(torch.float64)
     except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: its scores cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: its scores cannot be read: {say_why(error)}") from error
     found = dict(zip((layer.name for layer in submodels.layers), torch.split(flat, sizes), strict=True))
     for axis, scores in found.items():
         if not bool((scores >= 0).all() & torch.isfinite(scores).all()):
@@ -237,16 +248,21 @@ def check_finite(params: dict[str, Tensor], who: str) -> None:
 # ---- profiles, ranges
 def encode_profile(profile: ClientProfile) -> RecordDict:
     """Return the records of a client's profile."""
-    return RecordDict({PROFILE: ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})})
+    record = ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})
+    for name, limit in given_limits(profile.budget):
+        record[_BUDGET[name]] = float(limit)
+    return RecordDict({PROFILE: record})
 
 
 def decode_profile(content: RecordDict) -> ClientProfile:
     """Return a client's profile; ProtocolError where it is malformed."""
     try:
-        record = _config(content, PROFILE)
-        profile = ClientProfile(_integer(record, "client-id"), _integer(record, "num-examples"))
+        record = read_config(content, PROFILE)
+        limits = {name: read_limit(record, key) for name, key in _BUDGET.items() if key in record}
+        budget = Budget(**limits) if limits else None
+        profile = ClientProfile(read_integer(record, "client-id"), read_integer(record, "num-examples"), budget)
     except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"a client's profile cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0 or profile.num_examples < 1:
         raise ProtocolError(f"a client's profile is out of range: {profile}")
     return profile
@@ -264,14 +280,14 @@ def encode_whole(params: ArrayRecord) -> RecordDict:
 
 def decode_whole(content: RecordDict, submodels: SubModels) -> dict[str, Tensor]:
     """Return the tensors of the whole model."""
-    return _decode_params(content, submodels.layout(SubModel()).signature())
+    return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())
 
 
 def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
     """Return the whole model and the range of test examples to evaluate."""
-    record = _config(content, RANGE)
+    record = read_config(content, RANGE)
     params = decode_whole(content, submodels)
-    return params, _integer(record, "start"), _integer(record, "stop")
+    return params, read_integer(record, "start"), read_integer(record, "stop")
 
 
 def encode_sums(sums: dict[str, float]) -> RecordDict:
@@ -281,7 +297,7 @@ def encode_sums(sums: dict[str, float]) -> RecordDict:
 
 def decode_sums(content: RecordDict) -> dict[str, float]:
     """Return additive evaluation sums."""
-    return {key: float(value) for key, value in _metrics(content).items()}  # type: ignore[arg-type]
+    return {key: float(value) for key, value in read_metrics(content, METRICS).items()}  # type: ignore[arg-type]
 
 
 # ---- statistics of batch norms
@@ -297,10 +313,10 @@ def decode_statistics(
     who = f"client {profile.client_id}"
     names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
     try:
-        num_examples = _metrics(content)["num-examples"]
-        params = _decode_params(content, submodels.layout(SubModel()).signature(names))
+        num_examples = read_metrics(content, METRICS)["num-examples"]
+        params = read_tensors(content, PARAMS, submodels.layout(SubModel()).signature(names))
     except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"{who}: its statistics cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: its statistics cannot be read: {say_why(error)}") from error
     if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
         raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
     check_finite(params, who)
@@ -342,47 +358,7 @@ def encode_params(params: Mapping[str, Tensor]) -> ArrayRecord:
 def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
     """Return the whole model's tensors, writable copies; ProtocolError where the record does not hold them."""
     try:
-        tensors = _decode_params(RecordDict({PARAMS: params}), submodels.layout(SubModel()).signature())
+        tensors = read_tensors(RecordDict({PARAMS: params}), PARAMS, submodels.layout(SubModel()).signature())
     except ValueError as error:
         raise ProtocolError(f"the initial model does not fit: {error}") from error
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _decode_params(content: RecordDict, signature: Signature) -> dict[str, Tensor]:
-    arrays = content[PARAMS]
-    if not isinstance(arrays, ArrayRecord):
-        raise ValueError(f"record {PARAMS} holds no arrays")
-    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)
-
-
-def _config(content: RecordDict, key: str) -> ConfigRecord:
-    """Return a record by its key; RecordDict's own views by type copy all records first."""
-    record = content[key]
-    if not isinstance(record, ConfigRecord):
-        raise ValueError(f"record {key} is no config")
-    return record
-
-
-def _metrics(content: RecordDict) -> MetricRecord:
-    record = content[METRICS]
-    if not isinstance(record, MetricRecord):
-        raise ValueError(f"record {METRICS} holds no metrics")
-    return record
-
-
-def _integer(record: ConfigRecord, key: str) -> int:
-    value = record[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}, not an integer")
-    return value
-
-
-def _bytes(record: ConfigRecord, key: str) -> bytes:
-    value = record[key]
-    if not isinstance(value, bytes):
-        raise ValueError(f"{key} is {type(value).__name__}, not bytes")
-    return value
-
-
-def _reason(error: BaseException) -> str:
-    return f"record or key {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -19,6 +19,7 @@ from fedlp.errors import ProtocolError
 from fedlp.federation.index_sets import decode_counts, decode_widths, encode_counts, encode_widths
 from fedlp.federation.messages import check_finite, encode_params
 from fedlp.federation.packing import Signature, unpack_tensors
+from fedlp.federation.records import read_bytes, read_config, read_integer, read_tensors, say_why
 from fedlp.types import Keep
 
 QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference"
@@ -113,15 +114,15 @@ def decode_request(
         Where a record is missing or malformed.
     """
     try:
-        record = _config(content, QUESTION)
+        record = read_config(content, QUESTION)
         numbers = record.get("layers", [])
         layers = tuple(int(number) for number in numbers)  # type: ignore[union-attr]
-        kept = decode_counts(_bytes(record, "kept"), axes) if "kept" in record else {}
-        question = Question(kind, _integer(record, "layer"), _reference(content), kept)
-        tensors = _unpack(content, signature(layers)) if layers else {}
-        return Request(question, _bytes(record, "base"), _bytes(record, "state"), layers, tensors)
+        kept = decode_counts(read_bytes(record, "kept"), axes) if "kept" in record else {}
+        question = Question(kind, read_integer(record, "layer"), _reference(content), kept)
+        tensors = read_tensors(content, PARAMS, signature(layers)) if layers else {}
+        return Request(question, read_bytes(record, "base"), read_bytes(record, "state"), layers, tensors)
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ProtocolError(f"the server's question cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"the server's question cannot be read: {say_why(error)}") from error
 
 
 def _reference(content: RecordDict) -> Tensor | None:
@@ -162,9 +163,9 @@ def decode_sums(
     num_examples = _count(content, layer, most, who)
     try:
         signature = [(part.name, (part.num_sent,) if part.symmetric else part.shape, dtype) for part in parts]
-        sums = {name: value.to(torch.float64) for name, value in _unpack(content, signature).items()}
+        sums = {name: value.to(torch.float64) for name, value in read_tensors(content, PARAMS, signature).items()}
     except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: {say_why(error)}") from error
     check_finite(sums, who)
     for part in parts:
         if part.symmetric:
@@ -208,9 +209,9 @@ def decode_vote(
     """Return the units that a client would keep, and its examples; ProtocolError unless they are ``kept`` of each."""
     num_examples = _count(content, 0, most, who)
     try:
-        widths = decode_widths(_bytes(_config(content, ANSWER), "widths"), axes)
+        widths = decode_widths(read_bytes(read_config(content, ANSWER), "widths"), axes)
     except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: the vote cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: the vote cannot be read: {say_why(error)}") from error
     counts = {name: keep.count for name, keep in widths.items()}
     if counts != dict(kept):
         wrong = next((name for name in kept if counts.get(name) != kept[name]), next(iter(counts), "none"))
@@ -233,44 +234,12 @@ def is_lack(content: RecordDict) -> bool:
 # ---- helpers
 def _count(content: RecordDict, layer: int, most: int, who: str) -> int:
     try:
-        record = _config(content, ANSWER)
-        found, num_examples = _integer(record, "layer"), _integer(record, "num-examples")
+        record = read_config(content, ANSWER)
+        found, num_examples = read_integer(record, "layer"), read_integer(record, "num-examples")
     except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: the answer cannot be read: {_reason(error)}") from error
+        raise ProtocolError(f"{who}: the answer cannot be read: {say_why(error)}") from error
     if found != layer:
         raise ProtocolError(f"{who}: the answer is about layer {found}, not {layer}")
     if not 1 <= num_examples <= most:
         raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {most}]")
     return num_examples
-
-
-def _unpack(content: RecordDict, signature: Signature) -> dict[str, Tensor]:
-    arrays = content[PARAMS]
-    if not isinstance(arrays, ArrayRecord):
-        raise ValueError(f"record {PARAMS} holds no arrays")
-    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)
-
-
-def _config(content: RecordDict, key: str) -> ConfigRecord:
-    record = content[key]
-    if not isinstance(record, ConfigRecord):
-        raise ValueError(f"record {key} is no config")
-    return record
-
-
-def _integer(record: ConfigRecord, key: str) -> int:
-    value = record[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}, not an integer")
-    return value
-
-
-def _bytes(record: ConfigRecord, key: str) -> bytes:
-    value = record[key]
-    if not isinstance(value, bytes):
-        raise ValueError(f"{key} is {type(value).__name__}, not bytes")
-    return value
-
-
-def _reason(error: BaseException) -> str:
-    return f"record or key {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation import messages
 from fedlp.federation.exchange import exchange, reason_of
-from fedlp.types import ClientProfile
+from fedlp.types import Budget, ClientProfile
 
 log = logging.getLogger("fedlp")
 
@@ -44,6 +44,12 @@ class Roster:
     def profile(self, client_id: int) -> ClientProfile:
         """Return what a client said of itself."""
         return self._profiles[client_id]
+
+    @property
+    def budgets(self) -> dict[int, Budget]:
+        """The budgets that devices brought, by client id."""
+        found = {client_id: self._profiles[client_id].budget for client_id in self.client_ids}
+        return {client_id: budget for client_id, budget in found.items() if budget is not None}
 
     def join(self, grid: Grid, timeout: float) -> None:
         """Ask nodes as they appear, until as many have answered as there are to be clients.

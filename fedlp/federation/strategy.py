@@ -35,7 +35,7 @@ from fedlp.federation.statistics import Statistics, pool_statistics
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.rng import Stream, generator
 from fedlp.training import metrics_from_sums
-from fedlp.types import ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
+from fedlp.types import Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
 
 log = logging.getLogger("fedlp")
 
@@ -57,6 +57,8 @@ class FedLPStrategy(Strategy):
         The global test metrics, summed over ranges of ``num_test`` examples.
     macs : callable
         MACs of one training step per example in a sub-model.
+    fit : callable, optional
+        Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
@@ -72,6 +74,7 @@ class FedLPStrategy(Strategy):
         evaluate: Evaluate,
         num_test: int,
         macs: Callable[[SubModel], float],
+        fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
@@ -81,6 +84,7 @@ class FedLPStrategy(Strategy):
         self.macs = macs
         self.state = state
         self._evaluate = evaluate
+        self._fit = fit
         self._num_test = num_test
         self._observers = tuple(observers)
         self._roster = Roster(config.num_clients)
@@ -116,6 +120,8 @@ class FedLPStrategy(Strategy):
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
         self._roster.join(grid, timeout)
+        if (brought := self._roster.budgets) and self._fit is not None:
+            self.policy = self._fit(brought)
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)

@@ -20,7 +20,12 @@ from tests.integration.running import TINY_CNN, Finished, run
 from tests.integration.test_resume import assert_same, go_on
 
 Once = Callable[..., Finished]
-OURS = (*TINY_CNN, "strategy=fedlp", "calibration.examples=8", "pruner=magnitude")
+DEFAULT = (*TINY_CNN, "strategy=fedlp", "calibration.examples=8")
+OURS = (
+    *(*DEFAULT, "pruner=magnitude", "strategy.masks=client", "strategy.train_sent=false"),
+    *("strategy.regrow=0", "strategy.refresh_every=1"),
+)
+MLP = ("model=fedlp_mlp", "model.variant=deep")  # quick
 OBS = (*OURS, "pruner=obs", "pruner.fisher=false")
 PLAIN = ("strategy.encoding=float32", "strategy.error_feedback=false")
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]")
@@ -111,7 +116,8 @@ def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
 
 
 CHOICES = {
-    "obs on the update, all of it": ("pruner=obs", "strategy.criterion=update", *TIERS),
+    "as they are by default": ("pruner=obs", "strategy.masks=server", "strategy.train_sent=true", "strategy.regrow=1"),
+    "obs on the update, all of it": ("pruner=obs", "strategy.error_feedback=true", "strategy.criterion=update", *TIERS),
     "random": ("pruner=random",),
     "wanda, compensated by least squares": (
         *("pruner=wanda", "pruner.recovery=least_squares", "strategy.compensate=true", "strategy.encoding=bfloat16"),
@@ -124,17 +130,17 @@ CHOICES = {
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_choices_give_the_same_bytes_on_any_number_of_workers(case: str, tmp_path: Path) -> None:
-    runs = [run(tmp_path / n, *OURS, *CHOICES[case], f"simulation.workers={n}") for n in ("1", "2")]
+    runs = [run(tmp_path / n, *OURS, *MLP, *CHOICES[case], f"simulation.workers={n}") for n in ("1", "2")]
     assert runs[0].failures == []
     assert runs[0].model == runs[1].model
     assert runs[0].untimed == runs[1].untimed
 
 
-@pytest.mark.parametrize("case", ["obs on the update, all of it", "slimgpt, server, seldom"])
+@pytest.mark.parametrize("case", ["obs on the update, all of it", "as they are by default"])
 def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_path: Path) -> None:
-    overrides = (*OURS, *CHOICES[case])
-    shutil.copytree(once(*overrides, "num_rounds=2").path, tmp_path / "run")
-    assert_same(go_on(tmp_path / "run", 5), once(*overrides, "num_rounds=5"))
+    overrides = (*OURS, *MLP, *CHOICES[case])
+    shutil.copytree(once(*overrides, "num_rounds=1").path, tmp_path / "run")
+    assert_same(go_on(tmp_path / "run", 3), once(*overrides, "num_rounds=3"))
 
 
 def test_sparsity_waits_and_rises(once: Once) -> None:

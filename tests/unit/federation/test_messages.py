@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fedlp.federation.index_sets import decode_widths, encode_widths
 from fedlp.federation.packing import pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, state_tensors
-from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 PROFILE = ClientProfile(client_id=4, num_examples=50)
 
@@ -201,6 +202,9 @@ def test_flower_reads_what_is_packed(params: dict[str, torch.Tensor]) -> None:
         RecordDict({"profile": ConfigRecord({"client-id": 1})}),
         RecordDict({"profile": ConfigRecord({"client-id": -1, "num-examples": 3})}),
         RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 0})}),
+        RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-macs": 0.0})}),
+        RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-macs": float("inf")})}),
+        RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-upload-bytes": "1"})}),
         RecordDict({"profile": MetricRecord({"client-id": 1, "num-examples": 2})}),
     ],
 )
@@ -209,5 +213,7 @@ def test_a_bad_profile_is_refused(content: RecordDict) -> None:
         messages.decode_profile(content)
 
 
-def test_a_profile_goes_there_and_back() -> None:
-    assert messages.decode_profile(messages.encode_profile(PROFILE)) == PROFILE
+@pytest.mark.parametrize("budget", [None, Budget(upload_bytes=4e5), Budget(params=10, macs=2e6, memory_bytes=1.5)])
+def test_a_profile_goes_there_and_back(budget: Budget | None) -> None:
+    profile = replace(PROFILE, budget=budget)
+    assert messages.decode_profile(messages.encode_profile(profile)) == profile

@@ -17,6 +17,7 @@ from fedlp.federation.policies import Returned
 from fedlp.federation.pruned_slices import PrunedSlices
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
+CLIENTS = ("strategy.masks=client", "strategy.train_sent=false")  # choose units themselves
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]", "num_clients=6", "clients_per_round=6")
 
 
@@ -73,7 +74,7 @@ def test_every_rule_meets_every_budget(rule: str) -> None:
 
 
 def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
-    found = policy("allocator=uniform", "strategy.sparsity=0")
+    found = policy("allocator=uniform", "strategy.sparsity=0", *CLIENTS, "strategy.regrow=0")
     small = max(range(6), key=lambda client: -found.budgets[client].params)  # type: ignore[union-attr]
     first = found.assign(1, small, {}).submodel.widths
     memory = found.remember({}, 1, [Returned(small, 5, first, first, {})])
