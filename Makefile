@@ -1,6 +1,8 @@
 # make demo   set up, train FedAvg, FedLP-Homo and FedLP-Hetero on the embedded data, print and plot the result
-# make test   set up, run every test
+# make test   set up, run every test but those of deployments
 # make check  format, lint, types, tests
+# make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
+# make test-deploy   test that, and what happens when SuperNodes fail or do not belong; some minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint format types clean
+.PHONY: demo test check lint format types clean deploy-demo test-deploy
 
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero hydra.sweep.dir=$(DEMO)
@@ -16,6 +18,12 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+deploy-demo: $(VENV)/.ready
+	$(BIN)/fedlp-deploy-demo
+
+test-deploy: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m deploy tests/deploy
 
 check: format lint types test
 

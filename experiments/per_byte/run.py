@@ -19,6 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from tables import write_tables  # noqa: E402
+
 from runs import collect, run  # noqa: E402 # the experiments'
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
@@ -128,6 +130,7 @@ def main() -> int:
             return code
     if arguments.collect:
         collect(arguments.out, HERE / "results", tuple(GROUPS))
+        write_tables(HERE / "results", (*GROUPS, "first-look"))
     return 0
 
 

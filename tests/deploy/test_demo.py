@@ -28,16 +28,18 @@ def test_the_deployed_model_is_the_local_engines_and_the_wire_agrees_with_the_re
     run = read(tmp_path / "demo")
     assert [line["cohort"] for line in run.rounds] == [[0, 1, 2]] * 3
     assert run.failures == []
-    *rounds, whole = json.loads((tmp_path / "demo" / "wire.json").read_text())["traffic"]
+    *clients, whole = json.loads((tmp_path / "demo" / "wire.json").read_text())["traffic"]
     for way in ("up", "down"):
-        assert [part[f"recorded_{way}"] for part in rounds] == [line[f"bytes_{way}"] for line in run.rounds]
+        sums = [sum(line["clients"][i][f"bytes_{way}"] for line in run.rounds) for i in range(3)]
+        assert [part[f"recorded_{way}"] for part in clients] == sums
         assert whole[f"recorded_{way}"] == run.manifest["totals"][f"bytes_{way}"]
-        assert all(part[f"wire_{way}"] > part[f"recorded_{way}"] for part in rounds)
+        assert all(part[f"wire_{way}"] > part[f"recorded_{way}"] for part in clients)
         framing = whole[f"wire_{way}"] / whole[f"recorded_{way}"] - 1
         assert framing < 0.2, f"{way}: {framing:.1%}, of which polling is more on a slow machine"
 
 
-def test_ctrl_c_ends_everything_in_one_line(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_being_stopped_ends_everything(folder: Path, tmp_path: Path, word: signal.Signals) -> None:
     tiny = (*TINY, "num_clients=2", "clients_per_round=2", "num_rounds=50")
     process = subprocess.Popen(
         interruptible(command("fedlp-deploy-demo", *tiny, "--out", "demo")),
@@ -54,7 +56,7 @@ def test_ctrl_c_ends_everything_in_one_line(folder: Path, tmp_path: Path) -> Non
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert len(processes_in(folder)) > 4, "SuperLink, two SuperNodes and what they started"
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, word)
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "Traceback" not in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc"),
 ]
 CHECKOUT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 300
 SMALL = (*TINY, "num_clients=2", "clients_per_round=2")
 BELONGS_TO_A_RUN = ("Receiving:", "[RUN ", "flwr-clientapp")
 REFUSALS = {
@@ -86,14 +88,19 @@ def test_who_has_no_key_or_a_wrong_one_or_another_ca_gets_nothing(folder: Path, 
     assert all(node.wire.down > 2 * model for node in members)
 
 
-def test_a_supernode_killed_in_mid_run_is_named_and_the_round_completes(folder: Path, tmp_path: Path) -> None:
+def test_a_supernode_killed_in_mid_training_is_named_and_the_round_completes(folder: Path, tmp_path: Path) -> None:
     config = to_yaml(compose((*SMALL, "num_rounds=2")))
     with federation(folder) as (running, certificates):
         start_both(running, certificates)
 
         def kill(line: dict[str, Any]) -> None:
             if line["server_round"] == 1:
-                running.nodes["supernode-1"].process.kill()
+                node = running.nodes["supernode-1"]
+                deadline = time.monotonic() + PATIENCE_S
+                while node.log.read_text().count("Receiving: train message") < 2:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                node.process.kill()
 
         done = run(running, write_app(folder), tmp_path / "run", kill, cfg=config)
     assert done.failures == [(2, 1, "gone")]

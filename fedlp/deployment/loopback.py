@@ -1,0 +1,164 @@
+"""A deployed federation on one machine: a SuperLink with TLS and an allow-list of keys, and SuperNodes that join it.
+
+The processes and their options are those of real hosts; only the addresses are loopback's. Every SuperNode has a
+folder, a key and a counted connection of its own. All of it ends with the ``with`` block.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedlp.deployment.certificates import Certificates
+from fedlp.deployment.wire import CountingProxy
+from fedlp.errors import FedLPError
+from fedlp.simulation.flower_process import (
+    SUPERLINK,
+    RoundLines,
+    await_superlink,
+    call_flwr,
+    end_processes,
+    find_flwr,
+    flower_env,
+    follow_run,
+    free_port,
+    start_process,
+    write_run_config,
+)
+
+
+@dataclass(frozen=True)
+class SuperNode:
+    """One running SuperNode.
+
+    Attributes
+    ----------
+    wire : CountingProxy
+        Its connection to the SuperLink.
+    log : Path
+        What it and its ClientApps print.
+    """
+
+    process: subprocess.Popen[bytes]
+    wire: CountingProxy
+    log: Path
+
+
+class LoopbackFederation:
+    """A SuperLink on a free port, and SuperNodes.
+
+    Parameters
+    ----------
+    scratch : Path
+        An empty folder; every process works below it.
+    logs : Path
+        Where ``superlink.log`` and ``NAME.log`` of every SuperNode go.
+    """
+
+    def __init__(self, scratch: Path, certificates: Certificates, logs: Path) -> None:
+        self.nodes: dict[str, SuperNode] = {}
+        program = find_flwr()
+        if program is None:
+            raise FedLPError("there is no flwr on this machine; run: pip install 'flwr>=1.41,<1.42'")
+        self._program = program
+        self._scratch = scratch
+        self._certificates = certificates
+        self._logs = logs
+        self._port = free_port()
+        self._env = flower_env(program, scratch / "cli")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._wires = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start_superlink()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_processes(self._processes, self._scratch)
+        self._wires.close()
+
+    def register(self, public_key: Path) -> None:
+        """Put a SuperNode's public key on the SuperLink's allow-list."""
+        call_flwr([self._program, "supernode", "register", str(public_key), SUPERLINK], self._env)
+
+    def start_node(
+        self, name: str, node_config: Mapping[str, int | str], key: Path | None, ca: Path | None = None
+    ) -> SuperNode:
+        """Start a SuperNode in a folder of its own.
+
+        Parameters
+        ----------
+        key : Path or None
+            Its private key.
+        ca : Path, optional
+            The CA that it trusts; by default, the one of the SuperLink's certificate.
+        """
+        wire = self._wires.enter_context(CountingProxy(self._port))
+        settings = " ".join(
+            f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
+            for option, value in node_config.items()
+        )
+        command = [self._path("flower-supernode"), "--superlink", wire.address]
+        command += ["--root-certificates", str(ca or self._certificates.ca)]
+        command += ["--auth-supernode-private-key", str(key)] if key else []
+        command += ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", settings]
+        process = self._start(command, name)
+        self.nodes[name] = SuperNode(process, wire, self._logs / f"{name}.log")
+        return self.nodes[name]
+
+    def run(self, app: Path, settings: Mapping[str, str], on_line: Callable[[dict[str, Any]], None]) -> None:
+        """Hand a run to the SuperLink with ``flwr run`` and wait for its end.
+
+        Parameters
+        ----------
+        app : Path
+            The folder of a Flower app.
+        settings : mapping
+            The run config; ``out`` is where the ServerApp writes.
+        on_line : callable
+            Told of every round as it appears in ``rounds.jsonl``.
+
+        Raises
+        ------
+        FedLPError
+            If the run does not finish.
+        """
+        outcome, out = self._scratch / "outcome.json", Path(settings["out"])
+        run_config = write_run_config(self._scratch / "run.toml", {**settings, "outcome": str(outcome)})
+        call_flwr([self._program, "run", str(app), SUPERLINK, "--run-config", str(run_config)], self._env)
+        lines = RoundLines(out / "rounds.jsonl", on_line)
+        follow_run(self._program, self._env, outcome, lines, log=self._logs / "flower.log")
+
+    def _start_superlink(self) -> None:
+        ca, made = self._certificates.ca, self._certificates
+        home = self._scratch / "cli"
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{SUPERLINK}"\n\n'
+            f'[superlink.{SUPERLINK}]\naddress = "127.0.0.1:{self._port}"\nroot-certificates = "{ca}"\n'
+        )
+        command = [self._path("flower-superlink"), "--ssl-ca-certfile", str(ca)]
+        command += ["--ssl-certfile", str(made.server), "--ssl-keyfile", str(made.server_key)]
+        command += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port), "--database", "state.db"]
+        await_superlink(self._port, self._start(command, "superlink"), ca)
+
+    def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
+        """Start a process in a folder of its own, with Flower settings of its own."""
+        folder = self._scratch / name
+        (folder / "home").mkdir(parents=True)
+        env = flower_env(self._program, folder / "home")
+        process = start_process(command, env, folder, self._logs / f"{name}.log")
+        self._processes.append(process)
+        return process
+
+    def _path(self, program: str) -> str:
+        return str(Path(self._program).with_name(program))
