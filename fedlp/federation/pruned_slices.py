@@ -7,6 +7,7 @@ send: they say how sparsity is spread over layers, and which units come first wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -253,20 +254,23 @@ class PrunedSlices:
         return found
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
-        """Return one case per client, with the counts that hold before anything is known of the units.
+        """Return one case per kind of client, with the counts that hold before anything is known of the units.
 
         Clients whose budgets are out of reach are left out.
         """
         rates = self.config.strategy.layer_preserving_rate
-        last = self.config.num_rounds
+        kinds = Counter(
+            (self._first_like(client_id), float(rates[client_id] if isinstance(rates, list) else rates))
+            for client_id in client_ids
+        )
         find = lru_cache(self._case)
         found = []
-        for client_id in client_ids:
-            rate = float(rates[client_id] if isinstance(rates, list) else rates)
+        for (client_id, rate), count in kinds.items():
             with suppress(AllocationError):
-                submodel, sent = find(last, self._first_like(client_id))
-                found.append(Case(submodel, 1.0, rate, sent))
-        return [replace(case, probability=1.0 / len(found)) for case in found]
+                submodel, sent = find(self.config.num_rounds, client_id)
+                found.append(Case(submodel, float(count), rate, sent))
+        total = sum(case.probability for case in found)
+        return [replace(case, probability=case.probability / total) for case in found]
 
     def _first_like(self, client_id: int) -> int:
         """Return the first client of the same budget and device."""
