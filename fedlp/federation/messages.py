@@ -4,6 +4,8 @@ Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). 
 and ``scores`` where they were asked for. Only the kept slices of the tensors asked for travel; index sets are runs or
 bitmaps, whichever is shorter. Decoders check everything against what was assigned and raise :class:`ProtocolError`
 naming the client and what was wrong.
+
+Longer than other files: one door has one file.
 """
 
 from __future__ import annotations
@@ -188,6 +190,8 @@ def decode_update(
     values = {key: value for key, value in metrics.items() if key != "num-examples"}
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
         raise ProtocolError(f"{who}: a metric is not a finite number: {dict(values)}")
+    if values.get("pruning-macs", 0.0) < 0:  # type: ignore[operator]
+        raise ProtocolError(f"{who}: it says that choosing units took {values['pruning-macs']} MACs")
     return ClientUpdate(
         server_round=server_round,
         client_id=client_id,

@@ -4,6 +4,8 @@ Down once, up once: sample a cohort, send each client its sub-model and upload s
 entry, evaluate, record. Flower's :class:`~flwr.serverapp.strategy.Strategy` gives the verbs; ``start`` is our own,
 because a run must be able to resume, to wait no longer than a deadline, and to count and name failures instead of dying
 of them.
+
+Longer than other files: Flower's strategy is one class, and every step here is one of its verbs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -306,7 +309,7 @@ class FedLPStrategy(Strategy):
     def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
         """Ask clients that hold the whole model for its batch norm statistics; what they cost counts in the round."""
         assert self.state is not None
-        asked = self._whole_clients(server_round)[:_STATISTICS_CLIENTS]
+        asked = list(islice(self._whole_clients(server_round), _STATISTICS_CLIENTS))
         content = messages.encode_whole(arrays)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
@@ -333,17 +336,15 @@ class FedLPStrategy(Strategy):
             arrays = self._encode_model(self.state)
         return arrays
 
-    def _whole_clients(self, server_round: int) -> list[int]:
-        """Return the clients that hold the whole model, in an order drawn for the round."""
+    def _whole_clients(self, server_round: int) -> Iterator[int]:
+        """Yield the clients that hold the whole model, in an order drawn for the round."""
         assert self.state is not None
         rng = generator(self.config.seed, Stream.STATISTICS, server_round)
-        found = []
         for client_id in rng.permutation(self._roster.client_ids).tolist():
             with suppress(AllocationError):
                 submodel = self.policy.assign(server_round, client_id, self.state.memory).submodel
                 if self.submodels.layout(submodel).is_whole:
-                    found.append(client_id)
-        return found
+                    yield client_id
 
     # ---- evaluation
     def configure_evaluate(

@@ -157,6 +157,7 @@ def test_wrong_choices_and_scores_are_refused() -> None:
         ("asked for", with_widths(update, [1, 4], size)),
         ("does not hold", with_widths(update, [1, 4, 9], size)),
         ("chooses units of", ClientUpdate(3, 4, 50, update.params, {}, {}, update.scores)),
+        ("choosing units took -1", ClientUpdate(3, 4, 50, update.params, {"pruning-macs": -1.0}, update.widths)),
         ("scores cannot be read", ClientUpdate(3, 4, 50, update.params, {}, update.widths, {})),
     ]
     for value in (-1.0, float("nan"), float("inf")):
