@@ -91,7 +91,7 @@ class StrategyConfig:
     error_feedback: bool = False  # deltas: clients add what they could not send last time
     batch_norm: str = "average"  # running statistics: "average" of all; of clients with the "whole" model only; or
     # "static": never sent, but measured anew on three such clients' examples before the global model is evaluated
-    train_sent: bool = False  # fedlp, masks=server or random: only entries that will be sent are trained
+    train_sent: bool = False  # fedlp: where the server has chosen the units, only entries that will be sent are trained
     skip_backward: bool = False  # leading layers that are not sent are not trained
     server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
     server_lr: float = 1.0

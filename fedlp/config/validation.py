@@ -231,8 +231,6 @@ def _validate_uploads(config: RunConfig) -> None:
         )
     if strategy.name == "oneshot":
         _validate_oneshot(config)
-    if strategy.train_sent and strategy.masks == "client":
-        raise ConfigError("strategy.train_sent=true needs masks=server or random: a client chooses after training")
     if strategy.name != "fedlp":
         return
     if config.allocator.name not in FEDERATED_RULES:
