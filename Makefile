@@ -1,4 +1,4 @@
-# make demo   set up, train FedAvg, FedLP-Homo and FedLP-Hetero on the embedded data, print and plot the result
+# make demo   set up, train FedAvg, FedLP-Homo, FedLP-Hetero and plans with pruning on the embedded data, print and plot the result
 # make test   set up, run every test but those of deployments
 # make check  format, lint, types, tests
 # make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test check lint format types clean deploy-demo test-deploy
 
 demo: $(VENV)/.ready
-	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero hydra.sweep.dir=$(DEMO)
+	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp hydra.sweep.dir=$(DEMO)
 	$(BIN)/fedlp-report $(DEMO)
 
 test: $(VENV)/.ready-dev
