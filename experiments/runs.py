@@ -41,18 +41,30 @@ def collect(out: Path, results: Path, report_on: Sequence[str]) -> None:
             for line in (manifest.parent / "rounds.jsonl").read_text().splitlines():
                 file.write(json.dumps(json.loads(line) | {"clients": []}) + "\n")
         _strip_manifest(target / "manifest.json")
-    for name in report_on:
+    for name in report_on:  # by names within the results, so that no report names a folder of this machine
         if (results / name).is_dir():
-            report = [FEDLP.with_name("fedlp-report"), results / name, "--out", results / f"report-{name}"]
-            subprocess.run(report, check=True)
+            report = [
+                FEDLP.with_name("fedlp-report"),
+                name,
+                "--out",
+                f"report-{name}",
+            ]
+            subprocess.run(report, check=True, cwd=results)
             (results / f"report-{name}" / "report.html").unlink()  # made again from the rest at any time
 
 
 def _without_root(line: str) -> str:
-    return "  root: null" if line.startswith("  root: ") else line
+    """Return a line of a config without the folders of this machine."""
+    name, _, value = line.partition(": ")
+    if name == "  root":
+        return "  root: null"
+    return f"{name}: {Path(value).name}" if name in ("  path", "  tokenizer") and "/" in value else line
 
 
 def _strip_manifest(path: Path) -> None:
     manifest = json.loads(path.read_text())
-    manifest["config"]["dataset"]["root"] = None
+    dataset, model = manifest["config"]["dataset"], manifest["config"]["model"]
+    dataset["root"] = None
+    dataset["tokenizer"] = Path(dataset["tokenizer"]).name
+    model["path"] = model["path"] and Path(model["path"]).name
     path.write_text(json.dumps(manifest, indent=2) + "\n")
