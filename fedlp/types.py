@@ -1,6 +1,7 @@
 """The vocabulary: small frozen values that the floors hand to each other.
 
-Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted.
+Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted. A long file, because
+a vocabulary is looked up in one place.
 """
 
 from __future__ import annotations
