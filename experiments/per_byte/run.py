@@ -19,9 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from tables import write_tables  # noqa: E402
-
 from runs import collect, run  # noqa: E402 # the experiments'
+from tables import write_tables  # noqa: E402
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
