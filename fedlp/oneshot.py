@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from fedlp.models.cost import count_macs
 from fedlp.pruning.export import export_onnx, save_classifier, save_language_model
 from fedlp.pruning.footprint import Footprint, macs_footprint
 from fedlp.pruning.groups import WidthSpec, trace_widths
+from fedlp.pruning.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.units import find_layers
 from fedlp.report.pruning import draw_layers
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training import evaluate_sums, metrics_from_sums, one_thread
-from fedlp.types import PrunableLayer
+from fedlp.types import Keep, PrunableLayer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
         kept = allocate(config, subject, calibration, pruner)
         pruned = pruner.prune(kept, _show_progress(subject.layers))
-        finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
+        if config.finetune.name == "newton":
+            paths = [path for layer in subject.layers for path in layer.readers]
+            newton_steps(pruned.model, paths, calibration, config.finetune.steps, _show_step)
+        else:
+            finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
@@ -185,6 +190,10 @@ def _show_progress(layers: tuple[PrunableLayer, ...]) -> Callable[[LayerReport],
     return show
 
 
+def _show_step(number: int, loss: float) -> None:
+    print(f"Newton step {number}: held-out loss {loss:.4f}", file=sys.stderr, flush=True)
+
+
 def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:
     """Return a model's metrics on the test examples; nothing where the config does not want them."""
     if not config.evaluate:
@@ -194,14 +203,27 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
-    """Write a pruned model so that its own ecosystem loads it, and as ONNX where the config asks for that."""
-    if subject.info.task == "language":
-        tokenizer = config.dataset.tokenizer
-        save_language_model(pruned.model, folder, None if tokenizer == "bytes" else tokenizer)
+    """Write a pruned model as the config says."""
+    tokenizer, onnx = config.dataset.tokenizer, config.onnx
+    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, tokenizer, folder, onnx)
+
+
+def save_model(
+    model: nn.Module,
+    spec: ModelSpec,
+    axes: WidthSpec,
+    widths: Mapping[str, Keep],
+    tokenizer: str,
+    folder: Path,
+    onnx: bool,
+) -> None:
+    """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
+    if spec.task == "language":
+        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer)
     else:
-        save_classifier(pruned.model, subject.widths, pruned.widths, folder)
-    if config.onnx:
-        export_onnx(pruned.model, subject.spec.example_inputs(1), folder / "model.onnx")
+        save_classifier(model, axes, widths, folder)
+    if onnx:
+        export_onnx(model, spec.example_inputs(1), folder / "model.onnx")
 
 
 def make_report(

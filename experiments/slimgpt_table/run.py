@@ -38,6 +38,7 @@ from fedlp.models import forward_logits
 from fedlp.models.language import import_transformers
 from fedlp.pruning.footprint import Footprint
 from fedlp.pruning.groups import WidthSpec, trace_widths
+from fedlp.pruning.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.units import find_layers
 from fedlp.rng import Stream, generator
@@ -52,6 +53,7 @@ RATIOS = (0.2, 0.25, 0.33, 0.5)
 PEER_RATIOS = (0.3, 0.5)  # torch-pruning's criteria
 WINDOW, NUM_WINDOWS, NUM_TEST_WINDOWS = 128, 128, 64
 NUM_IMAGES, NUM_TEST_IMAGES = 512, 4000
+NEWTON_STEPS = 6
 SEEN_FRACTION = 0.95  # of the texts that lm-3.3m was trained on
 TEXTS = {  # what a model was not trained on: file -> first character as a fraction of it
     "lm-3.3m": {"tinystories": SEEN_FRACTION, "wikitext2-valid": SEEN_FRACTION, "tinyshakespeare": SEEN_FRACTION}
@@ -64,8 +66,10 @@ RESNETS = {"resnet20": "resnet20-12fca82f", "resnet32": "resnet32-d509ac18"}
 OURS = Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True)
 PAPER = Method("slimgpt", centred=False, damping=0.01)
 REFIT = "least_squares"
+STEPPED = ", then Newton steps"  # towards the calibration labels
 METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
     "ours": (OURS, "dp"),
+    f"ours{STEPPED}": (OURS, "dp"),
     "ours, uniform": (OURS, "uniform"),
     "ours, log depth": (OURS, "log_depth"),
     "ours, plain OBS": (Method("obs", keeps_batch_norm=True), "dp"),
@@ -76,6 +80,7 @@ METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
     "FLAP, refitted": (Method("flap"), "flap"),
     "Wanda-sp": (Method("wanda", recovery="none"), "uniform"),
     "Wanda-sp, refitted": (Method("wanda"), "uniform"),
+    f"Wanda-sp, refitted{STEPPED}": (Method("wanda"), "uniform"),
     "Taylor": (Method("taylor", recovery="none"), "uniform"),
     "Taylor, refitted": (Method("taylor"), "uniform"),
     "magnitude": (Method("magnitude", recovery="none"), "uniform"),
@@ -85,7 +90,8 @@ METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
 }
 
 ONLY_LANGUAGE = {  # what classifiers are spared, for time
-    *("ours, log depth", "ours, plain OBS", "SlimGPT, dp", "Wanda-sp, refitted", "Taylor, refitted", "random, refitted")
+    *("ours, log depth", "ours, plain OBS", "SlimGPT, dp", "Wanda-sp, refitted", f"Wanda-sp, refitted{STEPPED}"),
+    *("Taylor, refitted", "random, refitted"),
 }
 
 
@@ -204,6 +210,8 @@ def prune_all(case: Case, wanted: list[tuple[str, float]]) -> Iterator[dict[str,
             pruner = Pruner(case.model, case.spec, case.layers, case.data, kernel)
             kept = allocate(rule, ratio, pruner.num_added_params())
             model = pruner.prune(kept).model
+            if method.endswith(STEPPED):
+                newton_steps(model, [path for layer in case.layers for path in layer.readers], case.data, NEWTON_STEPS)
         seconds = time.monotonic() - started
         params = sum(parameter.numel() for parameter in model.parameters())
         assert method == "dense" or params <= allocate.limit(ratio) + 1e-6

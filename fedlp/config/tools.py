@@ -20,13 +20,14 @@ from fedlp.config.schema import (
 class FinetuneConfig:
     """Training after pruning."""
 
-    name: str = MISSING  # "none", "lora" (language models, through peft) or "full"
+    name: str = MISSING  # "none", "newton" (on the calibration data), "lora" (language models, through peft) or "full"
     epochs: int = 1
     batch_size: int = 32
     lr: float = 1e-3
     rank: int = 8  # lora
     alpha: float = 16.0  # lora
     max_examples: int | None = None  # of the training examples, counted from the first
+    steps: int = 6  # newton: at most so many
 
 
 @dataclass

@@ -74,8 +74,8 @@ def validate_prune(config: PruneConfig) -> None:
     _validate_model(config.model)
     _validate_pruning(config.pruner, config.allocator, config.calibration)
     finetune = config.finetune
-    _choice("finetune.name", finetune.name, ("none", "lora", "full"))
-    for name in ("epochs", "batch_size", "rank"):
+    _choice("finetune.name", finetune.name, ("none", "newton", "lora", "full"))
+    for name in ("epochs", "batch_size", "rank", "steps"):
         _require(getattr(finetune, name) >= 1, f"finetune.{name}", getattr(finetune, name), "at least 1")
     for name in ("lr", "alpha"):
         size = getattr(finetune, name)

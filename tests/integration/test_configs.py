@@ -24,7 +24,7 @@ PROMISED = {
     "experiment": "demo",
     "pruner": "obs slimgpt magnitude wanda flap taylor random",
     "allocator": "uniform depth_line log_depth owl alphapruning dlp flap erk dp dsa plan",
-    "finetune": "none lora full",
+    "finetune": "none newton lora full",
     "fleet": "full tiers mixed",
     "privacy": "none local_dp",
 }
