@@ -79,8 +79,11 @@ class LanguageBlueprint(Blueprint):
 
     def build(self) -> nn.Module:
         """Return the model with fresh parameters, float32."""
-        auto = import_transformers().AutoModelForCausalLM
-        model: nn.Module = auto.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        config = copy.deepcopy(self.config)
+        if (pruned := _pruned_class(config)) is not None:
+            model: nn.Module = pruned(config)
+        else:
+            model = import_transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         find_decoder(model)
         return model
 
@@ -88,9 +91,9 @@ class LanguageBlueprint(Blueprint):
         """Return the model that training starts from, float32."""
         if self.path is None:
             return self.build()
-        auto = import_transformers().AutoModelForCausalLM
+        kind = _pruned_class(self.config) or import_transformers().AutoModelForCausalLM
         with _quiet(), _loading(self.path):
-            model: nn.Module = auto.from_pretrained(
+            model: nn.Module = kind.from_pretrained(
                 self.path, config=copy.deepcopy(self.config), dtype=torch.float32, use_safetensors=True
             )
         return model.train()
@@ -149,6 +152,20 @@ def load_hf(config: ModelConfig, vocabulary: int, sequence_length: int) -> Langu
     if sequence_length > limit:
         raise ConfigError(f"model {config.path} reads {limit} tokens; set dataset.sequence_length to at most that")
     return LanguageBlueprint(config.path, sizes, config.path if config.pretrained else None)
+
+
+def _pruned_class(config: Any) -> Any:
+    """Return our class of a model whose blocks differ in width, as ``fedlp-prune`` writes it; None for any other.
+
+    The folder's own copy of that class is not executed.
+    """
+    if not hasattr(config, "pruned_blocks"):
+        return None
+    modeling = importlib.import_module("fedlp.models.modeling_pruned")  # imports transformers
+    name = (config.architectures or [""])[0]
+    if not name.startswith("Pruned") or not hasattr(modeling, name):
+        raise ConfigError(f"a {config.model_type} with pruned_blocks, but of class {name!r}: fedlp-prune wrote no such")
+    return getattr(modeling, name)
 
 
 def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:

@@ -27,7 +27,7 @@ from fedlp.pruning.axes_decoder import is_language_model
 from fedlp.pruning.classifier_files import load_classifier, save_classifier
 
 if TYPE_CHECKING:
-    from fedlp.pruning.modeling_pruned import Layout  # imports transformers
+    from fedlp.models.modeling_pruned import Layout  # imports transformers
 
 __all__ = ["export_onnx", "load_classifier", "save_classifier", "save_language_model"]
 
@@ -88,7 +88,7 @@ def _load_tokenizer(name: str) -> Any:
 def _describe(model: nn.Module) -> tuple[Any, Any]:
     """Return a config that describes a model, and the class that it builds: transformers' own if possible."""
     mapping = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING
-    from fedlp.pruning import modeling_pruned as template
+    from fedlp.models import modeling_pruned as template
 
     config: Any = copy.deepcopy(model.config)
     if config.model_type not in template.LAYOUTS:
@@ -114,7 +114,7 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
 
 def _write_sizes(config: Any, model: nn.Module, blocks: Blocks, layout: Layout) -> None:
     """Write the sizes that the model has, those of the widest block where blocks differ."""
-    from fedlp.pruning.modeling_pruned import layer_sizes
+    from fedlp.models.modeling_pruned import layer_sizes
 
     for stale in ("auto_map", "pruned_blocks"):
         if hasattr(config, stale):
@@ -151,7 +151,7 @@ def _widest(blocks: Blocks, size: str) -> int:
 
 def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> bool:
     """Return whether a class builds a model of the same tensors and blocks from a config that is read again."""
-    from fedlp.pruning.modeling_pruned import describe_blocks
+    from fedlp.models.modeling_pruned import describe_blocks
 
     try:
         again = type(config).from_dict(config.to_dict())

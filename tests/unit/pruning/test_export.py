@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fedlp.config import ModelConfig
 from fedlp.errors import ConfigError
-from fedlp.models import forward_logits, state_tensors
+from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
 from fedlp.pruning.export import save_language_model
 from fedlp.pruning.groups import cut_model, trace_widths
@@ -204,24 +205,33 @@ def test_native_files_where_a_config_describes_the_model(
     assert config["model_type"] == MODELS[name][0]
 
 
-def test_exported_model_is_pruned_and_exported_again(tmp_path: Path) -> None:
-    from fedlp.pruning import modeling_pruned
+def load_exported(folder: Path) -> nn.Module:
+    config = ModelConfig("hf", "hf", path=str(folder), pretrained=True)
+    return describe_model(config, TOKENS.shape[1:], int(TOKENS.max()) + 1, "language").build(0).eval()
 
+
+def test_exported_model_is_pruned_and_exported_again(tmp_path: Path) -> None:
     model = cut_language_model("qwen3", CUTS["uneven"])
     save_language_model(model, tmp_path / "first", None)
-    config = import_transformers().AutoConfig.from_pretrained(tmp_path / "first")
-    again = modeling_pruned.PrunedQwen3ForCausalLM(config).eval()
-    again.load_state_dict(load_file(tmp_path / "first" / "model.safetensors"))
+    again = load_exported(tmp_path / "first")
     spec = trace_widths(again, TOKENS)
     assert [size for axis, size in spec.axes.items() if axis != "hidden"] == [3, 5, 1, 9]
     smaller = cut_model(again, spec, {"model.layers.0.self_attn": Keep.first(1, 3)})
     save_language_model(smaller, tmp_path / "second", None)
-    config = import_transformers().AutoConfig.from_pretrained(tmp_path / "second")
-    last = modeling_pruned.PrunedQwen3ForCausalLM(config).eval()
-    last.load_state_dict(load_file(tmp_path / "second" / "model.safetensors"))
-    assert [block["key_value_heads"] for block in config.pruned_blocks] == [1, 1]
+    last = load_exported(tmp_path / "second")
+    assert [block["key_value_heads"] for block in last.config.pruned_blocks] == [1, 1]  # type: ignore[union-attr]
     with torch.no_grad():
         assert torch.equal(forward_logits(last, TOKENS), forward_logits(smaller, TOKENS))
+
+
+def test_a_folders_own_code_is_not_run(tmp_path: Path) -> None:
+    save_language_model(cut_language_model("qwen3", CUTS["uneven"]), tmp_path, None)
+    (tmp_path / "modeling_pruned.py").write_text("raise SystemExit('run')")
+    load_exported(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Other"]}))
+    with pytest.raises(ConfigError, match="'Other'"):
+        load_exported(tmp_path)
 
 
 def test_even_cut_that_only_some_configs_can_express(tmp_path: Path) -> None:
