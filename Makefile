@@ -2,7 +2,8 @@
 # make test   set up, run every test but those of deployments
 # make check  format, lint, types, tests
 # make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
-# make test-deploy   test that, and what happens when SuperNodes fail or do not belong; some minutes
+# make test-deploy   test that, and what clients, server and network do wrong (as root: on hosts of their own); half an hour
+# make docker-test   build the images of docker/ and run a federation in them; needs Docker, else ends with 2
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint format types clean deploy-demo test-deploy
+.PHONY: demo test check lint format types clean deploy-demo test-deploy docker-test
 
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp hydra.sweep.dir=$(DEMO)
@@ -24,6 +25,9 @@ deploy-demo: $(VENV)/.ready
 
 test-deploy: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m deploy tests/deploy
+
+docker-test:
+	docker/test.sh
 
 check: format lint types test
 

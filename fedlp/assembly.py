@@ -140,17 +140,21 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
     runtime = make_runtime(cfg, str(directory.clients))  # where data is missing, nothing has been written yet
     if config.strategy.name == "oneshot":
         return serve_oneshot(grid, config, plan.submodels, load_parts(cfg)[0], directory, observers)
-    state = directory.resume() if plan.config.resume else None
+    state = _load_state(directory, plan.config)
     if state is None:
         directory.begin(to_yaml(config))
     else:
-        _check_fits(state, plan.submodels)
+        check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
     def record(round_record: Any, round_state: ServerState) -> None:
         directory.append_round(round_record)
         if round_state.server_round % config.checkpoint_every == 0 or round_state.server_round == config.num_rounds:
             directory.save_state(round_state)
+
+    def fit(brought: Mapping[int, Budget]) -> Policy:
+        directory.add_budgets(brought)
+        return plan.fit(brought)
 
     strategy = FedLPStrategy(
         config,
@@ -159,7 +163,7 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
         evaluate=runtime.evaluate,
         num_test=len(runtime.test),
         macs=lambda submodel: plan.costs.macs(submodel).training,
-        fit=plan.fit,
+        fit=fit,
         observers=(record, *observers),
         state=state,
     )
@@ -201,10 +205,8 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     directory = RunDirectory(out)
     if not config.resume:
         directory.refuse_if_used()
-    state = directory.resume() if config.resume else None
+    state = _load_state(directory, config)
     done = 0 if state is None else state.server_round
-    if done > config.num_rounds:
-        raise ConfigError(f"num_rounds={config.num_rounds}, but the run in {out} has done {done}; give a larger number")
     _plot_partition(cfg, out)
     progress = Progress(make_plan(cfg).config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
@@ -221,7 +223,18 @@ def _plot_partition(cfg: str, out: Path) -> None:
         plot_partition(parts, data.train.targets, out / "partition.png")
 
 
-def _check_fits(state: ServerState, submodels: SubModels) -> None:
+def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
+    """Return where to go on; ConfigError where that is beyond the run's end. None: from the start."""
+    state = directory.resume() if config.resume else None
+    if state is not None and state.server_round > config.num_rounds:
+        raise ConfigError(
+            f"num_rounds={config.num_rounds}, but the run in {directory.path} has done {state.server_round}; give a "
+            "larger number"
+        )
+    return state
+
+
+def check_fits(state: ServerState, submodels: SubModels) -> None:
     """Raise CheckpointError where a checkpoint is not one of this model."""
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.params.items()}
     for name, info in submodels.spec.tensors.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fedlp.cli.common import end, guard, run_hydra
-from fedlp.cli.deployment import certs_parser, demo_parser, make_certs, run_demo
+from fedlp.cli.deployment import certs_parser, demo_parser, export, export_parser, make_certs, run_demo
 from fedlp.cli.run import report, run_dir, run_job
 from fedlp.cli.tools import profile_job, prune_job, search_job
 
@@ -54,6 +54,12 @@ def report_main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs (a sweep)")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/report of the first)")
     sys.exit(end(lambda: guard(lambda: report(parser.parse_args()))))
+
+
+def export_main() -> None:
+    """Write the sub-models of a run's clients as files that devices run without fedlp: safetensors and ONNX."""
+    parser = export_parser(export_main.__doc__)
+    sys.exit(end(lambda: guard(lambda: export(parser.parse_args()))))
 
 
 def certs_main() -> None:

@@ -1,4 +1,4 @@
-"""``fedlp-certs`` and ``fedlp-deploy-demo``: keys for a deployment, and its rehearsal on this machine."""
+"""``fedlp-certs``, ``fedlp-deploy-demo``, ``fedlp-export``: keys for a deployment, its rehearsal, what comes of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedlp.cli.common import set_up_logging
 from fedlp.config import compose, to_plain, to_yaml, with_absolute_paths
-from fedlp.errors import FedLPError
+from fedlp.errors import ConfigError, FedLPError
 
 _DEMO = ("num_clients=3", "clients_per_round=3", "num_rounds=3")
 
@@ -39,6 +39,39 @@ def make_certs(arguments: argparse.Namespace) -> None:
     for key in made.node_keys:
         print(f"SuperNode: {made.ca} {key}   to register: {key.with_suffix('.pub')}")
     print(f"keep to yourself: {made.ca.with_suffix('.key')}")
+
+
+def export_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the command line of ``fedlp-export``."""
+    parser = argparse.ArgumentParser(prog="fedlp-export", description=description)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run, finished or stopped after a checkpoint")
+    parser.add_argument("--clients", nargs="+", default=["all"], metavar="I", help="client numbers (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: RUN_DIR/artefacts)")
+    parser.add_argument("--no-onnx", action="store_true", help="write no model.onnx, which needs fedlp[export]")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="training examples on which narrower models measure their batch norms (default: 1000; 0: the global ones)",
+    )
+    return parser
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Export the sub-models of a run and print their table."""
+    if arguments.clients != ["all"] and not all(word.isdecimal() for word in arguments.clients):
+        raise ConfigError(f"--clients {' '.join(arguments.clients)}: give client numbers, or all")
+    if arguments.examples < 0:
+        raise ConfigError(f"--examples {arguments.examples}: give a number of examples, or 0")
+    clients = None if arguments.clients == ["all"] else [int(word) for word in arguments.clients]
+    set_up_logging()
+    from fedlp import exporting
+
+    out = arguments.out or arguments.run / "artefacts"
+    onnx = not arguments.no_onnx
+    index = exporting.export_run(arguments.run, out, clients, onnx=onnx, examples=arguments.examples)
+    print(f"{exporting.table(index)}\n-> {out / exporting.INDEX}")
 
 
 def demo_parser(description: str | None) -> argparse.ArgumentParser:

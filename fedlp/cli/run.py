@@ -11,10 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.config import RunConfig, from_omegaconf, from_yaml, to_yaml, validate, with_absolute_paths
-from fedlp.errors import ConfigError
-
-_RESUMABLE_WITH = ("num_rounds", "simulation", "resume")
+from fedlp.config import RunConfig, from_omegaconf, to_yaml, with_absolute_paths
+from fedlp.config.resuming import check_run, resumed_config
 
 
 def run_job(composed: DictConfig) -> None:
@@ -22,8 +20,9 @@ def run_job(composed: DictConfig) -> None:
     config = from_omegaconf(composed, RunConfig)
     out = output_dir()
     if config.resume is not None:
-        out = _check_run(config.resume)
-        config = _resumed(config, out)
+        overrides, out = HydraConfig.get().overrides, Path(config.resume)
+        folders = [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
+        config = resumed_config(config, [*overrides.task, *folders])
     set_up_logging()
     from fedlp import assembly
     from fedlp.report import run_label
@@ -43,39 +42,9 @@ def run_job(composed: DictConfig) -> None:
     print(f"{metrics}  up {totals['bytes_up'] / 1e6:.2f} MB  down {totals['bytes_down'] / 1e6:.2f} MB  -> {out}")
 
 
-def _resumed(config: RunConfig, folder: Path) -> RunConfig:
-    """Return the config of the run to go on with; only its length and its engine may be changed."""
-    overrides = HydraConfig.get().overrides
-    names = [override.lstrip("+~").split("=")[0] for override in overrides.task]
-    foreign = [name for name in names if name.split(".")[0] not in _RESUMABLE_WITH]
-    foreign += [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
-    if foreign:
-        raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
-    stored = from_yaml((folder / "config.yaml").read_text(encoding="utf-8", errors="replace"))
-    stored.resume = str(folder)
-    for name in names:
-        if name == "num_rounds":
-            stored.num_rounds = config.num_rounds
-        elif name == "simulation":
-            stored.simulation.engine = config.simulation.engine
-        elif name != "resume":
-            option = name.removeprefix("simulation.")
-            setattr(stored.simulation, option, getattr(config.simulation, option))
-    validate(stored)
-    return stored
-
-
 def run_dir(resume: str | None) -> str:
     """Return where a run writes: a folder named by the time, or the run that is resumed."""
-    return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f") if resume is None else str(_check_run(resume))
-
-
-def _check_run(resume: str) -> Path:
-    """Return the folder of a run; ConfigError if it is none."""
-    folder = Path(resume)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"resume={resume}: that is not a run directory (it has no config.yaml)")
-    return folder
+    return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f") if resume is None else str(check_run(resume))
 
 
 def _print_costs(manifest: dict[str, dict[str, float]], out: Path) -> None:

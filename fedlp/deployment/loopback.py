@@ -1,17 +1,21 @@
 """A deployed federation on one machine: a SuperLink with TLS and an allow-list of keys, and SuperNodes that join it.
 
+ServerApps are the children of a SuperExec of their own, so that they outlive the SuperLink and go on when it is back.
+
 The processes and their options are those of real hosts; only the addresses are loopback's. Every SuperNode has a
-folder, a key and a counted connection of its own. All of it ends with the ``with`` block.
+folder, a key and a counted connection of its own, and may run on another :class:`Host`. All of it ends with the
+``with`` block.
 """
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fedlp.deployment.certificates import Certificates
 from fedlp.deployment.wire import CountingProxy
@@ -31,35 +35,71 @@ from fedlp.simulation.flower_process import (
 )
 
 
+class Wire(Protocol):
+    """Bytes so far of a SuperNode's connection: ``up`` to the SuperLink, ``down`` from it."""
+
+    @property
+    def up(self) -> int: ...  # noqa: D102
+    @property
+    def down(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a SuperNode runs, if not beside the SuperLink.
+
+    Attributes
+    ----------
+    enter : tuple of str
+        Put before a command, these words make it run there.
+    superlink : str
+        Address that reaches the SuperLink from there.
+    wire : Wire
+        Counts the bytes of its connection.
+    """
+
+    enter: tuple[str, ...]
+    superlink: str
+    wire: Wire
+
+
 @dataclass(frozen=True)
 class SuperNode:
     """One running SuperNode.
 
     Attributes
     ----------
-    wire : CountingProxy
+    wire : Wire
         Its connection to the SuperLink.
     log : Path
         What it and its ClientApps print.
     """
 
     process: subprocess.Popen[bytes]
-    wire: CountingProxy
+    wire: Wire
     log: Path
 
 
 class LoopbackFederation:
-    """A SuperLink on a free port, and SuperNodes.
+    """A SuperLink on a free port, a SuperExec for its ServerApps, and SuperNodes.
+
+    Attributes
+    ----------
+    superlink : Popen
+        Its process; :meth:`start_superlink` replaces one that has ended.
 
     Parameters
     ----------
     scratch : Path
         An empty folder; every process works below it.
     logs : Path
-        Where ``superlink.log`` and ``NAME.log`` of every SuperNode go.
+        Where ``superlink.log``, ``superexec.log`` and ``NAME.log`` of every SuperNode go.
+    listen : str
+        Address that the SuperLink listens on; loopback must be among what it stands for.
     """
 
-    def __init__(self, scratch: Path, certificates: Certificates, logs: Path) -> None:
+    def __init__(self, scratch: Path, certificates: Certificates, logs: Path, listen: str = "127.0.0.1") -> None:
+        self.superlink: subprocess.Popen[bytes]
         self.nodes: dict[str, SuperNode] = {}
         program = find_flwr()
         if program is None:
@@ -68,14 +108,18 @@ class LoopbackFederation:
         self._scratch = scratch
         self._certificates = certificates
         self._logs = logs
+        self._listen = listen
         self._port = free_port()
         self._env = flower_env(program, scratch / "cli")
+        self._secret = scratch / "superexec.secret"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._wires = ExitStack()
 
     def __enter__(self) -> Self:
         try:
-            self._start_superlink()
+            self._write_settings()
+            self.start_superlink()
+            self._start_superexec()
         except BaseException:
             self.__exit__()
             raise
@@ -85,12 +129,28 @@ class LoopbackFederation:
         end_processes(self._processes, self._scratch)
         self._wires.close()
 
+    def start_superlink(self) -> None:
+        """Start the SuperLink, and wait until it answers; one that was killed goes on from its database."""
+        made = self._certificates
+        command = [self._path("flower-superlink"), "--ssl-ca-certfile", str(made.ca)]
+        command += ["--ssl-certfile", str(made.server), "--ssl-keyfile", str(made.server_key)]
+        command += ["--enable-supernode-auth", "--isolation", "process"]
+        command += ["--superexec-auth-secret-file", str(self._secret), "--database", "state.db"]
+        command += ["--host", self._listen, "--port", str(self._port)]
+        self.superlink = self._start(command, "superlink")
+        await_superlink(self._port, self.superlink, made.ca)
+
     def register(self, public_key: Path) -> None:
         """Put a SuperNode's public key on the SuperLink's allow-list."""
         call_flwr([self._program, "supernode", "register", str(public_key), SUPERLINK], self._env)
 
     def start_node(
-        self, name: str, node_config: Mapping[str, int | str], key: Path | None, ca: Path | None = None
+        self,
+        name: str,
+        node_config: Mapping[str, int | str],
+        key: Path | None,
+        ca: Path | None = None,
+        host: Host | None = None,
     ) -> SuperNode:
         """Start a SuperNode in a folder of its own.
 
@@ -100,13 +160,19 @@ class LoopbackFederation:
             Its private key.
         ca : Path, optional
             The CA that it trusts; by default, the one of the SuperLink's certificate.
+        host : Host, optional
+            Where it runs; by default, beside the SuperLink.
         """
-        wire = self._wires.enter_context(CountingProxy(self._port))
+        if host is None:
+            wire: Wire = (proxy := self._wires.enter_context(CountingProxy(self._port)))
+            address = proxy.address
+        else:
+            wire, address = host.wire, f"{host.superlink}:{self._port}"
         settings = " ".join(
             f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
             for option, value in node_config.items()
         )
-        command = [self._path("flower-supernode"), "--superlink", wire.address]
+        command = [*(host.enter if host else ()), self._path("flower-supernode"), "--superlink", address]
         command += ["--root-certificates", str(ca or self._certificates.ca)]
         command += ["--auth-supernode-private-key", str(key)] if key else []
         command += ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", settings]
@@ -132,29 +198,31 @@ class LoopbackFederation:
             If the run does not finish.
         """
         outcome, out = self._scratch / "outcome.json", Path(settings["out"])
+        outcome.unlink(missing_ok=True)  # an earlier run's
         run_config = write_run_config(self._scratch / "run.toml", {**settings, "outcome": str(outcome)})
         call_flwr([self._program, "run", str(app), SUPERLINK, "--run-config", str(run_config)], self._env)
         lines = RoundLines(out / "rounds.jsonl", on_line)
         follow_run(self._program, self._env, outcome, lines, log=self._logs / "flower.log")
 
-    def _start_superlink(self) -> None:
-        ca, made = self._certificates.ca, self._certificates
+    def _write_settings(self) -> None:
         home = self._scratch / "cli"
         home.mkdir(parents=True)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{SUPERLINK}"\n\n'
-            f'[superlink.{SUPERLINK}]\naddress = "127.0.0.1:{self._port}"\nroot-certificates = "{ca}"\n'
+            f'[superlink]\ndefault = "{SUPERLINK}"\n\n[superlink.{SUPERLINK}]\n'
+            f'address = "127.0.0.1:{self._port}"\nroot-certificates = "{self._certificates.ca}"\n'
         )
-        command = [self._path("flower-superlink"), "--ssl-ca-certfile", str(ca)]
-        command += ["--ssl-certfile", str(made.server), "--ssl-keyfile", str(made.server_key)]
-        command += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--database", "state.db"]
-        await_superlink(self._port, self._start(command, "superlink"), ca)
+        self._secret.touch(mode=0o600)
+        self._secret.write_bytes(secrets.token_bytes(32))
+
+    def _start_superexec(self) -> None:
+        command = [self._path("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{self._port}"]
+        command += ["--root-certificates", str(self._certificates.ca)]
+        self._start([*command, "--superexec-auth-secret-file", str(self._secret)], "superexec")
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
         """Start a process in a folder of its own, with Flower settings of its own."""
         folder = self._scratch / name
-        (folder / "home").mkdir(parents=True)
+        (folder / "home").mkdir(parents=True, exist_ok=True)
         env = flower_env(self._program, folder / "home")
         process = start_process(command, env, folder, self._logs / f"{name}.log")
         self._processes.append(process)

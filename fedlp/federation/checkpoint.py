@@ -80,13 +80,24 @@ def load_checkpoint(folder: Path) -> ServerState | None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even through a power cut."""
+    """Write a file so that it is there whole or not at all, even through a power cut.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; names the file. What was there before stays, and nothing is left of the attempt.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _rounds(folder: Path) -> list[int]:

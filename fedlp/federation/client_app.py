@@ -24,6 +24,7 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation import messages, pooling_messages
 from fedlp.federation.budgets import read_budget
+from fedlp.federation.carried_config import read_carried
 from fedlp.federation.client_store import ClientStore
 from fedlp.federation.nested import NestedWidth, nested_counts
 from fedlp.federation.pooling_client import PoolingClient
@@ -47,7 +48,11 @@ class Shards:
         self._parts = parts
 
     def size(self, client_id: int) -> int:
-        """Return how many examples a client has."""
+        """Return how many examples a client has; DataError where there is no such client."""
+        if not 0 <= client_id < len(self._parts):
+            raise DataError(
+                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
+            )
         return len(self._parts[client_id])
 
     def of(self, client_id: int) -> Examples:
@@ -214,20 +219,24 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
     """
     app = ClientApp()
 
-    def load_runtime(context: Context) -> ClientRuntime:
-        cfg, out = read_settings(context)
-        return make_runtime(cfg, str(context.node_config.get("state-dir", out / "clients")))
+    def load_settings(message: Message, context: Context) -> tuple[str, Path]:
+        cfg, out = read_carried(message.content) or read_settings(context)
+        return cfg, Path(str(context.node_config.get("state-dir", out / "clients")))
+
+    def load_runtime(message: Message, context: Context) -> ClientRuntime:
+        cfg, state_dir = load_settings(message, context)
+        return make_runtime(cfg, str(state_dir))
 
     @app.query("capabilities")
     def query(message: Message, context: Context) -> Message:
-        runtime = load_runtime(context)
+        runtime = load_runtime(message, context)
         path = context.node_config.get("budget")
         budget = None if path is None else read_budget(Path(str(path)))
         return Message(messages.encode_profile(runtime.profile(client_id_of(context), budget)), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        runtime = load_runtime(context)
+        runtime = load_runtime(message, context)
         instruction = messages.decode_instruction(message.content, runtime.submodels)
         if instruction.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
@@ -236,8 +245,8 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
         return protect_update(runtime.config, instruction, message, reply, context)
 
     def answer(message: Message, context: Context) -> Message:
-        runtime, client_id = load_runtime(context), client_id_of(context)
-        folder = Path(str(context.node_config.get("state-dir", read_settings(context)[1] / "clients"))) / str(client_id)
+        runtime, client_id = load_runtime(message, context), client_id_of(context)
+        folder = load_settings(message, context)[1] / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
@@ -246,13 +255,13 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
 
     @app.query("statistics")
     def statistics(message: Message, context: Context) -> Message:
-        runtime = load_runtime(context)
+        runtime = load_runtime(message, context)
         found = runtime.statistics(messages.decode_whole(message.content, runtime.submodels), client_id_of(context))
         return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
     @app.evaluate("central")
     def evaluate(message: Message, context: Context) -> Message:
-        runtime = load_runtime(context)
+        runtime = load_runtime(message, context)
         params, start, stop = messages.decode_range(message.content, runtime.submodels)
         return Message(messages.encode_sums(runtime.evaluate(params, start, stop)), reply_to=message)
 

@@ -6,13 +6,15 @@ from an earlier checkpoint finds the head it had then. Versions that no kept che
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from fedlp.errors import DataError, one_line
+from fedlp.federation.checkpoint import write_atomically
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 
@@ -33,13 +35,16 @@ class ClientStore:
         self.horizon = horizon
 
     def save(self, client_id: int, server_round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a version, atomically, and drop those that are out of reach."""
+        """Write a version, atomically, and drop those that are out of reach; DataError where the disk refuses."""
         folder = self.root / str(client_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"round-{server_round:06d}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"round-{server_round:06d}.safetensors", data)
+        except OSError as error:
+            raise DataError(
+                f"client {client_id} cannot save what it needs in later rounds ({one_line(error)}); make room there"
+            ) from error
         reachable = [version for version in self._rounds(client_id) if version <= server_round - self.horizon]
         for stale in reachable[:-1]:
             (folder / f"round-{stale:06d}.safetensors").unlink(missing_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from fedlp.errors import CheckpointError, ConfigError
+from fedlp.errors import CheckpointError, ConfigError, FedLPError, one_line
 from fedlp.federation.checkpoint import ServerState, load_checkpoint, save_checkpoint, write_atomically
-from fedlp.types import RoundRecord
+from fedlp.types import Budget, RoundRecord
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
@@ -24,24 +26,29 @@ _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
 class RunDirectory:
-    """One run's folder: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``."""
+    """One run's folder: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``.
+
+    Where devices brought budgets, also ``budgets.json``: client id -> limits, the last that each device brought.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clients = path / "clients"
         self._checkpoints = path / "checkpoint"
         self._rounds = path / "rounds.jsonl"
+        self._budgets = path / "budgets.json"
 
     def begin(self, config_yaml: str) -> None:
         """Start a new run here; what a run that reached no checkpoint left under these names is deleted."""
         self.refuse_if_used()
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in (self.path / "manifest.json", self.path / "model.safetensors"):
-            leftover.unlink(missing_ok=True)
-        if self.clients.is_dir():
-            shutil.rmtree(self.clients)
-        self.write_config(config_yaml)
-        self._rounds.write_bytes(b"")
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in (self.path / "manifest.json", self.path / "model.safetensors", self._budgets):
+                leftover.unlink(missing_ok=True)
+            if self.clients.is_dir():
+                shutil.rmtree(self.clients)
+            self.write_config(config_yaml)
+            self._rounds.write_bytes(b"")
 
     def refuse_if_used(self) -> None:
         """Raise ConfigError if a run's checkpoints lie here."""
@@ -52,7 +59,8 @@ class RunDirectory:
 
     def write_config(self, config_yaml: str) -> None:
         """Write ``config.yaml``."""
-        write_atomically(self.path / "config.yaml", config_yaml.encode())
+        with self._writing():
+            write_atomically(self.path / "config.yaml", config_yaml.encode())
 
     def resume(self) -> ServerState | None:
         """Return the state to go on from (None: from the start) and forget rounds that it does not include."""
@@ -64,22 +72,44 @@ class RunDirectory:
                 f"{self._rounds} does not hold rounds 1 to {last} of the checkpoint; restore the file, "
                 f"or start the run anew in another folder"
             )
-        write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
+        with self._writing():
+            for leftover in [*self.path.glob(".*.partial"), *self._checkpoints.glob(".*.partial")]:
+                leftover.unlink()
+            write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
         return state
+
+    def add_budgets(self, brought: Mapping[int, Budget]) -> None:
+        """Write down what budgets devices brought, by client id."""
+        known = {**self.read_budgets(), **brought}
+        limits = {str(client_id): asdict(known[client_id]) for client_id in sorted(known)}
+        with self._writing():
+            write_atomically(self._budgets, json.dumps(limits, indent=1).encode() + b"\n")
+
+    def read_budgets(self) -> dict[int, Budget]:
+        """Return the budgets that devices brought, by client id."""
+        if not self._budgets.is_file():
+            return {}
+        try:
+            found = json.loads(self._budgets.read_text())
+            return {int(client_id): Budget(**limits) for client_id, limits in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._budgets} cannot be read ({one_line(error)}); restore the file") from error
 
     def append_round(self, record: RoundRecord) -> None:
         """Add one line to ``rounds.jsonl``."""
-        with self._rounds.open("ab") as file:
+        with self._writing(), self._rounds.open("ab") as file:
             file.write(_json_line(asdict(record)))
 
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self._checkpoints, state)
+        with self._writing():
+            save_checkpoint(self._checkpoints, state)
 
     def finish(self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, Any]:
         """Write the model and the manifest; return the manifest."""
         model = {name: tensor.contiguous() for name, tensor in state.params.items()}
-        write_atomically(self.path / "model.safetensors", save(model))
+        with self._writing():
+            write_atomically(self.path / "model.safetensors", save(model))
         lines = self._read_lines()
         totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
         totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
@@ -90,7 +120,6 @@ class RunDirectory:
         self, config: Mapping[str, Any], expected: Mapping[str, float], **results: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write ``manifest.json`` and return it."""
-        self.path.mkdir(parents=True, exist_ok=True)
         manifest = {
             "config": dict(config),
             "versions": _versions(),
@@ -100,13 +129,28 @@ class RunDirectory:
             "expected": dict(expected),
             **results,
         }
-        write_atomically(self.path / "manifest.json", json.dumps(_plain(manifest), indent=2).encode() + b"\n")
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "manifest.json", json.dumps(_plain(manifest), indent=2).encode() + b"\n")
         return manifest
 
     def read_manifest(self) -> dict[str, Any]:
         """Return the manifest of a finished run."""
         manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         return manifest
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk refuses into a FedLPError that says how to go on: the last checkpoint is still there."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+            begun = (self.path / "config.yaml").is_file()
+            raise FedLPError(
+                f"{error.filename or self._rounds} cannot be written ({error.strerror}); {remedy}, then "
+                + (f"go on with resume={self.path}" if begun else "start the run again")
+            ) from error
 
     def _read_lines(self) -> list[dict[str, Any]]:
         """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out."""

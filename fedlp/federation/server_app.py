@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlp.config import compose, to_yaml
+from fedlp.config import compose, from_yaml, to_yaml
+from fedlp.config.resuming import resumed_config
 from fedlp.errors import FedLPError
+from fedlp.federation.carried_config import CarryingGrid
 from fedlp.federation.checkpoint import write_atomically
 
 __all__ = ["Grid", "make_server_app", "read_outcome", "read_settings"]
@@ -25,7 +28,9 @@ def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         outcome: dict[str, str] = {}
         try:
-            serve(grid, *read_settings(context))
+            cfg, out = read_settings(context)
+            carries = not context.run_config.get("cfg") and from_yaml(cfg).resume
+            serve(CarryingGrid(grid, cfg) if carries else grid, cfg, out)
         except FedLPError as error:
             outcome = {"reason": str(error)}
             raise
@@ -60,8 +65,23 @@ def read_settings(context: Context) -> tuple[str, Path]:
     """Return the config (YAML) and the run directory from a Flower run config.
 
     ``cfg`` holds a whole composed config; where it is empty, ``overrides`` (separated by blanks) are composed with the
-    config tree, as on the command line. ``out`` is where the server writes.
+    config tree, as on the command line. ``out`` is where the server writes; a run that goes on (``resume=``) stays
+    where it is.
+
+    Raises
+    ------
+    ConfigError
+        As on the command line.
     """
-    settings = context.run_config
-    cfg = str(settings.get("cfg", "")) or to_yaml(compose(str(settings.get("overrides", "")).split()))
-    return cfg, Path(str(settings.get("out", "")) or f"runs/flower-{context.run_id}").absolute()
+    settings = {key: str(context.run_config.get(key, "")) for key in ("cfg", "overrides", "out")}
+    out = Path(settings["out"] or f"runs/flower-{context.run_id}").absolute()
+    if settings["cfg"]:
+        return settings["cfg"], out
+    overrides = settings["overrides"].split()
+    config = compose(overrides)
+    if config.resume is not None:
+        folder = Path(config.resume).absolute()
+        if settings["out"] and out.resolve() != folder.resolve():
+            overrides.append(f"out={out}")
+        config, out = resumed_config(replace(config, resume=str(folder)), overrides), folder
+    return to_yaml(config), out

@@ -90,7 +90,7 @@ class FedLPStrategy(Strategy):
         self._fit = fit
         self._num_test = num_test
         self._observers = tuple(observers)
-        self._roster = Roster(config.num_clients)
+        self._roster = Roster(config.num_clients, config.min_clients)
         self._round = RoundUnderWay(0, ())
 
     # ---- the run
@@ -123,13 +123,13 @@ class FedLPStrategy(Strategy):
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
         self._roster.join(grid, timeout)
-        if (brought := self._roster.budgets) and self._fit is not None:
-            self.policy = self._fit(brought)
+        self._meet_budgets()
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             started = time.monotonic()
+            self._welcome(server_round, grid, timeout)
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
@@ -145,6 +145,21 @@ class FedLPStrategy(Strategy):
                 observer(record, self.state)
         result.arrays = arrays
         return result
+
+    def _meet_budgets(self) -> None:
+        """Let the policy meet the budgets that devices brought."""
+        if (brought := self._roster.budgets) and self._fit is not None:
+            self.policy = self._fit(brought)
+
+    def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
+        """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""
+        for client_id in self._roster.refresh(grid, timeout):
+            try:
+                self._meet_budgets()
+            except FedLPError as error:
+                self._roster.dismiss(client_id, error)
+            else:
+                log.warning("round %d: client %d has joined", server_round, client_id)
 
     def _warn_of_starved_layers(self) -> None:
         """Say which layers no client will ever return, such as the head where nobody has full depth."""

@@ -22,6 +22,7 @@ from fedlp.simulation.flower_process import (
     free_port,
     start_process,
 )
+from tests.deploy.bench import await_words
 from tests.integration.running import read
 
 pytestmark = [
@@ -88,11 +89,14 @@ class Recipe:
 
     def start_superlink(self) -> None:
         """Follow the document until its allow-list."""
-        for line in self.lines("fedlp-certs"):
-            self.call(line)
+        for program in ("fedlp-certs", "openssl", "chmod"):
+            for line in self.lines(program):
+                self.call(line)
         for line in self.lines("flower-superlink"):
             self.start(line, "superlink")
         await_superlink(self.port, self.processes[0], self.folder / "keys" / "ca.crt")
+        for line in self.lines("flower-superexec"):
+            self.start(line, "superexec")
         (self.folder / "home" / "config.toml").write_text(self.settings("[superlink.prod]"))
         for line in self.lines("flwr supernode register"):
             self.call(line)
@@ -119,12 +123,13 @@ def test_the_commands_of_the_document_run_a_federation(recipe: Recipe) -> None:
         recipe.call(line)
     for i, line in enumerate(recipe.lines("flower-supernode")):  # two on one machine need a port each
         recipe.start([*line, "--port", str(free_port())], f"supernode-{i}")
-    (recipe.folder / "run.toml").write_text(recipe.settings("overrides"))
-    for line in recipe.lines("flwr run"):
-        where = [str(recipe.folder / word) if word == "run.toml" else word for word in line]
-        recipe.call(where, cwd=CHECKOUT)
+    for settings in (recipe.settings("out = "), recipe.settings("resume=")):
+        (recipe.folder / "run.toml").write_text(settings)
+        for line in recipe.lines("flwr run"):
+            where = [str(recipe.folder / word) if word == "run.toml" else word for word in line]
+            recipe.call(where, cwd=CHECKOUT)
     run = read(recipe.folder / "var" / "runs" / "first")
-    assert [line["cohort"] for line in run.rounds] == [[0, 1]] * 3
+    assert [line["cohort"] for line in run.rounds] == [[0, 1]] * 4
     assert run.failures == []
     assert run.config.strategy.encoding == "int8"
     for line in run.rounds:  # the second device's budget, at one byte a number
@@ -132,6 +137,13 @@ def test_the_commands_of_the_document_run_a_federation(recipe: Recipe) -> None:
         assert 0 < up[1] <= 100_000 < up[0]
     listed = json.loads(recipe.call(["flwr", "supernode", "ls", "prod", "--format", "json"]))
     assert [node["status"] for node in listed["nodes"]] == ["online"] * 2
+    (superexec,) = recipe.lines("flower-superexec")
+    recipe.start(superexec[: superexec.index("--superexec-auth-secret-file")], "intruder")
+    await_words(recipe.folder / "superlink.log", "SuperExec authentication failed")
+    for line in recipe.lines("fedlp-export"):
+        recipe.call(line)
+    assert (run.path / "artefacts" / "client-0" / "model.onnx").is_file()
+    assert list(json.loads((run.path / "budgets.json").read_text())) == ["1"]
 
 
 def test_the_units_command_joins(recipe: Recipe) -> None:

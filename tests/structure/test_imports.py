@@ -15,7 +15,10 @@ FLOORS = [
     {"types", "errors", "rng", "config", "models", "progress"},
     {"pruning", "allocation", "data", "training", "finetuning", "calibrating"},
     {"federation", "simulation"},
-    {"assembly", "oneshot", "federated_oneshot", "profiling", "allocating", "searching", "report", "deployment"},
+    {
+        *("assembly", "oneshot", "federated_oneshot", "exporting", "profiling", "allocating", "searching"),
+        *("report", "deployment"),
+    },
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,72 @@
+"""A run that goes on under ``flwr run``: the settings of the command line, and clients that cannot see its folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedlp import assembly
+from fedlp.errors import ConfigError
+from fedlp.federation.server_app import read_settings
+from fedlp.simulation.local import LocalGrid
+from tests.integration.running import TINY, Finished, read
+from tests.integration.test_resume import assert_same
+
+Once = Callable[..., Finished]
+CASE = (*TINY, "strategy=fedlp_hetero")
+
+
+@pytest.fixture
+def stopped(once: Once, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(once(*CASE, "num_rounds=2").path, tmp_path / "run"))
+
+
+def context(**settings: str) -> Context:
+    return Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=dict(settings))
+
+
+def test_a_stopped_run_goes_on_with_clients_that_are_told_its_config(
+    stopped: Path, once: Once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stopped.parent)
+    with LocalGrid(
+        lambda: assembly.client_app,
+        num_clients=6,
+        num_workers=2,
+        message_bytes=4_000_000,
+        run_config={"overrides": "resume=/not/on/this/device"},
+    ) as grid:
+        assembly.server_app(grid, context(overrides="resume=run num_rounds=4 simulation.workers=1"))
+    whole = once(*CASE, "num_rounds=4", "simulation.workers=1")
+    assert_same(read(stopped), whole)
+
+
+@pytest.mark.parametrize("out", ["", "run", "{run}", "./run/../run"])
+def test_it_stays_in_its_folder(out: str, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stopped.parent)
+    cfg, folder = read_settings(context(overrides=f"resume={stopped}", out=out.format(run=stopped)))
+    assert folder == stopped
+    assert assembly.from_yaml(cfg).resume == str(stopped)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"overrides": "resume=/nonexistent"}, "resume=/nonexistent: that is not a run directory"),
+        ({"overrides": "resume={run} seed=3"}, "drop seed$"),
+        ({"overrides": "resume={run} num_rounds=0"}, "at least 1"),
+        ({"overrides": "resume={run}", "out": "elsewhere"}, "drop out$"),
+        ({"overrides": "resume={run} num_rounds=1"}, "has done 2"),
+    ],
+)
+def test_what_the_command_line_refuses_is_refused(settings: dict[str, str], words: str, stopped: Path) -> None:
+    filled = {key: value.format(run=stopped) for key, value in settings.items()}
+    with (
+        LocalGrid(lambda: assembly.client_app, num_clients=6, num_workers=1, message_bytes=4_000_000) as grid,
+        pytest.raises(ConfigError, match=words),
+    ):
+        assembly.server_app(grid, context(**filled))
