@@ -13,6 +13,7 @@ from fedlp.types import PrunableLayer
 
 # SlimGPT's curves rise by 0.1875 at 20 % and by 0.53 at 50 %: their amplitude as a power of the mean sparsity.
 _LOG_SCALE, _LOG_POWER = 1.16, 1.134
+_LEAST_PRICE = 1e-9  # of the dearest unit's
 _LINE_SCALE = 0.6  # ATP's lines at 70 % of LLaMA rise by about 0.4
 
 
@@ -73,6 +74,8 @@ def allocate_by_curves(
     kept = {layer.name: layer.num_units for layer in layers}
     for _ in range(4):
         prices = {layer.name: _unit_price(layer, kept, cost) for layer in layers}
+        floor = _LEAST_PRICE * (max(prices.values()) or 1.0)  # so that every unit goes at some multiplier
+        prices = {name: max(price, floor) for name, price in prices.items()}
         low, high = 0.0, 1.0
         while cost(_cheapest(layers, losses, prices, high)) > limit:
             low, high = high, 4.0 * high

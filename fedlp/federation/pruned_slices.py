@@ -118,26 +118,25 @@ class PrunedSlices:
             return most
         least = dict.fromkeys(costs.layers, 1)
         if load(least) <= 1.0:  # else let the rounding say what is out of reach
-            found = self._by_rule(load, memory)
+            found = self._by_rule(load, most, memory)
             even = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
         multiple = self.config.strategy.width_multiple
         return round_client(
             layers, even, costs, budget, client_id=client_id, table=table, bounds=bounds, multiple=multiple
         )
 
-    def _by_rule(self, load: Cost, memory: Memory) -> Counts:
+    def _by_rule(self, load: Cost, most: Counts, memory: Memory) -> Counts:
         layers, settings = self.submodels.layers, self.config.allocator
-        scores = {x.name: memory[f"{_SCORE}.{x.name}"].numpy() for x in layers} if memory else {}
-        match settings.name:
-            case "dp" if scores:
-                curves = {name: np.cumsum(np.sort(values))[:-1].tolist() for name, values in scores.items()}
-                return allocator.allocate_by_curves(layers, curves, load, 1.0)
-            case "flap" if scores:
-                return allocator.allocate_pooled(layers, scores, load, 1.0)
-            case "depth_line" | "log_depth" as rule:
-                return allocator.allocate_by_depth(layers, rule, 0.5, load, 1.0, settings.amplitude)
-            case _:
-                return allocator.allocate_by_depth(layers, "uniform", 0.5, load, 1.0)
+        if memory and settings.name in ("dp", "flap"):  # of each layer, the units that score best are held
+            held = [replace(x, num_units=most[x.name]) for x in layers]
+            scores = {x.name: np.sort(memory[f"{_SCORE}.{x.name}"].numpy())[-x.num_units :] for x in held}
+            if settings.name == "flap":
+                return allocator.allocate_pooled(held, scores, load, 1.0)
+            curves = {name: np.cumsum(values)[:-1].tolist() for name, values in scores.items()}
+            return allocator.allocate_by_curves(held, curves, load, 1.0)
+        rule = settings.name if settings.name in ("depth_line", "log_depth") else "uniform"
+        amplitude = None if rule == "uniform" else settings.amplitude
+        return allocator.allocate_by_depth(layers, rule, 0.5, load, 1.0, amplitude)
 
     # ---- the units
     def assign(self, server_round: int, client_id: int, memory: Memory) -> Assignment:

@@ -46,6 +46,16 @@ def test_a_client_gets_no_more_than_the_budget_that_it_brings(tmp_path: Path, st
             assert down[0] == down[2]
 
 
+def test_a_client_may_have_to_hold_little_and_send_less(tmp_path: Path) -> None:
+    app = bringing(tmp_path, "params: 40000\nupload_bytes: 20000")
+    done = run(tmp_path / "run", *SMALL, "strategy=fedlp", "strategy.refresh_every=1", app=app)
+    assert done.failures == []
+    for line in done.rounds:
+        assert 0 < params_down(line)[1] <= 40000
+        assert {cost["client_id"]: cost["bytes_up"] for cost in line["clients"]}[1] < 25000
+    assert len(done.rounds) > 1  # in the second the units have scores
+
+
 def test_a_budget_that_is_brought_goes_before_that_of_the_fleet(tmp_path: Path) -> None:
     case = (*SMALL, "strategy=fedlp", "strategy.sparsity=0", "fleet=tiers", "fleet.fractions=[0.5]")
     done = run(tmp_path / "run", *case, "fleet.limited=[params]", app=bringing(tmp_path, "params: 60000"))

@@ -93,6 +93,14 @@ def test_curves_are_allocated_at_the_least_total_loss() -> None:
         assert loss(kept) == pytest.approx(min(map(loss, choices)))
 
 
+def test_a_cost_that_the_first_units_do_not_change_is_met() -> None:
+    layers = [PrunableLayer(name, 5, 1, 50, (), (name,), 0.0) for name in "ab"]
+    curves = dict.fromkeys("ab", [1.0, 2.0, 3.0, 4.0])
+    kept = allocate_by_curves(layers, curves, lambda kept: max(6.0, sum(kept.values())) + max(0.0, kept["a"] - 3), 6.0)
+    assert sum(kept.values()) == 6
+    assert kept["a"] <= 3
+
+
 def test_log_depth_rises_as_slimgpt_published_it() -> None:
     layers = [PrunableLayer(f"l{i}", 1000, 1, 1000, (), (f"r{i}",), i / 31) for i in range(32)]
     for sparsity, first, last in ((0.2004, 0.0625, 0.25), (0.5157, 0.125, 0.65625)):
