@@ -95,7 +95,7 @@ def test_curves_are_allocated_at_the_least_total_loss() -> None:
 
 def test_a_cost_that_the_first_units_do_not_change_is_met() -> None:
     layers = [PrunableLayer(name, 5, 1, 50, (), (name,), 0.0) for name in "ab"]
-    curves = dict.fromkeys("ab", [1.0, 2.0, 3.0, 4.0])
+    curves = {name: [1.0, 2.0, 3.0, 4.0] for name in "ab"}
     kept = allocate_by_curves(layers, curves, lambda kept: max(6.0, sum(kept.values())) + max(0.0, kept["a"] - 3), 6.0)
     assert sum(kept.values()) == 6
     assert kept["a"] <= 3
