@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
 
-from fedlp import assembly
 from fedlp.deployment.loopback import SuperNode
 from fedlp.errors import FedLPError
 from fedlp.simulation.flower_process import SUPERLINK, call_flwr, find_flwr, flower_env, processes_in
-from tests.deploy.bench import SMALL, TRAINS, Bench, await_true, await_words, bench, bench_or_loopback, ignore
+from tests.deploy.bench import SMALL, TRAINS, Bench, absent, await_true, await_words, bench, bench_or_loopback, ignore
 from tests.deploy.network import Link, why_no_network
-from tests.integration.running import App, Finished, read
+from tests.integration.running import Finished, read
 from tests.integration.running import run as run_here
 from tests.integration.test_full_disk import PAGE, grow, small_disk
 
@@ -54,18 +52,6 @@ def last_run(made: Bench) -> dict[str, Any]:
     """Return what Flower knows of the last run."""
     found: dict[str, Any] = json.loads(flower(made, "ls", SUPERLINK, "--format", "json"))["runs"][0]
     return found
-
-
-def absent(*missing: tuple[int, int]) -> App:
-    """Return the clients' app, without some clients in some rounds."""
-
-    def app(message: Message, context: Context) -> Message:
-        if message.metadata.message_type == "train":
-            at = int(message.metadata.group_id), int(str(context.node_config["partition-id"]))
-            assert at not in missing, "as on the bench"
-        return assembly.client_app(message, context)
-
-    return app
 
 
 def test_a_superlink_that_is_restarted_and_a_serverapp_that_is_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
