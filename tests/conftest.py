@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what command lines do to the log, and libraries that configure all logging there is."""
+    logger = logging.getLogger("fedlp")
+    for name, value in {"handlers": [], "propagate": True, "disabled": False}.items():
+        monkeypatch.setattr(logger, name, value)
+    logger.setLevel(logging.WARNING)  # whatever Hydra has made of the root's
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +32,6 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # main sets both: restore them
-    logger = logging.getLogger("fedlp")
-    monkeypatch.setattr(logger, "handlers", logger.handlers)
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
-    monkeypatch.setattr(logger, "disabled", logger.disabled)
-    monkeypatch.setattr(logger, "level", logger.level)
 
     def run(*arguments: str, main: Callable[[], None] = cli.main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [main.__name__, *arguments])
