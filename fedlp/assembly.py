@@ -39,7 +39,7 @@ from fedlp.models import describe_model, state_tensors
 from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
-from fedlp.training import count_cores
+from fedlp.training import check_loss, count_cores
 from fedlp.types import Budget, SubModel
 
 
@@ -76,6 +76,7 @@ def make_plan(cfg: str) -> Plan:
     config = from_yaml(cfg)
     info = describe_dataset(config.dataset)
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+    check_loss(config.local, info)
     submodels = SubModels(spec)
     check_privacy(config, submodels)
     costs = Costs(submodels)

@@ -29,7 +29,7 @@ from fedlp.pruning.footprint import Footprint, macs_footprint
 from fedlp.pruning.groups import WidthSpec, cut_model, trace_widths
 from fedlp.pruning.units import find_layers
 from fedlp.rng import Stream, generator
-from fedlp.training import train_locally
+from fedlp.training import check_loss, train_locally
 from fedlp.types import Budget, Keep, PrunableLayer
 
 _PEAK_RESET = "5"  # what Linux's clear_refs takes to forget the peak of a process
@@ -127,6 +127,7 @@ def table(report: Mapping[str, Any]) -> str:
 def _load_subject(config: ProfileConfig) -> Subject:
     info = describe_dataset(config.dataset)
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+    check_loss(config.local, info)
     model = spec.build(config.seed)
     widths = trace_widths(model, spec.example_inputs(1))
     return Subject(spec, model, info, widths, find_layers(model, widths, shared=spec.task == "classification"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedlp.config import LocalConfig
 from fedlp.data.datasets import IGNORE_INDEX, DataInfo, Examples
+from fedlp.errors import ConfigError
 from fedlp.models import forward_logits
 
 
@@ -78,6 +79,27 @@ def mean_loss(logits: Tensor, inputs: Tensor, targets: Tensor, info: DataInfo) -
     """Return the mean cross-entropy of a batch."""
     labels = targets if info.task == "classification" else inputs[:, 1:].reshape(-1)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.to(logits.device), ignore_index=IGNORE_INDEX)
+
+
+def check_loss(config: LocalConfig, info: DataInfo) -> None:
+    """Raise ConfigError if the config asks for a loss that the data set has none of."""
+    if config.logit_adjustment and info.task != "classification":
+        raise ConfigError(f"local.logit_adjustment is for classifiers, but {info.name} is text; set it to 0")
+
+
+def class_offsets(targets: Tensor, num_classes: int, strength: float) -> Tensor:
+    """Return what logits gain while training on these labels, (classes,): ``strength`` times the log of each share.
+
+    What such a model learns is the class's likelihood, not how often the client has it, so that clients of different
+    shares agree [1]_; a class without an example gets -inf and no gradient.
+
+    References
+    ----------
+    .. [1] Menon, Jayasumana, Rawat, Jain, Veit, Kumar: Long-tail learning via logit adjustment. ICLR 2021, eq. (10).
+       In federated learning: Zhang et al.: Federated Learning with Label Distribution Skew via Logits Calibration.
+       ICML 2022.
+    """
+    return strength * torch.log(torch.bincount(targets, minlength=num_classes) / len(targets))
 
 
 def augment_images(batch: Tensor, rng: np.random.Generator, padding: int, flip: bool) -> Tensor:
@@ -183,6 +205,9 @@ def _train(
     seed_torch(int(rng.integers(2**63 - 1)), device)
     model.train()
     optimizer = make_optimizer(trained, config) if trained else None
+    offsets = None
+    if config.logit_adjustment:
+        offsets = class_offsets(examples.targets, info.num_classes, config.logit_adjustment).to(device)
     losses: list[Tensor] = []
     sizes: list[int] = []
     for index in draw_batches(len(examples), config, rng):
@@ -194,6 +219,8 @@ def _train(
         step = nested[int(rng.integers(len(nested)))] if nested else None
         stepped = model if step is None else step.pull().train()
         logits = forward_logits(stepped, prepare_inputs(raw, info, device))
+        if offsets is not None:
+            logits = logits + offsets
         loss = mean_loss(logits, raw, examples.targets.index_select(0, index), info)
         if optimizer is not None:
             loss.backward()  # type: ignore[no-untyped-call]

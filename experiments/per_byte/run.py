@@ -5,7 +5,8 @@
     python experiments/per_byte/run.py --collect                 # only copy what is finished into results/
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
-of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. Every run is an
+of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``resnet18``: half as
+many rounds of a model twenty times as large. Every run is an
 ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and
 ``--part 1/2`` share the work of two processes.
 """
@@ -91,13 +92,28 @@ MIXED_ABLATIONS = {
 }
 TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]", "fleet.limited=[params]"]
 BOTH = [*TIERS, "fleet.limited=[params,macs]"]
-DIRICHLET = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=10"]
+PLAIN = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=10"]
+DIRICHLET = [*PLAIN, "local.logit_adjustment=1.0"]  # for every method
+RESNET18 = ["model=resnet18", "num_rounds=20", "dataset.max_test_examples=1000"]
+GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
+
+
+def _some(methods: dict[str, list[str]], *names: str) -> dict[str, list[str]]:
+    return {name: methods[name] for name in names}
+
+
 GROUPS = {
     "full-iid": (FULL, []),
     "mixed-iid": (MIXED, TIERS),
-    "mixed-macs-iid": ({name: MIXED[name] for name in ("heterofl", "fedrolex", "random", "ours")}, BOTH),
+    "mixed-macs-iid": (_some(MIXED, "heterofl", "fedrolex", "random", "ours"), BOTH),
     "full-dirichlet": (FULL, DIRICHLET),
     "mixed-dirichlet": (MIXED, [*TIERS, *DIRICHLET]),
+    "full-dirichlet-plain": (FULL, PLAIN),
+    "mixed-dirichlet-plain": (MIXED, [*TIERS, *PLAIN]),
+    "resnet18-batch": (_some(FULL, "fedavg-int8", "random", "ours"), RESNET18),
+    "resnet18-group": (_some(FULL, "fedavg-int8", "random", "ours"), GROUP_NORM),
+    "resnet18-mixed-batch": (_some(MIXED, "heterofl", "random", "ours"), [*TIERS, *RESNET18]),
+    "resnet18-mixed-group": (_some(MIXED, "heterofl", "random", "ours"), [*TIERS, *GROUP_NORM]),
     "ablation-full": (ABLATIONS, []),
     "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }

@@ -144,6 +144,8 @@ class LocalConfig:
     momentum: float = 0.0  # sgd
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
+    logit_adjustment: float = 0.0  # classification: while training, logits gain so many times the log of the client's
+    # share of each class (Menon et al., ICLR 2021): classes that a client lacks are left alone; at least 0
 
 
 @dataclass

@@ -126,6 +126,8 @@ def _validate_local(local: LocalConfig) -> None:
     _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
     if local.max_grad_norm is not None:
         _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+    adjustment = local.logit_adjustment
+    _require(math.isfinite(adjustment) and adjustment >= 0, "local.logit_adjustment", adjustment, "finite, at least 0")
 
 
 def _validate_fleet(fleet: FleetConfig) -> None:

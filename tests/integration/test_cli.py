@@ -61,6 +61,11 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
         ("num_rounds=0", "at least 1"),
         ("seed=-1", "at least 0"),
         ("local.lr=nan", "finite"),
+        ("local.logit_adjustment=-1", "local.logit_adjustment=-1.0 .* at least 0"),
+        (
+            "model=llama_tiny dataset=topics local.logit_adjustment=1",
+            "is for classifiers, but topics is text; set it to 0",
+        ),
         ("local.optimizer=lbfgs", "one of sgd, adam"),
         ("device=tpu", "cpu, cuda"),
         ("strategy=heterofl strategy.widths=[0.5,1.5]", "strategy.widths"),

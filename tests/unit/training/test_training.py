@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import nn
 
 from fedlp.config import LocalConfig
 from fedlp.data.datasets import IGNORE_INDEX, DataInfo, Examples
+from fedlp.errors import ConfigError
 from fedlp.training import (
     augment_images,
+    check_loss,
     draw_batches,
     evaluate_sums,
     make_optimizer,
@@ -89,6 +92,29 @@ def test_training_is_a_function_of_its_arguments_and_learns(optimizer: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert first.num_processed == 600
     assert first.train_loss < 0.7
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_adjusted_losses_weigh_classes_by_their_shares_and_leave_absent_ones_alone(strength: float) -> None:
+    model, examples = classifier(), images(9)
+    examples = Examples(examples.inputs, torch.tensor([0, 0, 0, 0, 2, 2, 3, 3, 3]), None)
+    logits = copy.deepcopy(model)(prepare_inputs(examples.inputs, IMAGES, torch.device("cpu"))).detach().double()
+    odds = torch.tensor([4 / 9, 0.0, 2 / 9, 3 / 9]).double() ** strength * logits.exp()
+    expected = -(odds.gather(1, examples.targets[:, None]).squeeze(1) / odds.sum(dim=1)).log().mean()
+    before = copy.deepcopy(model[4])
+    config = LocalConfig(optimizer="sgd", batch_size=9, lr=0.1, logit_adjustment=strength)
+    found = train_locally(model, examples, IMAGES, config, np.random.default_rng(0))
+    assert found.train_loss == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(model[4].weight[1], before.weight[1])
+    assert torch.equal(model[4].bias[1], before.bias[1])
+    assert not torch.equal(model[4].weight[0], before.weight[0])
+
+
+def test_only_classifiers_have_a_loss_to_adjust() -> None:
+    check_loss(LocalConfig(logit_adjustment=1.0), IMAGES)
+    check_loss(LocalConfig(), TEXT)
+    with pytest.raises(ConfigError, match=r"local\.logit_adjustment is for classifiers, but toy is text; set it to 0"):
+        check_loss(LocalConfig(logit_adjustment=1.0), TEXT)
 
 
 def test_sums_do_not_depend_on_how_the_examples_are_divided() -> None:
