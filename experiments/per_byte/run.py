@@ -39,6 +39,7 @@ FULL = {
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "ours": [*OURS],
+    "ours-0.75": [*OURS, "strategy.sparsity=0.75"],
 }
 MIXED = {
     "heterofl": ["strategy=heterofl", *WIDTHS],
@@ -67,8 +68,10 @@ ABLATIONS = {
     "regrow-0.5": [*OURS, "strategy.regrow=0.5"],
     "warmup-10": [*OURS, "strategy.warmup_rounds=10"],
     "ramp-20": [*OURS, "strategy.ramp_rounds=20"],
+    "ramp-0.75-to-0.5": [*OURS, "strategy.ramp_from=0.75", "strategy.ramp_rounds=30"],
+    "ramp-0.9-to-0.5": [*OURS, "strategy.ramp_from=0.9", "strategy.ramp_rounds=39"],
     "sparsity-0.25": [*OURS, "strategy.sparsity=0.25"],
-    "sparsity-0.75": [*OURS, "strategy.sparsity=0.75"],
+    "sparsity-0.9": [*OURS, "strategy.sparsity=0.9"],
     "encoding-float32": [*OURS, "strategy.encoding=float32"],
     "encoding-bfloat16": [*OURS, "strategy.encoding=bfloat16"],
     "values-weights": [*OURS, "strategy.values=weights"],

@@ -82,7 +82,8 @@ class StrategyConfig:
     compensate: bool = False  # fedlp: send weights that make up for the units left out
     refresh_every: int = 1  # fedlp: rounds between fresh scores of units; in between the last choice stays
     warmup_rounds: int = 0  # fedlp: first rounds in which whoever can sends everything it holds
-    ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity rises to its full value
+    ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity goes evenly from ramp_from to its last value
+    ramp_from: float = 0.0  # fedlp: sparsity before the ramp, in [0, 1)
     width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
     regrow: float = 0.0  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1]
     encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row);

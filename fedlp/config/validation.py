@@ -222,6 +222,9 @@ def _validate_uploads(config: RunConfig) -> None:
         _require(getattr(strategy, name) >= 1, f"strategy.{name}", getattr(strategy, name), "at least 1")
     for name in ("warmup_rounds", "ramp_rounds"):
         _require(getattr(strategy, name) >= 0, f"strategy.{name}", getattr(strategy, name), "at least 0")
+    _require(0 <= strategy.ramp_from < 1, "strategy.ramp_from", strategy.ramp_from, "in [0, 1)")
+    if strategy.ramp_from and not strategy.ramp_rounds:
+        raise ConfigError("strategy.ramp_from needs strategy.ramp_rounds: over how many rounds sparsity changes")
     _require(0 <= strategy.regrow <= 1, "strategy.regrow", strategy.regrow, "in [0, 1]")
     if strategy.error_feedback and strategy.values != "deltas":
         raise ConfigError(

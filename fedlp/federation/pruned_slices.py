@@ -82,10 +82,13 @@ class PrunedSlices:
         return held, self._solve(Budget(params=most, upload_bytes=upload_bytes), held, memory, client_id, None)
 
     def sparsity(self, server_round: int) -> float:
-        """Return what uploads leave out in a round: nothing at first, then rising to the full value."""
+        """Return what uploads leave out in a round: nothing at first, then from ``ramp_from`` to the last value."""
         strategy = self.config.strategy
         done = server_round - strategy.warmup_rounds
-        return strategy.sparsity * min(max(done, 0) / (strategy.ramp_rounds + 1), 1.0)
+        if done <= 0:
+            return 0.0
+        progress = min(done / (strategy.ramp_rounds + 1), 1.0)
+        return strategy.ramp_from + progress * (strategy.sparsity - strategy.ramp_from)
 
     def _params(self, kept: Counts) -> float:
         row = np.array([[kept[name] for name in self.costs.layers]], dtype=np.float64)

@@ -66,6 +66,7 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
             "model=llama_tiny dataset=topics local.logit_adjustment=1",
             "is for classifiers, but topics is text; set it to 0",
         ),
+        ("strategy=fedlp strategy.ramp_from=0.9", "ramp_from needs strategy.ramp_rounds"),
         ("local.optimizer=lbfgs", "one of sgd, adam"),
         ("device=tpu", "cpu, cuda"),
         ("strategy=heterofl strategy.widths=[0.5,1.5]", "strategy.widths"),

@@ -150,6 +150,13 @@ def test_sparsity_waits_and_rises(once: Once) -> None:
     assert sent[0] > sent[1] > sent[2] == pytest.approx(sent[3], rel=0.05)
 
 
+def test_sparsity_falls_where_it_began_high(once: Once) -> None:
+    ramp = ("strategy.ramp_from=0.9", "strategy.ramp_rounds=2", "strategy.sparsity=0.3")
+    done = once(*OURS, *PLAIN, *ramp, "num_rounds=4", "pruner=random")
+    sent = [line["params_up"] / line["params_down"] for line in done.rounds]
+    assert sent[0] < sent[1] < sent[2] == pytest.approx(sent[3], rel=0.05)
+
+
 def test_choosing_units_is_counted_as_computation(once: Once) -> None:
     scored, drawn = once(*OBS, "num_rounds=1"), once(*OURS, "pruner=random", "num_rounds=1")
     assert scored.rounds[0]["macs"] > drawn.rounds[0]["macs"]
