@@ -54,7 +54,7 @@ def test_where_nobody_listens_the_connection_ends() -> None:
     with CountingProxy(port) as proxy:
         try:
             answer = ask(proxy.address, b"x")
-        except ConnectionError:
+        except OSError:  # reset, or found no longer connected: which of them is the kernel's timing
             answer = b""
         assert answer == b""
         assert (proxy.up, proxy.down) == (0, 0)
