@@ -136,11 +136,19 @@ def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
     """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
     plan = make_plan(cfg)
-    config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     directory = RunDirectory(out)
     runtime = make_runtime(cfg, str(directory.clients))  # where data is missing, nothing has been written yet
-    if config.strategy.name == "oneshot":
-        return serve_oneshot(grid, config, plan.submodels, load_parts(cfg)[0], directory, observers)
+    with directory.claim():
+        if plan.config.strategy.name == "oneshot":
+            config = replace(plan.config, resume=None)
+            return serve_oneshot(grid, config, plan.submodels, load_parts(cfg)[0], directory, observers)
+        return _serve_rounds(grid, plan, directory, runtime, observers)
+
+
+def _serve_rounds(
+    grid: Grid, plan: Plan, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+) -> dict[str, Any]:
+    config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = _load_state(directory, plan.config)
     if state is None:
         directory.begin(to_yaml(config))
@@ -204,9 +212,12 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     config = from_yaml(cfg)
     _check_device(config.device)
     directory = RunDirectory(out)
-    if not config.resume:
+    state = None
+    if config.resume:
+        with directory.claim():
+            state = _load_state(directory, config)
+    else:
         directory.refuse_if_used()
-    state = _load_state(directory, config)
     done = 0 if state is None else state.server_round
     _plot_partition(cfg, out)
     progress = Progress(make_plan(cfg).config.num_rounds, label(to_plain(config)), done)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +21,9 @@ from safetensors.torch import save
 from fedlp.errors import CheckpointError, ConfigError, FedLPError, one_line
 from fedlp.federation.checkpoint import ServerState, load_checkpoint, save_checkpoint, write_atomically
 from fedlp.types import Budget, RoundRecord
+
+if sys.platform != "win32":  # which locks no folders: there a run is not guarded from a second one
+    import fcntl
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
@@ -37,6 +42,29 @@ class RunDirectory:
         self._checkpoints = path / "checkpoint"
         self._rounds = path / "rounds.jsonl"
         self._budgets = path / "budgets.json"
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keep other processes from running here meanwhile; ConfigError where one does. Ends with the process."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(folder)
+            yield
+        finally:
+            os.close(folder)
+
+    def _lock(self, folder: int) -> None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is running {self.path} now; wait for its end, or stop it") from error
+        except OSError:  # this file system has no locks
+            return
 
     def begin(self, config_yaml: str) -> None:
         """Start a new run here; what a run that reached no checkpoint left under these names is deleted."""

@@ -161,6 +161,8 @@ def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: P
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    with pytest.raises(ConfigError, match=f"another process is running {folder} now"):
+        go_on(folder, 30)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # Ctrl-C reaches the workers too
     else:
