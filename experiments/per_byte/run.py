@@ -40,6 +40,7 @@ FULL = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "ours": [*OURS],
     "ours-0.75": [*OURS, "strategy.sparsity=0.75"],
+    "ours-0.75-to-0.5": [*OURS, "strategy.ramp_from=0.75", "strategy.ramp_rounds=30"],
 }
 MIXED = {
     "heterofl": ["strategy=heterofl", *WIDTHS],
@@ -68,7 +69,6 @@ ABLATIONS = {
     "regrow-0.5": [*OURS, "strategy.regrow=0.5"],
     "warmup-10": [*OURS, "strategy.warmup_rounds=10"],
     "ramp-20": [*OURS, "strategy.ramp_rounds=20"],
-    "ramp-0.75-to-0.5": [*OURS, "strategy.ramp_from=0.75", "strategy.ramp_rounds=30"],
     "ramp-0.9-to-0.5": [*OURS, "strategy.ramp_from=0.9", "strategy.ramp_rounds=39"],
     "sparsity-0.25": [*OURS, "strategy.sparsity=0.25"],
     "sparsity-0.9": [*OURS, "strategy.sparsity=0.9"],
@@ -88,6 +88,7 @@ MIXED_ABLATIONS = {
     "regrow-0": [*NARROW, "strategy.regrow=0"],
     "regrow-1": [*NARROW, "strategy.regrow=1"],
     "sparsity-0": [*NARROW, "strategy.sparsity=0"],
+    "sparsity-0.75": [*NARROW, "strategy.sparsity=0.75"],
     "weighting-examples": [*NARROW, "strategy.weighting=examples"],
     "allocator-uniform": [*NARROW, "allocator=uniform"],
     "masks-client": [*CLIENTS],
