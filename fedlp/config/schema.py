@@ -86,8 +86,8 @@ class StrategyConfig:
     ramp_from: float = 0.0  # fedlp: sparsity before the ramp, in [0, 1)
     width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
     regrow: float = 0.0  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1]
-    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8" (stochastic rounding, a scale per row);
-    # oneshot: of sums, "float32" or "float64"
+    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8", "int4", "int2" (stochastic rounding,
+    # a scale per row); oneshot: of sums, "float32" or "float64"
     values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
     error_feedback: bool = False  # deltas: clients add what they could not send last time
     batch_norm: str = "average"  # running statistics: "average" of all; of clients with the "whole" model only; or

@@ -214,7 +214,9 @@ def _validate_uploads(config: RunConfig) -> None:
     _require(0 <= strategy.sparsity < 1, "strategy.sparsity", strategy.sparsity, "in [0, 1)")
     _choice("strategy.masks", strategy.masks, ("client", "server", "random"))
     _choice("strategy.criterion", strategy.criterion, ("weights", "update"))
-    encodings = ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8")
+    encodings = (
+        ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8", "int4", "int2")
+    )
     _choice("strategy.encoding", strategy.encoding, encodings)
     _choice("strategy.values", strategy.values, ("weights", "deltas"))
     _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole", "static"))

@@ -14,13 +14,12 @@ from fedlp.allocation.costs import CostModel, LatencyTable, given_limits, make_c
 from fedlp.config import LocalConfig
 from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
+from fedlp.federation.encodings import BITS
 from fedlp.federation.submodels import SubModels
 from fedlp.pruning.activations import activation_footprint
 from fedlp.pruning.footprint import Footprint, macs_footprint
 from fedlp.pruning.groups import WidthSpec
 from fedlp.types import Budget, SubModel
-
-_NUMBER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
 
 SubModelCosts = Mapping[str, float]  # by the limits' names in ``Budget``
 _BYTES = 4
@@ -52,7 +51,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> Cost
         activation_footprint(model, submodels.widths, inputs).terms(axes),
         local.batch_size,
         optimizer_kind(local),
-        upload_bytes_per_number=_NUMBER_BYTES[encoding],
+        upload_bytes_per_number=BITS[encoding] / 8,
     )
 
 

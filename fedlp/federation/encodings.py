@@ -1,26 +1,31 @@
-r"""How uploads are written: as they are, in bfloat16, or in 8 bits with stochastic rounding.
+r"""How uploads are written: as they are, in bfloat16, or in 8, 4 or 2 bits with stochastic rounding.
 
-``int8`` quantises every row (first dimension) of a tensor of two dimensions or more with a scale of its own,
+With b bits, every row (first dimension) of a tensor of two dimensions or more is quantised with a scale of its own,
 
-.. math:: s_i = \max_j |x_{ij}| / 127, \qquad q_{ij} = \lfloor x_{ij} / s_i + u_{ij} \rfloor, \qquad
+.. math:: s_i = \max_j |x_{ij}| / (2^{b-1} - 1), \qquad q_{ij} = \lfloor x_{ij} / s_i + u_{ij} \rfloor, \qquad
    u_{ij} \sim U[0, 1),
 
 which is right on average: E[s q] = x (the kind of quantisation that FedLP-Q, Entropy 2023, puts on top of FedLP). The
-scales travel as float32. Vectors (biases, norms) and integers stay as they are: they are few, and matter much.
+scales travel as float32; numbers of 4 and 2 bits share bytes, the first in the lowest bits. Vectors (biases, norms) and
+integers stay as they are: they are few, and matter much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.packing import Signature
 
-ENCODINGS = ("float32", "bfloat16", "int8")
-_LEVELS = 127
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
+"""Encodings and the bits that a number takes in them."""
+
+_QUANTISED = ("int8", "int4", "int2")
 _SCALE = "scale of "
 
 
@@ -29,7 +34,7 @@ def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.
 
     Parameters
     ----------
-    encoding : "float32", "bfloat16" or "int8"
+    encoding : one of BITS
         "float32" leaves everything as it is.
     generator : torch.Generator
         On the CPU; draws the rounding.
@@ -37,12 +42,14 @@ def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.
     found: dict[str, Tensor] = {}
     for name, tensor in params.items():
         kind = _kind(tensor.shape, tensor.dtype, encoding)
-        if kind == "int8":
+        if kind in _QUANTISED:
             rows = tensor.detach().cpu().to(torch.float32).flatten(1)
-            scale = rows.abs().amax(dim=1) / _LEVELS
+            levels = 2 ** (BITS[kind] - 1) - 1
+            scale = rows.abs().amax(dim=1) / levels
             steps = rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
             steps += torch.rand(rows.shape, generator=generator)
-            found[name] = steps.floor_().clamp_(-_LEVELS, _LEVELS).to(torch.int8).view(tensor.shape)
+            steps = steps.floor_().clamp_(-levels, levels).to(torch.int8)
+            found[name] = steps.view(tensor.shape) if kind == "int8" else _pack(steps.flatten(), BITS[kind])
             found[_SCALE + name] = scale
         else:
             found[name] = tensor.to(torch.bfloat16) if kind == "bfloat16" else tensor
@@ -54,13 +61,16 @@ def encoded_signature(signature: Signature, encoding: str) -> Signature:
     found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for name, shape, dtype in signature:
         kind = _kind(shape, dtype, encoding)
-        found.append((name, shape, dtype if kind is None else getattr(torch, kind)))
-        if kind == "int8":
+        if kind in ("int4", "int2"):
+            found.append((name, (math.ceil(math.prod(shape) * BITS[kind] / 8),), torch.uint8))
+        else:
+            found.append((name, shape, dtype if kind is None else getattr(torch, kind)))
+        if kind in _QUANTISED:
             found.append((_SCALE + name, shape[:1], torch.float32))
     return tuple(found)
 
 
-def decode_values(encoded: Mapping[str, Tensor], signature: Signature, who: str) -> dict[str, Tensor]:
+def decode_values(encoded: Mapping[str, Tensor], signature: Signature, encoding: str, who: str) -> dict[str, Tensor]:
     """Return the values, in the dtypes of ``signature``.
 
     Raises
@@ -70,13 +80,13 @@ def decode_values(encoded: Mapping[str, Tensor], signature: Signature, who: str)
     """
     found: dict[str, Tensor] = {}
     for name, shape, dtype in signature:
-        tensor = encoded[name]
-        if tensor.dtype == torch.int8 and dtype != torch.int8:
+        tensor, kind = encoded[name], _kind(shape, dtype, encoding)
+        if kind in _QUANTISED:
             scale = encoded[_SCALE + name]
             if bool((scale < 0).any()):
                 raise ProtocolError(f"{who}: tensor {name} has a negative scale")
-            values = tensor.to(torch.float32).flatten(1).mul_(scale[:, None])
-            tensor = values.view(shape)
+            steps = tensor if kind == "int8" else _unpack(tensor, math.prod(shape), BITS[kind])
+            tensor = steps.to(torch.float32).view(shape[0], -1).mul_(scale[:, None]).view(shape)
         found[name] = tensor.to(dtype)
     return found
 
@@ -86,3 +96,21 @@ def _kind(shape: tuple[int, ...], dtype: torch.dtype, encoding: str) -> str | No
     if encoding == "float32" or dtype not in (torch.float32, torch.float64) or len(shape) < 2:
         return None
     return encoding
+
+
+def _pack(steps: Tensor, bits: int) -> Tensor:
+    """Return signed numbers of few bits, (n,) int8, with several in each byte: (ceil(n bits / 8),) uint8."""
+    per_byte = 8 // bits
+    padded = F.pad(steps, (0, -len(steps) % per_byte)).view(torch.uint8).bitwise_and_(2**bits - 1).view(-1, per_byte)
+    packed = padded[:, 0].clone()
+    for place in range(1, per_byte):
+        packed |= padded[:, place] << (bits * place)
+    return packed
+
+
+def _unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Return what :func:`_pack` was given."""
+    top = packed[:, None].view(torch.int8) << torch.arange(
+        8 - bits, -1, -bits, dtype=torch.int8
+    )  # of each number, on top
+    return (top >> (8 - bits)).flatten()[:count]  # with its sign

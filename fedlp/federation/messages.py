@@ -183,7 +183,8 @@ def decode_update(
     widths = _check_widths(sent, assigned, who)
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
-        params = decode_values(read_tensors(content, PARAMS, encoded_signature(signature, encoding)), signature, who)
+        encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding))
+        params = decode_values(encoded, signature, encoding, who)
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
     check_finite(params, who)

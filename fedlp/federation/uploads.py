@@ -124,7 +124,7 @@ class Uploads:
         kept_back: dict[str, Tensor] = {}
         if self._strategy.error_feedback:
             signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
-            sent = decode_values(encoded, signature, "")
+            sent = decode_values(encoded, signature, self._strategy.encoding, "")
             for name in tracked:
                 left = updates[name].clone()
                 if name in sent:

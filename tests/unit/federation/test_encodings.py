@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,19 +18,22 @@ VALUES = {
     "count": torch.tensor(7),
 }
 SIGNATURE = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in VALUES.items()]
+QUANTISED = pytest.mark.parametrize(("encoding", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
 
 
 def there_and_back(encoding: str, seed: int = 0) -> dict[str, torch.Tensor]:
     encoded = encode_values(VALUES, encoding, torch.Generator().manual_seed(seed))
     images = {name: image for name, (_, image) in pack_tensors(encoded).items()}
-    return decode_values(unpack_tensors(images, encoded_signature(SIGNATURE, encoding)), SIGNATURE, "client 1")
+    return decode_values(
+        unpack_tensors(images, encoded_signature(SIGNATURE, encoding)), SIGNATURE, encoding, "client 1"
+    )
 
 
 def test_float32_is_exact() -> None:
     assert all(torch.equal(value, VALUES[name]) for name, value in there_and_back("float32").items())
 
 
-@pytest.mark.parametrize(("encoding", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+@pytest.mark.parametrize(("encoding", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127), ("int4", 1 / 7), ("int2", 1)])
 def test_errors_are_within_a_step(encoding: str, error: float) -> None:
     found = there_and_back(encoding)
     for name, value in found.items():
@@ -41,30 +46,43 @@ def test_errors_are_within_a_step(encoding: str, error: float) -> None:
         assert torch.equal(found[exact], VALUES[exact])
 
 
-def test_rounding_is_right_on_average_and_repeatable() -> None:
-    drawn = torch.stack([there_and_back("int8", seed)["weight"] for seed in range(2000)])
-    step = VALUES["weight"].flatten(1).abs().amax(dim=1) / 127
+@QUANTISED
+def test_rounding_is_right_on_average_and_repeatable(encoding: str, bits: int) -> None:
+    drawn = torch.stack([there_and_back(encoding, seed)["weight"] for seed in range(2000)])
+    step = VALUES["weight"].flatten(1).abs().amax(dim=1) / (2 ** (bits - 1) - 1)
     error = (drawn.mean(dim=0) - VALUES["weight"]).flatten(1) / step[:, None]
     assert float(error.abs().max()) < 4 * 0.5 / 2000**0.5
-    assert torch.equal(there_and_back("int8", 3)["weight"], drawn[3])
+    assert torch.equal(there_and_back(encoding, 3)["weight"], drawn[3])
     assert not torch.equal(drawn[3], drawn[4])
 
 
-def test_a_byte_per_weight_travels() -> None:
-    weight = {"weight": torch.randn(64, 256)}
-    encoded = encode_values(weight, "int8", torch.Generator())
-    assert sum(tensor.nbytes for tensor in encoded.values()) == 64 * 256 + 64 * 4
+@QUANTISED
+@pytest.mark.parametrize("shape", [(64, 256), (3, 5, 1, 1), (1, 1)])
+def test_so_many_bits_per_weight_travel(encoding: str, bits: int, shape: tuple[int, ...]) -> None:
+    encoded = encode_values({"weight": torch.randn(shape)}, encoding, torch.Generator())
+    assert sum(tensor.nbytes for tensor in encoded.values()) == math.ceil(math.prod(shape) * bits / 8) + shape[0] * 4
 
 
-def test_values_that_are_not_finite_do_not_become_finite() -> None:
+@QUANTISED
+def test_every_step_arrives_as_it_was(encoding: str, bits: int) -> None:
+    largest = 2 ** (bits - 1) - 1
+    steps = torch.arange(-largest, largest + 1, dtype=torch.float32)[None]  # of scale 1: nothing is left to chance
+    signature = [("w", tuple(steps.shape), torch.float32)]
+    encoded = encode_values({"w": steps}, encoding, torch.Generator())
+    assert torch.equal(decode_values(encoded, signature, encoding, "client 1")["w"], steps)
+
+
+@QUANTISED
+def test_values_that_are_not_finite_do_not_become_finite(encoding: str, bits: int) -> None:
     for bad in (float("nan"), float("inf")):
-        encoded = encode_values({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, "int8", torch.Generator())
-        found = decode_values(encoded, [("w", (2, 2), torch.float32)], "client 1")["w"]
+        encoded = encode_values({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, encoding, torch.Generator())
+        found = decode_values(encoded, [("w", (2, 2), torch.float32)], encoding, "client 1")["w"]
         assert not torch.isfinite(found[0]).all()
 
 
-def test_a_negative_scale_is_refused_by_name() -> None:
-    encoded = encode_values(VALUES, "int8", torch.Generator())
+@QUANTISED
+def test_a_negative_scale_is_refused_by_name(encoding: str, bits: int) -> None:
+    encoded = encode_values(VALUES, encoding, torch.Generator())
     encoded["scale of weight"][0] = -1.0
     with pytest.raises(ProtocolError, match="client 1: tensor weight has a negative scale"):
-        decode_values(encoded, SIGNATURE, "client 1")
+        decode_values(encoded, SIGNATURE, encoding, "client 1")
