@@ -71,6 +71,18 @@ def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
             assert client["bytes_up"] < 1.1 * client["params_up"] + 6000, "a byte a number, and little else"
 
 
+def test_bits_are_what_a_number_costs(once: Once) -> None:
+    costs = {}
+    for encoding in ("int8", "int4", "int2"):
+        done = once(*OURS, f"strategy.encoding={encoding}", "strategy.error_feedback=true")
+        assert done.failures == []
+        costs[encoding] = done.rounds[0]["clients"][0]
+    params = costs["int8"]["params_up"]
+    for encoding, bits in (("int4", 4), ("int2", 2)):
+        saved = costs["int8"]["bytes_up"] - costs[encoding]["bytes_up"]
+        assert 0.9 * params < saved / (1 - bits / 8) < params
+
+
 def test_only_what_was_returned_moves(once: Once) -> None:
     overrides = (*OURS, *PLAIN, "strategy.sparsity=0.7", "num_rounds=1", "clients_per_round=1")
     done = once(*overrides)
