@@ -24,8 +24,10 @@ GROUPS = {
     "full": {
         "fedavg": ["strategy=fedavg"],
         "fedavg-int8": ["strategy=fedavg", *BYTES],
+        "fedavg-int4": ["strategy=fedavg", *BYTES, "strategy.encoding=int4"],
         "random": [*OURS, "pruner=random", "allocator=uniform"],
         "ours": [*OURS],
+        "ours-int4": [*OURS, "strategy.encoding=int4"],
     },
     "mixed": {
         "random": [*OURS, "pruner=random", "allocator=uniform", "strategy.sparsity=0"],

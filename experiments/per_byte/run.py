@@ -52,7 +52,9 @@ MIXED = {
     "fedrolex": ["strategy=fedrolex", *WIDTHS],
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
+    "heterofl-int4": ["strategy=heterofl", *WIDTHS, BITS],
     "ours": [*NARROW],
+    "ours-int4": [*NARROW, BITS],
 }
 ABLATIONS = {
     "ours": [*OURS],
