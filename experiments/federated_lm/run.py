@@ -24,10 +24,11 @@ GROUPS = {
     "full": {
         "fedavg": ["strategy=fedavg"],
         "fedavg-int8": ["strategy=fedavg", *BYTES],
-        "fedavg-int4": ["strategy=fedavg", *BYTES, "strategy.encoding=int4"],
+        "fedavg-int2": ["strategy=fedavg", *BYTES, "strategy.encoding=int2"],
         "random": [*OURS, "pruner=random", "allocator=uniform"],
         "ours": [*OURS],
         "ours-int4": [*OURS, "strategy.encoding=int4"],
+        "ours-int2": [*OURS, "strategy.encoding=int2"],
     },
     "mixed": {
         "random": [*OURS, "pruner=random", "allocator=uniform", "strategy.sparsity=0"],

@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 from runs import collect, run  # noqa: E402 # the experiments'
 from tables import write_tables  # noqa: E402
 
-BITS = "strategy.encoding=int4"  # half a byte
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
+FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES]
 EVERYTHING = [*OURS, "strategy.train_sent=false"]  # is trained, also what is not sent
@@ -34,16 +34,18 @@ DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
     "fedavg-int8": ["strategy=fedavg", *BYTES],
-    "fedavg-int4": ["strategy=fedavg", *BYTES, BITS],
+    "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
+    "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
     "hetero-u": ["strategy=fedlp_hetero"],
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "ours": [*OURS],
-    "ours-int4": [*OURS, BITS],
+    "ours-int4": [*OURS, FOUR],
+    "ours-int2": [*OURS, TWO],
     "ours-0.75": [*OURS, "strategy.sparsity=0.75"],
-    "ours-0.75-int4": [*OURS, BITS, "strategy.sparsity=0.75"],
+    "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
     "ours-0.75-to-0.5": [*OURS, "strategy.ramp_from=0.75", "strategy.ramp_rounds=30"],
 }
 MIXED = {
@@ -52,9 +54,9 @@ MIXED = {
     "fedrolex": ["strategy=fedrolex", *WIDTHS],
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
-    "heterofl-int4": ["strategy=heterofl", *WIDTHS, BITS],
+    "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
     "ours": [*NARROW],
-    "ours-int4": [*NARROW, BITS],
+    "ours-int2": [*NARROW, TWO],
 }
 ABLATIONS = {
     "ours": [*OURS],
@@ -80,7 +82,6 @@ ABLATIONS = {
     "sparsity-0.9": [*OURS, "strategy.sparsity=0.9"],
     "encoding-float32": [*OURS, "strategy.encoding=float32"],
     "encoding-bfloat16": [*OURS, "strategy.encoding=bfloat16"],
-    "encoding-int2": [*OURS, "strategy.encoding=int2"],
     "values-weights": [*OURS, "strategy.values=weights"],
     "error-feedback": [*OURS, "strategy.error_feedback=true"],
     "draws": [*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0"],
