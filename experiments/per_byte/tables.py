@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-BUDGETS = (10, 20, 30, 40, 55, 110)  # MB of uplink
+BUDGETS = (5, 10, 15, 20, 30, 40, 55, 110)  # MB of uplink
 
 
 def write_tables(results: Path, groups: tuple[str, ...]) -> None:
