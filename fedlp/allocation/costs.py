@@ -180,7 +180,7 @@ def make_costs(
     activation_bytes: Terms,
     batch_size: int,
     optimizer: str,
-    upload_bytes_per_number: float = _BYTES,
+    upload_bytes: Terms | None = None,
     upload_overhead: float = 0.0,
     latency: LatencyTable | None = None,
 ) -> CostModel:
@@ -194,15 +194,17 @@ def make_costs(
     params, macs, activation_bytes : Terms
         Of the whole model over the layers' axes; MACs and activations are those of one example.
     optimizer : "sgd", "momentum" or "adam"
+    upload_bytes : Terms, optional
+        Of what travels for the parameters; as a rule four for each.
     upload_overhead : float
-        Bytes of a message beside its numbers.
+        Bytes of a message beside that.
     """
     weight_bytes = _BYTES * _COPIES[optimizer]
     sources: tuple[list[tuple[float, Terms]], ...] = (
         [(1.0, params)],
         [(1.0, macs)],
         [(weight_bytes, params), (float(batch_size), activation_bytes)],
-        [(upload_bytes_per_number, params), (upload_overhead, {(): 1.0})],
+        [(_BYTES, params) if upload_bytes is None else (1.0, upload_bytes), (upload_overhead, {(): 1.0})],
     )
     names = tuple(layer.name for layer in layers)
     index = {name: i for i, name in enumerate(names)}

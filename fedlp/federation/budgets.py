@@ -9,13 +9,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from fedlp.allocation.costs import CostModel, LatencyTable, given_limits, make_costs
 from fedlp.config import LocalConfig
 from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
-from fedlp.federation.encodings import BITS
+from fedlp.federation.encodings import encoded_bytes
 from fedlp.federation.submodels import SubModels
+from fedlp.models.spec import named_tensors
 from fedlp.pruning.activations import activation_footprint
 from fedlp.pruning.footprint import Footprint, macs_footprint
 from fedlp.pruning.groups import WidthSpec
@@ -51,8 +53,20 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> Cost
         activation_footprint(model, submodels.widths, inputs).terms(axes),
         local.batch_size,
         optimizer_kind(local),
-        upload_bytes_per_number=BITS[encoding] / 8,
+        upload_footprint(model, submodels.widths, encoding).terms(axes),
     )
+
+
+def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: str) -> Footprint:
+    """Return the bytes that a model's parameters take in an upload: a polynomial in the units sent."""
+    parameters = {name: tensor for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    costs = {name: encoded_bytes(tensor.shape, tensor.dtype, encoding) for name, tensor in parameters.items()}
+    footprint = Footprint(model, spec, {name: per_entry for name, (per_entry, _) in costs.items()})
+    for name, (_, per_row) in costs.items():
+        if per_row:
+            axis = spec.dims[name][0].axis if name in spec.dims else None
+            footprint.add(axis, per_row * len(parameters[name]) / (1 if axis is None else spec.axes[axis]))
+    return footprint
 
 
 def optimizer_kind(local: LocalConfig) -> str:

@@ -13,7 +13,7 @@ integers stay as they are: they are few, and matter much.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,12 @@ def encoded_signature(signature: Signature, encoding: str) -> Signature:
         if kind in _QUANTISED:
             found.append((_SCALE + name, shape[:1], torch.float32))
     return tuple(found)
+
+
+def encoded_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str) -> tuple[float, float]:
+    """Return the bytes of each entry of a tensor, and of each row beside its entries."""
+    kind = _kind(tuple(shape), dtype, encoding)
+    return (dtype.itemsize, 0.0) if kind is None else (BITS[kind] / 8, 4.0 if kind in _QUANTISED else 0.0)
 
 
 def decode_values(encoded: Mapping[str, Tensor], signature: Signature, encoding: str, who: str) -> dict[str, Tensor]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fedlp import assembly
-from fedlp.config import compose, to_yaml
+from fedlp.allocation.costs import COSTS
+from fedlp.config import LocalConfig, compose, to_yaml
 from fedlp.errors import ConfigError
+from fedlp.federation.budgets import layer_costs
+from fedlp.federation.encodings import BITS, encode_values
+from fedlp.types import Keep, SubModel
 
 CNN = ("model=fedlp_cnn", "dataset=cifar10", "num_clients=8", "clients_per_round=4")
 TIERS = ("fleet=tiers", "fleet.limited=[params]")
@@ -45,6 +51,22 @@ def test_expected_costs_are_those_of_the_clients(tmp_path: Path) -> None:
     assembly.dry_run(to_yaml(compose(list(overrides))), tmp_path)
     expected = json.loads((tmp_path / "manifest.json").read_text())["expected"]
     assert expected["params_down_per_client"] == pytest.approx(sum(params_of(plan_of(*overrides[4:]))) / 8)
+
+
+@pytest.mark.parametrize("encoding", BITS)
+@pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
+def test_bytes_of_an_upload_are_those_of_what_is_encoded(model: str, encoding: str) -> None:
+    submodels = plan_of("strategy=fedlp", f"model={model}", f"strategy.encoding={encoding}").submodels
+    layers, units = submodels.layers, [max(1, layer.num_units // 3) for layer in submodels.layers]
+    widths = {layer.name: Keep.first(n, layer.num_units) for layer, n in zip(layers, units, strict=True)}
+    layout = submodels.layout(SubModel(None, widths))
+    trainable = [name for name in layout.names if submodels.spec.tensors[name].trainable]
+    signature = layout.signature(frozenset(trainable))
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in signature}
+    sent = encode_values(tensors, encoding, torch.Generator())
+    costs = layer_costs(submodels, LocalConfig(), encoding)
+    expected = costs.evaluate(np.array(units, dtype=np.float64))[COSTS.index("upload_bytes")]
+    assert 0 <= sum(tensor.nbytes for tensor in sent.values()) - expected < len(sent)  # whole bytes of each tensor
 
 
 @pytest.mark.parametrize(
