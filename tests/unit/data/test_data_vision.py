@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -202,9 +201,7 @@ def test_real_cifar10(shared: Path, tmp_path: Path) -> None:
     from fedlp.models.torchvision_compat import import_torchvision
 
     import_torchvision()
-    start = time.process_time()
     data = load_dataset(DatasetConfig(name="cifar10", root=str(tmp_path), download=False), 0)  # torchvision checks MD5
-    assert time.process_time() - start < 3
     assert data.train.inputs.shape == (50_000, 3, 32, 32)
     assert data.test.inputs.shape == (10_000, 3, 32, 32)
     assert data.train.inputs.is_contiguous()
