@@ -51,7 +51,8 @@ class RunDirectory:
         if sys.platform == "win32":
             yield
             return
-        folder = os.open(self.path, os.O_RDONLY)
+        with self._writing():
+            folder = os.open(self.path, os.O_RDONLY)
         try:
             self._lock(folder)
             yield
