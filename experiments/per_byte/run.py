@@ -56,6 +56,7 @@ MIXED = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
     "ours": [*NARROW],
+    "ours-int4": [*NARROW, FOUR],
     "ours-int2": [*NARROW, TWO],
 }
 ABLATIONS = {
