@@ -7,8 +7,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 
 from fedlp.report.groups import clean
 
@@ -31,6 +35,7 @@ STYLE = {
 }
 _WIDTH_IN = 7.2
 _DPI = 160
+_WIDEST = 5  # between the ends of curves on a linear axis; beyond it the short ones are squeezed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,18 @@ def blank(height: float) -> Figure:
 def unit_for(largest: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
     """Return the first ``(size, name)`` of ``units``, or the last one that still leaves two digits to ``largest``."""
     return next((unit for unit in reversed(units) if largest >= 10 * unit[0]), units[0])
+
+
+def scale_amounts(axes: Axes, amounts: Sequence[NDArray[np.float64]]) -> None:
+    """Draw amounts, (points,) and rising for each curve, from 0, or by their logarithms where curves end far apart."""
+    ends = [one[-1] for one in amounts]
+    if max(ends) > _WIDEST * min(ends) and min(one[0] for one in amounts) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def to_png(figure: Figure) -> bytes:

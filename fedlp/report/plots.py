@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from fedlp.report.figures import COLOURS, DASHES, STYLE, Plot, blank, plain, to_png, unit_for
+from fedlp.report.figures import COLOURS, DASHES, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
@@ -109,8 +109,7 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     if unit_name:
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        scale_amounts(axes, [axis.values(one)[np.isfinite(one.mean)] / unit for one in curves.values()])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid()
