@@ -4,7 +4,8 @@
     python experiments/federated_lm/run.py --collect           # only copy what is finished into results/
 
 The pretrained ``stories260K`` learns Shakespeare, whose speakers are spread over 20 clients. ``full``: everybody holds
-the whole model. ``mixed``: half of the clients hold 60 % of its parameters, so that FedAvg cannot take part.
+the whole model. ``mixed``: half of the clients hold 60 % of its parameters, so that FedAvg cannot take part. ``rates``:
+from which learning rates the others' were chosen.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from runs import collect, run  # noqa: E402 # the experiments'
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]
 OURS = ["strategy=fedlp", *BYTES]
+RATES = ("0.001", "0.002", "0.004", "0.008")
+TUNED = "local.lr=0.004"  # the best of RATES for half of the units; the experiment's own 0.002 is FedAvg's best
 GROUPS = {
     "full": {
         "fedavg": ["strategy=fedavg"],
         "fedavg-int8": ["strategy=fedavg", *BYTES],
         "fedavg-int2": ["strategy=fedavg", *BYTES, "strategy.encoding=int2"],
-        "random": [*OURS, "pruner=random", "allocator=uniform"],
-        "ours": [*OURS],
-        "ours-int4": [*OURS, "strategy.encoding=int4"],
-        "ours-int2": [*OURS, "strategy.encoding=int2"],
+        "random": [*OURS, TUNED, "pruner=random", "allocator=uniform"],
+        "ours": [*OURS, TUNED],
+        "ours-int4": [*OURS, TUNED, "strategy.encoding=int4"],
+        "ours-int2": [*OURS, TUNED, "strategy.encoding=int2"],
+        "ours-20-rounds": [*OURS, TUNED, "num_rounds=20"],
     },
     "mixed": {
         "random": [*OURS, "pruner=random", "allocator=uniform", "strategy.sparsity=0"],
         "ours": [*OURS, "strategy.sparsity=0"],
+    },
+    "rates": {
+        **{f"fedavg-int8-{rate}": ["strategy=fedavg", *BYTES, f"local.lr={rate}"] for rate in RATES},
+        **{f"ours-{rate}": [*OURS, f"local.lr={rate}"] for rate in RATES},
     },
 }
 TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.6]", "fleet.limited=[params]"]
@@ -42,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds models/stories260K and text/tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/federated_lm"))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
     arguments = parser.parse_args()
@@ -52,8 +61,8 @@ def main() -> int:
     common = ["experiment=federated_lm", "model=hf", f"model.path={model}", f"dataset.tokenizer={model}"]
     common.append(f"dataset.root={arguments.data}/text/tinyshakespeare.txt")
     for seed in arguments.seeds:
-        for group, methods in GROUPS.items():
-            for method, overrides in methods.items():
+        for group in arguments.groups:
+            for method, overrides in GROUPS[group].items():
                 fleet = TIERS if group == "mixed" else []
                 asked = [*common, *fleet, *overrides, f"seed={seed}", f"label={method}"]
                 if code := run(arguments.out / f"{group}/{method}/seed-{seed}", asked):
