@@ -169,14 +169,14 @@ def test_the_run_meets_every_budget(federation: Federation) -> None:
     run = read(federation.out)
     assert [line["cohort"] for line in run.rounds] == [[0, 1, 2, 3]] * 2
     assert run.failures == []
-    assert run.config.strategy.encoding == "int8"  # one byte a number
+    assert run.config.strategy.encoding == "int4"  # two numbers a byte
     for i, name in enumerate(NODES):
         node_config = federation.running[name].line[-1]
         budget = yaml.safe_load(Path(re.findall('budget="(.*)"', node_config)[0]).read_text())
         for line in run.rounds:
             cost = line["clients"][i]
             assert cost["client_id"] == i
-            assert 0 < cost["params_up"] <= budget.get("upload_bytes", budget.get("params"))
+            assert 0 < cost["params_up"] <= 2 * budget.get("upload_bytes", budget.get("params"))
             assert cost["params_down"] <= budget.get("params", cost["params_down"])
     up = [cost["params_up"] for cost in run.rounds[0]["clients"]]
     assert len(set(up)) == 4
