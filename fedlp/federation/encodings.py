@@ -27,6 +27,7 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
 
 _QUANTISED = ("int8", "int4", "int2")
 _SCALE = "scale of "
+_LARGEST_SCALE = torch.finfo(torch.float32).max / 128  # times any int8 it is finite
 
 
 def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -77,22 +78,22 @@ def encoded_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str) -> tu
 
 
 def decode_values(encoded: Mapping[str, Tensor], signature: Signature, encoding: str, who: str) -> dict[str, Tensor]:
-    """Return the values, in the dtypes of ``signature``.
+    """Return the values, in the dtypes of ``signature``; finite where what travels as it is is finite.
 
     Raises
     ------
     ProtocolError
-        If a scale is negative; ``who`` is named. Values that are not finite are for the caller to find.
+        If a scale is negative, NaN, or so large that its numbers overflow; ``who`` is named.
     """
     found: dict[str, Tensor] = {}
     for name, shape, dtype in signature:
         tensor, kind = encoded[name], _kind(shape, dtype, encoding)
         if kind in _QUANTISED:
             scale = encoded[_SCALE + name]
-            if bool((scale < 0).any()):
-                raise ProtocolError(f"{who}: tensor {name} has a negative scale")
-            steps = tensor if kind == "int8" else _unpack(tensor, math.prod(shape), BITS[kind])
-            tensor = steps.to(torch.float32).view(shape[0], -1).mul_(scale[:, None]).view(shape)
+            if not bool(((scale >= 0) & (scale <= _LARGEST_SCALE)).all()):
+                raise ProtocolError(f"{who}: tensor {name} has a scale outside [0, {_LARGEST_SCALE:.3g}]")
+            steps = tensor.to(torch.float32) if kind == "int8" else _unpack(tensor, math.prod(shape), BITS[kind])
+            tensor = steps.view(shape[0], -1).mul_(scale[:, None]).view(shape)
         found[name] = tensor.to(dtype)
     return found
 
@@ -115,8 +116,9 @@ def _pack(steps: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """Return what :func:`_pack` was given."""
-    top = packed[:, None].view(torch.int8) << torch.arange(
-        8 - bits, -1, -bits, dtype=torch.int8
-    )  # of each number, on top
-    return (top >> (8 - bits)).flatten()[:count]  # with its sign
+    """Return what :func:`_pack` was given, as (count,) float32."""
+    signed = packed.view(torch.int8)
+    steps = torch.empty(len(packed), 8 // bits)
+    for place in range(8 // bits):
+        steps[:, place] = signed << (8 - bits * (place + 1)) >> (8 - bits)  # to the top, and down with its sign
+    return steps.flatten()[:count]

@@ -184,10 +184,10 @@ def decode_update(
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
         encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding))
+        check_finite(encoded, who)
         params = decode_values(encoded, signature, encoding, who)
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
-    check_finite(params, who)
     values = {key: value for key, value in metrics.items() if key != "num-examples"}
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
         raise ProtocolError(f"{who}: a metric is not a finite number: {dict(values)}")

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -35,7 +36,7 @@ from fedlp.federation.round import RoundUnderWay, layer_coverage
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server_optimizer import apply_server_optimizer
 from fedlp.federation.statistics import Statistics, pool_statistics
-from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.federation.submodels import SubModels
 from fedlp.rng import Stream, generator
 from fedlp.training import metrics_from_sums
 from fedlp.types import Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
@@ -219,7 +220,7 @@ class FedLPStrategy(Strategy):
         """
         assert self.state is not None
         state = self.state
-        average = CoverageAverage(state.params)
+        average = CoverageAverage(state.params if self._sends_weights else _without_floats(state.params))
         losses: list[tuple[float, int]] = []
         answers: list[Returned] = []
         for reply in replies:
@@ -229,7 +230,7 @@ class FedLPStrategy(Strategy):
                 continue
             weight = self._weight(update, instruction)
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-            average.add(self._values(update, layout), layout.keeps, weight)
+            average.add(update.params, layout.keeps, weight)
             answers.append(
                 Returned(
                     update.client_id, update.num_examples, instruction.submodel.widths, update.widths, update.scores
@@ -244,6 +245,10 @@ class FedLPStrategy(Strategy):
         good = len(self._round.cohort) - len(self._round.failures)
         if good >= self.config.min_clients:
             params, coverage = average.result()
+            if not self._sends_weights:
+                for name, values in params.items():
+                    if values.is_floating_point():
+                        values += state.params[name]
             params, optimizer = apply_server_optimizer(
                 self.config.strategy, state.params, params, state.optimizer, average.covered, self._trainable
             )
@@ -304,16 +309,6 @@ class FedLPStrategy(Strategy):
         """Return how many trainable numbers came."""
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
-
-    def _values(self, update: ClientUpdate, layout: SubModelLayout) -> Mapping[str, Tensor]:
-        """Return the weights that an update stands for: itself, or what was sent down plus the differences."""
-        if self.config.strategy.values == "weights":
-            return update.params
-        assert self.state is not None
-        old = layout.slice({name: self.state.params[name] for name in layout.names})
-        return {
-            name: old[name] + values if values.is_floating_point() else values for name, values in update.params.items()
-        }
 
     def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
         """Count and name a client whose part in the round is lost."""
@@ -390,6 +385,11 @@ class FedLPStrategy(Strategy):
 
     # ---- helpers
     @property
+    def _sends_weights(self) -> bool:
+        """Whether updates hold weights; else differences from what was sent down, but for integers."""
+        return self.config.strategy.values == "weights"
+
+    @property
     def _trainable(self) -> frozenset[str]:
         return frozenset(name for name, info in self.submodels.spec.tensors.items() if info.trainable)
 
@@ -406,3 +406,8 @@ def _decode_sums(reply: Message) -> dict[str, float]:
     if reply.has_error():
         raise FedLPError(f"evaluation of the global model failed: {reason_of(reply)}")
     return messages.decode_sums(reply.content)
+
+
+def _without_floats(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros in place of the weights, to which differences are added up."""
+    return {name: torch.zeros_like(values) if values.is_floating_point() else values for name, values in params.items()}

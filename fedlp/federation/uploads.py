@@ -67,9 +67,10 @@ class Uploads:
         spec, local = self._spec(instruction), self._returned(instruction)
         masks = {}
         for name, parameter in model.named_parameters():
-            masks[name] = torch.zeros_like(parameter)
             if name in instruction.uploads:
-                masks[name][_index(tensor_keeps(spec, name, parameter.shape, local))] = 1.0
+                masks[name] = _mask(tensor_keeps(spec, name, parameter.shape, local)).to(parameter)
+            else:
+                masks[name] = torch.zeros_like(parameter)
         return masks
 
     def _spec(self, instruction: TrainInstruction) -> WidthSpec:
@@ -207,3 +208,13 @@ def _globally(keep: Keep, outer: Keep) -> Keep:
 def _index(keeps: tuple[Keep, ...]) -> tuple[Tensor, ...]:
     """Return what picks the kept entries of a tensor, for reading and for writing."""
     return tuple(torch.from_numpy(part) for part in np.ix_(*(keep.indices() for keep in keeps)))
+
+
+def _mask(keeps: tuple[Keep, ...]) -> Tensor:
+    """Return 1 for the kept entries of a tensor, 0 for the others."""
+    mask = torch.ones(())
+    for keep in keeps:
+        row = torch.zeros(keep.size)
+        row[torch.from_numpy(keep.indices())] = 1.0
+        mask = mask[..., None] * row
+    return mask

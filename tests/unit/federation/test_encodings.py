@@ -73,16 +73,25 @@ def test_every_step_arrives_as_it_was(encoding: str, bits: int) -> None:
 
 
 @QUANTISED
-def test_values_that_are_not_finite_do_not_become_finite(encoding: str, bits: int) -> None:
-    for bad in (float("nan"), float("inf")):
-        encoded = encode_values({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, encoding, torch.Generator())
-        found = decode_values(encoded, [("w", (2, 2), torch.float32)], encoding, "client 1")["w"]
-        assert not torch.isfinite(found[0]).all()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_do_not_become_finite(encoding: str, bits: int, bad: float) -> None:
+    encoded = encode_values({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, encoding, torch.Generator())
+    with pytest.raises(ProtocolError, match="client 1: tensor w has a scale outside"):
+        decode_values(encoded, [("w", (2, 2), torch.float32)], encoding, "client 1")
 
 
 @QUANTISED
-def test_a_negative_scale_is_refused_by_name(encoding: str, bits: int) -> None:
+@pytest.mark.parametrize("bad", [-1.0, 1e37])
+def test_a_scale_that_cannot_be_is_refused_by_name(encoding: str, bits: int, bad: float) -> None:
     encoded = encode_values(VALUES, encoding, torch.Generator())
-    encoded["scale of weight"][0] = -1.0
-    with pytest.raises(ProtocolError, match="client 1: tensor weight has a negative scale"):
+    encoded["scale of weight"][0] = bad
+    with pytest.raises(ProtocolError, match="client 1: tensor weight has a scale outside"):
         decode_values(encoded, SIGNATURE, encoding, "client 1")
+
+
+@QUANTISED
+def test_the_largest_scale_gives_finite_values_whatever_the_steps(encoding: str, bits: int) -> None:
+    encoded = encode_values(VALUES, encoding, torch.Generator())
+    encoded["scale of weight"].fill_(torch.finfo(torch.float32).max / 128)
+    encoded["weight"].fill_(128 if encoded["weight"].dtype == torch.uint8 else -128)
+    assert torch.isfinite(decode_values(encoded, SIGNATURE, encoding, "client 1")["weight"]).all()
