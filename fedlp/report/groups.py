@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from fedlp.report.runs import Run
@@ -131,7 +132,15 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(config).items() if key not in _NOT_COMPARED}
+    """Return what tells runs apart; a run that is older than an option had its default."""
+    return {key: value for key, value in (_defaults() | flatten(config)).items() if key not in _NOT_COMPARED}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    from fedlp.config import RunConfig  # loads Hydra, which a report's readers do without
+
+    return {key: value for key, value in flatten(asdict(RunConfig())).items() if value != "???"}  # has no default
 
 
 def _partition(config: Mapping[str, Any]) -> str:
