@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fedlp.calibrating import batch_calibration, make_method, whole_examples
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
+from fedlp.federation.costs import Costs
 from fedlp.federation.encodings import decode_values, encode_values
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.unit_choice import DAMPING, best_units, count_scoring_macs, score_units
+from fedlp.federation.unit_choice import DAMPING, best_units, score_units
 from fedlp.models import state_tensors
 from fedlp.pruning.groups import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.pruning.pruner import Calibration, Pruner
@@ -52,7 +53,7 @@ class Uploads:
 
     def __init__(self, config: RunConfig, info: DataInfo, submodels: SubModels) -> None:
         self._config, self._info, self._submodels = config, info, submodels
-        self._strategy = config.strategy
+        self._strategy, self._costs = config.strategy, Costs(submodels)
 
     @property
     def is_plain(self) -> bool:
@@ -155,16 +156,18 @@ class Uploads:
         if not (instruction.kept or instruction.scored):
             return {}, {}, 0.0
         layers = self._layers(spec)
-        method, data = self._method, self._calibration(instruction, examples)
+        method = self._method
         scored = model
         if self._strategy.criterion == "update":
             scored = cut_model(model, spec, {})
             for name, tensor in state_tensors(scored).items():
                 if name in updates:
                     tensor.copy_(updates[name])
-        scores = score_units(model, scored, spec, layers, data, method)
+        per_example = self._costs.macs(instruction.submodel)
+        scores, macs = score_units(
+            model, scored, spec, layers, self._calibration(instruction, examples), method, per_example
+        )
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
-        macs = count_scoring_macs(model, layers, data, method)
         return scores if instruction.scored else {}, chosen, macs
 
     def _compensate(

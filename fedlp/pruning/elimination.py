@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import CalibrationError
+from fedlp.pruning.inverses import DenseInverse, InverseHessian, diagonal_blocks
 
 Score = Literal["exact", "columns"]
-_FEW_COLUMNS = 4  # per step: with more, products with all of the weight are worth their while
+FEW_COLUMNS = 4  # per step: with more, products with all of the weight are worth their while
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,13 @@ class Problem:
     weight : (rows, n)
         The layer's weight, or :math:`F^{1/2} W`: any matrix whose Gram matrix is :math:`W^\top F W`.
     hessian_inv : (n, n)
-        Inverse of the damped Hessian, symmetric positive definite.
+        Inverse of the damped Hessian, symmetric positive definite: a matrix, or what stands for one.
     unit_size : int
         Consecutive columns per unit.
     """
 
     weight: Tensor
-    hessian_inv: Tensor
+    hessian_inv: Tensor | InverseHessian
     unit_size: int
 
 
@@ -44,9 +45,11 @@ class EliminationState:
 
     def __init__(self, problem: Problem, block: int, columns_per_step: float) -> None:
         self.size, self.block = problem.unit_size, block
-        self.inv, self.weight = problem.hessian_inv, problem.weight.to(problem.hessian_inv.dtype)
-        self.gram = self.weight.T @ self.weight if columns_per_step < _FEW_COLUMNS else None
-        self.inv_blocks = diagonal_blocks(self.inv, self.size).clone()
+        inverse = problem.hessian_inv
+        self.inv: InverseHessian = DenseInverse(inverse) if isinstance(inverse, Tensor) else inverse
+        self.weight = problem.weight.to(inverse.dtype)
+        self.gram = self.weight.T @ self.weight if columns_per_step < FEW_COLUMNS else None
+        self.inv_blocks = self.inv.blocks(self.size)
         if self.gram is not None:
             self.gram_blocks = diagonal_blocks(self.gram, self.size).clone()
         else:
@@ -64,7 +67,7 @@ class EliminationState:
         columns = _columns(positions, self.size)
         u_panel, r_panel = self._panel[:, : self.used].unbind()
         u_columns, r_columns = u_panel.index_select(1, columns).T, r_panel.index_select(1, columns).T
-        inv_rows = self.inv.index_select(0, columns).addmm_(u_columns, u_panel, alpha=-1.0)
+        inv_rows = self.inv.rows(columns).addmm_(u_columns, u_panel, alpha=-1.0)
         factor, info = torch.linalg.cholesky_ex(inv_rows[:, columns])
         if int(info):
             raise _indefinite(self.units[positions[0]])
@@ -96,8 +99,9 @@ class EliminationState:
     def flush(self, kept: Tensor) -> None:
         """Apply the lazy updates and forget what is removed."""
         columns = _columns(kept, self.size)
+        removed = torch.ones(len(self.inv), dtype=torch.bool, device=self.inv.device).index_fill_(0, columns, False)
         u, r = self._panel[:, : self.used].index_select(2, columns).unbind()
-        self.inv = self.inv.index_select(0, columns).index_select(1, columns).addmm_(u.T, u, alpha=-1.0)
+        self.inv = self.inv.eliminate(columns, removed.nonzero().flatten(), u)
         if self.gram is None:
             self.weight = self.weight.index_select(1, columns).addmm_(self._c[: self.used].T, u, alpha=-1.0)
         else:
@@ -108,8 +112,8 @@ class EliminationState:
         self._start_panel()
 
     def _start_panel(self) -> None:
-        self._panel, self.used = self.inv.new_empty(2, self.block, len(self.inv)), 0
-        self._c = self.inv.new_empty(0, len(self.weight))
+        self._panel, self.used = self.weight.new_empty(2, self.block, len(self.inv)), 0
+        self._c = self.weight.new_empty(0, len(self.weight))
 
     def _append(self, u: Tensor, r: Tensor, c: Tensor | None) -> None:
         missing = self.used + len(u) - self._panel.shape[1]
@@ -142,12 +146,6 @@ def _indefinite(unit: Tensor) -> CalibrationError:
         f"the inverse Hessian of unit {int(unit)} is not positive definite: rounding has used up the precision; raise "
         "damping (pruner.damping=0.01) or give more calibration data"
     )
-
-
-def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """Return the (units, size, size) diagonal blocks as a view."""
-    units, (row, column) = len(matrix) // size, matrix.stride()
-    return matrix.as_strided((units, size, size), (size * (row + column), row, column))
 
 
 def _columns(units: Tensor, size: int) -> Tensor:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import CalibrationError
-from fedlp.pruning.elimination import EliminationState, Problem, Score, block_saliency, diagonal_blocks
+from fedlp.pruning.elimination import EliminationState, Problem, Score, block_saliency
+from fedlp.pruning.inverses import diagonal_blocks
 
 __all__ = ["Elimination", "Problem", "eliminate", "output_error", "resolve_weight", "unit_saliency"]
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlp.errors import CalibrationError
 from fedlp.federation import unit_choice
-from fedlp.federation.unit_choice import best_units, count_scoring_macs, score_units
+from fedlp.federation.scoring_costs import elimination_macs
+from fedlp.federation.unit_choice import best_units, score_units
+from fedlp.models.cost import Macs
 from fedlp.pruning.groups import trace_widths
 from fedlp.pruning.hessian import Moments, invert_hessian
+from fedlp.pruning.inverses import LowRankInverse
 from fedlp.pruning.obs import eliminate
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.readers import Method
@@ -42,7 +48,7 @@ def scores(data: Calibration, **how: object) -> dict[str, torch.Tensor]:
     model = small_net()
     spec = trace_widths(model, data.batches[0][:1])
     method = Method(damping=DAMPING, **how)  # type: ignore[arg-type]
-    return score_units(model, model, spec, find_layers(model, spec), data, method)
+    return score_units(model, model, spec, find_layers(model, spec), data, method, Macs(1.0, 3.0))[0]
 
 
 @pytest.mark.parametrize("score", ["obs", "slimgpt"])
@@ -70,9 +76,10 @@ def test_few_inputs_give_the_same_inverse_as_their_hessian(centred: bool) -> Non
     rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     moments = Moments.empty(12)
     moments.add(rows)
-    expected = invert_hessian(moments.hessian(centred), DAMPING, "x", 5)
+    expected = invert_hessian(moments.hessian(centred), DAMPING, "x", 5).to(torch.float32)
     found = unit_choice._invert(rows, Method(centred=centred, damping=DAMPING), "x")
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert isinstance(found, LowRankInverse)
+    torch.testing.assert_close(found.rows(torch.arange(12)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sampled_rows_are_rows_of_the_inputs() -> None:
@@ -104,11 +111,63 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         scores(Calibration([batch], [torch.zeros(12, dtype=torch.int64)]), score="obs")
 
 
-def test_criteria_without_data_cost_nothing(data: Calibration) -> None:
+def test_prices_are_those_of_passes_and_eliminations(data: Calibration) -> None:
     model = small_net()
-    layers = find_layers(model, trace_widths(model, data.batches[0][:1]))
-    prices = {score: count_scoring_macs(model, layers, data, Method(score)) for score in ("random", "wanda", "obs")}
-    assert prices["random"] == 0.0 < prices["wanda"] < prices["obs"]
+    spec = trace_widths(model, data.batches[0][:1])
+    layers, macs = find_layers(model, spec), Macs(10.0, 30.0)
+
+    def price(score: str, **how: object) -> float:
+        return score_units(model, model, spec, layers, data, Method(score, damping=DAMPING, **how), macs)[1]  # type: ignore[arg-type]
+
+    assert price("random") == price("magnitude") == 0.0
+    assert (price("wanda"), price("taylor")) == (240.0, 720.0)
+    assert price("obs", fisher=True) == price("obs") + 720.0 > 960.0
+
+
+class Counter(TorchDispatchMode):
+    """Counts the multiply-accumulates of matrix products and factorisations as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor)]
+        match function.__name__.split(".")[0]:
+            case "mm" | "bmm":
+                self.macs += shapes[0].numel() * shapes[1][-1]
+            case "addmm" | "addmm_":
+                self.macs += shapes[1].numel() * shapes[2][-1]
+            case "linalg_cholesky_ex":
+                self.macs += shapes[0].numel() * shapes[0][-1] / 6
+            case "cholesky_inverse":
+                self.macs += shapes[0].numel() * shapes[0][-1] / 3
+            case "cholesky_solve":
+                self.macs += shapes[0].numel() * shapes[1][-1]
+            case "linalg_solve_triangular":
+                self.macs += shapes[1].numel() * shapes[0][-1] / 2
+        return result
+
+
+@pytest.mark.parametrize(
+    ("inputs", "columns", "outputs", "unit_size"),
+    [(288, 288, 64, 9), (300, 1152, 128, 9), (32, 768, 64, 16), (600, 512, 64, 1), (100, 512, 64, 1), (80, 96, 10, 1)],
+)
+def test_counted_macs_are_those_that_run(inputs: int, columns: int, outputs: int, unit_size: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(inputs, columns, generator=rng), torch.randn(outputs, columns, generator=rng)
+    steps, block = unit_choice._schedule(columns // unit_size - 1), unit_choice._BLOCK
+    with Counter() as counter:
+        inverse = unit_choice._invert(rows, Method(damping=DAMPING), "x")
+        eliminate([unit_choice.Problem(weight, inverse, unit_size)], steps, block=block)
+    assert elimination_macs(inputs, columns, outputs, unit_size, steps, block) == pytest.approx(counter.macs, rel=0.05)
+
+
+def test_steps_take_a_part_of_what_is_left() -> None:
+    assert unit_choice._schedule(3) == [1, 1, 1]
+    steps = unit_choice._schedule(511)
+    assert (sum(steps), steps[:2], steps[-31:]) == (511, [15, 15], [1] * 31)
 
 
 def test_the_exact_order_is_that_of_the_kernel() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlp.errors import CalibrationError
 from fedlp.pruning.hessian import invert_hessian
+from fedlp.pruning.inverses import LowRankInverse
 from fedlp.pruning.obs import Problem, eliminate, output_error, resolve_weight, unit_saliency
 from fedlp.pruning.slimgpt import group_schedule
 from tests.reference import obs as naive
@@ -47,6 +48,22 @@ def test_greedy_order_and_losses_are_the_naive_ones_for_every_block(
         kept, _ = split(list(found.order[:done]), inputs, size)
         expected = naive.removal_loss(weight, hessian, kept.tolist())
         assert found.losses[done - 1] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("block", [2, 7, 64])
+@pytest.mark.parametrize(("size", "inputs", "outputs"), SIZES)
+def test_of_few_inputs_no_matrix_is_needed(size: int, inputs: int, outputs: int, block: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(7, inputs, generator=rng, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs, generator=rng, dtype=torch.float64)
+    hessian = x.T @ x + 0.1 * torch.eye(inputs, dtype=torch.float64)
+    low_rank = LowRankInverse.of(x.T, 0.1, torch.float64)
+    torch.testing.assert_close(low_rank.rows(torch.arange(inputs)) @ hessian, torch.eye(inputs, dtype=torch.float64))
+    for schedule in ([1] * (inputs // size - 1), [2, 2]):
+        expected = eliminate([Problem(weight, torch.linalg.inv(hessian), size)], schedule, block=block)
+        found = eliminate([Problem(weight, low_rank, size)], schedule, block=block)
+        assert found.order == expected.order
+        assert found.losses == pytest.approx(expected.losses, rel=1e-9)
 
 
 def test_small_and_large_steps_eliminate_alike() -> None:
