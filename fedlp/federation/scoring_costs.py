@@ -13,7 +13,7 @@ def elimination_macs(
     """Return how many multiply-accumulates it takes to invert a reader's Hessian and to eliminate its units.
 
     The leading terms of what :mod:`fedlp.pruning.inverses` and :mod:`fedlp.pruning.elimination` do; those of
-    factorisations are the usual ones (a third of n³ flops for Cholesky's). Measured counts agree to a tenth.
+    factorisations are the usual ones (a third of n³ flops for Cholesky's). Measured counts agree to a few per cent.
 
     Parameters
     ----------
