@@ -29,7 +29,6 @@ from fedlp.pruning.groups import WidthSpec, trace_widths
 from fedlp.pruning.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.units import find_layers
-from fedlp.report.pruning import draw_layers
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training import evaluate_sums, metrics_from_sums, one_thread
 from fedlp.types import Keep, PrunableLayer
@@ -80,6 +79,8 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
             "wall_time_s": time.monotonic() - started,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+    from fedlp.report.pruning import draw_layers  # matplotlib takes a second to load: not in every client
+
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (out / "layers.png").write_bytes(draw_layers(report["layers"], f"{config.pruner.name}, {config.allocator.name}"))
     (out / "prune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

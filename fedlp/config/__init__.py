@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -205,18 +206,16 @@ def explain(error: BaseException) -> str:
 
 
 def _no_such_option(name: str) -> str:
-    close = get_close_matches(
-        name,
-        {option for schema in ROOTS for option in _option_names(schema)},
-    )
+    close = get_close_matches(name, frozenset().union(*map(_option_names, ROOTS)))
     return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
 
 
-def _option_names(schema: type, prefix: str = "") -> list[str]:
-    names = []
+@cache
+def _option_names(schema: type) -> frozenset[str]:
+    names = set()
     for item in fields(schema):
-        names.append(prefix + item.name)
+        names.add(item.name)
         nested: Any = item.default_factory
         if is_dataclass(nested):
-            names += _option_names(cast(type, nested), f"{prefix}{item.name}.")
-    return names
+            names |= {f"{item.name}.{name}" for name in _option_names(cast(type, nested))}
+    return frozenset(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
     example = inputs[:1].expand(2, *inputs.shape[1:])  # batch statistics need two
     with (
         shapes_only(model, example) as (shapes, batch),
-        FlopCounterMode(display=False, custom_mapping=_norms()) as counter,
+        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
     ):
         logits = forward_logits(shapes.train(), batch)
         forward = counter.get_total_flops()
@@ -52,9 +53,9 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
     return Macs(forward / per_example, total / per_example)
 
 
-def _norms() -> dict[Any, Callable[..., int]]:
+def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
-    operators = (
+    norms = (
         aten._native_batch_norm_legit,  # what native_batch_norm decomposes into
         aten.native_batch_norm_backward,
         aten.native_group_norm,
@@ -62,7 +63,17 @@ def _norms() -> dict[Any, Callable[..., int]]:
         aten.native_layer_norm,
         aten.native_layer_norm_backward,
     )
-    return dict.fromkeys(operators, _norm_flops)
+    return {**dict.fromkeys(norms, _norm_flops), aten.convolution_backward: _convolution_backward_flops}
+
+
+def _convolution_backward_flops(
+    grad_out: torch.Size, inputs: torch.Size, weight: torch.Size, *more: Any, **_: Any
+) -> int:
+    """Count as many for each gradient that is asked for as forward: torch forgets that groups have fewer products."""
+    transposed, output_mask = more[4], more[7]
+    places = inputs[2:] if transposed else grad_out[2:]
+    products: int = inputs[0] * math.prod(weight) * math.prod(places)
+    return _FLOPS_PER_MAC * products * int(sum(output_mask[:2]))  # of inputs and weights; the bias is free
 
 
 def _norm_flops(shape: torch.Size, *_: Any, **__: Any) -> int:

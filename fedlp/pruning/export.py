@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -151,6 +150,8 @@ def _widest(blocks: Blocks, size: str) -> int:
 
 def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> bool:
     """Return whether a class builds a model of the same tensors and blocks from a config that is read again."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from fedlp.models.modeling_pruned import describe_blocks
 
     try:

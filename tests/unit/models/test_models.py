@@ -254,6 +254,19 @@ def test_macs_of_training_and_of_frozen_layers() -> None:
     assert count_macs(model, spec.example_inputs(1)).training == macs.forward
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_gradients_of_a_convolution_cost_as_much_as_the_convolution(groups: int) -> None:
+    inputs = torch.zeros(3, 8, 10, 10)
+    layers = [
+        nn.Conv2d(8, 16, 3, stride=2, dilation=2, groups=groups),  # to 3 x 3
+        nn.ConvTranspose2d(16, 8, 3, stride=2, groups=groups, bias=False),
+    ]
+    first, second = 9 * (8 * 16 // groups) * 3 * 3, 9 * (8 * 16 // groups) * 3 * 3
+    macs = count_macs(nn.Sequential(*layers), inputs)
+    assert macs.forward == first + second
+    assert macs.training == macs.forward + first + 2 * second  # the inputs need no gradient
+
+
 def test_macs_of_attention_and_norms() -> None:
     spec = language(length=8, num_layers=1, num_heads=2, num_kv_heads=1)
     projections = 8 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 20 + 16 * 40)
