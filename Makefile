@@ -1,6 +1,7 @@
 # make demo   set up, train FedAvg, FedLP-Homo, FedLP-Hetero and plans with pruning on the embedded data, print and plot the result
-# make test   set up, run every test but those of deployments
-# make check  format, lint, types, tests
+# make test   set up, run the tests but for what takes long
+# make test-slow   run that: real language models, stops and resumes, Flower's own engine
+# make check  format, lint, types, all these tests
 # make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
 # make test-deploy   test that, and what clients, server and network do wrong (as root: on hosts of their own); half an hour
 # make docker-test   build the images of docker/ and run a federation in them; needs Docker, else ends with 2
@@ -11,14 +12,17 @@ BIN := $(VENV)/bin
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint format types clean deploy-demo test-deploy docker-test
+.PHONY: demo test check lint format types clean deploy-demo test-slow test-deploy docker-test
 
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp hydra.sweep.dir=$(DEMO)
 	$(BIN)/fedlp-report $(DEMO)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 deploy-demo: $(VENV)/.ready
 	$(BIN)/fedlp-deploy-demo
@@ -29,7 +33,7 @@ test-deploy: $(VENV)/.ready-dev
 docker-test:
 	docker/test.sh
 
-check: format lint types test
+check: format lint types test test-slow
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .

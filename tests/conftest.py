@@ -12,6 +12,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the first case of every slow test with several in the default run."""
+    seen = set()
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        if case and test not in seen and item.get_closest_marker("slow"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+        seen.add(test)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -87,6 +87,7 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+@cache
 def register_schemas() -> None:
     """Make the schemas known to Hydra; the roots of ``conf`` start from them."""
     for schema, root in ROOTS.items():

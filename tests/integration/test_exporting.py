@@ -76,6 +76,7 @@ def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [OURS, HETEROFL, (*TINY, "strategy=fedavg")], ids=["fedlp", "heterofl", "fedavg"])
 def test_files_compute_the_sub_model_of_their_clients(
     case: tuple[str, ...], once: Once, tmp_path: Path, call: Call
@@ -131,6 +132,7 @@ def test_values_are_the_final_ones_and_batch_norms_the_only_difference(
         assert measured["artefacts"][folder]["batch_norms_measured"]
 
 
+@pytest.mark.slow
 def test_a_language_model_is_a_folder_of_transformers(once: Once, tmp_path: Path, call: Call) -> None:
     done = once(*LANGUAGE)
     index = export(call, done, tmp_path / "out")

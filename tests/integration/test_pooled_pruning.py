@@ -105,6 +105,7 @@ def assert_close(done: Finished, expected: dict[str, Tensor], tolerance: float) 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "encoding", "tolerance"),
     [

@@ -50,6 +50,7 @@ DENSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DENSE)
 def test_a_loose_clip_and_hardly_any_noise_change_nothing(case: str, once: Once) -> None:
     noised, plain = once(*TINY, *DENSE[case], *LOOSE), once(*TINY, *DENSE[case])

@@ -46,6 +46,7 @@ def text_model(folder: Path) -> tuple[str, ...]:
     return ("model=hf", f"model.path={folder}", "dataset=topics", "dataset.sequence_length=64", *SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ["dp", "flap", "log_depth"])
 def test_a_language_model_becomes_a_folder_that_transformers_loads(
     allocator: str, language_model: Path, tmp_path: Path, call: Call
@@ -70,6 +71,7 @@ def test_a_language_model_becomes_a_folder_that_transformers_loads(
     assert sum(parameter.numel() for parameter in stored.parameters()) == report["params_after"]
 
 
+@pytest.mark.slow
 def test_the_model_of_a_federated_run_is_pruned_to_a_number_of_macs(once: Once, tmp_path: Path, call: Call) -> None:
     run = once(*TINY)
     whole = json.loads((run.path / "manifest.json").read_text())["expected"]["macs_per_example"]
@@ -159,6 +161,7 @@ def test_an_unknown_architecture_is_one_line(tmp_path: Path, call: Call) -> None
 
 
 # ---- real models
+@pytest.mark.slow
 @pytest.mark.shared
 def test_a_real_language_model_loses_a_third_and_stays_good(shared: Path) -> None:
     model = shared / "models" / "lm-3.3m"

@@ -72,6 +72,7 @@ def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
             assert client["bytes_up"] < 1.1 * client["params_up"] + 6000, "a byte a number, and little else"
 
 
+@pytest.mark.slow
 def test_bits_are_what_a_number_costs(once: Once) -> None:
     costs = {}
     for encoding in ("int8", "int4", "int2"):
@@ -141,6 +142,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHOICES)
 def test_choices_give_the_same_bytes_on_any_number_of_workers(case: str, tmp_path: Path) -> None:
     runs = [run(tmp_path / n, *OURS, *MLP, *CHOICES[case], f"simulation.workers={n}") for n in ("1", "2")]
@@ -149,6 +151,7 @@ def test_choices_give_the_same_bytes_on_any_number_of_workers(case: str, tmp_pat
     assert runs[0].untimed == runs[1].untimed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["obs on the update, all of it", "as they are by default"])
 def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_path: Path) -> None:
     overrides = (*OURS, *MLP, *CHOICES[case])
@@ -170,6 +173,7 @@ def test_sparsity_falls_where_it_began_high(once: Once) -> None:
     assert sent[0] < sent[1] < sent[2] == pytest.approx(sent[3], rel=0.05)
 
 
+@pytest.mark.slow
 def test_choosing_units_is_counted_as_computation(once: Once) -> None:
     scored, drawn = once(*OBS, "num_rounds=1"), once(*OURS, "pruner=random", "num_rounds=1")
     assert scored.rounds[0]["macs"] > drawn.rounds[0]["macs"]

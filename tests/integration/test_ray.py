@@ -18,6 +18,7 @@ from tests.integration.running import TINY, Finished, command, execute, interrup
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc"),
 ]
 Once = Callable[..., Finished]

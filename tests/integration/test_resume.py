@@ -44,6 +44,7 @@ def assert_same(one: Finished, other: Finished) -> None:
     assert one.manifest == other.manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -142,6 +143,7 @@ def members(group: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_run_survives_a_signal(number: signal.Signals, once: Once, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def untimed(out: Path) -> dict[str, object]:
     return {key: value for key, value in report.items() if not key.endswith("_s")}
 
 
+@pytest.mark.slow
 def test_workers_and_interruptions_do_not_change_a_search(language_model: Path, tmp_path: Path, call: Call) -> None:
     code, printed, errors = call(*arguments(language_model, tmp_path / "a", "search.workers=1"), main=cli.search_main)
     assert code == 0, errors
@@ -52,6 +53,7 @@ def test_a_damaged_log_is_one_line(language_model: Path, tmp_path: Path, call: C
     assert_refused(call(*arguments(language_model, tmp_path), main=cli.search_main), r"search\.jsonl is damaged")
 
 
+@pytest.mark.slow
 def test_the_space_that_dsa_published_is_one_config_of_it(language_model: Path, tmp_path: Path, call: Call) -> None:
     more = ("search.space=chains", "search.modes=[evolution]", "search.workers=1")
     code, _, errors = call(*arguments(language_model, tmp_path, *more), main=cli.search_main)
@@ -74,6 +76,7 @@ def test_a_winner_is_an_allocator(values: dict[str, object], language_model: Pat
     assert removed[-1] > removed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["owl", "dlp", "alphapruning", "erk", "dsa", "depth_line"])
 def test_every_hand_rule_prunes(rule: str, language_model: Path, tmp_path: Path, call: Call) -> None:
     used = (f"allocator={rule}", "sparsity=0.4", f"hydra.run.dir={tmp_path}")

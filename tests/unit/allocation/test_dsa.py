@@ -123,6 +123,7 @@ def same(found: float, wanted: float) -> bool:
     return math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-8)
 
 
+@pytest.mark.slow
 def test_every_chain_parses_and_means_what_the_code_means() -> None:
     elements = make_elements()
     refused, compared = 0, 0

@@ -195,6 +195,7 @@ def test_real_mnist(shared: Path) -> None:
     assert len(data.test) == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_real_cifar10(shared: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, shared / "cifar10/restore.py", tmp_path], check=True, capture_output=True)

@@ -53,6 +53,7 @@ def test_expected_costs_are_those_of_the_clients(tmp_path: Path) -> None:
     assert expected["params_down_per_client"] == pytest.approx(sum(params_of(plan_of(*overrides[4:]))) / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", BITS)
 @pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
 def test_bytes_of_an_upload_are_those_of_what_is_encoded(model: str, encoding: str) -> None:

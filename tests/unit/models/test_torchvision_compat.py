@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from fedlp.models.torchvision_compat import ensure_operators, import_torchvision
@@ -19,6 +20,7 @@ def test_returns_the_module_and_is_idempotent() -> None:
     assert hasattr(torch.ops.torchvision, "nms")
 
 
+@pytest.mark.slow
 def test_fresh_process_imports_both_without_a_warning() -> None:
     script = (
         "from fedlp.models.torchvision_compat import ensure_operators, import_torchvision; ensure_operators(); "

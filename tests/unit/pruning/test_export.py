@@ -163,6 +163,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return root, models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_reloaded_language_model_computes_and_generates_the_same(
     case: str, exported: tuple[Path, dict[str, nn.Module]]

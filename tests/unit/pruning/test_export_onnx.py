@@ -39,6 +39,7 @@ def run_onnx(path: Path, name: str, inputs: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
 
 
+@pytest.mark.slow
 def test_language_model_equals_torch_at_any_length(tmp_path: Path) -> None:
     transformers = import_transformers()
     config = transformers.LlamaConfig(
@@ -80,6 +81,7 @@ def vision_transformer() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [fedlp_cnn, vision_transformer], ids=lambda build: build.__name__)
 def test_classifier_equals_torch_at_any_batch(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)

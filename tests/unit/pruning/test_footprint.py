@@ -54,6 +54,7 @@ def draw_widths(model: nn.Module, spec: WidthSpec, seed: int) -> Mapping[str, Ke
     return widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CLASSIFIERS, *LANGUAGE_MODELS])
 def test_parameters_and_macs_of_cut_models(name: str) -> None:
     model, inputs = build(name)

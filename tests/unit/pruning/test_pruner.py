@@ -104,6 +104,7 @@ def test_every_method_on_language_models(method: str, model_type: str) -> None:
     assert torch.equal(forward_logits(again.model, tokens(1, seed=5)[0]), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_residual_network(method: str) -> None:
     pruner = make_pruner(classifier(), METHODS[method], images(12))
@@ -113,6 +114,7 @@ def test_every_method_on_a_residual_network(method: str) -> None:
     assert pruner.num_added_params() == 0  # batch norms take what would go into biases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "vit"])
 def test_depthwise_networks_and_vision_transformers(name: str) -> None:
     torchvision = import_torchvision()

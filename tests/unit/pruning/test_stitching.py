@@ -11,6 +11,7 @@ from tests.unit.pruning.test_pruner import classifier, images, language_model, m
 METHODS = {"plain": Method("obs"), "weighed": Method("obs", fisher=True, keeps_batch_norm=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["language", "images"])
 def test_one_layer_alone_diverges_as_when_it_is_pruned(kind: str, method: str) -> None:
