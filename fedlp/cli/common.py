@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config import config_dir, explain, register_schemas
+from fedlp.config import config_dir, explain, register_schema
 from fedlp.errors import ConfigError, FedLPError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -26,7 +26,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
     """Run Hydra's command line on one of the config tree's roots, and exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
-    register_schemas()
+    register_schema(config_name)
     codes: list[int] = []
 
     def guarded(composed: DictConfig) -> None:

@@ -69,7 +69,7 @@ __all__ = [
     "explain",
     "from_omegaconf",
     "from_yaml",
-    "register_schemas",
+    "register_schema",
     "to_plain",
     "to_yaml",
     "validate",
@@ -88,10 +88,10 @@ def config_dir() -> Path:
 
 
 @cache
-def register_schemas() -> None:
-    """Make the schemas known to Hydra; the roots of ``conf`` start from them."""
-    for schema, root in ROOTS.items():
-        ConfigStore.instance().store(name=f"{root}_schema", node=schema)
+def register_schema(root: str) -> None:
+    """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows again and again."""
+    schema = next(schema for schema, name in ROOTS.items() if name == root)
+    ConfigStore.instance().store(name=f"{root}_schema", node=schema)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -121,7 +121,7 @@ def compose_search(overrides: Sequence[str] = ()) -> SearchConfig:
 
 
 def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
-    register_schemas()
+    register_schema(ROOTS[schema])
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
