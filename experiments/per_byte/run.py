@@ -46,6 +46,9 @@ FULL = {
     "ours-int2": [*OURS, TWO],
     "ours-0.75": [*OURS, "strategy.sparsity=0.75"],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
+    "ours-wanda": [*OURS, "pruner=wanda"],
+    "ours-wanda-int4": [*OURS, FOUR, "pruner=wanda"],
+    "ours-wanda-int2": [*OURS, TWO, "pruner=wanda"],
     "ours-0.75-to-0.5": [*OURS, "strategy.ramp_from=0.75", "strategy.ramp_rounds=30"],
 }
 MIXED = {
@@ -58,6 +61,8 @@ MIXED = {
     "ours": [*NARROW],
     "ours-int4": [*NARROW, FOUR],
     "ours-int2": [*NARROW, TWO],
+    "ours-wanda": [*NARROW, "pruner=wanda"],
+    "ours-wanda-int4": [*NARROW, FOUR, "pruner=wanda"],
 }
 ABLATIONS = {
     "ours": [*OURS],
@@ -72,6 +77,7 @@ ABLATIONS = {
     "allocator-log_depth": [*OURS, "allocator=log_depth"],
     "pruner-magnitude": [*OURS, "pruner=magnitude"],
     "pruner-wanda": [*OURS, "pruner=wanda"],
+    "pruner-taylor": [*OURS, "pruner=taylor"],
     "criterion-update": [*OURS, "strategy.criterion=update"],
     "refresh-2": [*OURS, "strategy.refresh_every=2"],
     "regrow-0": [*OURS, "strategy.regrow=0"],

@@ -89,7 +89,7 @@ def config_dir() -> Path:
 
 @cache
 def register_schema(root: str) -> None:
-    """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows again and again."""
+    """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows often."""
     schema = next(schema for schema, name in ROOTS.items() if name == root)
     ConfigStore.instance().store(name=f"{root}_schema", node=schema)
 
