@@ -76,6 +76,8 @@ class StrategyConfig:
     widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
     width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
     sparsity: float = 0.0  # fedlp, oneshot: fraction of the prunable units' parameters that is left out, in [0, 1)
+    spread: str = "allocator"  # fedlp: what is sent is spread over layers by the "allocator", as what is held, or by
+    # "macs": the more multiply-adds a layer's weights take part in, the more of them
     masks: str = "client"  # fedlp: units are chosen by each "client", by the "server" (nested), or at "random";
     # oneshot: the "server" prunes on pooled moments, or each "client" prunes alone and votes
     criterion: str = "weights"  # fedlp: what must not be lost: the client's "weights", or its "update" of them

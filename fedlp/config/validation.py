@@ -212,6 +212,7 @@ def _validate_uploads(config: RunConfig) -> None:
     """Check what clients send, and what goes with what."""
     strategy = config.strategy
     _require(0 <= strategy.sparsity < 1, "strategy.sparsity", strategy.sparsity, "in [0, 1)")
+    _choice("strategy.spread", strategy.spread, ("allocator", "macs"))
     _choice("strategy.masks", strategy.masks, ("client", "server", "random"))
     _choice("strategy.criterion", strategy.criterion, ("weights", "update"))
     encodings = (

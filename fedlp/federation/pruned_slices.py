@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ from fedlp.types import Budget, Keep, PrunableLayer, SubModel
 Counts = Mapping[str, int]
 
 _SCORE, _SEEN, _HELD = "score", "seen", "held"  # what the names of remembered tensors begin with
+
+
+def _limits_what_is_held(budget: Budget | None) -> TypeGuard[Budget]:
+    return budget is not None and replace(budget, upload_bytes=None) != Budget()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +73,7 @@ class PrunedSlices:
         budget, table = self.budgets[client_id], self.tables.get(client_id)
         whole = {layer.name: layer.num_units for layer in self.submodels.layers}
         held: Counts = whole
-        if budget is not None and replace(budget, upload_bytes=None) != Budget():
+        if _limits_what_is_held(budget):
             held = self._solve(replace(budget, upload_bytes=None), whole, memory, client_id, table)
         sparsity = self.sparsity(server_round)
         upload_bytes = None if budget is None else budget.upload_bytes
@@ -79,6 +83,10 @@ class PrunedSlices:
         if sparsity:
             full, least = self._params(whole), self._params(dict.fromkeys(whole, 0))
             most = full - sparsity * (full - least)
+        if self.config.strategy.spread == "macs":  # the same for all, as far as a client holds it
+            moves = self._solve(Budget(params=most), whole, memory, client_id, None, "macs")
+            sent = {name: min(moves[name], held[name]) for name in held}
+            return held, self._solve(Budget(upload_bytes=upload_bytes), sent, memory, client_id, None, "macs")
         return held, self._solve(Budget(params=most, upload_bytes=upload_bytes), held, memory, client_id, None)
 
     def sparsity(self, server_round: int) -> float:
@@ -95,19 +103,27 @@ class PrunedSlices:
         return float(self.costs.evaluate(row)[0, COSTS.index("params")])
 
     def _solve(
-        self, budget: Budget, most: Counts, memory: Memory, client_id: int, table: LatencyTable | None
+        self,
+        budget: Budget,
+        most: Counts,
+        memory: Memory,
+        client_id: int,
+        table: LatencyTable | None,
+        spread: str = "allocator",
     ) -> Counts:
         """Return the units that a budget leaves of ``most``, by the config's rule; clients of one kind share it."""
         if self._solved.get("memory") is not memory:
             self._solved.clear()
             self._solved["memory"] = memory
-        key = budget, tuple(most.values()), table
+        key = budget, tuple(most.values()), table, spread
         if key not in self._solved:
-            self._solved[key] = self._fit(budget, most, memory, client_id, table)
+            self._solved[key] = self._fit(budget, most, memory, client_id, table, spread)
         found: Counts = self._solved[key]
         return found
 
-    def _fit(self, budget: Budget, most: Counts, memory: Memory, client_id: int, table: LatencyTable | None) -> Counts:
+    def _fit(
+        self, budget: Budget, most: Counts, memory: Memory, client_id: int, table: LatencyTable | None, spread: str
+    ) -> Counts:
         layers, costs = self.submodels.layers, self.costs
         limits = costs.limits(budget, table)
         bounds = {x.name: (1.0 - most[x.name] / x.num_units, 1.0) for x in layers}
@@ -121,7 +137,7 @@ class PrunedSlices:
             return most
         least = dict.fromkeys(costs.layers, 1)
         if load(least) <= 1.0:  # else let the rounding say what is out of reach
-            found = self._by_rule(load, most, memory)
+            found = self._by_work(load, most) if spread == "macs" else self._by_rule(load, most, memory)
             even = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
         multiple = self.config.strategy.width_multiple
         return round_client(
@@ -140,6 +156,22 @@ class PrunedSlices:
         rule = settings.name if settings.name in ("depth_line", "log_depth") else "uniform"
         amplitude = None if rule == "uniform" else settings.amplitude
         return allocator.allocate_by_depth(layers, rule, 0.5, load, 1.0, amplitude)
+
+    def _by_work(self, load: Cost, most: Counts) -> Counts:
+        r"""Return the units that maximise :math:`\sum_l m_l \log f_l` within the budget.
+
+        :math:`m_l` are the MACs of a layer, :math:`f_l` the share of its weights that is sent. Where weights are
+        counted, that share is in proportion to the multiply-adds per weight, as far as there are weights.
+        """
+        macs = COSTS.index("macs")
+        row = np.array([[most[name] for name in self.costs.layers]], dtype=np.float64)
+        without = row * (1.0 - np.eye(row.size))  # the layers that one axis takes part in, all units of it gone
+        work = self.costs.evaluate(row)[:, macs] - self.costs.evaluate(without)[:, macs]
+        by_name = dict(zip(self.costs.layers, work.tolist(), strict=True))
+        held = [replace(x, num_units=most[x.name]) for x in self.submodels.layers]
+        left = {x.name: np.arange(x.num_units - 1, 0, -1) / x.num_units for x in held}
+        curves = {x.name: (-by_name[x.name] * np.log(left[x.name])).tolist() for x in held}
+        return allocator.allocate_by_curves(held, curves, load, 1.0)
 
     # ---- the units
     def assign(self, server_round: int, client_id: int, memory: Memory) -> Assignment:
@@ -181,9 +213,10 @@ class PrunedSlices:
 
     @property
     def _uses_scores(self) -> bool:
-        masks, limited = self.config.strategy.masks, any(budget is not None for budget in self.budgets)
-        ranks = masks == "server" or (masks == "client" and limited)
-        return self.config.pruner.name != "random" and (ranks or self.config.allocator.name in ("dp", "flap"))
+        strategy, limited = self.config.strategy, any(_limits_what_is_held(budget) for budget in self.budgets)
+        ranks = strategy.masks != "random" and (limited or (strategy.masks == "server" and strategy.regrow < 1))
+        spreads = self.config.allocator.name in ("dp", "flap") and (limited or strategy.spread == "allocator")
+        return self.config.pruner.name != "random" and (ranks or spreads)
 
     @cached_property
     def _somebody_is_whole(self) -> bool:

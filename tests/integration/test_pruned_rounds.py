@@ -86,7 +86,8 @@ def test_bits_are_what_a_number_costs(once: Once) -> None:
 
 
 def test_only_what_was_returned_moves(once: Once) -> None:
-    overrides = (*OURS, *PLAIN, "strategy.sparsity=0.7", "num_rounds=1", "clients_per_round=1")
+    one = ("strategy.spread=allocator", "strategy.sparsity=0.7", "num_rounds=1", "clients_per_round=1")
+    overrides = (*OURS, *PLAIN, *one)
     done = once(*overrides)
     moved = changed(overrides, done)
     units = moved["conv1.weight"].flatten(1).any(dim=1)

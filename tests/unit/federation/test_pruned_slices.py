@@ -22,10 +22,14 @@ TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]", "num_clients=6", "clien
 
 
 @lru_cache
-def policy(*overrides: str) -> PrunedSlices:
-    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp", "model=fedlp_cnn", *TIERS, *overrides]))).policy
+def unlimited(*overrides: str) -> PrunedSlices:
+    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp", "model=fedlp_cnn", *overrides]))).policy
     assert isinstance(found, PrunedSlices)
     return found
+
+
+def policy(*overrides: str) -> PrunedSlices:
+    return unlimited(*TIERS, *overrides)
 
 
 def answer(
@@ -56,9 +60,11 @@ def test_scores_are_those_of_all_examples_together() -> None:
     )
 
 
+@pytest.mark.parametrize("spread", ["allocator", "macs"])
 @pytest.mark.parametrize("rule", ["uniform", "depth_line", "log_depth", "flap", "dp"])
-def test_every_rule_meets_every_budget(rule: str) -> None:
-    found = policy(f"allocator={rule}", "strategy.sparsity=0.4", "fleet.limited=[params,macs]")
+def test_every_rule_meets_every_budget(rule: str, spread: str) -> None:
+    strategy = (f"strategy.spread={spread}", "strategy.sparsity=0.4")
+    found = policy(f"allocator={rule}", *strategy, "fleet.limited=[params,macs]")
     memory = found.remember({}, 1, [answer(found, client, 10, 1.0 + client) for client in range(6)])
     for past in ({}, memory):
         for client in range(6):
@@ -71,6 +77,62 @@ def test_every_rule_meets_every_budget(rule: str) -> None:
             assert macs[0] <= budget.macs * (1 + 1e-9)
             assert all(1 <= sent[name] <= held[name] for name in held)
             assert params[1] <= found._params({x.name: x.num_units for x in found.submodels.layers}) * 0.61
+
+
+@pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
+def test_what_moves_follows_the_work_of_weights(model: str, sparsity: float) -> None:
+    """No exchange of units between two axes gives a better sum of MACs times the log of the share that moves."""
+    found = unlimited(f"model={model}", "strategy.spread=macs", f"strategy.sparsity={sparsity}")
+    names, sizes = found.costs.layers, np.array([x.num_units for x in found.submodels.layers], dtype=float)
+    assert names == tuple(x.name for x in found.submodels.layers)
+    _, sent = found.counts(9, 0, {})
+    kept = np.array([sent[name] for name in names], dtype=float)
+    alone = found.costs.evaluate(sizes * (1 - np.eye(len(sizes))))[:, 1]
+    work = found.costs.evaluate(sizes[None])[0, 1] - alone
+    limit = found._params(dict(zip(names, sizes.astype(int).tolist(), strict=True)))
+    least = found._params(dict.fromkeys(names, 0))
+    limit -= sparsity * (limit - least)
+
+    def params(units: np.ndarray) -> float:
+        return float(found.costs.evaluate(units[None])[0, 0])
+
+    assert params(kept) <= limit * (1 + 1e-9)
+    best = float((work * np.log(kept / sizes)).sum())
+    for less in range(len(kept)):
+        for more in range(len(kept)):
+            trial = kept.copy()
+            trial[less] -= max(1, int(0.02 * sizes[less]))
+            while less != more and trial[less] >= 1 and trial[more] < sizes[more]:
+                trial[more] += 1
+                if params(trial) > limit:
+                    break
+                value = float((work * np.log(trial / sizes)).sum())
+                assert value <= best + 1e-2 * abs(best), f"{names[less]} gives to {names[more]}"
+
+
+def test_what_moves_is_the_same_for_all_as_far_as_they_hold_it() -> None:
+    found = policy("strategy.spread=macs", "fleet.fractions=[1.0,0.5,0.1]", "strategy.regrow=0.5")
+    memory = found.remember({}, 1, [answer(found, 0, 10, 1.0)])
+    moves = {}
+    for client in np.argsort([-budget.params for budget in found.budgets if budget is not None]).tolist():
+        held, sent = found.counts(9, client, memory)
+        assigned = found.assign(9, client, memory)
+        for layer in found.submodels.layers:
+            whole = Keep.full(layer.num_units)
+            units = set(assigned.submodel.widths.get(layer.name, whole).indices().tolist())
+            moving = set(assigned.returned.get(layer.name, assigned.submodel.widths.get(layer.name, whole)).indices())
+            assert (len(units), len(moving)) == (held[layer.name], sent[layer.name])
+            all_that_move = moves.setdefault(layer.name, moving)
+            assert moving <= all_that_move
+            assert moving in (all_that_move, units)
+
+
+def test_nobody_scores_units_where_nothing_depends_on_it() -> None:
+    assert unlimited("strategy.spread=allocator").assign(1, 0, {}).scored
+    assert not unlimited("strategy.spread=macs").assign(1, 0, {}).scored
+    assert unlimited("strategy.spread=macs", "strategy.regrow=0.5").assign(1, 0, {}).scored
+    assert policy("strategy.spread=macs").assign(1, 0, {}).scored, "what clients hold depends on it"
 
 
 def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
