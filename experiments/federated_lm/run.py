@@ -21,6 +21,7 @@ from runs import collect, run  # noqa: E402 # the experiments'
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]
 OURS = ["strategy=fedlp", *BYTES]
+LOSSES = [*OURS, "strategy.spread=allocator", "strategy.regrow=1"]  # what moves is spread by the losses of units
 RATES = ("0.001", "0.002", "0.004", "0.008")
 TUNED = "local.lr=0.004"  # the best of RATES for half of the units; the experiment's own 0.002 is FedAvg's best
 GROUPS = {
@@ -28,19 +29,23 @@ GROUPS = {
         "fedavg": ["strategy=fedavg"],
         "fedavg-int8": ["strategy=fedavg", *BYTES],
         "fedavg-int2": ["strategy=fedavg", *BYTES, "strategy.encoding=int2"],
-        "random": [*OURS, TUNED, "pruner=random", "allocator=uniform"],
+        "random": [*LOSSES, TUNED, "pruner=random", "allocator=uniform"],
         "ours": [*OURS, TUNED],
         "ours-int4": [*OURS, TUNED, "strategy.encoding=int4"],
         "ours-int2": [*OURS, TUNED, "strategy.encoding=int2"],
         "ours-20-rounds": [*OURS, TUNED, "num_rounds=20"],
+        "by-losses": [*LOSSES, TUNED],
+        "by-losses-int4": [*LOSSES, TUNED, "strategy.encoding=int4"],
+        "by-losses-int2": [*LOSSES, TUNED, "strategy.encoding=int2"],
+        "by-losses-20-rounds": [*LOSSES, TUNED, "num_rounds=20"],
     },
     "mixed": {
-        "random": [*OURS, "pruner=random", "allocator=uniform", "strategy.sparsity=0"],
-        "ours": [*OURS, "strategy.sparsity=0"],
+        "random": [*LOSSES, "pruner=random", "allocator=uniform", "strategy.sparsity=0"],
+        "by-losses": [*LOSSES, "strategy.sparsity=0"],
     },
     "rates": {
         **{f"fedavg-int8-{rate}": ["strategy=fedavg", *BYTES, f"local.lr={rate}"] for rate in RATES},
-        **{f"ours-{rate}": [*OURS, f"local.lr={rate}"] for rate in RATES},
+        **{f"by-losses-{rate}": [*LOSSES, f"local.lr={rate}"] for rate in RATES},
     },
 }
 TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.6]", "fleet.limited=[params]"]
@@ -51,6 +56,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder that holds models/stories260K and text/tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/federated_lm"))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--methods", nargs="+", help="all of a group where absent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
     arguments = parser.parse_args()
@@ -62,7 +68,8 @@ def main() -> int:
     common.append(f"dataset.root={arguments.data}/text/tinyshakespeare.txt")
     for seed in arguments.seeds:
         for group in arguments.groups:
-            for method, overrides in GROUPS[group].items():
+            for method in arguments.methods or GROUPS[group]:
+                overrides = GROUPS[group][method]
                 fleet = TIERS if group == "mixed" else []
                 asked = [*common, *fleet, *overrides, f"seed={seed}", f"label={method}"]
                 if code := run(arguments.out / f"{group}/{method}/seed-{seed}", asked):

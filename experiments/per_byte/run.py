@@ -27,11 +27,14 @@ BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight,
 FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES]
-LOSSES = [*OURS, "strategy.spread=allocator"]  # what moves is spread by the scores of units, as what is held
+LOSSES = [
+    *OURS,
+    "strategy.spread=allocator",
+    "strategy.regrow=1",
+]  # what moves is spread by the scores of units, as what is held
 EVERYTHING = [*LOSSES, "strategy.train_sent=false"]  # is trained, also what is not sent
 CLIENTS = [*EVERYTHING, "strategy.masks=client", "strategy.refresh_every=1"]
-HELD = ["strategy.weighting=held", "strategy.regrow=0.5"]  # where many hold but a part of the model
-NARROW, NARROW_LOSSES = [*OURS, *HELD], [*LOSSES, *HELD]
+NARROW = [*LOSSES, "strategy.weighting=held", "strategy.regrow=0.5"]
 DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
@@ -63,14 +66,14 @@ MIXED = {
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
-    "ours": [*NARROW],
-    "ours-int4": [*NARROW, FOUR],
-    "ours-int2": [*NARROW, TWO],
-    "ours-uniform-int4": [*NARROW, FOUR, "allocator=uniform"],
-    "by-losses": [*NARROW_LOSSES],
-    "by-losses-int4": [*NARROW_LOSSES, FOUR],
-    "by-losses-int2": [*NARROW_LOSSES, TWO],
-    "by-wanda-int4": [*NARROW_LOSSES, FOUR, "pruner=wanda"],
+    "ours": [*OURS],
+    "ours-int4": [*OURS, FOUR],
+    "ours-int2": [*OURS, TWO],
+    "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
+    "by-losses": [*NARROW],
+    "by-losses-int4": [*NARROW, FOUR],
+    "by-losses-int2": [*NARROW, TWO],
+    "by-wanda-int4": [*NARROW, FOUR, "pruner=wanda"],
 }
 ABLATIONS = {
     "by-losses": [*LOSSES],
@@ -105,18 +108,25 @@ ABLATIONS = {
     ],
 }
 MIXED_ABLATIONS = {
-    "by-losses": [*NARROW_LOSSES],
-    "ours-int4-regrow-1": [*NARROW, FOUR, "strategy.regrow=1.0"],
-    "batch-norm-average": [*NARROW_LOSSES, "strategy.batch_norm=average"],
-    "batch-norm-whole": [*NARROW_LOSSES, "strategy.batch_norm=whole"],
-    "regrow-0": [*NARROW_LOSSES, "strategy.regrow=0"],
-    "regrow-1": [*NARROW_LOSSES, "strategy.regrow=1"],
-    "sparsity-0": [*NARROW_LOSSES, "strategy.sparsity=0"],
-    "sparsity-0.75": [*NARROW_LOSSES, "strategy.sparsity=0.75"],
-    "weighting-examples": [*NARROW_LOSSES, "strategy.weighting=examples"],
-    "allocator-uniform": [*NARROW_LOSSES, "allocator=uniform"],
+    "by-losses": [*NARROW],
+    "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
+    "ours-int4-regrow-0.5": [*OURS, FOUR, "strategy.regrow=0.5"],
+    "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],
+    "ours-int4-held-regrow-0.5": [*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=0.5"],
+    "ours-int4-held-regrow-1": [*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=1"],
+    "ours-uniform-int4-held-regrow-0.5": [
+        *[*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=0.5", "allocator=uniform"],
+    ],
+    "batch-norm-average": [*NARROW, "strategy.batch_norm=average"],
+    "batch-norm-whole": [*NARROW, "strategy.batch_norm=whole"],
+    "regrow-0": [*NARROW, "strategy.regrow=0"],
+    "regrow-1": [*NARROW, "strategy.regrow=1"],
+    "sparsity-0": [*NARROW, "strategy.sparsity=0"],
+    "sparsity-0.75": [*NARROW, "strategy.sparsity=0.75"],
+    "weighting-examples": [*NARROW, "strategy.weighting=examples"],
+    "allocator-uniform": [*NARROW, "allocator=uniform"],
     "masks-client": [*CLIENTS],
-    "width-multiple-8": [*NARROW_LOSSES, "strategy.width_multiple=8"],
+    "width-multiple-8": [*NARROW, "strategy.width_multiple=8"],
 }
 TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]", "fleet.limited=[params]"]
 BOTH = [*TIERS, "fleet.limited=[params,macs]"]

@@ -228,7 +228,9 @@ def _validate_uploads(config: RunConfig) -> None:
     _require(0 <= strategy.ramp_from < 1, "strategy.ramp_from", strategy.ramp_from, "in [0, 1)")
     if strategy.ramp_from and not strategy.ramp_rounds:
         raise ConfigError("strategy.ramp_from needs strategy.ramp_rounds: over how many rounds sparsity changes")
-    _require(0 <= strategy.regrow <= 1, "strategy.regrow", strategy.regrow, "in [0, 1]")
+    _require(
+        strategy.regrow is None or 0 <= strategy.regrow <= 1, "strategy.regrow", strategy.regrow, "null or in [0, 1]"
+    )
     if strategy.error_feedback and strategy.values != "deltas":
         raise ConfigError(
             "strategy.error_feedback=true needs strategy.values=deltas: only differences can be caught up"

@@ -213,14 +213,26 @@ class PrunedSlices:
 
     @property
     def _uses_scores(self) -> bool:
-        strategy, limited = self.config.strategy, any(_limits_what_is_held(budget) for budget in self.budgets)
-        ranks = strategy.masks != "random" and (limited or (strategy.masks == "server" and strategy.regrow < 1))
+        strategy, limited = self.config.strategy, self._somebody_is_limited
+        ranks = strategy.masks != "random" and (limited or (strategy.masks == "server" and self._regrow < 1))
         spreads = self.config.allocator.name in ("dp", "flap") and (limited or strategy.spread == "allocator")
         return self.config.pruner.name != "random" and (ranks or spreads)
 
     @cached_property
     def _somebody_is_whole(self) -> bool:
         return any(not held.widths for held, _ in self._kinds())
+
+    @cached_property
+    def _somebody_is_limited(self) -> bool:
+        return any(_limits_what_is_held(budget) for budget in self.budgets)
+
+    @cached_property
+    def _regrow(self) -> float:
+        """Return the config's share, or where it has none 0, if clients that hold all move what others lack; else 1."""
+        given = self.config.strategy.regrow
+        if given is not None:
+            return given
+        return 0.0 if self._somebody_is_limited and self._somebody_is_whole else 1.0
 
     def _kinds(self) -> list[tuple[SubModel, SubModel]]:
         """Return what every kind of client gets and sends in the end, before anything is known of the units."""
@@ -253,7 +265,7 @@ class PrunedSlices:
             keys = np.zeros(size) if scores is None else -scores.numpy()
             mine = np.zeros(size, dtype=bool) if own is None else own.numpy()
             ranked = np.lexsort((np.arange(size), keys, ~mine))
-        count = int(self.config.strategy.regrow * sent)
+        count = int(self._regrow * sent)
         seen = memory.get(f"{_SEEN}.{axis}")
         if not count or seen is None:
             return ranked

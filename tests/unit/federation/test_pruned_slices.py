@@ -128,6 +128,27 @@ def test_what_moves_is_the_same_for_all_as_far_as_they_hold_it() -> None:
             assert moving in (all_that_move, units)
 
 
+def test_units_are_drawn_anew_where_nobody_else_would_move_them() -> None:
+    """By default: in whole fleets, and where nobody holds the whole model; else what scores best stays."""
+    drawn = {}
+    for name, found in {
+        "all": unlimited("strategy.sparsity=0.9"),
+        "some": policy("fleet.fractions=[1.0,0.3]"),
+        "none": policy("fleet.fractions=[0.5,0.3]"),
+    }.items():
+        memory = found.remember({}, 1, [answer(found, 0, 10, 1.0)])
+        small = max(range(len(found.budgets)), key=lambda client: -getattr(found.budgets[client], "params", 0))
+        _, sent = found.counts(9, small, memory)
+        layer = min(found.submodels.layers, key=lambda x: sent[x.name] / x.num_units)
+        units = [
+            {**assigned.submodel.widths, **assigned.returned}[layer.name].indices().tolist()
+            for assigned in (found.assign(number, small, memory) for number in (8, 9))
+        ]
+        best = list(range(layer.num_units - sent[layer.name], layer.num_units))
+        drawn[name] = units != [best, best]
+    assert drawn == {"all": True, "some": False, "none": True}
+
+
 def test_nobody_scores_units_where_nothing_depends_on_it() -> None:
     assert unlimited("strategy.spread=allocator").assign(1, 0, {}).scored
     assert not unlimited("strategy.spread=macs").assign(1, 0, {}).scored
