@@ -50,6 +50,8 @@ FULL = {
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
+}
+BY_SCORES = {
     "by-losses": [*LOSSES],
     "by-losses-int4": [*LOSSES, FOUR],
     "by-losses-int2": [*LOSSES, TWO],
@@ -70,13 +72,15 @@ MIXED = {
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
+}
+MIXED_BY_SCORES = {
     "by-losses": [*NARROW],
     "by-losses-int4": [*NARROW, FOUR],
     "by-losses-int2": [*NARROW, TWO],
     "by-wanda-int4": [*NARROW, FOUR, "pruner=wanda"],
 }
 ABLATIONS = {
-    "by-losses": [*LOSSES],
+    **BY_SCORES,
     "trains-everything": [*EVERYTHING],
     "masks-random": [*LOSSES, "strategy.masks=random"],
     "masks-client": [*CLIENTS],
@@ -108,7 +112,7 @@ ABLATIONS = {
     ],
 }
 MIXED_ABLATIONS = {
-    "by-losses": [*NARROW],
+    **MIXED_BY_SCORES,
     "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
     "ours-int4-regrow-0.5": [*OURS, FOUR, "strategy.regrow=0.5"],
     "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],
@@ -143,15 +147,24 @@ def _some(methods: dict[str, list[str]], *names: str) -> dict[str, list[str]]:
 GROUPS = {
     "full-iid": (FULL, []),
     "mixed-iid": (MIXED, TIERS),
-    "mixed-macs-iid": (_some(MIXED, "heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"), BOTH),
-    "full-dirichlet": (FULL, DIRICHLET),
-    "mixed-dirichlet": (MIXED, [*TIERS, *DIRICHLET]),
-    "full-dirichlet-plain": (FULL, PLAIN),
-    "mixed-dirichlet-plain": (MIXED, [*TIERS, *PLAIN]),
-    "resnet18-batch": (_some(FULL, "fedavg-int8", "random", "ours", "by-losses"), RESNET18),
-    "resnet18-group": (_some(FULL, "fedavg-int8", "random", "ours", "by-losses"), GROUP_NORM),
-    "resnet18-mixed-batch": (_some(MIXED, "heterofl", "random", "ours", "by-losses"), [*TIERS, *RESNET18]),
-    "resnet18-mixed-group": (_some(MIXED, "heterofl", "random", "ours", "by-losses"), [*TIERS, *GROUP_NORM]),
+    "mixed-macs-iid": (
+        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"),
+        BOTH,
+    ),
+    "full-dirichlet": (FULL | BY_SCORES, DIRICHLET),
+    "mixed-dirichlet": (MIXED | MIXED_BY_SCORES, [*TIERS, *DIRICHLET]),
+    "full-dirichlet-plain": (FULL | BY_SCORES, PLAIN),
+    "mixed-dirichlet-plain": (MIXED | MIXED_BY_SCORES, [*TIERS, *PLAIN]),
+    "resnet18-batch": (_some(FULL | BY_SCORES, "fedavg-int8", "random", "ours", "by-losses"), RESNET18),
+    "resnet18-group": (_some(FULL | BY_SCORES, "fedavg-int8", "random", "ours", "by-losses"), GROUP_NORM),
+    "resnet18-mixed-batch": (
+        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours", "by-losses"),
+        [*TIERS, *RESNET18],
+    ),
+    "resnet18-mixed-group": (
+        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours", "by-losses"),
+        [*TIERS, *GROUP_NORM],
+    ),
     "ablation-full": (ABLATIONS, []),
     "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }
