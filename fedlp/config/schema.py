@@ -87,9 +87,7 @@ class StrategyConfig:
     ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity goes evenly from ramp_from to its last value
     ramp_from: float = 0.0  # fedlp: sparsity before the ramp, in [0, 1)
     width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
-    regrow: float | None = (
-        None  # fedlp: share of the units held that goes to those not returned for longest, in [0, 1];
-    )
+    regrow: float | None = None  # fedlp: share of units held, in [0, 1], that goes to those not returned for longest;
     # where null 1, or 0 if budgets limit what some clients hold and others hold the whole model
     encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8", "int4", "int2" (stochastic rounding,
     # a scale per row); oneshot: of sums, "float32" or "float64"

@@ -158,7 +158,7 @@ class PrunedSlices:
         return allocator.allocate_by_depth(layers, rule, 0.5, load, 1.0, amplitude)
 
     def _by_work(self, load: Cost, most: Counts) -> Counts:
-        r"""Return the units that maximise :math:`\sum_l m_l \log f_l` within the budget.
+        r"""Return the units that maximise :math:`\sum_l m_l \log f_l` within the budget, to about a per cent.
 
         :math:`m_l` are the MACs of a layer, :math:`f_l` the share of its weights that is sent. Where weights are
         counted, that share is in proportion to the multiply-adds per weight, as far as there are weights.
