@@ -244,6 +244,7 @@ def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[
     hooks = [
         parameters[name].register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]
         for name, mask in masks.items()
+        if parameters[name].requires_grad
     ]
     try:
         yield
@@ -254,13 +255,13 @@ def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[
 
 @contextmanager
 def _frozen(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
-    """Let parameters need no gradients for a while; give all others."""
+    """Let parameters need no gradients for a while; give all others that are trained."""
     chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
     needed = [parameter for parameter in chosen.values() if parameter.requires_grad]
     try:
         for parameter in needed:
             parameter.requires_grad_(False)
-        yield [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
     finally:
         for parameter in needed:
             parameter.requires_grad_(True)

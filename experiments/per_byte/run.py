@@ -25,6 +25,7 @@ from tables import write_tables  # noqa: E402
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
 FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
+HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES]
 LOSSES = [
@@ -41,6 +42,7 @@ FULL = {
     "fedavg-int8": ["strategy=fedavg", *BYTES],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
+    "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
     "hetero-u": ["strategy=fedlp_hetero"],
@@ -67,6 +69,7 @@ MIXED = {
     "fedrolex": ["strategy=fedrolex", *WIDTHS],
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
+    "heterofl-frozen-head-int4": ["strategy=heterofl", *WIDTHS, FOUR, HEAD],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],

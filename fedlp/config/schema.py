@@ -22,6 +22,8 @@ class ModelConfig:
     path: str | None = None  # hf: model name or folder; cifar_resnet: a safetensors file of weights
     pretrained: bool = False  # torchvision, hf: start from pretrained weights
     variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500), "deep" (five, each one a depth) or "linear"
+    frozen: list[str] = field(default_factory=list)  # layers that keep their first values, by name or pattern (fc*):
+    # they are neither trained nor sent back
     norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
     hidden_size: int = 64  # llama
     intermediate_size: int = 172  # llama

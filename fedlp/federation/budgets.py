@@ -30,13 +30,15 @@ _COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gr
 
 def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig) -> dict[str, float]:
     """Return what a client needs for one sub-model: numbers, forward MACs, bytes in training and of an upload."""
-    params = submodels.layout(submodel).num_params()
+    layout = submodels.layout(submodel)
+    params = layout.num_params()
+    frozen = sum(math.prod(shape) for name, shape, _ in layout.signature() if name in submodels.spec.frozen)
     optimizer = optimizer_kind(local)
     model = costs.model(submodel)
     trained = sum(parameter.numel() for parameter in model.parameters())  # a personal head is trained, and stays
     activations = activation_footprint(model, WidthSpec({}, {}), submodels.spec.example_inputs(1)).count({})
     return {
-        "params": float(params),
+        "params": float(params + frozen),
         "macs": costs.macs(submodel).forward,
         "memory_bytes": float(_BYTES * _COPIES[optimizer] * trained) + local.batch_size * activations,
         "upload_bytes": float(_BYTES * params),
@@ -59,7 +61,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> Cost
 
 def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: str) -> Footprint:
     """Return the bytes that a model's parameters take in an upload: a polynomial in the units sent."""
-    parameters = {name: tensor for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    parameters = {name: tensor for name, tensor in named_tensors(model).items() if tensor.requires_grad}
     costs = {name: encoded_bytes(tensor.shape, tensor.dtype, encoding) for name, tensor in parameters.items()}
     footprint = Footprint(model, spec, {name: per_entry for name, (per_entry, _) in costs.items()})
     for name, (_, per_row) in costs.items():

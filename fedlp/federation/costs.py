@@ -82,10 +82,10 @@ def expected_costs(
         layout = submodels.layout(case.submodel)
         sliced = layout.slice(params)
         record = messages.encode_params(sliced)
-        uploads = frozenset(layout.names)
-        instruction = TrainInstruction(1, 0, sliced, case.submodel, uploads)
+        instruction = TrainInstruction(1, 0, sliced, case.submodel, layout.name_set)
         sent = submodels.layout(case.sent or case.submodel)
-        encoded = encode_values(sent.slice(params), encoding, torch.Generator().manual_seed(0))
+        returned = {name: part for name, part in sent.slice(params).items() if name not in submodels.spec.frozen}
+        encoded = encode_values(returned, encoding, torch.Generator().manual_seed(0))
         update = ClientUpdate(1, 0, 1, encoded, {"train-loss": 0.0})
         payload = sum(tensor.numel() * tensor.element_size() for tensor in encoded.values())
         up = messages.count_bytes(messages.encode_update(update, submodels))

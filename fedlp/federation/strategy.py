@@ -202,7 +202,7 @@ class FedLPStrategy(Strategy):
                 client_id,
                 {},
                 assigned.submodel,
-                assigned.uploads,
+                assigned.uploads - self.submodels.spec.frozen,
                 assigned.kept,
                 assigned.returned,
                 assigned.scored,

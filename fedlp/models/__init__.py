@@ -59,7 +59,8 @@ def describe_model(config: ModelConfig, input_shape: tuple[int, ...], num_classe
             f"model {config.name} is {kinds[is_language]}, but the data set needs {kinds[task == 'language']}"
         )
     blueprint = _language_blueprint if is_language else _classifier_blueprint
-    return describe_blueprint(blueprint(config, input_shape, num_classes), task, input_shape, num_classes)
+    found = blueprint(config, input_shape, num_classes)
+    return describe_blueprint(found, task, input_shape, num_classes, config.frozen)
 
 
 def _classifier_blueprint(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> Blueprint:

@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlp.errors import ConfigError
+from fedlp.models.layers import find_frozen, freeze, owner_of
 from fedlp.models.sequence import order_layers
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 
 Task = Literal["classification", "language"]
-
-ROOT_LAYER = "(root)"  # the layer of tensors that the model itself owns, whose module path is empty
 
 
 class Blueprint(ABC):
@@ -82,6 +81,8 @@ class ModelSpec:
         Trainable numbers.
     depths : tuple of frozenset of str
         FedLP-Hetero: names of the shared tensors of depth 1, 2, ...; the last one is everything.
+    frozen : frozenset of str
+        Names of the parameters that keep their first values; :meth:`build` and :meth:`build_depth` freeze them.
     """
 
     task: Task
@@ -93,6 +94,7 @@ class ModelSpec:
     num_params: int
     depths: tuple[frozenset[str], ...]
     blueprint: Blueprint
+    frozen: frozenset[str] = frozenset()
 
     def build(self, seed: int) -> nn.Module:
         """Return the model that training starts from, on the CPU; equal for equal seeds on every engine.
@@ -100,7 +102,7 @@ class ModelSpec:
         torch's global generators are left as they were. Pretrained weights are loaded where the config asks for them.
         """
         with _seeded(torch_seed(seed, Stream.MODEL)):
-            return self.blueprint.build_initial()
+            return freeze(self.blueprint.build_initial(), self.frozen)
 
     def build_depth(self, depth: int, seed: int, client_id: int) -> nn.Module:
         """Return the sub-model of a depth, in 1..len(depths), for one client.
@@ -112,7 +114,7 @@ class ModelSpec:
         if not 1 <= depth <= len(self.depths):
             raise ConfigError(f"model {self.blueprint.name} has depths 1 to {len(self.depths)}, not {depth}")
         with _seeded(torch_seed(seed, Stream.PERSONAL_HEAD, client_id)):
-            return _build(self.blueprint, depth)
+            return freeze(_build(self.blueprint, depth), self.frozen)
 
     def example_inputs(self, batch: int) -> Tensor:
         """Return ``batch`` examples of the right shape, always the same: normal floats, or int64 tokens."""
@@ -122,22 +124,32 @@ class ModelSpec:
         return torch.from_numpy(rng.standard_normal((batch, *self.input_shape), dtype=np.float32))
 
 
-def describe_blueprint(blueprint: Blueprint, task: Task, input_shape: tuple[int, ...], num_classes: int) -> ModelSpec:
+def describe_blueprint(
+    blueprint: Blueprint, task: Task, input_shape: tuple[int, ...], num_classes: int, frozen: Sequence[str] = ()
+) -> ModelSpec:
     """Return the spec of a blueprint, found without allocating or computing anything.
+
+    Parameters
+    ----------
+    frozen : sequence of str
+        Names of layers that are not trained, or patterns of such names, as for a shell.
 
     Raises
     ------
     ConfigError
-        If the model cannot take inputs of this shape or does not give the right number of outputs.
+        If the model cannot take inputs of this shape, does not give the right number of outputs or has no layer of a
+        name that is to be frozen.
     """
     try:
         model = _build_shapes(blueprint, blueprint.num_depths)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
     used = _check_forward(model, blueprint, input_shape, num_classes, exact=task == "classification")
+    parameters = [name for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)]
+    still = find_frozen(blueprint.name, parameters, frozen)
     tensors = {
         name: TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-        for name, tensor in named_tensors(model).items()
+        for name, tensor in named_tensors(freeze(model, still)).items()
     }
     layers = _group_layers(tensors)
     prefixes = [named_tensors(_build_shapes(blueprint, depth)) for depth in range(1, blueprint.num_depths)]
@@ -152,6 +164,7 @@ def describe_blueprint(blueprint: Blueprint, task: Task, input_shape: tuple[int,
         num_params=sum(torch.Size(info.shape).numel() for info in tensors.values() if info.trainable),
         depths=(*shared, frozenset(tensors)),
         blueprint=blueprint,
+        frozen=still,
     )
 
 
@@ -272,7 +285,7 @@ def _shape_error(blueprint: Blueprint, input_shape: tuple[int, ...], error: Exce
 def _group_layers(tensors: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
     owners: dict[str, list[str]] = {}
     for name in tensors:
-        owners.setdefault(name.rpartition(".")[0] or ROOT_LAYER, []).append(name)
+        owners.setdefault(owner_of(name), []).append(name)
     return tuple(
         Layer(
             name=owner,

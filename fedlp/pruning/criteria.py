@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlp.models.layers import all_trainable
 from fedlp.models.spec import forward_logits, named_tensors
 from fedlp.pruning.groups import WidthSpec
 from fedlp.pruning.hessian import Moments
@@ -84,11 +85,12 @@ def loss_gradients(model: nn.Module, batches: Sequence[Tensor], labels: Sequence
     """
     parameters = {name: t for name, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for batch, target in zip(batches, labels, strict=True):
-        logits = forward_logits(model, batch)
-        loss = F.cross_entropy(logits.flatten(0, -2), target)
-        for name, gradient in zip(sums, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-            sums[name] += gradient / len(batches)
+    with all_trainable(model):
+        for batch, target in zip(batches, labels, strict=True):
+            logits = forward_logits(model, batch)
+            loss = F.cross_entropy(logits.flatten(0, -2), target)
+            for name, gradient in zip(sums, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+                sums[name] += gradient / len(batches)
     return sums
 
 
@@ -132,6 +134,7 @@ def fisher_sums(
         output.register_hook(collect)  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
+        stack.enter_context(all_trainable(model))
         for path in paths:
 
             def hook(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:

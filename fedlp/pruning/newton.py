@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
+from fedlp.models.layers import all_trainable
 from fedlp.models.spec import forward_logits
 from fedlp.pruning.criteria import output_fisher
 from fedlp.pruning.hessian import Moments
@@ -74,27 +75,24 @@ def newton_steps(
     held = Calibration(data.batches[-num_held:], data.labels[-num_held:])
     rng = torch.Generator().manual_seed(data.seed)
     losses, size = [mean_loss(model, held)], _FIRST_SIZE
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(True)
-    for number in range(1, steps + 1):
-        directions = _directions(model, paths, fit, rng)
+    with all_trainable(model):
+        for number in range(1, steps + 1):
+            directions = _directions(model, paths, fit, rng)
 
-        def loss_after(size: float, directions: Mapping[str, _Step] = directions) -> float:
-            before = {path: _values(model.get_submodule(path)) for path in directions}
+            def loss_after(size: float, directions: Mapping[str, _Step] = directions) -> float:
+                before = {path: _values(model.get_submodule(path)) for path in directions}
+                _move(model, directions, size)
+                loss = mean_loss(model, held)
+                for path, values in before.items():
+                    _write(model.get_submodule(path), values)
+                return loss if math.isfinite(loss) else math.inf
+
+            size, loss = _search(loss_after, size)
+            if loss >= losses[-1]:
+                break
             _move(model, directions, size)
-            loss = mean_loss(model, held)
-            for path, values in before.items():
-                _write(model.get_submodule(path), values)
-            return loss if math.isfinite(loss) else math.inf
-
-        size, loss = _search(loss_after, size)
-        if loss >= losses[-1]:
-            break
-        _move(model, directions, size)
-        losses.append(loss)
-        progress(number, loss)
-    for parameter, was in zip(model.parameters(), trained, strict=True):
-        parameter.requires_grad_(was)
+            losses.append(loss)
+            progress(number, loss)
     return losses
 
 

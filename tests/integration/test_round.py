@@ -100,6 +100,33 @@ def test_layers_that_nobody_trains_keep_their_bits(once: Once) -> None:
         assert trained == {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("strategy=fedavg", "strategy.values=deltas", "strategy.encoding=int8"),
+        ("strategy=fedlp_homo",),
+        (HETERO,),
+        ("strategy=fjord", "strategy.widths=[1.0,0.5]"),
+        ("strategy=fedlp", "fleet=tiers", "fleet.fractions=[1.0,0.4]", "calibration.examples=8"),
+        ("strategy=fedlp", "strategy.spread=allocator", "pruner=taylor", "strategy.masks=client"),
+    ],
+    ids=lambda method: " ".join(method[:2]),
+)
+def test_frozen_layers_neither_move_nor_travel_back(method: tuple[str, ...], once: Once) -> None:
+    frozen = ("model.frozen=[fc1,fc5,fc6]", "num_rounds=1")  # the first of them, and the last
+    done, free = once(*TINY, *method, *frozen), once(*TINY, *method, "num_rounds=1")
+    assert done.failures == []
+    plan = assembly.make_plan(to_yaml(done.config))
+    before = plan.initial_params()
+    still = {name for name, values in done.tensors.items() if torch.equal(values, before[name])}
+    assert still >= plan.submodels.spec.frozen
+    assert still < before.keys()
+    for cost in ("bytes_up", "params_up", "macs"):
+        mine, theirs = (sum(client[cost] for client in of.rounds[0]["clients"]) for of in (done, free))
+        assert mine < theirs
+    assert done.rounds[0]["coverage"]["fc1"] == 0.0
+
+
 def test_heads_are_kept_between_rounds_or_forgotten(once: Once) -> None:
     everyone = (*TINY, *ALL_OF_DEPTH_2, "clients_per_round=6")
     kept, forgotten = (once(*everyone, f"strategy.persist_heads={flag}") for flag in ("true", "false"))

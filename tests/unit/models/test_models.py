@@ -92,6 +92,27 @@ def test_building_is_a_function_of_the_seed(name: str) -> None:
     assert any(not torch.equal(first[n], other[n]) for n in first)
 
 
+def test_frozen_layers_need_no_gradient_and_do_not_count_as_trained() -> None:
+    whole, spec = classifier("fedlp_cnn"), classifier("fedlp_cnn", frozen=["fc?", "conv1"])
+    still = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "conv1.weight", "conv1.bias"}
+    assert spec.frozen == still
+    assert spec.num_params == whole.num_params - count(whole, spec.frozen)
+    for model in (spec.build(0), spec.build_depth(2, 0, 0)):
+        assert {n for n, p in model.named_parameters() if not p.requires_grad} == still & dict(
+            model.named_parameters()
+        ).keys()
+    mine, theirs = state_tensors(spec.build(0)), state_tensors(whole.build(0))
+    assert all(torch.equal(mine[name], theirs[name]) for name in spec.tensors)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"), [(["head"], "no layer .* is called head; it has fc1, fc2"), (["*"], "nothing")]
+)
+def test_layers_that_cannot_be_frozen(frozen: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.frozen.*{message}"):
+        classifier("fedlp_mlp", frozen=frozen)
+
+
 def test_personal_heads_differ_between_clients_and_seeds_only() -> None:
     spec = classifier("fedlp_cnn")
     head = "personal_head.0.weight"
