@@ -66,8 +66,7 @@ class Plan:
         if self.config.strategy.name == "oneshot":
             return pooling_costs.expected_costs(self.config, self.submodels)
         cases = self.policy.cases(range(self.config.num_clients))
-        encoding = self.config.strategy.encoding
-        return expected_costs(cases, self.submodels, self.costs, self.initial_params(), encoding)
+        return expected_costs(cases, self.submodels, self.costs, self.initial_params(), self.config.strategy)
 
 
 @lru_cache(maxsize=4)

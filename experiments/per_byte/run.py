@@ -25,9 +25,11 @@ from tables import write_tables  # noqa: E402
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
 FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
+CODED = [TWO, "strategy.entropy_coding=true"]  # about 1.2
+COARSE = [*CODED, "strategy.coarseness=4"]  # about 0.5
 HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
-OURS = ["strategy=fedlp", *BYTES]
+OURS = ["strategy=fedlp", *BYTES, "strategy.entropy_coding=false"]
 LOSSES = [
     *OURS,
     "strategy.spread=allocator",
@@ -42,6 +44,8 @@ FULL = {
     "fedavg-int8": ["strategy=fedavg", *BYTES],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
+    "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
+    "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
     "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
@@ -51,6 +55,9 @@ FULL = {
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
+    "ours-int2-coded": [*OURS, *CODED],
+    "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
+    "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
 }
 BY_SCORES = {
@@ -74,6 +81,8 @@ MIXED = {
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
+    "ours-int2-coded": [*OURS, *CODED],
+    "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
 }
 MIXED_BY_SCORES = {

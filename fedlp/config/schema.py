@@ -93,6 +93,8 @@ class StrategyConfig:
     # where null 1, or 0 if budgets limit what some clients hold and others hold the whole model
     encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8", "int4", "int2" (stochastic rounding,
     # a scale per row); oneshot: of sums, "float32" or "float64"
+    entropy_coding: bool = False  # int8, int4, int2: Huffman codes of the numbers travel, which lose nothing
+    coarseness: float = 1.0  # int8, int4, int2: steps of so many times what the largest number of a row asks for, >= 1
     values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
     error_feedback: bool = False  # deltas: clients add what they could not send last time
     batch_norm: str = "average"  # running statistics: "average" of all; of clients with the "whole" model only; or

@@ -219,6 +219,8 @@ def _validate_uploads(config: RunConfig) -> None:
         ("float32", "float64") if strategy.name == "oneshot" else ("float32", "bfloat16", "int8", "int4", "int2")
     )
     _choice("strategy.encoding", strategy.encoding, encodings)
+    coarseness = strategy.coarseness
+    _require(1 <= coarseness < math.inf, "strategy.coarseness", coarseness, "a finite number of at least 1")
     _choice("strategy.values", strategy.values, ("weights", "deltas"))
     _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole", "static"))
     for name in ("refresh_every", "width_multiple"):

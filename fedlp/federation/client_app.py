@@ -241,7 +241,9 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
         if instruction.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
         update = runtime.train(instruction)
-        reply = Message(messages.encode_update(update, runtime.submodels), reply_to=message)
+        reply = Message(
+            messages.encode_update(update, runtime.submodels, runtime.config.strategy.entropy_coding), reply_to=message
+        )
         return protect_update(runtime.config, instruction, message, reply, context)
 
     def answer(message: Message, context: Context) -> Message:

@@ -8,9 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from fedlp.config import StrategyConfig
 from fedlp.federation import messages
 from fedlp.federation.encodings import encode_values
 from fedlp.federation.nested import nested_counts
+from fedlp.federation.packing import pack_tensors
 from fedlp.federation.policies import Case
 from fedlp.federation.submodels import SubModels
 from fedlp.models.cost import Macs, count_macs
@@ -57,7 +59,7 @@ class Costs:
 
 
 def expected_costs(
-    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor], encoding: str = "float32"
+    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor], strategy: StrategyConfig
 ) -> dict[str, float]:
     """Return the expected cost of one client in one round.
 
@@ -66,7 +68,8 @@ def expected_costs(
     cases : sequence of Case
         The policy's distribution.
     params : mapping
-        A global model, of which real messages are encoded to count their bytes.
+        A global model, of which real messages are encoded to count their bytes: where uploads are coded, an
+        estimate, since differences have other codes than weights.
 
     Returns
     -------
@@ -85,10 +88,11 @@ def expected_costs(
         instruction = TrainInstruction(1, 0, sliced, case.submodel, layout.name_set)
         sent = submodels.layout(case.sent or case.submodel)
         returned = {name: part for name, part in sent.slice(params).items() if name not in submodels.spec.frozen}
-        encoded = encode_values(returned, encoding, torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(0)
+        encoded = encode_values(returned, strategy.encoding, rng, strategy.coarseness)
         update = ClientUpdate(1, 0, 1, encoded, {"train-loss": 0.0})
-        payload = sum(tensor.numel() * tensor.element_size() for tensor in encoded.values())
-        up = messages.count_bytes(messages.encode_update(update, submodels))
+        payload = sum(len(image) for _, image in pack_tensors(encoded, strategy.entropy_coding).values())
+        up = messages.count_bytes(messages.encode_update(update, submodels, strategy.entropy_coding))
         macs = costs.macs(case.submodel)
         total["params_down_per_client"] += weight * layout.num_params()
         total["params_up_per_client"] += weight * rate * sent.num_params()

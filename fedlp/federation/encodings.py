@@ -2,12 +2,13 @@ r"""How uploads are written: as they are, in bfloat16, or in 8, 4 or 2 bits with
 
 With b bits, every row (first dimension) of a tensor of two dimensions or more is quantised with a scale of its own,
 
-.. math:: s_i = \max_j |x_{ij}| / (2^{b-1} - 1), \qquad q_{ij} = \lfloor x_{ij} / s_i + u_{ij} \rfloor, \qquad
+.. math:: s_i = c \max_j |x_{ij}| / (2^{b-1} - 1), \qquad q_{ij} = \lfloor x_{ij} / s_i + u_{ij} \rfloor, \qquad
    u_{ij} \sim U[0, 1),
 
-which is right on average: E[s q] = x (the kind of quantisation that FedLP-Q, Entropy 2023, puts on top of FedLP). The
-scales travel as float32; numbers of 4 and 2 bits share bytes, the first in the lowest bits. Vectors (biases, norms) and
-integers stay as they are: they are few, and matter much.
+which is right on average: E[s q] = x (the kind of quantisation that FedLP-Q, Entropy 2023, puts on top of FedLP). A
+coarseness c above 1 leaves more zeros, which Huffman codes make short, and more noise (as QSGD of few levels, Alistarh
+et al., NeurIPS 2017). The scales travel as float32; numbers of 4 and 2 bits share bytes, the first in the lowest bits.
+Vectors (biases, norms) and integers stay as they are: they are few, and matter much.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _SCALE = "scale of "
 _LARGEST_SCALE = torch.finfo(torch.float32).max / 128  # times any int8 it is finite
 
 
-def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.Generator) -> dict[str, Tensor]:
+def encode_values(
+    params: Mapping[str, Tensor], encoding: str, generator: torch.Generator, coarseness: float = 1.0
+) -> dict[str, Tensor]:
     """Return the tensors that travel for some values.
 
     Parameters
@@ -39,6 +42,8 @@ def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.
         "float32" leaves everything as it is.
     generator : torch.Generator
         On the CPU; draws the rounding.
+    coarseness : float
+        Of steps, at least 1: they are as many times what the largest number of a row asks for.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in params.items():
@@ -46,7 +51,7 @@ def encode_values(params: Mapping[str, Tensor], encoding: str, generator: torch.
         if kind in _QUANTISED:
             rows = tensor.detach().cpu().to(torch.float32).flatten(1)
             levels = 2 ** (BITS[kind] - 1) - 1
-            scale = rows.abs().amax(dim=1) / levels
+            scale = rows.abs().amax(dim=1) * (coarseness / levels)
             steps = rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
             steps += torch.rand(rows.shape, generator=generator)
             steps = steps.floor_().clamp_(-levels, levels).to(torch.int8)

@@ -123,8 +123,8 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
 
 
 # ---- updates
-def encode_update(update: ClientUpdate, submodels: SubModels) -> RecordDict:
-    """Return the records of one client's update; its tensors travel as they are, already encoded."""
+def encode_update(update: ClientUpdate, submodels: SubModels, coded: bool = False) -> RecordDict:
+    """Return the records of one client's update; its tensors are already encoded; see :func:`encode_params`."""
     record = ConfigRecord(
         {
             "server-round": update.server_round,
@@ -136,7 +136,7 @@ def encode_update(update: ClientUpdate, submodels: SubModels) -> RecordDict:
         record["widths"] = encode_widths(update.widths, tuple(submodels.widths.axes))
     content = RecordDict(
         {
-            PARAMS: encode_params(update.params),
+            PARAMS: encode_params(update.params, coded),
             UPDATE: record,
             METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
         }
@@ -153,6 +153,7 @@ def decode_update(
     profile: ClientProfile,
     submodels: SubModels,
     encoding: str = "float32",
+    coded: bool = False,
 ) -> ClientUpdate:
     """Return a client's update, checked against what it was assigned; tensors may be read-only views into the message.
 
@@ -183,7 +184,7 @@ def decode_update(
     widths = _check_widths(sent, assigned, who)
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
-        encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding))
+        encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding), coded)
         check_finite(encoded, who)
         params = decode_values(encoded, signature, encoding, who)
     except (KeyError, ValueError) as error:
@@ -352,10 +353,10 @@ def _count_value(value: object) -> int:
 
 
 # ---- params
-def encode_params(params: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return tensors as one array per dtype, concatenated in order."""
+def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRecord:
+    """Return tensors as one array per dtype, concatenated in order; if ``coded``, single bytes as Huffman codes."""
     record = ArrayRecord()  # filled key by key: the constructor would copy
-    for name, (count, image) in pack_tensors(params).items():
+    for name, (count, image) in pack_tensors(params, coded).items():
         record[name] = Array(name, (count,), "numpy.ndarray", image)
     return record
 

@@ -1,13 +1,15 @@
 """Tensors to flat buffers and back: one array per dtype, in the order of the model.
 
 A message holds no names and no shapes: both sides know the model, the sub-model and the upload set, so the values
-alone travel. Each array is a one-dimensional ``.npy`` image, which every Flower mod can read.
+alone travel. Each array is a one-dimensional ``.npy`` image, which every Flower mod can read. Where a message is coded,
+arrays of single bytes are Huffman codes instead (raw DEFLATE without matches): quantised differences are mostly zeros.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -29,6 +31,8 @@ _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
     "bool": np.dtype("|b1"),
 }
 
+_BYTES = ("int8", "uint8", "bool")  # what may be coded
+
 Signature = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 """Names, shapes and dtypes of the tensors of a message, in order."""
 
@@ -49,8 +53,13 @@ def npy_header(name: str, count: int) -> bytes:
     return buffer.getvalue()
 
 
-def pack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, bytes]]:
-    """Return ``dtype name -> (count, npy image)`` of the tensors, concatenated in order.
+def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str, tuple[int, bytes]]:
+    """Return ``dtype name -> (count, image)`` of the tensors, concatenated in order.
+
+    Parameters
+    ----------
+    coded : bool
+        Whether arrays of single bytes are Huffman codes.
 
     Raises
     ------
@@ -67,11 +76,19 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, bytes]]:
         counts[name] = counts.get(name, 0) + values.numel()
         parts.setdefault(name, []).append(values.numpy())
     # One allocation, one copy: join reads the tensors' memory.
-    return {name: (count, b"".join((npy_header(name, count), *parts[name]))) for name, count in counts.items()}
+    return {
+        name: (
+            count,
+            _code(parts[name]) if coded and name in _BYTES else b"".join((npy_header(name, count), *parts[name])),
+        )
+        for name, count in counts.items()
+    }
 
 
-def unpack_tensors(packed: Mapping[str, memoryview | bytes], signature: Signature) -> dict[str, Tensor]:
-    """Return the tensors of ``signature`` as read-only views into the packed images.
+def unpack_tensors(
+    packed: Mapping[str, memoryview | bytes], signature: Signature, coded: bool = False
+) -> dict[str, Tensor]:
+    """Return the tensors of ``signature`` as read-only views, of what was not coded into the packed images.
 
     Raises
     ------
@@ -85,7 +102,10 @@ def unpack_tensors(packed: Mapping[str, memoryview | bytes], signature: Signatur
         counts[kind] = counts.get(kind, 0) + size
     if counts.keys() != packed.keys():
         raise ValueError(f"arrays {sorted(packed)} came, {sorted(counts)} were expected")
-    flats = {name: _open_image(name, count, packed[name]) for name, count in counts.items()}
+    flats = {
+        name: (_decode if coded and name in _BYTES else _open_image)(name, count, packed[name])
+        for name, count in counts.items()
+    }
     starts = dict.fromkeys(counts, 0)
     tensors: dict[str, Tensor] = {}
     for (name, shape, _), kind, size in zip(signature, kinds, sizes, strict=True):
@@ -102,7 +122,29 @@ def _open_image(name: str, count: int, image: memoryview | bytes) -> Tensor:
         raise ValueError(
             f"array {name} holds {len(image)} bytes that are not the {expected} of {count} values of {name}"
         )
+    return _view(name, image, len(header))
+
+
+def _code(parts: Sequence[Any]) -> bytes:
+    """Return the Huffman codes of some bytes; of random ones hardly more bytes than they are."""
+    coder = zlib.compressobj(wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return b"".join([*(coder.compress(part) for part in parts), coder.flush()])
+
+
+def _decode(name: str, count: int, image: memoryview | bytes) -> Tensor:
+    """Return what was coded; never more than the expected bytes are made of whatever came."""
+    decoder = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    try:
+        values = decoder.decompress(image, count + 1)
+    except zlib.error as error:
+        raise ValueError(f"array {name} is no Huffman code: {error}") from error
+    if len(values) != count or not decoder.eof or decoder.unused_data:
+        raise ValueError(f"array {name} is not the Huffman code of {count} bytes")
+    return _view(name, values, 0)
+
+
+def _view(name: str, image: memoryview | bytes, offset: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the view is read-only; nobody writes into it
-        flat = torch.from_numpy(np.frombuffer(image, dtype=_NUMPY_TYPE[name], offset=len(header)))
+        flat = torch.from_numpy(np.frombuffer(image, dtype=_NUMPY_TYPE[name], offset=offset))
     return flat.view(torch.bfloat16) if name == "bfloat16" else flat

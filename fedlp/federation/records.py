@@ -13,12 +13,12 @@ from torch import Tensor
 from fedlp.federation.packing import Signature, unpack_tensors
 
 
-def read_tensors(content: RecordDict, key: str, signature: Signature) -> dict[str, Tensor]:
-    """Return the tensors of a record as read-only views into the message."""
+def read_tensors(content: RecordDict, key: str, signature: Signature, coded: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a record, read-only: views into the message but for what was coded."""
     arrays = content[key]
     if not isinstance(arrays, ArrayRecord):
         raise ValueError(f"record {key} holds no arrays")
-    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)
+    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature, coded)
 
 
 def read_config(content: RecordDict, key: str) -> ConfigRecord:

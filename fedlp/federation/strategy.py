@@ -274,8 +274,10 @@ class FedLPStrategy(Strategy):
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
-            profile, encoding = self._roster.profile(client_id), self.config.strategy.encoding
-            update = messages.decode_update(reply.content, instruction, profile, self.submodels, encoding)
+            profile, strategy = self._roster.profile(client_id), self.config.strategy
+            update = messages.decode_update(
+                reply.content, instruction, profile, self.submodels, strategy.encoding, strategy.entropy_coding
+            )
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)

@@ -122,7 +122,9 @@ class Uploads:
         source = trained if self._strategy.values == "weights" else {**trained, **updates}
         values = {name: slice_tensor(source[name], keeps_of[name]) for name in sent_names}
         seed = torch_seed(self._config.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
-        encoded = encode_values(values, self._strategy.encoding, torch.Generator().manual_seed(seed))
+        encoded = encode_values(
+            values, self._strategy.encoding, torch.Generator().manual_seed(seed), self._strategy.coarseness
+        )
         kept_back: dict[str, Tensor] = {}
         if self._strategy.error_feedback:
             signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]

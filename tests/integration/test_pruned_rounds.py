@@ -85,6 +85,19 @@ def test_bits_are_what_a_number_costs(once: Once) -> None:
         assert 0.9 * params < saved / (1 - bits / 8) < params
 
 
+@pytest.mark.parametrize("coarseness", [1, 4])
+def test_codes_change_the_bytes_and_nothing_else(coarseness: int, once: Once) -> None:
+    encoding = ("strategy.encoding=int2", f"strategy.coarseness={coarseness}", "strategy.error_feedback=true")
+    plain, coded = (once(*OURS, *encoding, f"strategy.entropy_coding={given}") for given in ("false", "true"))
+    assert plain.failures == coded.failures == []
+    assert coded.model == plain.model
+    for one, other in zip(plain.rounds, coded.rounds, strict=True):
+        before, after = (sum(client["bytes_up"] for client in line["clients"]) for line in (one, other))
+        params = sum(client["params_up"] for client in one["clients"])
+        saved = 2 - (1.5 if coarseness == 1 else 0.8)  # bits a number
+        assert before - after > params * saved / 8
+
+
 def test_only_what_was_returned_moves(once: Once) -> None:
     one = ("strategy.spread=allocator", "strategy.sparsity=0.7", "num_rounds=1", "clients_per_round=1")
     overrides = (*OURS, *PLAIN, *one)

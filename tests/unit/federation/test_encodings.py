@@ -57,6 +57,24 @@ def test_rounding_is_right_on_average_and_repeatable(encoding: str, bits: int) -
 
 
 @QUANTISED
+def test_coarse_steps_are_right_on_average_and_mostly_zero(encoding: str, bits: int) -> None:
+    values = torch.randn(50, 400, generator=torch.Generator().manual_seed(1))
+    signature = [("w", (50, 400), torch.float32)]
+    shares = []
+    for coarseness in (1.0, 8.0):
+        drawn = []
+        for seed in range(100):
+            rng = torch.Generator().manual_seed(seed)
+            encoded = encode_values({"w": values}, encoding, rng, coarseness)
+            drawn.append(decode_values(encoded, signature, encoding, "client 1")["w"])
+        step = coarseness * values.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+        assert float(((torch.stack(drawn).mean(dim=0) - values) / step).abs().max()) < 5 * 0.5 / 100**0.5
+        shares.append(float((drawn[0] != 0).float().mean()))
+    assert shares[1] < shares[0]
+    assert bits > 2 or shares[1] == pytest.approx(shares[0] / 8, rel=0.1)
+
+
+@QUANTISED
 @pytest.mark.parametrize("shape", [(64, 256), (3, 5, 1, 1), (1, 1)])
 def test_so_many_bits_per_weight_travel(encoding: str, bits: int, shape: tuple[int, ...]) -> None:
     encoded = encode_values({"weight": torch.randn(shape)}, encoding, torch.Generator())

@@ -175,18 +175,42 @@ def test_kept_indices_survive_and_take_the_shorter_form(chosen: set[int], size: 
     assert len(data) - 7 == min(8 * len(keep.runs), (size + 7) // 8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"])
-def test_every_dtype_is_packed_bit_by_bit(dtype: str) -> None:
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+)
+def test_every_dtype_is_packed_bit_by_bit(dtype: str, coded: bool) -> None:
     kind = getattr(torch, dtype)
     tensors = {
         "a": torch.arange(6).view(2, 3).to(kind),
         "b": torch.ones((), dtype=kind),
         "c": torch.zeros(0, dtype=kind),
     }
-    packed = {name: image for name, (_, image) in pack_tensors(tensors).items()}
+    packed = {name: image for name, (_, image) in pack_tensors(tensors, coded).items()}
     signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    got = unpack_tensors(packed, signature)
+    got = unpack_tensors(packed, signature, coded)
     assert all(torch.equal(got[name], tensors[name]) and got[name].dtype == kind for name in tensors)
+
+
+def test_codes_are_as_long_as_what_they_say() -> None:
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (100_000,), generator=rng).to(torch.uint8)
+    (_, noise), (_, seldom) = (
+        pack_tensors({"x": x}, coded=True)["uint8"] for x in (values, torch.where(values < 8, values, 0))
+    )
+    assert len(noise) < 100_100
+    assert len(seldom) == pytest.approx(100_000 * (1 / 32 * (3 + 4.5) + 31 / 32 * 1) / 8, rel=0.1), "a bit for zero"
+
+
+BOMB = pack_tensors({"x": torch.zeros(1_000_000, dtype=torch.uint8)}, coded=True)["uint8"][1]
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_code_of_the_right_length_are_refused(data: bytes) -> None:
+    good = pack_tensors({"x": torch.arange(40, dtype=torch.uint8)}, coded=True)["uint8"][1]
+    for bad in (data, good[:-1], good + b"x", good + data + b"x", BOMB, b""):
+        with pytest.raises(ValueError, match="array uint8 is "):
+            unpack_tensors({"uint8": bad}, [("x", (40,), torch.uint8)], coded=True)
 
 
 def test_flower_reads_what_is_packed(params: dict[str, torch.Tensor]) -> None:

@@ -70,7 +70,7 @@ def test_the_expected_cost_is_the_mean_over_what_clients_get(submodels: SubModel
     cases = policy.cases(range(3000))
     assert sum(case.probability for case in cases) == pytest.approx(1.0)
     params = state_tensors(submodels.spec.build(0))
-    expected = expected_costs(cases, submodels, Costs(submodels), params)
+    expected = expected_costs(cases, submodels, Costs(submodels), params, StrategyConfig(name=name))
     down, up = [], []
     for client in range(3000):
         submodel = policy.submodel(1, client)
