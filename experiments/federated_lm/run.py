@@ -20,7 +20,8 @@ sys.path.insert(0, str(HERE.parent))
 from runs import collect, run  # noqa: E402 # the experiments'
 
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]
-OURS = ["strategy=fedlp", *BYTES]
+OURS = ["strategy=fedlp", *BYTES, "strategy.entropy_coding=false"]
+CODED = ["strategy.encoding=int4", "strategy.entropy_coding=true"]
 LOSSES = [*OURS, "strategy.spread=allocator", "strategy.regrow=1"]  # what moves is spread by the losses of units
 RATES = ("0.001", "0.002", "0.004", "0.008")
 TUNED = "local.lr=0.004"  # the best of RATES for half of the units; the experiment's own 0.002 is FedAvg's best
@@ -34,6 +35,7 @@ GROUPS = {
         "ours-int4": [*OURS, TUNED, "strategy.encoding=int4"],
         "ours-int2": [*OURS, TUNED, "strategy.encoding=int2"],
         "ours-20-rounds": [*OURS, TUNED, "num_rounds=20"],
+        "ours-20-rounds-int4-coded": [*OURS, TUNED, *CODED, "num_rounds=20"],
         "by-losses": [*LOSSES, TUNED],
         "by-losses-int4": [*LOSSES, TUNED, "strategy.encoding=int4"],
         "by-losses-int2": [*LOSSES, TUNED, "strategy.encoding=int2"],

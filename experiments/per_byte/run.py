@@ -58,6 +58,13 @@ FULL = {
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
     "ours-int2-coded-4": [*OURS, *COARSE],
+    "ours-int2-coded-4-momentum": [
+        *OURS,
+        *COARSE,
+        "strategy.server_optimizer=momentum",
+        "strategy.server_momentum=0.5",
+    ],
+    "ours-int2-coded-8": [*OURS, *CODED, "strategy.coarseness=8"],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
 }
 BY_SCORES = {

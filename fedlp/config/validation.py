@@ -221,6 +221,8 @@ def _validate_uploads(config: RunConfig) -> None:
     _choice("strategy.encoding", strategy.encoding, encodings)
     coarseness = strategy.coarseness
     _require(1 <= coarseness < math.inf, "strategy.coarseness", coarseness, "a finite number of at least 1")
+    if coarseness > 1 and not strategy.encoding.startswith("int"):
+        raise ConfigError("strategy.coarseness needs strategy.encoding=int8, int4 or int2: others have no steps")
     _choice("strategy.values", strategy.values, ("weights", "deltas"))
     _choice("strategy.batch_norm", strategy.batch_norm, ("average", "whole", "static"))
     for name in ("refresh_every", "width_multiple"):

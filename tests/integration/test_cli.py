@@ -66,6 +66,11 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
             "model=llama_tiny dataset=topics local.logit_adjustment=1",
             "is for classifiers, but topics is text; set it to 0",
         ),
+        (
+            "strategy=fedlp strategy.encoding=float32 strategy.coarseness=2",
+            "coarseness needs strategy.encoding=int8",
+        ),
+        ("strategy=fedlp strategy.coarseness=0.5", r"strategy.coarseness=0\.5 is not allowed: .* at least 1"),
         ("strategy=fedlp strategy.ramp_from=0.9", "ramp_from needs strategy.ramp_rounds"),
         ("local.optimizer=lbfgs", "one of sgd, adam"),
         ("device=tpu", "cpu, cuda"),
