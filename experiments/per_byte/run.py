@@ -26,6 +26,7 @@ from tables import write_tables  # noqa: E402
 BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
 FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
 CODED = [TWO, "strategy.entropy_coding=true"]  # about 1.2
+MOMENTUM = ["strategy.server_optimizer=momentum", "strategy.server_momentum=0.5"]
 COARSE = [*CODED, "strategy.coarseness=4"]  # about 0.5
 HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
@@ -46,6 +47,7 @@ FULL = {
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
     "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
     "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
+    "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
@@ -58,12 +60,8 @@ FULL = {
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
     "ours-int2-coded-4": [*OURS, *COARSE],
-    "ours-int2-coded-4-momentum": [
-        *OURS,
-        *COARSE,
-        "strategy.server_optimizer=momentum",
-        "strategy.server_momentum=0.5",
-    ],
+    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
+    "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "strategy.server_momentum=0.8"],
     "ours-int2-coded-8": [*OURS, *CODED, "strategy.coarseness=8"],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
 }
@@ -84,12 +82,14 @@ MIXED = {
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-frozen-head-int4": ["strategy=heterofl", *WIDTHS, FOUR, HEAD],
+    "heterofl-int2-momentum": ["strategy=heterofl", *WIDTHS, TWO, *MOMENTUM],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-4": [*OURS, *COARSE],
+    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
 }
 MIXED_BY_SCORES = {
