@@ -51,7 +51,7 @@ def encode_values(
         if kind in _QUANTISED:
             rows = tensor.detach().cpu().to(torch.float32).flatten(1)
             levels = 2 ** (BITS[kind] - 1) - 1
-            scale = rows.abs().amax(dim=1) * (coarseness / levels)
+            scale = rows.abs().amax(dim=1) * coarseness / levels
             steps = rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
             steps += torch.rand(rows.shape, generator=generator)
             steps = steps.floor_().clamp_(-levels, levels).to(torch.int8)
