@@ -45,9 +45,7 @@ FULL = {
     "fedavg-int8": ["strategy=fedavg", *BYTES],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
-    "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
     "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
-    "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
@@ -58,11 +56,7 @@ FULL = {
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
-    "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
     "ours-int2-coded-4": [*OURS, *COARSE],
-    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
-    "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "strategy.server_momentum=0.8"],
-    "ours-int2-coded-8": [*OURS, *CODED, "strategy.coarseness=8"],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
 }
 BY_SCORES = {
@@ -82,14 +76,12 @@ MIXED = {
     "random": [*DRAWN, "pruner=random"],
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-frozen-head-int4": ["strategy=heterofl", *WIDTHS, FOUR, HEAD],
-    "heterofl-int2-momentum": ["strategy=heterofl", *WIDTHS, TWO, *MOMENTUM],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-4": [*OURS, *COARSE],
-    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
 }
 MIXED_BY_SCORES = {
@@ -100,6 +92,10 @@ MIXED_BY_SCORES = {
 }
 ABLATIONS = {
     **BY_SCORES,
+    "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
+    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
+    "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "strategy.server_momentum=0.8"],
+    "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "trains-everything": [*EVERYTHING],
     "masks-random": [*LOSSES, "strategy.masks=random"],
     "masks-client": [*CLIENTS],
@@ -132,6 +128,7 @@ ABLATIONS = {
 }
 MIXED_ABLATIONS = {
     **MIXED_BY_SCORES,
+    "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
     "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
     "ours-int4-regrow-0.5": [*OURS, FOUR, "strategy.regrow=0.5"],
     "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-BUDGETS = ((5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))  # MB of uplink, TMACs of all clients
+BUDGETS = ((3, 5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))  # MB of uplink, TMACs of all clients
 RESNET_BUDGETS = ((100, 200, 300, 400, 550, 1000), (10, 16, 22, 28, 34))
 
 

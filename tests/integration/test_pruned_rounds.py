@@ -76,7 +76,8 @@ def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
 def test_bits_are_what_a_number_costs(once: Once) -> None:
     costs = {}
     for encoding in ("int8", "int4", "int2"):
-        done = once(*OURS, f"strategy.encoding={encoding}", "strategy.error_feedback=true")
+        uncoded = ("strategy.entropy_coding=false", f"strategy.encoding={encoding}")
+        done = once(*OURS, *uncoded, "strategy.error_feedback=true")
         assert done.failures == []
         costs[encoding] = done.rounds[0]["clients"][0]
     params = costs["int8"]["params_up"]
