@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ from fedlp.config import LocalConfig
 from fedlp.data.datasets import IGNORE_INDEX, DataInfo, Examples
 from fedlp.errors import ConfigError
 from fedlp.models import forward_logits
+from fedlp.models.layers import held_still
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def train_locally(
     TrainResult
         The loss is the mean over the last epoch's batches, weighted by their sizes.
     """
-    with _frozen(model, frozenset(frozen)) as trained:
+    with held_still(model, frozenset(frozen)) as trained:
         return _train(model, trained, examples, info, config, rng, nested)
 
 
@@ -235,36 +236,6 @@ def _train(
     num_batches = len(losses) // config.epochs
     last, weights = torch.stack(losses[-num_batches:]).tolist(), sizes[-num_batches:]
     return TrainResult(sum(sizes), sum(map(operator.mul, last, weights)) / sum(weights))
-
-
-@contextmanager
-def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply gradients of some parameters by masks of 0 and 1 for a while; weight decay moves all entries still."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    hooks = [
-        parameters[name].register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]
-        for name, mask in masks.items()
-        if parameters[name].requires_grad
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
-    """Let parameters need no gradients for a while; give all others that are trained."""
-    chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
-    needed = [parameter for parameter in chosen.values() if parameter.requires_grad]
-    try:
-        for parameter in needed:
-            parameter.requires_grad_(False)
-        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)
 
 
 @torch.inference_mode()

@@ -33,10 +33,11 @@ from fedlp.federation.server_app import read_settings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.uploads import Uploads
 from fedlp.models import leading_layers, state_tensors
+from fedlp.models.layers import masked_gradients
 from fedlp.pruning.groups import cut_model
 from fedlp.pruning.norms import reestimate_batch_norms
 from fedlp.rng import Stream, generator
-from fedlp.training import evaluate_sums, masked_gradients, train_locally
+from fedlp.training import evaluate_sums, train_locally
 from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 

@@ -12,7 +12,6 @@ from fedlp.config import StrategyConfig
 from fedlp.federation import messages
 from fedlp.federation.encodings import encode_values
 from fedlp.federation.nested import nested_counts
-from fedlp.federation.packing import pack_tensors
 from fedlp.federation.policies import Case
 from fedlp.federation.submodels import SubModels
 from fedlp.models.cost import Macs, count_macs
@@ -91,8 +90,9 @@ def expected_costs(
         rng = torch.Generator().manual_seed(0)
         encoded = encode_values(returned, strategy.encoding, rng, strategy.coarseness)
         update = ClientUpdate(1, 0, 1, encoded, {"train-loss": 0.0})
-        payload = sum(len(image) for _, image in pack_tensors(encoded, strategy.entropy_coding).values())
-        up = messages.count_bytes(messages.encode_update(update, submodels, strategy.entropy_coding))
+        content = messages.encode_update(update, submodels, strategy.entropy_coding)
+        up = messages.count_bytes(content)
+        payload = sum(len(array.data) for array in content.array_records[messages.PARAMS].values())
         macs = costs.macs(case.submodel)
         total["params_down_per_client"] += weight * layout.num_params()
         total["params_up_per_client"] += weight * rate * sent.num_params()

@@ -3,6 +3,8 @@
 What a client gets is the largest sub-model that its budget holds (parameters, MACs, memory, seconds); what it sends is
 what ``strategy.sparsity`` and its limit on uploads leave of that. The server pools the scores of units that clients
 send: they say how sparsity is spread over layers, and which units come first where the server chooses.
+
+Longer than other files: plan, units and memory of one policy, each of which reads the others.
 """
 
 from __future__ import annotations

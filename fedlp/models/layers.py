@@ -1,12 +1,12 @@
-"""Layers by their names: which tensors a module owns, and which layers keep the values that they have."""
+"""Layers by their names, and which parameters keep the values that they have: for good, for a while, or in part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 
@@ -58,3 +58,33 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def held_still(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
+    """Let parameters need no gradients for a while; give all others that are trained."""
+    chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
+    needed = [parameter for parameter in chosen.values() if parameter.requires_grad]
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply gradients of some parameters by masks of 0 and 1 for a while; weight decay moves all entries still."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    hooks = [
+        parameters[name].register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]
+        for name, mask in masks.items()
+        if parameters[name].requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
