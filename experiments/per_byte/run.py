@@ -45,6 +45,7 @@ FULL = {
     "fedavg-int8": ["strategy=fedavg", *BYTES],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
+    "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
     "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
     "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
     "homo-0.5": ["strategy=fedlp_homo"],
@@ -77,6 +78,7 @@ MIXED = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-frozen-head-int4": ["strategy=heterofl", *WIDTHS, FOUR, HEAD],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
+    "heterofl-int2-coded": ["strategy=heterofl", *WIDTHS, *CODED],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
@@ -156,7 +158,11 @@ RESNET18 = ["model=resnet18", "num_rounds=20", "dataset.max_test_examples=1000"]
 GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
 
 
-def _some(methods: dict[str, list[str]], *names: str) -> dict[str, list[str]]:
+WHOLE_RESNET18 = ["fedavg-int8", "fedavg-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
+MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
+
+
+def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
     return {name: methods[name] for name in names}
 
 
@@ -164,23 +170,17 @@ GROUPS = {
     "full-iid": (FULL, []),
     "mixed-iid": (MIXED, TIERS),
     "mixed-macs-iid": (
-        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"),
+        _some(MIXED | MIXED_BY_SCORES, ["heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"]),
         BOTH,
     ),
     "full-dirichlet": (FULL | BY_SCORES, DIRICHLET),
     "mixed-dirichlet": (MIXED | MIXED_BY_SCORES, [*TIERS, *DIRICHLET]),
     "full-dirichlet-plain": (FULL | BY_SCORES, PLAIN),
     "mixed-dirichlet-plain": (MIXED | MIXED_BY_SCORES, [*TIERS, *PLAIN]),
-    "resnet18-batch": (_some(FULL | BY_SCORES, "fedavg-int8", "random", "ours", "by-losses"), RESNET18),
-    "resnet18-group": (_some(FULL | BY_SCORES, "fedavg-int8", "random", "ours", "by-losses"), GROUP_NORM),
-    "resnet18-mixed-batch": (
-        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours", "by-losses"),
-        [*TIERS, *RESNET18],
-    ),
-    "resnet18-mixed-group": (
-        _some(MIXED | MIXED_BY_SCORES, "heterofl", "random", "ours", "by-losses"),
-        [*TIERS, *GROUP_NORM],
-    ),
+    "resnet18-batch": (_some(FULL | BY_SCORES, WHOLE_RESNET18), RESNET18),
+    "resnet18-group": (_some(FULL | BY_SCORES, WHOLE_RESNET18), GROUP_NORM),
+    "resnet18-mixed-batch": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *RESNET18]),
+    "resnet18-mixed-group": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *GROUP_NORM]),
     "ablation-full": (ABLATIONS, []),
     "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -91,6 +91,29 @@ def test_curves_are_allocated_at_the_least_total_loss() -> None:
         loss = lambda k: sum(([0.0, *curves[n]])[5 - k[n]] for n in "ab")  # noqa: E731
         choices = [{"a": a, "b": b} for a in range(1, 6) for b in range(1, 6) if a + b <= limit]
         assert loss(kept) == pytest.approx(min(map(loss, choices)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_two_limits_neither_is_met_at_the_expense_of_all_losses(seed: int) -> None:
+    """What is bought is within one unit of the least loss that there is, found by trying all."""
+    rng = np.random.default_rng(seed)
+    layers = [PrunableLayer(name, 12, 1, 120, (), (name,), 0.0) for name in "abc"]
+    curves = {x.name: np.cumsum(np.sort(rng.exponential(size=11))).tolist() for x in layers}
+    memory, time = np.array([1.0, 4.0, 16.0]), np.array([16.0, 4.0, 1.0])  # what is cheap for one is dear for the other
+    shares = rng.uniform(0.3, 0.7, 2)
+
+    def load(kept: Mapping[str, float]) -> float:
+        units = np.array([kept[name] for name in "abc"])
+        return max(memory @ units / (shares[0] * 12 * 21), time @ units / (shares[1] * 12 * 21))
+
+    def loss(kept: Mapping[str, int]) -> float:
+        return sum([0.0, *curves[name]][12 - kept[name]] for name in "abc")
+
+    kept = allocate_by_curves(layers, curves, load, 1.0)
+    assert load(kept) <= 1.0
+    choices = [dict(zip("abc", units, strict=True)) for units in product(range(1, 13), repeat=3)]
+    least = min(loss(choice) for choice in choices if load(choice) <= 1.0)
+    assert loss(kept) <= least + max(np.diff([0.0, *curves[name]])[12 - kept[name]] for name in "abc" if kept[name] > 1)
 
 
 def test_a_cost_that_the_first_units_do_not_change_is_met() -> None:
