@@ -77,14 +77,15 @@ def allocate_by_curves(
     losses = {name: np.concatenate(([0.0], curve)) for name, curve in curves.items()}
     kept = {layer.name: layer.num_units for layer in layers}
     prices = dict.fromkeys(kept, 0.0)
-    best, least = kept, math.inf
+    best: dict[str, int] = {}
+    least = math.inf
     for share in (*[1.0] * _FIRST_ROUNDS, *(2.0 / (number + 3) for number in range(_MEAN_ROUNDS))):
         near = {layer.name: _unit_price(layer, kept, cost) for layer in layers}
         prices = {name: (1.0 - share) * prices[name] + share * price for name, price in near.items()}
         kept = _meet_limit(layers, losses, prices, cost, limit)
         filled = _refill(layers, losses, kept, cost, limit)
         total = sum(float(losses[layer.name][layer.num_units - filled[layer.name]]) for layer in layers)
-        if total < least:
+        if not best or total < least:
             best, least = filled, total
     return best
 
