@@ -59,6 +59,7 @@ FULL = {
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
+    "ours-int2-coded-25-rounds": [*OURS, *CODED, "num_rounds=25"],
 }
 BY_SCORES = {
     "by-losses": [*LOSSES],
@@ -159,6 +160,7 @@ GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
 
 
 WHOLE_RESNET18 = ["fedavg-int8", "fedavg-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
+GROUP_RESNET18 = [*WHOLE_RESNET18, "ours-int2-coded-25-rounds"]
 MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
 
 
@@ -178,7 +180,7 @@ GROUPS = {
     "full-dirichlet-plain": (FULL | BY_SCORES, PLAIN),
     "mixed-dirichlet-plain": (MIXED | MIXED_BY_SCORES, [*TIERS, *PLAIN]),
     "resnet18-batch": (_some(FULL | BY_SCORES, WHOLE_RESNET18), RESNET18),
-    "resnet18-group": (_some(FULL | BY_SCORES, WHOLE_RESNET18), GROUP_NORM),
+    "resnet18-group": (_some(FULL | BY_SCORES, GROUP_RESNET18), GROUP_NORM),
     "resnet18-mixed-batch": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *RESNET18]),
     "resnet18-mixed-group": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *GROUP_NORM]),
     "ablation-full": (ABLATIONS, []),
