@@ -183,6 +183,8 @@ GROUPS = {
     "resnet18-group": (_some(FULL | BY_SCORES, GROUP_RESNET18), GROUP_NORM),
     "resnet18-mixed-batch": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *RESNET18]),
     "resnet18-mixed-group": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *GROUP_NORM]),
+    "resnet18-dirichlet": (_some(FULL | BY_SCORES, WHOLE_RESNET18), [*RESNET18, *DIRICHLET]),
+    "resnet18-mixed-dirichlet": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *RESNET18, *DIRICHLET]),
     "ablation-full": (ABLATIONS, []),
     "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }
