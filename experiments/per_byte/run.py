@@ -29,6 +29,7 @@ CODED = [TWO, "strategy.entropy_coding=true"]  # about 1.2
 MOMENTUM = ["strategy.server_optimizer=momentum", "strategy.server_momentum=0.5"]
 COARSE = [*CODED, "strategy.coarseness=4"]  # about 0.5
 HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
+CAPABLE = ["num_clients=25", "dataset.max_train_examples=5000", "fleet.fractions=[1.0]"]  # of a mixed fleet, no others
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
 OURS = ["strategy=fedlp", *BYTES, "strategy.entropy_coding=false"]
 LOSSES = [
@@ -86,6 +87,8 @@ MIXED = {
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
+    "fedavg-capable-int4": ["strategy=fedavg", *BYTES, FOUR, *CAPABLE],
+    "ours-capable-int4": [*OURS, FOUR, *CAPABLE],
 }
 MIXED_BY_SCORES = {
     "by-losses": [*NARROW],
