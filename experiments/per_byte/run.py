@@ -89,6 +89,7 @@ MIXED = {
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
     "fedavg-capable-int4": ["strategy=fedavg", *BYTES, FOUR, *CAPABLE],
     "ours-capable-int4": [*OURS, FOUR, *CAPABLE],
+    "ours-capable-drawn-int4": [*OURS, FOUR, *CAPABLE, "clients_per_round=1", "num_rounds=50"],  # 1.25 in 40 rounds
 }
 MIXED_BY_SCORES = {
     "by-losses": [*NARROW],

@@ -226,7 +226,7 @@ class PrunedSlices:
 
     @cached_property
     def _somebody_is_limited(self) -> bool:
-        return any(_limits_what_is_held(budget) for budget in self.budgets)
+        return any(held.widths for held, _ in self._kinds())
 
     @cached_property
     def _regrow(self) -> float:

@@ -154,6 +154,7 @@ def test_nobody_scores_units_where_nothing_depends_on_it() -> None:
     assert not unlimited("strategy.spread=macs").assign(1, 0, {}).scored
     assert unlimited("strategy.spread=macs", "strategy.regrow=0.5").assign(1, 0, {}).scored
     assert policy("strategy.spread=macs").assign(1, 0, {}).scored, "what clients hold depends on it"
+    assert not policy("strategy.spread=macs", "fleet.fractions=[1.0]").assign(1, 0, {}).scored, "all hold all"
 
 
 def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
