@@ -44,6 +44,7 @@ DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
     "fedavg-int8": ["strategy=fedavg", *BYTES],
+    "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
     "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
@@ -58,6 +59,7 @@ FULL = {
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
+    "ours-int2-coded-momentum": [*OURS, *CODED, *MOMENTUM],
     "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-0.75-int2": [*OURS, TWO, "strategy.sparsity=0.75"],
     "ours-int2-coded-25-rounds": [*OURS, *CODED, "num_rounds=25"],
@@ -74,6 +76,7 @@ BY_SCORES = {
 }
 MIXED = {
     "heterofl": ["strategy=heterofl", *WIDTHS],
+    "heterofl-momentum": ["strategy=heterofl", *WIDTHS, *MOMENTUM],
     "fjord": ["strategy=fjord", *WIDTHS],
     "fedrolex": ["strategy=fedrolex", *WIDTHS],
     "random": [*DRAWN, "pruner=random"],
@@ -85,6 +88,7 @@ MIXED = {
     "ours-int4": [*OURS, FOUR],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
+    "ours-int2-coded-momentum": [*OURS, *CODED, *MOMENTUM],
     "ours-int2-coded-4": [*OURS, *COARSE],
     "ours-uniform-int4": [*OURS, FOUR, "allocator=uniform"],
     "fedavg-capable-int4": ["strategy=fedavg", *BYTES, FOUR, *CAPABLE],
@@ -102,7 +106,6 @@ ABLATIONS = {
     "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
     "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
     "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "strategy.server_momentum=0.8"],
-    "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "trains-everything": [*EVERYTHING],
     "masks-random": [*LOSSES, "strategy.masks=random"],
     "masks-client": [*CLIENTS],
