@@ -222,11 +222,11 @@ class PrunedSlices:
 
     @cached_property
     def _somebody_is_whole(self) -> bool:
-        return any(not held.widths for held, _ in self._kinds())
+        return any(not held.widths for held, _ in self._kinds)
 
     @cached_property
     def _somebody_is_limited(self) -> bool:
-        return any(held.widths for held, _ in self._kinds())
+        return any(held.widths for held, _ in self._kinds)
 
     @cached_property
     def _regrow(self) -> float:
@@ -236,6 +236,7 @@ class PrunedSlices:
             return given
         return 0.0 if self._somebody_is_limited and self._somebody_is_whole else 1.0
 
+    @cached_property
     def _kinds(self) -> list[tuple[SubModel, SubModel]]:
         """Return what every kind of client gets and sends in the end, before anything is known of the units."""
         found = []
