@@ -166,9 +166,10 @@ RESNET18 = ["model=resnet18", "num_rounds=20", "dataset.max_test_examples=1000"]
 GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
 
 
-WHOLE_RESNET18 = ["fedavg-int8", "fedavg-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
+OURS_RESNET18 = ["random", "magnitude", "ours", "ours-int2-coded", "by-losses"]
+WHOLE_RESNET18 = ["fedavg-int8", "fedavg-int2-coded", "homo-0.5-int8", "hetero-u", *OURS_RESNET18]
 GROUP_RESNET18 = [*WHOLE_RESNET18, "ours-int2-coded-25-rounds"]
-MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "random", "ours", "ours-int2-coded", "by-losses"]
+MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "fjord", "fedrolex", *OURS_RESNET18]
 
 
 def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
