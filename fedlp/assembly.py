@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlp.allocation.fleet import fleet_budgets
+from fedlp.allocation.fleet import fleet_budgets, fleet_kinds
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
@@ -117,7 +117,8 @@ def load_parts(cfg: str) -> tuple[FederatedData, tuple[NDArray[np.int64], ...]]:
     """Return the data of a config (YAML), and the indices of each client's training examples."""
     config = make_plan(cfg).config
     data = load_dataset(config.dataset, config.seed)
-    return data, partition_examples(config.partition, data.train, config.num_clients, config.seed)
+    kinds = fleet_kinds(config.fleet, config.num_clients, config.seed)
+    return data, partition_examples(config.partition, data.train, config.num_clients, config.seed, kinds)
 
 
 @lru_cache(maxsize=1)

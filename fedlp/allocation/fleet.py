@@ -33,6 +33,9 @@ def fleet_budgets(
     ConfigError
         If a cost that tiers limit is not among ``whole_costs``.
     """
+    members = fleet_kinds(config, num_clients, seed)
+    if members is None:
+        return (None,) * num_clients
     if config.fractions:
         for name in config.limited:
             if name not in whole_costs:
@@ -43,15 +46,21 @@ def fleet_budgets(
         kinds: list[Budget] = [
             Budget(**{name: fraction * whole_costs[name] for name in config.limited}) for fraction in config.fractions
         ]
-        shares = config.shares or [1.0] * len(kinds)
-    elif config.devices:
+    else:
         kinds = [_device_budget(config, device) for device in config.devices.values()]
+    return tuple(kinds[kind] for kind in members)
+
+
+def fleet_kinds(config: FleetConfig, num_clients: int, seed: int) -> NDArray[np.int64] | None:
+    """Return which tier or device class each client is of, by its place in the config; None where there are none."""
+    if config.fractions:
+        shares = config.shares or [1.0] * len(config.fractions)
+    elif config.devices:
         shares = [device.share for device in config.devices.values()]
     else:
-        return (None,) * num_clients
+        return None
     counts = split_exactly(shares, num_clients)
-    members = np.repeat(np.arange(len(kinds)), counts)
-    return tuple(kinds[kind] for kind in generator(seed, Stream.FLEET).permutation(members))
+    return generator(seed, Stream.FLEET).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 def split_exactly(shares: Sequence[float], total: int) -> NDArray[np.int64]:

@@ -61,7 +61,7 @@ class PartitionConfig:
     name: str = MISSING
     alpha: float = 1.0  # dirichlet: concentration, > 0
     shards_per_client: int = 2  # shards, mixed
-    mixrate: float = 0.95  # mixed: fraction of a client's examples that come from label-sorted shards, in [0, 1]
+    mixrate: float = 0.95  # mixed, devices: fraction of the examples that are sorted by class, in [0, 1]
     min_examples: int = 1  # smallest number of examples a client may get; dirichlet draws again until it is met
 
 

@@ -28,19 +28,28 @@ if TYPE_CHECKING:
     from fedlp.data.examples import Examples
 
 Owners = NDArray[np.int64]
-METHODS: Final = ("iid", "dirichlet", "shards", "mixed", "natural")
+METHODS: Final = ("iid", "dirichlet", "shards", "mixed", "devices", "natural")
 _MAX_DRAWS: Final = 1000
 
 
 def partition_examples(
-    config: PartitionConfig, examples: Examples, num_clients: int, seed: int
+    config: PartitionConfig,
+    examples: Examples,
+    num_clients: int,
+    seed: int,
+    kinds: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], ...]:
     """Return each client's examples: sorted indices, disjoint, together all of them.
+
+    Parameters
+    ----------
+    kinds : (num_clients,) int64, optional
+        Which kind of device each client is; only ``devices`` needs it.
 
     Raises
     ------
     ConfigError
-        If the method is unknown or a value is out of range.
+        If the method is unknown, a value is out of range, or ``devices`` has no kinds.
     DataError
         If there are too few examples or natural owners, or a client would get fewer than ``min_examples``.
     """
@@ -58,6 +67,10 @@ def partition_examples(
         owners = shard_owners(targets, num_clients, config.shards_per_client, rng)
     elif config.name == "mixed":
         owners = mixed_owners(targets, num_clients, config.mixrate, config.shards_per_client, rng)
+    elif config.name == "devices":
+        if kinds is None:
+            raise ConfigError("partition=devices needs clients of different kinds; say fleet=tiers or fleet=mixed")
+        owners = device_owners(targets, kinds, config.mixrate, rng)
     elif examples.groups is not None:
         owners = natural_owners(examples.groups, num_clients)
     else:
@@ -155,6 +168,35 @@ def mixed_owners(
     owners[front] = np.arange(len(front)) % num_clients
     if len(rest):
         owners[rest] = shard_owners(targets[rest], num_clients, shards_per_client, rng)
+    return owners
+
+
+def device_owners(
+    targets: NDArray[np.int64], kinds: NDArray[np.int64], mixrate: float, rng: np.random.Generator
+) -> Owners:
+    """Give each kind of device classes of its own: what narrow clients have seen, others may never see.
+
+    A fraction ``mixrate`` of the examples, sorted by class (classes in random order), is cut into one piece for each
+    kind, in proportion to its clients, among whom each class of it is dealt evenly; all other examples are dealt at
+    random to all. All clients get equally many, but for rounding.
+
+    Parameters
+    ----------
+    kinds : (num_clients,) int64
+        Which kind of device each client is.
+    """
+    order = rng.permutation(len(targets))
+    front, rest = np.split(order, [round((1 - mixrate) * len(targets))])
+    owners: Owners = np.empty(len(targets), dtype=np.int64)
+    owners[front] = np.arange(len(front)) % len(kinds)
+    _, classes = np.unique(targets, return_inverse=True)
+    rank = rng.permutation(classes.max() + 1)[classes]
+    by_class = rest[_sorted_by_label(rank[rest], rng)]
+    members, counts = np.argsort(kinds, kind="stable"), np.unique(kinds, return_counts=True)[1]
+    last = np.cumsum(counts)
+    pieces = np.split(by_class, last[:-1] * len(rest) // len(kinds))
+    for piece, clients in zip(pieces, np.split(members, last[:-1]), strict=True):
+        owners[piece] = clients[np.arange(len(piece)) % len(clients)]
     return owners
 
 

@@ -22,7 +22,7 @@ _METHODS = {
     "fedrolex": "FedRolex",
 }
 _METHOD_VALUE = {"fedlp_homo": "layer_preserving_rate", "fedlp_hetero": "depths"}
-_PARTITION_VALUE = {"dirichlet": "alpha", "shards": "shards_per_client", "mixed": "mixrate"}
+_PARTITION_VALUE = {"dirichlet": "alpha", "shards": "shards_per_client", "mixed": "mixrate", "devices": "mixrate"}
 _LONGEST_VALUE = 24
 _MOST_TAGS = 3
 

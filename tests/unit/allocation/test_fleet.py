@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedlp.allocation.fleet import fleet_budgets, split_exactly
+from fedlp.allocation.fleet import fleet_budgets, fleet_kinds, split_exactly
 from fedlp.config import FleetConfig, compose
 from fedlp.errors import ConfigError
 from fedlp.types import Budget
@@ -24,6 +24,15 @@ def test_tiers_are_fractions_of_the_whole_model_in_equal_shares() -> None:
     assert Counter(budgets) == {Budget(params=1000.0 * f, macs=5000.0 * f): 10 for f in (1.0, 0.5, 0.25, 0.1)}
     assert budgets == fleet_budgets(compose(["fleet=tiers"]).fleet, 40, 0, WHOLE)
     assert budgets != fleet_budgets(compose(["fleet=tiers"]).fleet, 40, 1, WHOLE)
+
+
+def test_kinds_are_those_of_the_budgets() -> None:
+    config = compose(["fleet=tiers", "fleet.shares=[1,2,3,4]"]).fleet
+    kinds, budgets = fleet_kinds(config, 30, 5), fleet_budgets(config, 30, 5, WHOLE)
+    assert kinds is not None
+    assert np.bincount(kinds).tolist() == [3, 6, 9, 12]
+    assert [config.fractions[kind] * 1000 for kind in kinds] == [budget and budget.params for budget in budgets]
+    assert fleet_kinds(compose().fleet, 3, 0) is None
 
 
 def test_devices_limit_memory_macs_and_uploads() -> None:

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from fedlp.config import PartitionConfig
 from fedlp.data.examples import Examples
-from fedlp.data.partition import METHODS, dirichlet_owners, natural_owners, partition_examples, plot_partition
+from fedlp.data.partition import (
+    METHODS,
+    device_owners,
+    dirichlet_owners,
+    natural_owners,
+    partition_examples,
+    plot_partition,
+)
 from fedlp.errors import ConfigError, DataError
 
 RANDOM_METHODS = tuple(name for name in METHODS if name != "natural")
@@ -40,7 +47,7 @@ def assert_is_partition(parts: tuple[NDArray[np.int64], ...], count: int, num_cl
 @pytest.mark.parametrize("name", METHODS)
 def test_every_example_has_one_owner(name: str) -> None:
     examples = make_examples(num_groups=40)
-    parts = partition_examples(PartitionConfig(name=name), examples, 20, seed=0)
+    parts = partition_examples(PartitionConfig(name=name), examples, 20, 0, np.arange(20) % 3)
     assert_is_partition(parts, len(examples), 20)
     assert min(map(len, parts)) >= 1
 
@@ -60,7 +67,7 @@ def test_every_partition_is_disjoint_and_complete(
     examples = make_examples(200, num_classes, num_groups=30)
     config = PartitionConfig(name=name, shards_per_client=shards, mixrate=mixrate)
     try:
-        parts = partition_examples(config, examples, num_clients, seed)
+        parts = partition_examples(config, examples, num_clients, seed, np.arange(num_clients) % 4)
     except DataError:
         assert name == "mixed"
         assert round((1 - mixrate) * 200) > 200 - num_clients * shards
@@ -71,7 +78,7 @@ def test_every_partition_is_disjoint_and_complete(
 @pytest.mark.parametrize("name", RANDOM_METHODS)
 def test_the_seed_alone_decides(name: str) -> None:
     examples, config = make_examples(), PartitionConfig(name=name)
-    first, again, other = (partition_examples(config, examples, 10, seed) for seed in (1, 1, 2))
+    first, again, other = (partition_examples(config, examples, 10, seed, np.arange(10) % 4) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -145,6 +152,33 @@ def test_mixed_without_shards_is_iid_and_without_a_random_part_is_shards() -> No
     assert (iid > 0).all()
     pure = class_counts(partition_examples(PartitionConfig(name="mixed", mixrate=1), examples, 50, 0), examples)
     assert ((pure > 0).sum(axis=1) <= 2).all()
+
+
+@pytest.mark.parametrize("mixrate", [1.0, 0.8])
+def test_each_kind_of_device_has_classes_of_its_own(mixrate: float) -> None:
+    examples, kinds = make_examples(), np.random.default_rng(1).permutation(np.repeat([0, 1, 3], [20, 15, 15]))
+    config = PartitionConfig(name="devices", mixrate=mixrate)
+    counts = class_counts(partition_examples(config, examples, 50, 0, kinds), examples)
+    assert abs(counts.sum(axis=1) - 40).max() <= 2
+    for kind, num_classes in ((0, 4), (1, 3), (3, 3)):
+        own = counts[kinds == kind]
+        assert np.sort(own.sum(axis=0))[-num_classes:].sum() == pytest.approx(
+            own.sum() * (mixrate + (1 - mixrate) * num_classes / 10), rel=0.06
+        )
+        if mixrate == 1:
+            assert np.ptp(own, axis=0).max() <= 1  # clients of a kind are alike
+
+
+def test_classes_change_kinds_with_the_seed_and_no_kind_is_empty() -> None:
+    targets, kinds = np.arange(100) % 10, np.array([0, 1, 1, 2])
+    first, second = (device_owners(targets, kinds, 1.0, np.random.default_rng(seed)) for seed in (0, 1))
+    assert set(targets[first == 0]) != set(targets[second == 0])
+    assert sorted(np.bincount(first)) == [25, 25, 25, 25]
+
+
+def test_kinds_of_devices_need_a_fleet() -> None:
+    with pytest.raises(ConfigError, match=r"fleet=tiers or fleet=mixed"):
+        partition_examples(PartitionConfig(name="devices"), make_examples(50), 5, 0)
 
 
 def test_natural_keeps_owners_whole_and_balances() -> None:
