@@ -162,7 +162,7 @@ TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.5,0.25,0.1]", "fleet.limited=[pa
 BOTH = [*TIERS, "fleet.limited=[params,macs]"]
 PLAIN = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=10"]
 DIRICHLET = [*PLAIN, "local.logit_adjustment=1.0"]  # for every method
-DEVICES = ["partition=devices", "partition.mixrate=1", "local.logit_adjustment=1.0"]
+DEVICES = ["partition=devices", "local.logit_adjustment=1.0"]
 RESNET18 = ["model=resnet18", "num_rounds=20", "dataset.max_test_examples=1000"]
 GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
 
@@ -180,7 +180,12 @@ def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str
 ALL_WHOLE = {  # the same clients and data, but all can hold the model
     f"{name}-all-whole": [*FULL[name], "fleet.limited=[]"] for name in ("fedavg-int8", "ours-int4")
 }
-DEVICE_METHODS = ["heterofl", "fedrolex", "random", "ours-int4", "ours-uniform-int4"]
+DEVICE_METHODS = _some(MIXED, ["heterofl", "fedrolex", "random", "ours-int4", "ours-uniform-int4"]) | {
+    "heterofl-held": [*MIXED["heterofl"], "strategy.weighting=held"],
+    "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
+    "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],
+    "ours-int4-sparsity-0": [*OURS, FOUR, "strategy.sparsity=0"],
+}
 
 
 GROUPS = {
@@ -190,7 +195,8 @@ GROUPS = {
         _some(MIXED | MIXED_BY_SCORES, ["heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"]),
         BOTH,
     ),
-    "mixed-devices": (_some(MIXED, DEVICE_METHODS) | ALL_WHOLE, [*TIERS, *DEVICES]),
+    "mixed-devices": (DEVICE_METHODS | ALL_WHOLE, [*TIERS, *DEVICES, "partition.mixrate=1"]),
+    "mixed-devices-0.8": (DEVICE_METHODS | ALL_WHOLE, [*TIERS, *DEVICES, "partition.mixrate=0.8"]),
     "full-dirichlet": (FULL | BY_SCORES, DIRICHLET),
     "mixed-dirichlet": (MIXED | MIXED_BY_SCORES, [*TIERS, *DIRICHLET]),
     "full-dirichlet-plain": (FULL | BY_SCORES, PLAIN),
