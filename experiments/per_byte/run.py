@@ -170,7 +170,7 @@ GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
 OURS_RESNET18 = ["random", "magnitude", "ours", "ours-int2-coded", "by-losses"]
 WHOLE_RESNET18 = ["fedavg-int8", "fedavg-int2-coded", "homo-0.5-int8", "hetero-u", *OURS_RESNET18]
 GROUP_RESNET18 = [*WHOLE_RESNET18, "ours-int2-coded-25-rounds"]
-MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "fjord", "fedrolex", *OURS_RESNET18]
+MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "fjord", "fedrolex", "ours-uniform-int4", *OURS_RESNET18]
 
 
 def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
