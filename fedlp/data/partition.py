@@ -162,10 +162,7 @@ def mixed_owners(
     DataError
         If there are fewer examples left than shards.
     """
-    order = rng.permutation(len(targets))
-    front, rest = np.split(order, [round((1 - mixrate) * len(targets))])
-    owners: Owners = np.empty(len(targets), dtype=np.int64)
-    owners[front] = np.arange(len(front)) % num_clients
+    owners, rest = _deal_some(len(targets), num_clients, 1 - mixrate, rng)
     if len(rest):
         owners[rest] = shard_owners(targets[rest], num_clients, shards_per_client, rng)
     return owners
@@ -185,10 +182,7 @@ def device_owners(
     kinds : (num_clients,) int64
         Which kind of device each client is.
     """
-    order = rng.permutation(len(targets))
-    front, rest = np.split(order, [round((1 - mixrate) * len(targets))])
-    owners: Owners = np.empty(len(targets), dtype=np.int64)
-    owners[front] = np.arange(len(front)) % len(kinds)
+    owners, rest = _deal_some(len(targets), len(kinds), 1 - mixrate, rng)
     _, classes = np.unique(targets, return_inverse=True)
     rank = rng.permutation(classes.max() + 1)[classes]
     by_class = rest[_sorted_by_label(rank[rest], rng)]
@@ -270,6 +264,14 @@ def plot_partition(
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")
     return target
+
+
+def _deal_some(count: int, num_clients: int, share: float, rng: np.random.Generator) -> tuple[Owners, Owners]:
+    """Deal a share of the examples at random; return the owners, of the others yet unset, and the others' indices."""
+    dealt, rest = np.split(rng.permutation(count), [round(share * count)])
+    owners: Owners = np.empty(count, dtype=np.int64)
+    owners[dealt] = np.arange(len(dealt)) % num_clients
+    return owners, rest
 
 
 def _sorted_by_label(targets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
