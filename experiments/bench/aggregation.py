@@ -25,8 +25,8 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from timing import MemoryPeak, alternate, paired_ratio, parse_args, print_table, write_report
 from torch import Tensor
 
-from fedlp.federation.aggregation import WeightedUpdate, coverage_average
-from fedlp.federation.packing import pack_tensors, unpack_tensors
+from fedlp.federation.aggregation.coverage_average import WeightedUpdate, coverage_average
+from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
 from fedlp.types import Keep
 
 Params = dict[str, Tensor]

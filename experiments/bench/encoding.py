@@ -28,9 +28,9 @@ from timing import paired_ratio, parse_args, print_table, write_report
 from torch import Tensor
 
 from fedlp.config import compose
-from fedlp.federation import messages
-from fedlp.federation.packing import pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire import messages
+from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
 from fedlp.models import describe_model, state_tensors
 from fedlp.simulation.flower_compat import make_array
 from fedlp.simulation.transport import Area, copy_array, decode_frame, encode_frame

@@ -26,9 +26,9 @@ import torch
 from timing import alternate, clock, paired_ratio, print_table, write_report
 from torch import Tensor
 
-from fedlp.pruning.hessian import invert_hessian
-from fedlp.pruning.obs import Problem, eliminate, output_error, resolve_weight
-from fedlp.pruning.slimgpt import group_schedule
+from fedlp.pruning.kernels.hessian import invert_hessian
+from fedlp.pruning.kernels.obs import Problem, eliminate, output_error, resolve_weight
+from fedlp.pruning.kernels.slimgpt import group_schedule
 
 DAMPING = 1e-2
 PUBLISHED_INPUTS = 11008  # of LLaMA-7B's FFN layers, which SlimGPT's group sizes are meant for

@@ -15,15 +15,15 @@ import torch
 from timing import alternate, paired_ratio, parse_args, print_table, write_report
 from workload import LR, MEAN, NUM_CLASSES, STD, Workload, make_images
 
-from fedlp.calibrating import batch_calibration, make_method
 from fedlp.config import compose
 from fedlp.data.datasets import DataInfo, Examples
+from fedlp.federation.client.unit_choice import score_units
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.unit_choice import score_units
 from fedlp.models import describe_model
 from fedlp.models.cost import count_macs
 from fedlp.rng import Stream, generator
-from fedlp.training import train_locally
+from fedlp.training.calibration_data import batch_calibration, make_method
+from fedlp.training.local_training import train_locally
 
 INPUT_SHAPE, IMAGES, BATCH_SIZE = (3, 32, 32), 200, 16
 

@@ -34,10 +34,10 @@ from fedlp.federation.budgets import submodel_costs
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, leading_layers
-from fedlp.pruning.groups import cut_model
+from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
 from fedlp.simulation.worker import settle_process
-from fedlp.training import train_locally
+from fedlp.training.local_training import train_locally
 from fedlp.types import Keep, SubModel
 
 INPUT_SHAPE = (3, 32, 32)

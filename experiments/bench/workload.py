@@ -61,11 +61,11 @@ def run_fedlp(
     """
     from fedlp.config import compose, to_yaml
     from fedlp.data.datasets import DataInfo, Examples
-    from fedlp.federation import messages
-    from fedlp.federation.client_app import ClientRuntime, Shards, make_client_app
-    from fedlp.federation.policies import build_policy
-    from fedlp.federation.strategy import FedLPStrategy
+    from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
+    from fedlp.federation.server.strategy import FedLPStrategy
+    from fedlp.federation.strategies.policies import build_policy
     from fedlp.federation.submodels import SubModels
+    from fedlp.federation.wire import messages
     from fedlp.models import describe_model, state_tensors
     from fedlp.simulation.local import LocalGrid
 

@@ -29,15 +29,16 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedlp import assembly, oneshot
-from fedlp.calibrating import make_method
+from fedlp.apps import federate as assembly
+from fedlp.apps import prune as oneshot
+from fedlp.apps.federated_prune import prune_config
 from fedlp.config import RunConfig, compose, to_yaml
 from fedlp.data.datasets import FederatedData
-from fedlp.federated_oneshot import prune_config
 from fedlp.models import state_tensors
 from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.units import find_layers
-from fedlp.training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.training.calibration_data import make_method
+from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from timing import describe_machine  # the benchmarks'

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
-from fedlp.pruning.norms import reestimate_batch_norms
+from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.pruner import Calibration
 
 PEERS: dict[str, Callable[[], Any]] = {

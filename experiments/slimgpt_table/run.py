@@ -31,18 +31,18 @@ from peers import PEERS, prune_with_peer
 from tables import write_results
 from torch import Tensor, nn
 
-from fedlp import oneshot
-from fedlp.allocating import Allocator
+from fedlp.apps import prune as oneshot
+from fedlp.apps.model_allocator import Allocator
 from fedlp.config import compose_prune
 from fedlp.models import forward_logits
 from fedlp.models.language import import_transformers
-from fedlp.pruning.footprint import Footprint
-from fedlp.pruning.groups import WidthSpec, trace_widths
-from fedlp.pruning.newton import newton_steps
+from fedlp.pruning.costs.footprint import Footprint
+from fedlp.pruning.kernels.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, Method, Pruner
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.training import one_thread, prepare_inputs
+from fedlp.training.local_training import one_thread, prepare_inputs
 from fedlp.types import PrunableLayer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

@@ -66,7 +66,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--examples {arguments.examples}: give a number of examples, or 0")
     clients = None if arguments.clients == ["all"] else [int(word) for word in arguments.clients]
     set_up_logging()
-    from fedlp import exporting
+    from fedlp.apps import export as exporting
 
     out = arguments.out or arguments.run / "artefacts"
     onnx = not arguments.no_onnx

@@ -24,7 +24,7 @@ def run_job(composed: DictConfig) -> None:
         folders = [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
         config = resumed_config(config, [*overrides.task, *folders])
     set_up_logging()
-    from fedlp import assembly
+    from fedlp.apps import federate as assembly
     from fedlp.report import run_label
 
     cfg = to_yaml(with_absolute_paths(config))

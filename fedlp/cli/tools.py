@@ -13,7 +13,7 @@ def prune_job(composed: DictConfig) -> None:
     config = with_absolute_paths(from_omegaconf(composed, PruneConfig))
     out = output_dir()
     set_up_logging()
-    from fedlp import oneshot
+    from fedlp.apps import prune as oneshot
 
     report = oneshot.prune(config, out)
     before, after = report["metrics_before"], report["metrics_after"]
@@ -29,9 +29,9 @@ def search_job(composed: DictConfig) -> None:
     config = with_absolute_paths(from_omegaconf(composed, SearchConfig))
     out = output_dir()
     set_up_logging()
-    from fedlp import searching
+    from fedlp.apps.search import run_search
 
-    report = searching.run_search(config, out)
+    report = run_search(config, out)
     for name, found in report["held_out"].items():
         print(f"{name}: {found['mean']:.4f} of uniform's divergence on held-out data, really pruned")
     print(f"{report['winner']} wins  search {report['search_s']:.0f} s  -> {out / 'winner.yaml'}")
@@ -42,6 +42,6 @@ def profile_job(composed: DictConfig) -> None:
     config = with_absolute_paths(from_omegaconf(composed, ProfileConfig))
     out = output_dir()
     set_up_logging()
-    from fedlp import profiling
+    from fedlp.apps import profile as profiling
 
     print(f"{profiling.table(profiling.profile(config, out))}\nbudget: {out / 'budget.yaml'}")

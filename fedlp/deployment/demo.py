@@ -12,12 +12,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import from_yaml
 from fedlp.deployment.certificates import make_certificates
 from fedlp.deployment.loopback import LoopbackFederation, SuperNode
-from fedlp.federation.checkpoint import write_atomically
-from fedlp.federation.run_directory import RunDirectory
+from fedlp.federation.server.checkpoint import write_atomically
+from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.simulation.flower_process import write_app
 
 

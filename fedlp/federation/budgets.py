@@ -11,16 +11,16 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from fedlp.allocation.costs import CostModel, LatencyTable, given_limits, make_costs
+from fedlp.allocation.budget.costs import CostModel, LatencyTable, given_limits, make_costs
 from fedlp.config import LocalConfig
 from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
-from fedlp.federation.encodings import encoded_bytes
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.encodings import encoded_bytes
 from fedlp.models.spec import named_tensors
-from fedlp.pruning.activations import activation_footprint
-from fedlp.pruning.footprint import Footprint, macs_footprint
-from fedlp.pruning.groups import WidthSpec
+from fedlp.pruning.costs.activations import activation_footprint
+from fedlp.pruning.costs.footprint import Footprint, macs_footprint
+from fedlp.pruning.tracing.widths import WidthSpec
 from fedlp.types import Budget, SubModel
 
 SubModelCosts = Mapping[str, float]  # by the limits' names in ``Budget``

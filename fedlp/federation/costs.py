@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.config import StrategyConfig
-from fedlp.federation import messages
-from fedlp.federation.encodings import encode_values
-from fedlp.federation.nested import nested_counts
-from fedlp.federation.policies import Case
+from fedlp.federation.client.ordered_dropout import nested_counts
+from fedlp.federation.strategies.policies import Case
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire import messages
+from fedlp.federation.wire.encodings import encode_values
 from fedlp.models.cost import Macs, count_macs
-from fedlp.pruning.groups import cut_model
+from fedlp.pruning.tracing.widths import cut_model
 from fedlp.types import ClientUpdate, Keep, SubModel, TrainInstruction
 
 

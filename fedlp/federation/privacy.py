@@ -18,8 +18,8 @@ from flwr.clientapp import mod
 
 from fedlp.config import RunConfig
 from fedlp.errors import ConfigError, DataError
-from fedlp.federation.messages import METRICS
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.messages import METRICS
 from fedlp.rng import Stream, generator
 from fedlp.types import TrainInstruction
 

@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.federation.packing import Signature
+from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
-from fedlp.pruning.groups import WidthSpec, slice_tensor, tensor_keeps, trace_widths
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

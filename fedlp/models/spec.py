@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlp.errors import ConfigError
+from fedlp.models.layer_order import order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
-from fedlp.models.sequence import order_layers
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 

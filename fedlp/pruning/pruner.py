@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from fedlp.errors import AllocationError
 from fedlp.models.spec import forward_logits
-from fedlp.pruning import criteria
-from fedlp.pruning.axes_decoder import is_language_model
-from fedlp.pruning.collecting import Collector, Collects
-from fedlp.pruning.groups import WidthSpec, cut_model
-from fedlp.pruning.norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.obs import Elimination, eliminate
-from fedlp.pruning.readers import Method, Reader
-from fedlp.pruning.slimgpt import group_schedule
-from fedlp.pruning.units import weight_matrix
+from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
+from fedlp.pruning.kernels.obs import Elimination, eliminate
+from fedlp.pruning.kernels.slimgpt import group_schedule
+from fedlp.pruning.layer_statistics import Collector, Collects
+from fedlp.pruning.reader_layers import Method, Reader
+from fedlp.pruning.scores import criteria
+from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.tracing.units import weight_matrix
+from fedlp.pruning.tracing.widths import WidthSpec, cut_model
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]

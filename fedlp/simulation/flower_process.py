@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from fedlp.errors import FedLPError
-from fedlp.federation.server_app import read_outcome
+from fedlp.federation.server.app import read_outcome
 
 _APP = '''"""Stands for the installed fedlp in Flower's app bundle."""
 
-import fedlp.assembly
+import fedlp.apps.federate
 
-server_app = fedlp.assembly.server_app
-client_app = fedlp.assembly.client_app
+server_app = fedlp.apps.federate.server_app
+client_app = fedlp.apps.federate.client_app
 '''
 _PROJECT = """[project]
 name = "fedlp-flower"

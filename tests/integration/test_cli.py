@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlp import assembly, cli
+from fedlp import cli
+from fedlp.apps import federate as assembly
 from tests.integration.running import TINY, Call, Finished, assert_refused, execute, read
 
 Once = Callable[..., Finished]

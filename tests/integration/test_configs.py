@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import PruneConfig, RunConfig, compose, compose_prune, config_dir, from_yaml, to_yaml
 
 FILES = sorted(config_dir().glob("*/*.yaml"))

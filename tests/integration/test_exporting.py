@@ -17,15 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlp import assembly, cli, exporting
+from fedlp import cli
+from fedlp.apps import export as exporting
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import CheckpointError
-from fedlp.federation.checkpoint import ServerState, load_checkpoint
-from fedlp.federation.run_directory import RunDirectory
+from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
+from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.models import forward_logits
 from fedlp.models.language import import_transformers
-from fedlp.pruning.classifier_files import load_classifier
-from fedlp.pruning.groups import WidthSpec
+from fedlp.pruning.io.classifier_files import load_classifier
+from fedlp.pruning.tracing.widths import WidthSpec
 from fedlp.types import Budget
 from tests.integration.running import TINY, TINY_CNN, Call, Finished, assert_refused, run
 from tests.integration.test_own_budgets import bringing

@@ -12,10 +12,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.errors import FedLPError
-from fedlp.federation import messages
-from fedlp.training import train_locally
+from fedlp.federation.wire import messages
+from fedlp.training.local_training import train_locally
 from tests.integration.running import TINY, App, run
 from tests.reference import federated_loop
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import FedLPError
-from fedlp.federation.checkpoint import ServerState, load_checkpoint, write_atomically
+from fedlp.federation.server.checkpoint import ServerState, load_checkpoint, write_atomically
 from fedlp.types import RoundRecord
 from tests.integration.running import TINY, Finished, run
 from tests.integration.test_resume import assert_same, go_on

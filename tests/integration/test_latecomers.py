@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import Context, Message
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.federation import roster
+from fedlp.federation.server import roster
 from fedlp.simulation.local import LocalGrid
 from tests.integration.running import TINY, read, run
 

@@ -13,23 +13,24 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
-from fedlp import assembly, cli
-from fedlp.calibrating import make_method
+from fedlp import cli
+from fedlp.apps import federate as assembly
 from fedlp.config import to_yaml
 from fedlp.errors import FedLPError
-from fedlp.federation import messages
-from fedlp.federation import pooling_messages as wire
-from fedlp.federation.pooling_client import PoolingClient
-from fedlp.federation.pooling_messages import Question, Request
-from fedlp.federation.pooling_model import ModelStates
+from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.client import PoolingClient
+from fedlp.federation.oneshot.messages import Question, Request
+from fedlp.federation.oneshot.model import ModelStates
+from fedlp.federation.wire import messages
 from fedlp.models import state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.axes_decoder import is_language_model
-from fedlp.pruning.calibration import StagedRun
-from fedlp.pruning.criteria import fisher_sums
-from fedlp.pruning.groups import cut_model
 from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.scores.criteria import fisher_sums
+from fedlp.pruning.staged_forward import StagedRun
+from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import cut_model
+from fedlp.training.calibration_data import make_method
 from tests.integration.running import App, Call, Finished, assert_refused, run
 
 ONESHOT = ("strategy=oneshot", "num_clients=3", "clients_per_round=3", "strategy.sparsity=0.4", "simulation.workers=2")

@@ -15,9 +15,9 @@ from flwr.compat.common.recorddict_compat import recorddict_to_fitres
 from flwr.server.workflow import SecAggPlusWorkflow
 from torch import Tensor
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.federation.messages import encode_update
+from fedlp.federation.wire.messages import encode_update
 from fedlp.types import ClientUpdate
 from tests.integration.running import TINY, Call, Finished, assert_refused, run
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fedlp import cli
-from fedlp.allocation.costs import LatencyTable
+from fedlp.allocation.budget.costs import LatencyTable
 from fedlp.types import Budget
 from tests.integration.running import Call, assert_refused
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlp import cli, oneshot
+from fedlp import cli
+from fedlp.apps import prune as oneshot
 from fedlp.config import compose_prune
 from fedlp.models.language import import_transformers
 from tests.integration.running import TINY, Call, Finished, assert_refused

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.federation.pruned_slices import PrunedSlices
-from fedlp.federation.run_directory import RunDirectory
+from fedlp.federation.server.run_directory import RunDirectory
+from fedlp.federation.strategies.fedlp_plan import PrunedSlices
 from fedlp.types import Keep, SubModel, TrainInstruction
 from tests.integration.running import TINY_CNN, Finished, run
 from tests.integration.test_resume import assert_same, go_on

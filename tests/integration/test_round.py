@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.training import train_locally
+from fedlp.training.local_training import train_locally
 from tests.integration.running import TINY, TINY_CNN, Finished, run
 from tests.reference import federated_loop
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ProtocolError
-from fedlp.federation import messages
-from fedlp.federation.statistics import pool_statistics
+from fedlp.federation.server.batch_norm_statistics import pool_statistics
+from fedlp.federation.wire import messages
 from fedlp.types import ClientProfile
 from tests.integration.running import TINY_CNN, Finished, run
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlp.federation.aggregation import CoverageAverage, coverage_average
+from fedlp.federation.aggregation.coverage_average import CoverageAverage, coverage_average
 from fedlp.types import Keep
 from tests.reference.aggregation import as_float64
 from tests.reference.aggregation import coverage_average as naive_average

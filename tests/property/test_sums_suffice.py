@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlp import assembly
-from fedlp.allocation.scores import ClientScores, InputSquares, LayerSums, LogSums, ScalarSum, pool_scores
+from fedlp.allocation.pooled_scores import ClientScores, InputSquares, LayerSums, LogSums, ScalarSum, pool_scores
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.federation import pooling_messages as wire
-from fedlp.federation.aggregation import coverage_average
-from fedlp.federation.policies import Returned
-from fedlp.federation.pooling import ClientPool
-from fedlp.federation.pruned_slices import PrunedSlices
+from fedlp.federation.aggregation.coverage_average import coverage_average
+from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.server import ClientPool
+from fedlp.federation.strategies.fedlp_plan import PrunedSlices
+from fedlp.federation.strategies.policies import Returned
 from fedlp.types import Keep, PrunableLayer
 
 check = settings(deadline=None, derandomize=True, max_examples=25)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fedlp.config import LocalConfig, RunConfig
 from fedlp.data.datasets import DataInfo, Examples, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples
-from fedlp.federation.policies import build_policy
-from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.server.sampling import sample_cohort
+from fedlp.federation.strategies.policies import build_policy
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model
 from fedlp.rng import Stream, generator

@@ -12,13 +12,11 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedlp"
 FLOORS = [
-    {"types", "errors", "rng", "config", "models", "progress"},
-    {"pruning", "allocation", "data", "training", "finetuning", "calibrating"},
+    {"types", "errors", "rng", "progress"},
+    {"config", "models"},
+    {"pruning", "allocation", "data", "training"},
     {"federation", "simulation"},
-    {
-        *("assembly", "oneshot", "federated_oneshot", "exporting", "profiling", "allocating", "searching"),
-        *("report", "deployment"),
-    },
+    {"apps", "report", "deployment"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fedlp.allocation.constraints import round_client, solve_client, solve_fleet
-from fedlp.allocation.costs import COSTS, CostModel, LatencyTable, make_costs
+from fedlp.allocation.budget.constraints import round_client, solve_client, solve_fleet
+from fedlp.allocation.budget.costs import COSTS, CostModel, LatencyTable, make_costs
 from fedlp.errors import AllocationError
 from fedlp.types import Budget, PrunableLayer
 

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from fedlp.allocation.dsa import PUBLISHED, Chain, chain_scores, chain_shape, cross_chains, mutate_chain, parse_chain
-from fedlp.allocation.dsa import random_chain as draw_chain
-from fedlp.allocation.dsa_operations import DEFORMS, MATRIX_ONLY, POSTS, STICKS
+from fedlp.allocation.rules.dsa import (
+    PUBLISHED,
+    Chain,
+    chain_scores,
+    chain_shape,
+    cross_chains,
+    mutate_chain,
+    parse_chain,
+)
+from fedlp.allocation.rules.dsa import random_chain as draw_chain
+from fedlp.allocation.rules.dsa_operations import DEFORMS, MATRIX_ONLY, POSTS, STICKS
 from fedlp.errors import AllocationError
 
 Op = Callable[[Tensor], Tensor]

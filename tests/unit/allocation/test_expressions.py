@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlp.allocation.expressions import Expression, canonical, evaluate, is_degenerate, signature
-from fedlp.allocation.metrics import KEYS, LayerStatistics
-from fedlp.allocation.nodes import Node, Unary, children, format_node, height, parse_node
-from fedlp.allocation.variation import MAX_DEPTH, Vocabulary, crossover, mutate, random_expression
+from fedlp.allocation.layer_metrics import KEYS, LayerStatistics
+from fedlp.allocation.search.expressions import Expression, canonical, evaluate, is_degenerate, signature
+from fedlp.allocation.search.tree_nodes import Node, Unary, children, format_node, height, parse_node
+from fedlp.allocation.search.variation import MAX_DEPTH, Vocabulary, crossover, mutate, random_expression
 from fedlp.errors import AllocationError
 
 SEEDS = st.integers(0, 10**6)

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedlp.allocation.fleet import fleet_budgets, fleet_kinds, split_exactly
+from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds, split_exactly
 from fedlp.config import FleetConfig, compose
 from fedlp.errors import ConfigError
 from fedlp.types import Budget

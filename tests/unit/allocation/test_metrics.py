@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlp.allocation import metrics
-from fedlp.allocation.metrics import KEYS, compute_statistics, min_max, ranks, reduce_elements, wanda_elements
+from fedlp.allocation import layer_metrics as metrics
+from fedlp.allocation.layer_metrics import KEYS, compute_statistics, min_max, ranks, reduce_elements, wanda_elements
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedlp.allocation.constraints import round_client, solve_client, solve_fleet
-from fedlp.allocation.costs import make_costs
+from fedlp.allocation.budget.constraints import round_client, solve_client, solve_fleet
+from fedlp.allocation.budget.costs import make_costs
 from fedlp.errors import AllocationError
 from fedlp.types import Budget, PrunableLayer
 from tests.unit.allocation.test_constraints import FRACTIONS, Problem, make_problem

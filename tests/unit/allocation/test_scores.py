@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlp.allocation.metrics import reduce_elements, wanda_elements
-from fedlp.allocation.scores import (
+from fedlp.allocation.layer_metrics import reduce_elements, wanda_elements
+from fedlp.allocation.pooled_scores import (
     ClientScores,
     InputSquares,
     LayerSums,
@@ -22,7 +22,7 @@ from fedlp.allocation.scores import (
     pool_sums,
 )
 from fedlp.errors import AllocationError
-from fedlp.pruning.hessian import Moments
+from fedlp.pruning.kernels.hessian import Moments
 from fedlp.types import PrunableLayer
 
 LAYERS = [

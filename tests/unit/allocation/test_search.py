@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fedlp.allocation.search import Plan, Settings, Trial, VectorSpace, best_trial, search
+from fedlp.allocation.search.evolution import Plan, Settings, Trial, VectorSpace, best_trial, search
 
 TARGET = np.array([3, 9, 1, 7])
 

@@ -12,8 +12,8 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedlp.federation.aggregation import CoverageAverage, WeightedUpdate, coverage_average
-from fedlp.federation.coverage import Scatter, Slices, region
+from fedlp.federation.aggregation.coverage import Scatter, Slices, region
+from fedlp.federation.aggregation.coverage_average import CoverageAverage, WeightedUpdate, coverage_average
 from fedlp.types import Keep
 from tests.reference.aggregation import coverage_average as naive_average
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlp import assembly
-from fedlp.allocation.costs import COSTS
+from fedlp.allocation.budget.costs import COSTS
+from fedlp.apps import federate as assembly
 from fedlp.config import LocalConfig, compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.budgets import layer_costs
-from fedlp.federation.encodings import BITS, encode_values
+from fedlp.federation.wire.encodings import BITS, encode_values
 from fedlp.types import Keep, SubModel
 
 CNN = ("model=fedlp_cnn", "dataset=cifar10", "num_clients=8", "clients_per_round=4")

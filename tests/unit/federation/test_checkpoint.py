@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedlp.errors import CheckpointError
-from fedlp.federation.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from fedlp.federation.client_store import ClientStore
+from fedlp.federation.client.store import ClientStore
+from fedlp.federation.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 
 
 def state(server_round: int) -> ServerState:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedlp.errors import ProtocolError
-from fedlp.federation.encodings import decode_values, encode_values, encoded_signature
-from fedlp.federation.packing import pack_tensors, unpack_tensors
+from fedlp.federation.wire.encodings import decode_values, encode_values, encoded_signature
+from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
 
 VALUES = {
     "weight": torch.linspace(-3.0, 2.0, 60).view(4, 3, 5) ** 3,

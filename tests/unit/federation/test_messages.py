@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from fedlp.config import ModelConfig
 from fedlp.errors import ProtocolError
-from fedlp.federation import messages
-from fedlp.federation.index_sets import decode_widths, encode_widths
-from fedlp.federation.packing import pack_tensors, unpack_tensors
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire import messages
+from fedlp.federation.wire.index_sets import decode_widths, encode_widths
+from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
 from fedlp.models import describe_model, state_tensors
 from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 

@@ -8,12 +8,12 @@ import torch
 
 from fedlp.config import LocalConfig, ModelConfig
 from fedlp.data.datasets import DataInfo, Examples
-from fedlp.federation.nested import NestedWidth, nested_counts
+from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.groups import cut_model, trace_widths
-from fedlp.training import train_locally
+from fedlp.pruning.tracing.widths import cut_model, trace_widths
+from fedlp.training.local_training import train_locally
 from fedlp.types import Keep
 
 INFO = DataInfo("toy", "classification", (1, 8, 8), 10, None, None, (0.5,), (0.25,))

@@ -8,7 +8,7 @@ import pytest
 from fedlp.config import ModelConfig, StrategyConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.policies import build_policy
+from fedlp.federation.strategies.policies import build_policy
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, state_tensors
 from fedlp.types import Keep

@@ -10,11 +10,11 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
-from fedlp.federation import messages
-from fedlp.federation import pooling_messages as wire
-from fedlp.federation.pooling import tally
-from fedlp.federation.pooling_messages import Part, Question, Request
-from fedlp.pruning.hessian import Moments
+from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.messages import Part, Question, Request
+from fedlp.federation.oneshot.server import tally
+from fedlp.federation.wire import messages
+from fedlp.pruning.kernels.hessian import Moments
 from fedlp.types import Keep
 
 PARTS = [

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlp import assembly
+from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import AllocationError, ProtocolError
-from fedlp.federation import messages
-from fedlp.federation.policies import Returned
-from fedlp.federation.pruned_slices import PrunedSlices
+from fedlp.federation.strategies.fedlp_plan import PrunedSlices
+from fedlp.federation.strategies.policies import Returned
+from fedlp.federation.wire import messages
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 CLIENTS = ("strategy.masks=client", "strategy.train_sent=false")  # choose units themselves

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import ConfigError
-from fedlp.federation.aggregation import CoverageAverage
-from fedlp.federation.server_optimizer import apply_server_optimizer
+from fedlp.federation.aggregation.coverage_average import CoverageAverage
+from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.types import Keep
 
 

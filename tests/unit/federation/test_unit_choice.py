@@ -11,17 +11,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlp.errors import CalibrationError
-from fedlp.federation import unit_choice
-from fedlp.federation.scoring_costs import elimination_macs
-from fedlp.federation.unit_choice import best_units, score_units
+from fedlp.federation.client import unit_choice
+from fedlp.federation.client.scoring_costs import elimination_macs
+from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.models.cost import Macs
-from fedlp.pruning.groups import trace_widths
-from fedlp.pruning.hessian import Moments, invert_hessian
-from fedlp.pruning.inverses import LowRankInverse
-from fedlp.pruning.obs import eliminate
+from fedlp.pruning.kernels.hessian import Moments, invert_hessian
+from fedlp.pruning.kernels.inverses import LowRankInverse
+from fedlp.pruning.kernels.obs import eliminate
 from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.readers import Method
-from fedlp.pruning.units import find_layers, input_columns
+from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.tracing.units import find_layers, input_columns
+from fedlp.pruning.tracing.widths import trace_widths
 
 DAMPING = 0.01
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedlp.config import ModelConfig
 from fedlp.models import ModelSpec, describe_model, forward_logits, leading_layers
 from fedlp.models.language import import_transformers
-from fedlp.models.sequence import order_layers
+from fedlp.models.layer_order import order_layers
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.types import Layer
 

@@ -9,9 +9,9 @@ from torch import nn
 from fedlp.config import compose
 from fedlp.data.datasets import describe_dataset
 from fedlp.models import describe_model
-from fedlp.pruning.activations import activation_footprint
-from fedlp.pruning.groups import cut_model, trace_widths
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.costs.activations import activation_footprint
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import cut_model, trace_widths
 from fedlp.types import Keep
 
 

@@ -17,8 +17,8 @@ from fedlp.config import ModelConfig
 from fedlp.errors import CheckpointError
 from fedlp.models import describe_model
 from fedlp.models.torchvision_compat import import_torchvision
-from fedlp.pruning.export import load_classifier, save_classifier
-from fedlp.pruning.groups import WidthSpec, cut_model, trace_widths
+from fedlp.pruning.io.model_files import load_classifier, save_classifier
+from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.types import Keep
 
 

@@ -20,8 +20,8 @@ from fedlp.config import ModelConfig
 from fedlp.errors import ConfigError
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.export import save_language_model
-from fedlp.pruning.groups import cut_model, trace_widths
+from fedlp.pruning.io.model_files import save_language_model
+from fedlp.pruning.tracing.widths import cut_model, trace_widths
 from fedlp.types import Keep
 
 LLAMA = {

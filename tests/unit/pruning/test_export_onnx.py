@@ -17,8 +17,8 @@ from fedlp.errors import ConfigError
 from fedlp.models import describe_model, forward_logits
 from fedlp.models.language import import_transformers
 from fedlp.models.torchvision_compat import import_torchvision
-from fedlp.pruning.export import export_onnx
-from fedlp.pruning.groups import cut_model, trace_widths
+from fedlp.pruning.io.model_files import export_onnx
+from fedlp.pruning.tracing.widths import cut_model, trace_widths
 from fedlp.types import Keep
 
 

@@ -13,9 +13,9 @@ from fedlp.config import ModelConfig
 from fedlp.models import describe_model
 from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers
-from fedlp.pruning.footprint import Footprint, macs_footprint
-from fedlp.pruning.groups import WidthSpec, cut_model, trace_widths
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.costs.footprint import Footprint, macs_footprint
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.rng import Stream, generator
 from fedlp.types import Keep
 

@@ -17,7 +17,7 @@ from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensor
 from fedlp.models.language import import_transformers
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.models.torchvision_compat import import_torchvision
-from fedlp.pruning.groups import Dim, WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
+from fedlp.pruning.tracing.widths import Dim, WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
 from fedlp.rng import Stream, generator
 from fedlp.types import Keep
 

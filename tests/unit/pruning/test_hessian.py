@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlp.pruning.hessian import Moments, invert_hessian
-from fedlp.pruning.obs import resolve_weight
-from fedlp.pruning.units import input_columns, output_rows, weight_matrix
+from fedlp.pruning.kernels.hessian import Moments, invert_hessian
+from fedlp.pruning.kernels.obs import resolve_weight
+from fedlp.pruning.tracing.units import input_columns, output_rows, weight_matrix
 
 
 def draw(count: int, size: int, seed: int = 0) -> Tensor:

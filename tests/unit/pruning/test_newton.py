@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
-from fedlp.pruning import criteria, newton
-from fedlp.pruning.newton import mean_loss, newton_steps
+from fedlp.pruning.kernels import newton
+from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration
+from fedlp.pruning.scores import criteria
 
 CLASSES, FEATURES = 3, 5
 

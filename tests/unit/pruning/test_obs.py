@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import CalibrationError
-from fedlp.pruning.hessian import invert_hessian
-from fedlp.pruning.inverses import LowRankInverse
-from fedlp.pruning.obs import Problem, eliminate, output_error, resolve_weight, unit_saliency
-from fedlp.pruning.slimgpt import group_schedule
+from fedlp.pruning.kernels.hessian import invert_hessian
+from fedlp.pruning.kernels.inverses import LowRankInverse
+from fedlp.pruning.kernels.obs import Problem, eliminate, output_error, resolve_weight, unit_saliency
+from fedlp.pruning.kernels.slimgpt import group_schedule
 from tests.reference import obs as naive
 
 DAMPING = 1e-3

@@ -17,12 +17,12 @@ from fedlp.errors import AllocationError, CalibrationError, ConfigError
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
 from fedlp.models.torchvision_compat import import_torchvision
-from fedlp.pruning import criteria
-from fedlp.pruning.calibration import StagedRun
-from fedlp.pruning.groups import trace_widths
-from fedlp.pruning.hessian import Moments
+from fedlp.pruning.kernels.hessian import Moments
 from fedlp.pruning.pruner import Calibration, Method, Pruner
-from fedlp.pruning.units import find_layers
+from fedlp.pruning.scores import criteria
+from fedlp.pruning.staged_forward import StagedRun
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import trace_widths
 
 METHODS = {
     "obs": Method("obs"),

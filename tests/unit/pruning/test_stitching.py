@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fedlp.pruning.precomputed_models import Stitcher
 from fedlp.pruning.pruner import Method, mean_divergence, predictions
-from fedlp.pruning.stitching import Stitcher
 from tests.unit.pruning.test_pruner import classifier, images, language_model, make_pruner, tokens
 
 METHODS = {"plain": Method("obs"), "weighed": Method("obs", fisher=True, keeps_batch_norm=True)}

@@ -13,7 +13,7 @@ from torch import nn
 from fedlp.config import LocalConfig
 from fedlp.data.datasets import IGNORE_INDEX, DataInfo, Examples
 from fedlp.errors import ConfigError
-from fedlp.training import (
+from fedlp.training.local_training import (
     augment_images,
     check_loss,
     draw_batches,

@@ -1,0 +1,1 @@
+"""Allocation rules: per-layer sparsity from layer statistics."""

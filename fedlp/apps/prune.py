@@ -1,0 +1,246 @@
+"""One-shot pruning of one model, from config to files: the composition root of ``fedlp-prune``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlp.allocation.budget.solve import Cost
+from fedlp.apps.model_allocator import DEPTH_RULES, Allocator
+from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
+from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
+from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
+from fedlp.models import ModelSpec, describe_model, state_tensors
+from fedlp.models.cost import count_macs
+from fedlp.pruning.costs.footprint import Footprint, macs_footprint
+from fedlp.pruning.io.model_files import export_onnx, save_classifier, save_language_model
+from fedlp.pruning.kernels.newton import newton_steps
+from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
+from fedlp.rng import Stream, generator, torch_seed
+from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.finetuning import finetune
+from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.types import Keep, PrunableLayer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned: a trained model, its data and its widths."""
+
+    spec: ModelSpec
+    model: nn.Module
+    info: DataInfo
+    data: FederatedData
+    widths: WidthSpec
+    layers: tuple[PrunableLayer, ...]
+
+
+def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
+    """Prune a model, write it to ``out/model`` and the report to ``out/prune.json``; return the report.
+
+    Raises
+    ------
+    FedLPError
+        If the model has no trained weights or no prunable units, the data are too few or not finite, the target is out
+        of reach, or ``out`` already holds a pruned model.
+    """
+    if (out / "prune.json").exists():
+        raise ConfigError(f"hydra.run.dir={out} already holds a pruned model; choose another folder")
+    started = time.monotonic()
+    with one_thread():
+        subject = load_subject(config)
+        before = evaluate(subject.model, subject, config)
+        calibration = draw_calibration(config, subject)
+        method = make_method(config.pruner)
+        pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
+        kept = allocate(config, subject, calibration, pruner)
+        pruned = pruner.prune(kept, _show_progress(subject.layers))
+        if config.finetune.name == "newton":
+            paths = [path for layer in subject.layers for path in layer.readers]
+            newton_steps(pruned.model, paths, calibration, config.finetune.steps, _show_step)
+        else:
+            finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
+        after = evaluate(pruned.model, subject, config)
+        out.mkdir(parents=True, exist_ok=True)
+        pruned.model.cpu()
+        save_pruned(pruned, subject, config, out / "model")
+        report = make_report(config, subject, pruned, before, after) | {
+            "wall_time_s": time.monotonic() - started,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+    from fedlp.report.pruning import draw_layers  # matplotlib takes a second to load: not in every client
+
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (out / "layers.png").write_bytes(draw_layers(report["layers"], f"{config.pruner.name}, {config.allocator.name}"))
+    (out / "prune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+def load_subject(config: PruneConfig) -> Subject:
+    """Return the trained model that the config names, its data and what can be pruned of it."""
+    model_config, dataset = config.model, config.dataset
+    if config.run is not None:
+        run = Path(config.run)
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"run={config.run}: that is not a run directory (it has no config.yaml)")
+        stored = from_yaml((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        model_config, dataset = stored.model, stored.dataset
+    elif not model_config.pretrained and model_config.path is None:
+        raise ConfigError(
+            f"model {model_config.name} has no trained weights; give model=hf model.path=DIR, model.pretrained=true, "
+            "or run=RUN_DIR for the model of a federated run"
+        )
+    info = describe_dataset(dataset)
+    spec = describe_model(model_config, info.input_shape, info.num_classes, info.task)
+    model = spec.build(config.seed).eval().to(config.device)
+    if config.run is not None:
+        _load_run(model, Path(config.run) / "model.safetensors")
+    data = load_dataset(dataset, config.seed)
+    widths = trace_widths(model, spec.example_inputs(1))
+    shared = config.pruner.shared and spec.task == "classification"
+    return Subject(spec, model, info, data, widths, find_layers(model, widths, shared))
+
+
+def _load_run(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the run must have finished") from error
+    for name, tensor in state_tensors(model).items():
+        if name not in stored or stored[name].shape != tensor.shape:
+            raise CheckpointError(f"{path} does not fit the model of the run's config.yaml (tensor {name})")
+        tensor.copy_(stored[name])
+
+
+def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
+    """Return random training examples, prepared; of text only windows without padding."""
+    train = whole_examples(subject.data.train, subject.info)
+    wanted = config.calibration.examples
+    if wanted > len(train):
+        raise DataError(
+            f"calibration.examples={wanted}, but the data set has {len(train)} whole training examples; lower it or "
+            "give more data"
+        )
+    chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
+    seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
+    return batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
+
+
+def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
+    """Return the units kept of each layer, within the config's target, biases that pruning adds included."""
+    cost, limit = _target(config, subject, pruner)
+    measuring = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
+    settings = config.allocator
+    needs_fisher = settings.name not in (*DEPTH_RULES, "plan")
+    method = measuring if needs_fisher else Method()
+    able = Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost)
+    if settings.name == "plan":
+        return able.by_plan(str(settings.path), limit)
+    if settings.name == "dsa" and settings.path is not None:
+        return able.by_file(settings.path, limit)
+    return able.by_rule(settings.name, limit, settings.amplitude)
+
+
+def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:
+    """Return the cost that is limited, and its limit."""
+    inputs = subject.spec.example_inputs(1)
+    if config.target_macs is not None:
+        footprint, limit, what = macs_footprint(subject.model, subject.widths, inputs), config.target_macs, "MACs"
+    else:
+        footprint, what = Footprint(subject.model, subject.widths), "parameters"
+    whole = footprint.count({})
+    prunable = whole - footprint.count({layer.name: 0 for layer in subject.layers})
+    if config.target_params is not None:
+        limit = config.target_params
+    elif config.sparsity is not None:
+        limit = whole - config.sparsity * prunable
+    if limit >= whole:
+        raise AllocationError(f"the model has {whole:,.0f} {what} already, no more than the target of {limit:,.0f}")
+    if config.target_macs is None:
+        footprint.add(None, pruner.num_added_params())
+    return footprint.count, limit
+
+
+def _show_progress(layers: tuple[PrunableLayer, ...]) -> Callable[[LayerReport], None]:
+    started, done = time.monotonic(), 0
+
+    def show(report: LayerReport) -> None:
+        nonlocal done
+        done += 1
+        left = (time.monotonic() - started) / done * (len(layers) - done)
+        kept = f"{report.kept_units} of {report.num_units} units"
+        line = f"layer {done}/{len(layers)} {report.name}: {kept}, {left:.0f}s left"
+        end = "\r" if sys.stderr.isatty() and done < len(layers) else "\n"
+        print(line.ljust(100) if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _show_step(number: int, loss: float) -> None:
+    print(f"Newton step {number}: held-out loss {loss:.4f}", file=sys.stderr, flush=True)
+
+
+def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:
+    """Return a model's metrics on the test examples; nothing where the config does not want them."""
+    if not config.evaluate:
+        return {}
+    sums = evaluate_sums(model, subject.data.test, subject.info, config.eval_batch_size)
+    return metrics_from_sums(sums, subject.info.task)
+
+
+def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
+    """Write a pruned model as the config says."""
+    tokenizer, onnx = config.dataset.tokenizer, config.onnx
+    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, tokenizer, folder, onnx)
+
+
+def save_model(
+    model: nn.Module,
+    spec: ModelSpec,
+    axes: WidthSpec,
+    widths: Mapping[str, Keep],
+    tokenizer: str,
+    folder: Path,
+    onnx: bool,
+) -> None:
+    """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
+    if spec.task == "language":
+        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer)
+    else:
+        save_classifier(model, axes, widths, folder)
+    if onnx:
+        export_onnx(model, spec.example_inputs(1), folder / "model.onnx")
+
+
+def make_report(
+    config: PruneConfig, subject: Subject, pruned: Pruned, before: dict[str, float], after: dict[str, float]
+) -> dict[str, Any]:
+    """Return what ``prune.json`` says of a pruned model, but for time and memory."""
+    inputs = subject.spec.example_inputs(1)
+    return {
+        "method": config.pruner.name,
+        "allocator": config.allocator.name,
+        "params_before": sum(parameter.numel() for parameter in subject.model.parameters()),
+        "params_after": sum(parameter.numel() for parameter in pruned.model.parameters()),
+        "macs_before": count_macs(subject.model, inputs).forward,
+        "macs_after": count_macs(pruned.model, inputs).forward,
+        "layers": [asdict(layer) for layer in pruned.layers],
+        "metrics_before": before,
+        "metrics_after": after,
+        "config": to_plain(config),
+    }

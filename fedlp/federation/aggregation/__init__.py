@@ -1,0 +1,1 @@
+"""Aggregation of partial updates, and server optimizers."""

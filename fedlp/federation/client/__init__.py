@@ -1,0 +1,1 @@
+"""Client: app, uploads, store."""

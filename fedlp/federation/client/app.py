@@ -1,0 +1,280 @@
+"""The client: decode an instruction, build the sub-model, train it on the own shard, return the slices asked for.
+
+The same app runs in the worker processes of the local engine, in Ray actors and on real SuperNodes. Identity is the
+partition id of the node's config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlp.config import RunConfig
+from fedlp.data.datasets import DataInfo, Examples
+from fedlp.errors import DataError
+from fedlp.federation.budgets import read_budget
+from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
+from fedlp.federation.client.store import ClientStore
+from fedlp.federation.client.uploads import Uploads
+from fedlp.federation.oneshot import messages as pooling_messages
+from fedlp.federation.oneshot.client import PoolingClient
+from fedlp.federation.privacy import protect_update
+from fedlp.federation.server.app import read_settings
+from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire import messages
+from fedlp.federation.wire.carried_config import read_carried
+from fedlp.models import leading_layers, state_tensors
+from fedlp.models.layers import masked_gradients
+from fedlp.pruning.batch_norms import reestimate_batch_norms
+from fedlp.pruning.tracing.widths import cut_model
+from fedlp.rng import Stream, generator
+from fedlp.training.calibration_data import batch_calibration, whole_examples
+from fedlp.training.local_training import evaluate_sums, train_locally
+from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+
+class Shards:
+    """The training examples of each client, cut from one data set on demand."""
+
+    def __init__(self, train: Examples, parts: Sequence[NDArray[np.int64]]) -> None:
+        self._train = train
+        self._parts = parts
+
+    def size(self, client_id: int) -> int:
+        """Return how many examples a client has; DataError where there is no such client."""
+        if not 0 <= client_id < len(self._parts):
+            raise DataError(
+                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
+            )
+        return len(self._parts[client_id])
+
+    def of(self, client_id: int) -> Examples:
+        """Return a client's examples."""
+        return self._train.select(self._parts[client_id])
+
+
+class ClientRuntime:
+    """All that a client process keeps between messages: data, partition and model skeletons.
+
+    Parameters
+    ----------
+    shards : Shards
+        The training examples of each client.
+    store : ClientStore or None
+        Where personal heads and what could not be sent live between rounds; None forgets both.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        info: DataInfo,
+        submodels: SubModels,
+        shards: Shards,
+        test: Examples,
+        store: ClientStore | None,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.submodels = submodels
+        self.shards = shards
+        self.test = test
+        self.store = store
+        self.device = torch.device(config.device)
+        self._uploads = Uploads(config, info, submodels)
+        self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+
+    @cached_property
+    def pooling(self) -> PoolingClient:
+        """What answers the questions of one-shot pruning."""
+        return PoolingClient(self.config, self.info, self.submodels, self.shards.of)
+
+    def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
+        """Return what the client says of itself."""
+        return ClientProfile(client_id, self.shards.size(client_id), budget)
+
+    def train(self, instruction: TrainInstruction) -> ClientUpdate:
+        """Train the assigned sub-model and return the tensors asked for."""
+        seed, client_id, server_round = self.config.seed, instruction.client_id, instruction.server_round
+        model, state = self._load_submodel(instruction)
+        examples = self.shards.of(client_id)
+        rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
+        nested = self._nested(instruction.submodel, model)
+        with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
+            result = train_locally(
+                model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction)
+            )
+        self._save_personal(instruction, state)
+        metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
+        if self._uploads.is_plain:
+            sent = {name: tensor for name, tensor in state.items() if name in instruction.uploads}
+            return ClientUpdate(server_round, client_id, len(examples), sent, metrics)
+        residual = self._load_residual(instruction)
+        upload = self._uploads.make(instruction, model, examples, residual)
+        if upload.residual and self.store is not None:
+            self.store.save(client_id, server_round, upload.residual)
+        if upload.macs:
+            metrics["pruning-macs"] = upload.macs
+        return ClientUpdate(
+            server_round, client_id, len(examples), upload.params, metrics, upload.widths, upload.scores
+        )
+
+    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
+        """Return the global model's evaluation sums on test examples ``start`` to ``stop``."""
+        model, state = self._skeleton(None, ())
+        load_tensors(state, params)
+        return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
+
+    def statistics(self, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
+        """Return the batch norm statistics of the global model on the client's examples."""
+        model, state = self._skeleton(None, ())
+        load_tensors(state, params)
+        examples = whole_examples(self.shards.of(client_id), self.info)
+        reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
+        names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
+        return ClientUpdate(0, client_id, len(examples), {name: state[name] for name in names}, {})
+
+    # ---- sub-models
+    def _build_skeleton(
+        self, depth: int | None, counts: tuple[tuple[str, int, int], ...]
+    ) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of the sub-model's shapes and its live tensors; which units it holds changes no shape."""
+        if depth is not None:
+            model = self.submodels.spec.build_depth(depth, self.config.seed, client_id=0)
+        else:
+            model = self.submodels.skeleton()
+        if counts:
+            widths = {axis: Keep.first(count, size) for axis, count, size in counts}
+            model = cut_model(model, self.submodels.widths, widths)
+        model = model.to(self.device)
+        return model, state_tensors(model)
+
+    def _load_submodel(self, instruction: TrainInstruction) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return the sub-model with the instruction's values, and its live tensors."""
+        submodel = instruction.submodel
+        counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
+        model, state = self._skeleton(submodel.depth, counts)
+        load_tensors(state, instruction.params)
+        load_tensors(state, self._load_personal(instruction))
+        return model, state
+
+    def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
+        """Return the nested widths that the client's steps draw from; the last one is the client's whole slice."""
+        if len(submodel.nested_levels) < 2:
+            return []
+        spec = self.submodels.widths
+        counts = {axis: submodel.widths[axis].count if submodel.widths else size for axis, size in spec.axes.items()}
+        return [
+            NestedWidth(model, spec, counts, nested_counts(counts, spec.axes, level))
+            for level in submodel.nested_levels
+        ]
+
+    def _load_personal(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
+        """Return the client's own head: the one it trained last, or its first one."""
+        depth, client_id = instruction.submodel.depth, instruction.client_id
+        if depth is None or depth == len(self.submodels.spec.depths):
+            return {}
+        if self.store is not None and (head := self.store.load(client_id, before_round=instruction.server_round)):
+            return head
+        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.config.seed, client_id))
+        return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
+
+    def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
+        """Return the tensors that are not trained because neither they nor what lies before them is sent."""
+        if not self.config.strategy.skip_backward:
+            return ()
+        return leading_layers(self.submodels.spec, instruction.uploads)
+
+    def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
+        """Return what the client could not send before."""
+        if self.store is None or not self.config.strategy.error_feedback:
+            return {}
+        return self.store.load(instruction.client_id, before_round=instruction.server_round)
+
+    def _save_personal(self, instruction: TrainInstruction, state: Mapping[str, Tensor]) -> None:
+        personal = {name: tensor for name, tensor in state.items() if name not in self.submodels.spec.tensors}
+        if personal and self.store is not None:
+            self.store.save(instruction.client_id, instruction.server_round, personal)
+
+
+def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's live tensors."""
+    for name, tensor in params.items():
+        state[name].copy_(tensor)
+
+
+def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> ClientApp:
+    """Return the Flower app around a runtime.
+
+    Parameters
+    ----------
+    make_runtime : callable
+        Returns the runtime for a config (YAML) and the folder of what clients keep; expected to remember it.
+    """
+    app = ClientApp()
+
+    def load_settings(message: Message, context: Context) -> tuple[str, Path]:
+        cfg, out = read_carried(message.content) or read_settings(context)
+        return cfg, Path(str(context.node_config.get("state-dir", out / "clients")))
+
+    def load_runtime(message: Message, context: Context) -> ClientRuntime:
+        cfg, state_dir = load_settings(message, context)
+        return make_runtime(cfg, str(state_dir))
+
+    @app.query("capabilities")
+    def query(message: Message, context: Context) -> Message:
+        runtime = load_runtime(message, context)
+        path = context.node_config.get("budget")
+        budget = None if path is None else read_budget(Path(str(path)))
+        return Message(messages.encode_profile(runtime.profile(client_id_of(context), budget)), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        runtime = load_runtime(message, context)
+        instruction = messages.decode_instruction(message.content, runtime.submodels)
+        if instruction.client_id != client_id_of(context):
+            raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+        update = runtime.train(instruction)
+        reply = Message(
+            messages.encode_update(update, runtime.submodels, runtime.config.strategy.entropy_coding), reply_to=message
+        )
+        return protect_update(runtime.config, instruction, message, reply, context)
+
+    def answer(message: Message, context: Context) -> Message:
+        runtime, client_id = load_runtime(message, context), client_id_of(context)
+        folder = load_settings(message, context)[1] / str(client_id)
+        kind = message.metadata.message_type
+        return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
+
+    for kind in pooling_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answer)
+
+    @app.query("statistics")
+    def statistics(message: Message, context: Context) -> Message:
+        runtime = load_runtime(message, context)
+        found = runtime.statistics(messages.decode_whole(message.content, runtime.submodels), client_id_of(context))
+        return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
+
+    @app.evaluate("central")
+    def evaluate(message: Message, context: Context) -> Message:
+        runtime = load_runtime(message, context)
+        params, start, stop = messages.decode_range(message.content, runtime.submodels)
+        return Message(messages.encode_sums(runtime.evaluate(params, start, stop)), reply_to=message)
+
+    return app
+
+
+def client_id_of(context: Context) -> int:
+    """Return the partition id of a node; DataError where its config has none."""
+    partition_id = context.node_config.get("partition-id")
+    if not isinstance(partition_id, int) or isinstance(partition_id, bool):
+        raise DataError("the node has no partition-id; start it with --node-config 'partition-id=0 num-partitions=N'")
+    return partition_id

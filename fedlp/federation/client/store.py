@@ -1,0 +1,64 @@
+"""What a client keeps between rounds, on its own disk: personal heads, or what it could not send.
+
+One file per client and round. A client reads the newest one from before the current round, so a run that is resumed
+from an earlier checkpoint finds the head it had then. Versions that no kept checkpoint can reach are deleted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedlp.errors import DataError, one_line
+from fedlp.federation.server.checkpoint import write_atomically
+
+_NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+class ClientStore:
+    """A folder with a sub-folder per client.
+
+    Parameters
+    ----------
+    root : Path
+        Made on the first save.
+    horizon : int
+        Rounds that a resumed run may go back.
+    """
+
+    def __init__(self, root: Path, horizon: int) -> None:
+        self.root = root
+        self.horizon = horizon
+
+    def save(self, client_id: int, server_round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a version, atomically, and drop those that are out of reach; DataError where the disk refuses."""
+        folder = self.root / str(client_id)
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"round-{server_round:06d}.safetensors", data)
+        except OSError as error:
+            raise DataError(
+                f"client {client_id} cannot save what it needs in later rounds ({one_line(error)}); make room there"
+            ) from error
+        reachable = [version for version in self._rounds(client_id) if version <= server_round - self.horizon]
+        for stale in reachable[:-1]:
+            (folder / f"round-{stale:06d}.safetensors").unlink(missing_ok=True)
+
+    def load(self, client_id: int, before_round: int) -> dict[str, Tensor]:
+        """Return the newest version from before a round; empty where there is none."""
+        rounds = [version for version in self._rounds(client_id) if version < before_round]
+        if not rounds:
+            return {}
+        head: dict[str, Tensor] = load_file(self.root / str(client_id) / f"round-{rounds[-1]:06d}.safetensors")
+        return head
+
+    def _rounds(self, client_id: int) -> list[int]:
+        folder = self.root / str(client_id)
+        if not folder.is_dir():
+            return []
+        return sorted(int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name)))

@@ -1,0 +1,1 @@
+"""One-shot pruning on moments pooled over clients."""

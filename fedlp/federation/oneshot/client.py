@@ -1,0 +1,198 @@
+"""The client's side of federated one-shot pruning: sums over its own examples, through the model pruned so far.
+
+Any process may be asked anything: what changed in the model so far lies on the client's disk, and is checked by the
+name of the state it leads to. A process that is asked again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from flwr.app import RecordDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedlp.config import RunConfig
+from fedlp.data.datasets import DataInfo
+from fedlp.data.examples import Examples
+from fedlp.errors import DataError, ProtocolError
+from fedlp.federation.oneshot import messages
+from fedlp.federation.oneshot.messages import Part, Request
+from fedlp.federation.oneshot.model import (
+    ModelStates,
+    fisher_parts,
+    moment_parts,
+    moment_sums,
+    norm_parts,
+    norm_statistics,
+    split_reference,
+)
+from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.packing import Signature
+from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
+from fedlp.pruning.layer_statistics import Collector
+from fedlp.pruning.pruner import Calibration, Pruner
+from fedlp.pruning.scores.criteria import fisher_sums
+from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.widths import cut_model
+from fedlp.rng import Stream, generator, torch_seed
+from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+
+_FILES = "layer-[0-9]*.safetensors"
+_MOST_CLIENTS = 16  # whose place in the model one process remembers
+
+
+class PoolingClient:
+    """All that a client process needs to answer, for any client.
+
+    Parameters
+    ----------
+    examples_of : callable
+        Returns the training examples of a client.
+    """
+
+    def __init__(
+        self, config: RunConfig, info: DataInfo, submodels: SubModels, examples_of: Callable[[int], Examples]
+    ) -> None:
+        self._config, self._info, self._examples_of = config, info, examples_of
+        self._spec = submodels.widths
+        self._device = torch.device(config.device)
+        self._initial = cut_model(submodels.spec.build(config.seed), self._spec, {}).eval().to(self._device)
+        self._layers = find_layers(self._initial, self._spec, config.pruner.shared and info.task == "classification")
+        self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
+        self._method = make_method(config.pruner)
+        self._dtype = torch.float64 if config.strategy.encoding == "float64" else torch.float32
+        self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
+        self._collectors: dict[int, tuple[int, Collector]] = {}
+        self._states = self._first_state()
+
+    def calibration(self, client_id: int) -> Calibration:
+        """Return a client's calibration data, the same every time."""
+        if client_id not in self._calibrations:
+            self._calibrations[client_id] = self._draw(client_id)
+        self._calibrations.move_to_end(client_id)
+        while len(self._calibrations) > _MOST_CLIENTS:
+            self._collectors.pop(self._calibrations.popitem(last=False)[0], None)
+        return self._calibrations[client_id]
+
+    def _draw(self, client_id: int) -> Calibration:
+        """Return some of a client's examples, or all where it has fewer."""
+        whole = whole_examples(self._examples_of(client_id), self._info)
+        if not len(whole):
+            raise DataError(f"client {client_id} has no window without padding; lower dataset.sequence_length")
+        seed, wanted = self._config.seed, self._config.calibration
+        chosen = whole.select(
+            generator(seed, Stream.CALIBRATION, 2, client_id).permutation(len(whole))[: wanted.examples]
+        )
+        own_seed = torch_seed(seed, Stream.CALIBRATION, 3, client_id)
+        return batch_calibration(chosen, self._info, wanted.batch_size, own_seed, self._device)
+
+    def answer(self, kind: str, content: RecordDict, client_id: int, folder: Path) -> RecordDict:
+        """Return the records that answer a request.
+
+        Parameters
+        ----------
+        kind : str
+            The message's type.
+        folder : Path
+            Where the client keeps what changed in the model so far.
+        """
+        axes = tuple(self._spec.axes)
+        request = messages.decode_request(content, kind, axes, self._signature)
+        if not self._reach(request, folder):
+            return messages.encode_lack()
+        data = self.calibration(client_id)
+        num_examples = sum(len(batch) for batch in data.batches)
+        if kind == messages.VOTE:
+            pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
+            return messages.encode_vote(pruner.prune(request.question.kept).widths, axes, num_examples)
+        parts, sums = self._sums(request, client_id, data)
+        return messages.encode_sums(sums, parts, request.question.layer, num_examples, self._dtype)
+
+    # ---- sums
+    def _sums(self, request: Request, client_id: int, data: Calibration) -> tuple[list[Part], Mapping[str, Tensor]]:
+        model = self._states.model
+        match request.question.kind:
+            case messages.MOMENTS:
+                number = request.question.layer
+                collector, layer = self._collector(client_id, number), self._layers[number]
+                reference = request.question.reference
+                if reference is None:
+                    raise ProtocolError("the server's question has no reference")
+                readers = collector.collect(layer, split_reference(reference, collector.readers(layer)))
+                return moment_parts(readers, self._method), moment_sums(readers)
+            case messages.FISHER:
+                rng = torch.Generator().manual_seed(data.seed)
+                parts = fisher_parts(model, self._layers)
+                paths = [part.name for part in parts]
+                return parts, fisher_sums(model, paths, data.batches, rng, not is_language_model(model))[0]
+            case _:
+                model = copy.deepcopy(model)
+                reestimate_batch_norms(model, data.batches)
+                means = norm_statistics(model)
+                return norm_parts(model), {
+                    name: mean.to(torch.float64) * len(data.batches) for name, mean in means.items()
+                }
+
+    def _collector(self, client_id: int, layer: int) -> Collector:
+        """Return what has gone through the model up to this layer at most."""
+        last, collector = self._collectors.get(client_id, (layer + 1, None))
+        if collector is None or last > layer:
+            dense = self._initial if self._method.corrects else None
+            batches = self.calibration(client_id).batches
+            collector = Collector(self._states.model, dense, self._layers, batches, self._norms)
+        self._collectors[client_id] = layer, collector
+        return collector
+
+    # ---- states of the model
+    def _first_state(self) -> ModelStates:
+        self._collectors.clear()
+        return ModelStates(cut_model(self._initial, self._spec, {}).eval(), self._layers, self._norms, self._method)
+
+    def _signature(self, layers: Sequence[int]) -> Signature:
+        if any(not 0 <= layer < len(self._layers) for layer in layers):
+            raise ValueError(f"layers {list(layers)} are not in [0, {len(self._layers)})")
+        return self._states.signature(layers)
+
+    def _reach(self, request: Request, folder: Path) -> bool:
+        """Bring the model to the state that is asked about and remember it; return False if it cannot be reached."""
+        if self._states.name not in (request.base, request.state):
+            self._states = self._first_state()
+            self._load(folder, {request.base, request.state})
+        if self._states.name == request.base:
+            self._states.take(request.layers, request.tensors)
+        if self._states.name != request.state:
+            return False
+        self._save(folder, request)
+        return True
+
+    def _load(self, folder: Path, wanted: set[bytes]) -> None:
+        """Take on what lies in a folder, up to the first state that is wanted; files of another run lead elsewhere."""
+        for file in sorted(folder.glob(_FILES)):
+            if self._states.name in wanted:
+                return
+            layer = int(file.name[len("layer-") :].partition(".")[0])
+            tensors = load_file(file)
+            shapes = {name: shape for name, shape, _ in self._signature([layer])}
+            if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+                return
+            self._states.take([layer], tensors)
+
+    def _save(self, folder: Path, request: Request) -> None:
+        """Write what came with a request; what begins with the first state makes the rest out of date."""
+        if request.base == self._states.names[0]:
+            for file in folder.glob(_FILES):
+                file.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer in request.layers:
+            names = [name for name, _, _ in self._signature([layer])]
+            path = folder / f"layer-{layer:06d}.safetensors"
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({name: request.tensors[name].contiguous() for name in names}, partial)
+            partial.replace(path)

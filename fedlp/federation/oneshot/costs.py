@@ -1,0 +1,85 @@
+"""What federated one-shot pruning costs, known before it runs: from the shapes of the model alone."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from fedlp.config import RunConfig
+from fedlp.federation.oneshot.model import ModelStates, fisher_parts, moment_parts, norm_parts
+from fedlp.federation.submodels import SubModels
+from fedlp.models.cost import count_macs
+from fedlp.pruning.batch_norms import following_batch_norms
+from fedlp.pruning.layer_statistics import make_readers
+from fedlp.pruning.tracing.units import find_layers
+from fedlp.training.calibration_data import make_method
+from fedlp.types import PrunableLayer
+
+
+def count_lines(config: RunConfig, submodels: SubModels) -> int:
+    """Return how many lines of ``rounds.jsonl`` a run writes: one per layer, or one for votes."""
+    return 1 if config.strategy.masks == "client" else len(_skeleton(config, submodels)[1])
+
+
+def largest_message(config: RunConfig, submodels: SubModels) -> int:
+    """Return an upper bound of the bytes of one answer's arrays."""
+    return max(_answer_sizes(config, submodels)) * _itemsize(config)
+
+
+def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
+    """Return what one client costs in one line of ``rounds.jsonl``, on average: what it is sent and what it sends.
+
+    An upper bound where layers keep all their units; record keys, some hundred bytes a message, are left out. The same
+    keys as :func:`fedlp.federation.costs.expected_costs`; there is no training.
+    """
+    model, layers = _skeleton(config, submodels)
+    method, lines = make_method(config.pruner), count_lines(config, submodels)
+    down = {"params": 0, "bytes": 0}
+    if config.strategy.masks == "server":
+        norms = following_batch_norms(model, submodels.spec.example_inputs(1))
+        states = ModelStates(model, layers, norms, method)
+        asks_norms = bool(norm_parts(model)) and not method.keeps_batch_norm
+        changes = states.signature(range(len(layers) if asks_norms else len(layers) - 1))
+        for _, shape, dtype in changes:
+            down["params"] += math.prod(shape)
+            down["bytes"] += math.prod(shape) * dtype.itemsize
+        if method.needs_inputs:
+            readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
+            down["params"] += sum(len(reader.moments.total) for reader in readers)
+            down["bytes"] += 4 * sum(len(reader.moments.total) for reader in readers)
+    up = sum(_answer_sizes(config, submodels))
+    return {
+        "params_down_per_client": down["params"] / lines,
+        "params_up_per_client": up / lines,
+        "bytes_down_per_client": down["bytes"] / lines,
+        "bytes_up_per_client": up * _itemsize(config) / lines,
+        "macs_per_example": float(count_macs(model, submodels.spec.example_inputs(1)).forward),
+        "training_macs_per_example": 0.0,
+    }
+
+
+def _answer_sizes(config: RunConfig, submodels: SubModels) -> list[int]:
+    """Return the numbers in each of a client's answers."""
+    model, layers = _skeleton(config, submodels)
+    if config.strategy.masks == "client":
+        return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(config)))]  # bits
+    method = make_method(config.pruner)
+    answers = []
+    if method.needs_inputs:
+        answers += [moment_parts(make_readers(model, layer, {}, method.corrects), method) for layer in layers]
+    if method.fisher:
+        answers.append(fisher_parts(model, layers))
+    if not method.keeps_batch_norm:
+        answers.append(norm_parts(model))
+    return [sum(part.num_sent for part in parts) for parts in answers] or [0]
+
+
+def _skeleton(config: RunConfig, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
+    model = submodels.skeleton().eval()
+    shared = config.pruner.shared and submodels.spec.task == "classification"
+    return model, find_layers(model, submodels.widths, shared)
+
+
+def _itemsize(config: RunConfig) -> int:
+    return 8 if config.strategy.encoding == "float64" else 4

@@ -1,0 +1,245 @@
+"""Records of federated one-shot pruning: the only file with their keys, the only door their bad input comes through.
+
+Down: ``question`` (what is asked, from which state of the model to which), ``params`` (what changed in between) and
+``reference`` (what inputs are measured from). Up: ``answer`` (how many examples) and ``params`` (sums over these), or
+the client's units, or that it lacks the state asked from. Of symmetric sums the lower triangle travels, row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedlp.errors import ProtocolError
+from fedlp.federation.wire.index_sets import decode_counts, decode_widths, encode_counts, encode_widths
+from fedlp.federation.wire.messages import check_finite, encode_params
+from fedlp.federation.wire.packing import Signature, unpack_tensors
+from fedlp.federation.wire.record_access import read_bytes, read_config, read_integer, read_tensors, say_why
+from fedlp.types import Keep
+
+QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference"
+MOMENTS, FISHER, NORMS, VOTE = "query.moments", "query.fisher", "query.norms", "query.vote"
+KINDS = (MOMENTS, FISHER, NORMS, VOTE)
+
+_TOLERANCE = 1e-4  # of Cauchy and Schwarz's inequality, after rounding to float32
+_UNDERFLOW = 1e-70
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of sums over examples."""
+
+    name: str
+    shape: tuple[int, ...]
+    symmetric: bool = False  # and positive semi-definite, (n, n)
+    nonnegative: bool = False
+
+    @property
+    def num_sent(self) -> int:
+        """Numbers that travel."""
+        return self.shape[0] * (self.shape[0] + 1) // 2 if self.symmetric else math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of every client.
+
+    Attributes
+    ----------
+    kind : str
+        One of ``KINDS``, the type of the message.
+    layer : int
+        The layer's number, for moments.
+    reference : (n,) or None
+        What the inputs of the layer's readers are measured from, one after the other, for moments; float32.
+    kept : mapping from layer name to int
+        Units that stay, for a vote.
+    """
+
+    kind: str
+    layer: int = 0
+    reference: Tensor | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question about a model in one state, and how to get there from another.
+
+    Attributes
+    ----------
+    base, state : bytes
+        Names of the state that the client must have and of the state that is asked about.
+    layers : tuple of int
+        Layers that changed in between, in order.
+    tensors : mapping
+        Their new tensors.
+    """
+
+    question: Question
+    base: bytes
+    state: bytes
+    layers: tuple[int, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# ---- requests
+def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | None = None) -> RecordDict:
+    """Return the records of a request; ``params`` are its encoded tensors, which several clients may share."""
+    record = ConfigRecord({"layer": request.question.layer, "base": request.base, "state": request.state})
+    content = RecordDict({QUESTION: record})
+    if request.question.kept:
+        record["kept"] = encode_counts(request.question.kept, axes)
+    if request.question.reference is not None:
+        content[REFERENCE] = encode_params({REFERENCE: request.question.reference})
+    if request.layers:
+        record["layers"] = list(request.layers)
+        content[PARAMS] = encode_params(request.tensors) if params is None else params
+    return content
+
+
+def decode_request(
+    content: RecordDict, kind: str, axes: Sequence[str], signature: Callable[[Sequence[int]], Signature]
+) -> Request:
+    """Return a request; ``signature`` says what travels of which layers.
+
+    Raises
+    ------
+    ProtocolError
+        Where a record is missing or malformed.
+    """
+    try:
+        record = read_config(content, QUESTION)
+        numbers = record.get("layers", [])
+        layers = tuple(int(number) for number in numbers)  # type: ignore[union-attr]
+        kept = decode_counts(read_bytes(record, "kept"), axes) if "kept" in record else {}
+        question = Question(kind, read_integer(record, "layer"), _reference(content), kept)
+        tensors = read_tensors(content, PARAMS, signature(layers)) if layers else {}
+        return Request(question, read_bytes(record, "base"), read_bytes(record, "state"), layers, tensors)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ProtocolError(f"the server's question cannot be read: {say_why(error)}") from error
+
+
+def _reference(content: RecordDict) -> Tensor | None:
+    if REFERENCE not in content:
+        return None
+    arrays = content[REFERENCE]
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError(f"record {REFERENCE} holds no arrays")
+    signature = [(REFERENCE, arrays["float32"].shape, torch.float32)]
+    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature)[REFERENCE]
+
+
+# ---- sums
+def encode_sums(
+    sums: Mapping[str, Tensor], parts: Sequence[Part], layer: int, num_examples: int, dtype: torch.dtype
+) -> RecordDict:
+    """Return the records of a client's sums; of a symmetric one only the lower triangle is read."""
+    packed = {}
+    for part in parts:
+        value = sums[part.name].to(dtype)
+        packed[part.name] = value[_lower(len(value))] if part.symmetric else value
+    answer = ConfigRecord({"layer": layer, "num-examples": num_examples})
+    return RecordDict({ANSWER: answer, PARAMS: encode_params(packed)})
+
+
+def decode_sums(
+    content: RecordDict, parts: Sequence[Part], layer: int, most: int, dtype: torch.dtype, who: str
+) -> tuple[dict[str, Tensor], int]:
+    """Return a client's sums, float64, symmetric ones as their lower triangle; and how many examples are behind them.
+
+    Raises
+    ------
+    ProtocolError
+        Another layer; an example count outside [1, ``most``]; a missing, misshapen or non-finite tensor; a negative
+        entry where there can be none; a symmetric one that no data could give: an entry that is larger than those of
+        the diagonal allow. (These may be 0: a unit may never be active.)
+    """
+    num_examples = _count(content, layer, most, who)
+    try:
+        signature = [(part.name, (part.num_sent,) if part.symmetric else part.shape, dtype) for part in parts]
+        sums = {name: value.to(torch.float64) for name, value in read_tensors(content, PARAMS, signature).items()}
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: {say_why(error)}") from error
+    check_finite(sums, who)
+    for part in parts:
+        if part.symmetric:
+            _check_moments(sums[part.name], part, who)
+        elif part.nonnegative and bool((sums[part.name] < 0).any()):
+            raise ProtocolError(f"{who}: {part.name} has a negative entry")
+    return sums, num_examples
+
+
+def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
+    """Return the (size, size) matrix of a packed lower triangle, zero above the diagonal."""
+    matrix = packed.new_zeros(size, size)
+    matrix[_lower(size)] = packed
+    return matrix
+
+
+def _check_moments(packed: Tensor, part: Part, who: str) -> None:
+    rows = torch.arange(part.shape[0])
+    diagonal = packed[rows * (rows + 3) // 2]
+    if bool((diagonal < 0).any()):
+        raise ProtocolError(f"{who}: second moments {part.name} have a negative diagonal entry")
+    bound = torch.outer(diagonal, diagonal)[_lower(len(diagonal))]
+    if bool((packed.square() > bound * (1 + _TOLERANCE) + _UNDERFLOW).any()):
+        raise ProtocolError(f"{who}: second moments {part.name} have an entry that no data could give")
+
+
+def _lower(size: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).tril_()
+
+
+# ---- votes
+def encode_vote(widths: Mapping[str, Keep], axes: Sequence[str], num_examples: int) -> RecordDict:
+    """Return the records of the units that a client would keep."""
+    record = ConfigRecord({"layer": 0, "num-examples": num_examples, "widths": encode_widths(widths, axes)})
+    return RecordDict({ANSWER: record})
+
+
+def decode_vote(
+    content: RecordDict, kept: Mapping[str, int], axes: Mapping[str, int], most: int, who: str
+) -> tuple[dict[str, Keep], int]:
+    """Return the units that a client would keep, and its examples; ProtocolError unless they are ``kept`` of each."""
+    num_examples = _count(content, 0, most, who)
+    try:
+        widths = decode_widths(read_bytes(read_config(content, ANSWER), "widths"), axes)
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: the vote cannot be read: {say_why(error)}") from error
+    counts = {name: keep.count for name, keep in widths.items()}
+    if counts != dict(kept):
+        wrong = next((name for name in kept if counts.get(name) != kept[name]), next(iter(counts), "none"))
+        raise ProtocolError(f"{who}: the vote keeps {counts.get(wrong, 0)} units of {wrong}, not {kept.get(wrong, 0)}")
+    return widths, num_examples
+
+
+# ---- lacking states
+def encode_lack() -> RecordDict:
+    """Return the records of a client that does not have the state that the request starts from."""
+    return RecordDict({ANSWER: ConfigRecord({"lacks": True})})
+
+
+def is_lack(content: RecordDict) -> bool:
+    """Return whether a client says that it does not have the state that the request starts from."""
+    record = content.get(ANSWER)
+    return isinstance(record, ConfigRecord) and record.get("lacks") is True
+
+
+# ---- helpers
+def _count(content: RecordDict, layer: int, most: int, who: str) -> int:
+    try:
+        record = read_config(content, ANSWER)
+        found, num_examples = read_integer(record, "layer"), read_integer(record, "num-examples")
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: the answer cannot be read: {say_why(error)}") from error
+    if found != layer:
+        raise ProtocolError(f"{who}: the answer is about layer {found}, not {layer}")
+    if not 1 <= num_examples <= most:
+        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {most}]")
+    return num_examples

@@ -1,0 +1,202 @@
+"""What server and clients of federated one-shot pruning both know: the model as layers change, and what is summed.
+
+The model's state has a name: a hash of the model at first, then of the state before and what changed. Whoever has a
+state of some name has its very weights, so a request can say from which state to which it leads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.errors import ProtocolError
+from fedlp.federation.oneshot.messages import Part
+from fedlp.federation.wire.packing import Signature, pack_tensors
+from fedlp.models.spec import forward_logits, state_tensors
+from fedlp.pruning.kernels.hessian import Moments
+from fedlp.pruning.reader_layers import Method, Reader
+from fedlp.pruning.tracing.units import input_columns, weight_matrix
+from fedlp.types import PrunableLayer
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class ModelStates:
+    """A model whose layers are rewritten one after another, and the name of every state so far.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed by :meth:`take`, or by its owner before :meth:`note`.
+    norms : mapping from path to path
+        The batch norms that follow readers.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[PrunableLayer], norms: Mapping[str, str], method: Method
+    ) -> None:
+        self.model, self.layers, self.norms, self.method = model, layers, norms, method
+        self.changed: list[int] = []  # layers, in order; after the first n of them the state is names[n]
+        self.names = [_digest(b"", state_tensors(model))]
+
+    @property
+    def name(self) -> bytes:
+        """Name of the present state."""
+        return self.names[-1]
+
+    def signature(self, layers: Sequence[int]) -> Signature:
+        """Return name, shape and dtype of all that rewriting these layers may change."""
+        found = []
+        for path in [path for number in layers for path in self.layers[number].readers]:
+            weight: Tensor = self.model.get_submodule(path).weight  # type: ignore[assignment]
+            found.append((f"{path}.weight", tuple(weight.shape), weight.dtype))
+            if not self.method.adds_bias:
+                continue
+            outputs = (len(weight_matrix(self.model.get_submodule(path))),)
+            if path not in self.norms:
+                found.append((f"{path}.bias", outputs, weight.dtype))
+            elif self.method.keeps_batch_norm:
+                found.append((f"{self.norms[path]}.running_mean", outputs, torch.float32))
+        return found
+
+    def tensors(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """Return the present values of all that rewriting these layers may have changed."""
+        return {name: _find(self.model, name) for name, _, _ in self.signature(layers)}
+
+    def note(self, layer: int) -> None:
+        """Name the state after this layer was rewritten."""
+        self.names.append(_digest(self.name, self.tensors([layer])))
+        self.changed.append(layer)
+
+    @torch.no_grad()
+    def take(self, layers: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Write what changed in these layers."""
+        for layer in layers:
+            for name, _, dtype in self.signature([layer]):
+                path, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                if getattr(module, leaf, None) is None:
+                    device = next(module.parameters()).device
+                    module.register_parameter(leaf, nn.Parameter(tensors[name].to(device, dtype, copy=True)))
+                else:
+                    _find(self.model, name).copy_(tensors[name])
+            self.note(layer)
+
+
+def count_positions(model: nn.Module, layers: Sequence[PrunableLayer], example: Tensor) -> tuple[dict[str, int], int]:
+    """Return how many input vectors one example gives each reader, by path, and how many labels it has."""
+    found: dict[str, int] = {}
+    handles = []
+    for path in [path for layer in layers for path in layer.readers]:
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], _: object, path: str = path) -> None:
+            found[path] = len(input_columns(module, inputs[0]))
+
+        handles.append(model.get_submodule(path).register_forward_hook(count))
+    with torch.no_grad():
+        labels = len(forward_logits(model, example[:1]).flatten(0, -2))
+    for handle in handles:
+        handle.remove()
+    return found, labels
+
+
+# ---- what is summed
+def moment_parts(readers: Sequence[Reader], method: Method) -> list[Part]:
+    """Return the parts of the second moments of a layer's readers: of the matrix only the diagonal if it will do."""
+    whole = method.recovery == "least_squares" or method.score in ("obs", "slimgpt")
+    parts = []
+    for reader in readers:
+        path, size = reader.path, len(reader.moments.total)
+        gram = (
+            Part(f"{path}.gram", (size, size), symmetric=True)
+            if whole
+            else Part(f"{path}.diagonal", (size,), nonnegative=True)
+        )
+        parts += [Part(f"{path}.total", (size,)), gram]
+        if reader.moments.cross is not None:
+            outputs = len(reader.moments.cross)
+            parts += [Part(f"{path}.target_total", (outputs,)), Part(f"{path}.cross", (outputs, size))]
+    return parts
+
+
+def moment_sums(readers: Sequence[Reader]) -> dict[str, Tensor]:
+    """Return the sums of :func:`moment_parts`."""
+    sums: dict[str, Tensor] = {}
+    for reader in readers:
+        path, moments = reader.path, reader.moments
+        sums |= {f"{path}.total": moments.total, f"{path}.gram": moments.gram}
+        sums[f"{path}.diagonal"] = moments.gram.diagonal()
+        if moments.cross is not None and moments.target_total is not None:
+            sums |= {f"{path}.target_total": moments.target_total, f"{path}.cross": moments.cross}
+    return sums
+
+
+def fill_moments(
+    readers: Sequence[Reader], sums: Mapping[str, Tensor], counts: Mapping[str, int], origins: Mapping[str, Tensor]
+) -> None:
+    """Give readers the moments of sums over ``counts`` input vectors that were measured from ``origins``, by path."""
+    for reader in readers:
+        path = reader.path
+        diagonal = sums.get(f"{path}.diagonal")
+        gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
+        targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
+        reader.moments = Moments(counts[path], sums[f"{path}.total"], gram, *targets).shifted(-origins[path])
+        reader.moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+
+
+def split_reference(reference: Tensor, readers: Sequence[Reader]) -> dict[str, Tensor]:
+    """Return what each reader's inputs are measured from, float64, by path.
+
+    Parameters
+    ----------
+    reference : (n,)
+        Of all readers, one after the other. Near the mean of the inputs, it leaves float32 the digits that count.
+    """
+    sizes = [len(reader.moments.total) for reader in readers]
+    if len(reference) != sum(sizes):
+        raise ProtocolError(f"the reference has {len(reference)} entries, not {sum(sizes)}")
+    parts = torch.split(reference.to(readers[0].moments.total), sizes)
+    return {reader.path: part for reader, part in zip(readers, parts, strict=True)}
+
+
+def fisher_parts(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[Part]:
+    """Return the parts of the Fisher information of all readers' outputs."""
+    paths = [path for layer in layers for path in layer.readers]
+    sizes = {path: len(weight_matrix(model.get_submodule(path))) for path in paths}
+    return [Part(path, (size, size), symmetric=True) for path, size in sizes.items()]
+
+
+def norm_parts(model: nn.Module) -> list[Part]:
+    """Return the parts of what batch norms see: means and variances by batch."""
+    return [
+        Part(name, tuple(tensor.shape), nonnegative=name.endswith("running_var"))
+        for name, tensor in norm_statistics(model).items()
+    ]
+
+
+def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of all batch norms, live."""
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {
+        f"{path}.{name}": getattr(norm, name)
+        for path, norm in norms.items()
+        for name in ("running_mean", "running_var")
+        if norm.track_running_stats
+    }
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor.detach()
+
+
+def _digest(before: bytes, tensors: Mapping[str, Tensor]) -> bytes:
+    found = hashlib.sha256(before)
+    for dtype, (_, image) in pack_tensors(tensors).items():
+        found.update(dtype.encode())
+        found.update(image)
+    return found.digest()[:16]

@@ -1,0 +1,115 @@
+"""A pruner without data of its own: second moments, Fisher information and batch norms come from clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.messages import Question
+from fedlp.federation.oneshot.model import (
+    ModelStates,
+    count_positions,
+    fill_moments,
+    fisher_parts,
+    moment_parts,
+    norm_parts,
+    norm_statistics,
+    split_reference,
+)
+from fedlp.federation.oneshot.server import ClientPool
+from fedlp.pruning.layer_statistics import Collector, make_readers
+from fedlp.pruning.pruner import Calibration, Pruner
+from fedlp.pruning.reader_layers import Method, Reader
+from fedlp.pruning.tracing.widths import WidthSpec, cut_model
+from fedlp.types import Keep, PrunableLayer
+
+
+class PooledPruner(Pruner):
+    """A pruner without data: whatever looks at data asks the clients.
+
+    Parameters
+    ----------
+    model, spec, layers, method
+        As of :class:`Pruner`.
+    example : Tensor
+        Inputs of a few examples that resemble nobody's data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: WidthSpec,
+        layers: Sequence[PrunableLayer],
+        method: Method,
+        pool: ClientPool,
+        example: Tensor,
+        seed: int,
+    ) -> None:
+        self.pool = pool
+        self._example = example
+        super().__init__(model, spec, layers, Calibration([example], [], seed), method)
+
+    @cached_property
+    def states(self) -> ModelStates:
+        """The states of the model so far."""
+        return ModelStates(self.model, self.layers, self.norms, self.method)
+
+    @cached_property
+    def positions(self) -> tuple[Mapping[str, int], int]:
+        """Input vectors of each reader, and labels, per example."""
+        return count_positions(self.model, self.layers, self._example)
+
+    def collector(self, dense: nn.Module | None) -> PooledCollector:
+        """Return what asks the clients for the statistics of each layer."""
+        return PooledCollector(self, dense is not None)
+
+    def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the Fisher information of all readers' outputs on the clients' examples."""
+        parts = fisher_parts(self.model, self.layers)
+        sums, counts = self.pool.total(Question(wire.FISHER), parts, self.states)
+        labels = sum(counts) * self.positions[1]
+        return {path: (sums[path].tril() + sums[path].tril(-1).T) / labels for path in paths}
+
+    @torch.no_grad()
+    def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
+        """Return the model with the removed units cut out, and what its batch norms see on the clients' examples."""
+        parts = norm_parts(self.model)
+        if parts and not self.method.keeps_batch_norm:
+            sums, counts = self.pool.total(Question(wire.NORMS), parts, self.states)
+            batches = sum(-(-count // self.pool.batch_size) for count in counts)
+            for name, live in norm_statistics(self.model).items():
+                live.copy_(sums[name] / batches)
+                self.model.get_submodule(name.rpartition(".")[0]).num_batches_tracked.fill_(batches)  # type: ignore[operator]
+        return cut_model(self.model, self.spec, widths)
+
+
+class PooledCollector:
+    """Collects the statistics of layers from clients.
+
+    Inputs are measured from what they are on the example: all that clients send is small where they are much alike.
+    """
+
+    def __init__(self, pruner: PooledPruner, targets: bool) -> None:
+        self._pruner, self._targets = pruner, targets
+        self._example = Collector(pruner.model, None, pruner.layers, pruner.data.batches, pruner.norms)
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers, without statistics."""
+        return make_readers(self._pruner.model, layer, self._pruner.norms, self._targets)
+
+    def collect(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers with the clients' statistics added up."""
+        pruner, readers = self._pruner, self.readers(layer)
+        parts = moment_parts(readers, pruner.method)
+        reference = torch.cat([reader.moments.mean for reader in self._example.collect(layer)]).float()
+        if not any(part.symmetric for part in parts):
+            reference.zero_()  # a diagonal needs no digits to spare, and must not become negative
+        question = Question(wire.MOMENTS, list(pruner.layers).index(layer), reference)
+        sums, counts = pruner.pool.total(question, parts, pruner.states)
+        seen = {path: positions * sum(counts) for path, positions in pruner.positions[0].items()}
+        fill_moments(readers, sums, seen, split_reference(reference, readers))
+        return readers

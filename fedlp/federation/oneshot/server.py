@@ -1,0 +1,210 @@
+"""The server's side of federated one-shot pruning: clients send sums over their examples, the server prunes.
+
+Sums of disjoint data sets add up, so pruning on what all clients send is pruning on their data in one place; nobody
+sends data, and since the server only adds, neither would it have to see a single client's sums.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedlp.config import RunConfig
+from fedlp.errors import FedLPError, ProtocolError
+from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.messages import Part, Question, Request
+from fedlp.federation.oneshot.model import (
+    ModelStates,
+)
+from fedlp.federation.server.exchange import exchange, reason_of
+from fedlp.federation.server.roster import Roster
+from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.sampling import sample_cohort
+from fedlp.federation.wire.messages import count_bytes, encode_params
+from fedlp.types import ClientCost, ClientFailure, Keep, RoundRecord
+
+log = logging.getLogger("fedlp")
+
+_ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
+
+_Answer = TypeVar("_Answer")
+
+
+class ClientPool:
+    """The clients whose data are pooled: one cohort for the whole run, asked again and again.
+
+    Parameters
+    ----------
+    grid, roster
+        Clients that have joined.
+    axes : sequence of str
+        The model's width axes.
+    macs : float
+        What one example costs a client per question, at most.
+    """
+
+    def __init__(self, grid: Grid, roster: Roster, config: RunConfig, axes: Sequence[str], macs: float) -> None:
+        self._axes = tuple(axes)
+        self.batch_size = config.calibration.batch_size
+        self._grid, self._roster, self._config, self._macs = grid, roster, config, macs
+        self.cohort = sample_cohort(config.seed, 1, roster.client_ids, config.clients_per_round)
+        self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
+        self.dtype = torch.float64 if config.strategy.encoding == "float64" else torch.float32
+        self.begin(1)
+
+    # ---- rounds: one per layer
+    def begin(self, server_round: int) -> None:
+        """Start counting for a new line of ``rounds.jsonl``."""
+        self._round = RoundUnderWay(server_round, ())
+        self._spent: dict[int, dict[str, int]] = {}
+
+    def finish(self, coverage: Mapping[str, float], metrics: dict[str, float], wall_time_s: float) -> RoundRecord:
+        """Return the line of what happened since :meth:`begin`; its cohort is who was asked anything."""
+        self._round.cohort = tuple(sorted(self._spent))
+        self._round.costs = [
+            ClientCost(client_id=client_id, macs=self._macs * spent["num_examples"], **spent)
+            for client_id, spent in sorted(self._spent.items())
+        ]
+        self._round.coverage, self._round.metrics = coverage, metrics
+        return self._round.finish(wall_time_s)
+
+    # ---- questions
+    def total(
+        self, question: Question, parts: Sequence[Part], states: ModelStates
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Return the clients' sums added up in the order of their ids, and each good client's number of examples.
+
+        Symmetric sums are (n, n), filled on and below the diagonal.
+
+        Raises
+        ------
+        FedLPError
+            If fewer than ``min_clients`` answer, or nobody.
+        """
+
+        def decode(content: RecordDict, most: int, who: str) -> tuple[dict[str, Tensor], int]:
+            return wire.decode_sums(content, parts, question.layer, most, self.dtype, who)
+
+        sums: dict[str, Tensor] = {}
+        counts = []
+        for values, count in self.ask(question, states, decode, sum(part.num_sent for part in parts)):
+            sums = {name: sums[name] + value for name, value in values.items()} if sums else values
+            counts.append(count)
+        full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
+        return {**sums, **full}, counts
+
+    def ask(
+        self,
+        question: Question,
+        states: ModelStates,
+        decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
+        params_up: int = 0,
+    ) -> Iterator[tuple[_Answer, int]]:
+        """Yield each client's answer and number of examples, in the order of ids; failures are counted and named.
+
+        Clients that lack the state they were thought to have are sent all changes at the end.
+
+        Parameters
+        ----------
+        decode : callable
+            Returns an answer from its records, the most examples it may be about and what errors call the client.
+        params_up : int
+            Numbers in an answer.
+        """
+        good, asked = 0, list(self.cohort)
+        for is_last in (False, True):
+            if not asked:
+                break
+            lacking: list[int] = []
+            replies = exchange(
+                self._grid, self._requests(question, states, asked), self._config.simulation.round_timeout_s
+            )
+            for client_id, reply in zip(asked, replies, strict=True):
+                if reply.has_content() and wire.is_lack(reply.content) and not is_last:
+                    self._spend(client_id, bytes_up=count_bytes(reply.content))
+                    self._has[client_id] = 0
+                    lacking.append(client_id)
+                elif (answer := self._receive(question, states, client_id, reply, decode)) is not None:
+                    self._has[client_id] = len(states.changed)
+                    self._spend(client_id, params_up=params_up)
+                    good += 1
+                    yield answer
+            asked = lacking
+        if good < max(1, self._config.min_clients):
+            raise FedLPError(
+                f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "
+                f"min_clients={self._config.min_clients}; the lines above say why"
+            )
+
+    def _requests(self, question: Question, states: ModelStates, asked: Sequence[int]) -> Iterator[Message]:
+        encoded: dict[int, tuple[Request, ArrayRecord]] = {}  # what several clients lack is encoded once
+        for client_id in asked:
+            has = self._has[client_id]
+            if has not in encoded:
+                layers = tuple(states.changed[has:])
+                tensors = states.tensors(layers)
+                request = Request(question, states.names[has], states.name, layers, tensors)
+                encoded[has] = request, encode_params(tensors)
+            request, params = encoded[has]
+            content = wire.encode_request(request, self._axes, params)
+            numbers = sum(tensor.numel() for tensor in request.tensors.values())
+            numbers += 0 if question.reference is None else len(question.reference)
+            self._spend(client_id, bytes_down=count_bytes(content), params_down=numbers)
+            ttl = self._config.simulation.round_timeout_s
+            group = str(self._round.server_round)
+            yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
+
+    def _receive(
+        self,
+        question: Question,
+        states: ModelStates,
+        client_id: int,
+        reply: Message,
+        decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
+    ) -> tuple[_Answer, int] | None:
+        """Return the answer of a reply, or None after counting the failure; either way its cost is recorded."""
+        who = f"client {client_id}, {self._describe(question, states)}"
+        try:
+            if reply.has_error():
+                raise FedLPError(reason_of(reply))
+            self._spend(client_id, bytes_up=count_bytes(reply.content))
+            if wire.is_lack(reply.content):
+                raise ProtocolError(f"{who}: it cannot reach the server's model; its initial model must be another")
+            most = min(self._roster.profile(client_id).num_examples, self._config.calibration.examples)
+            answer, num_examples = decode(reply.content, most, who)
+        except FedLPError as error:
+            reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
+            self._round.failures.append(ClientFailure(client_id, reason, str(error)))
+            log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+            return None
+        self._spend(client_id, num_examples=num_examples)
+        return answer, num_examples
+
+    @staticmethod
+    def _describe(question: Question, states: ModelStates) -> str:
+        return question.kind + (f" of {states.layers[question.layer].name}" if question.kind == wire.MOMENTS else "")
+
+    def _spend(self, client_id: int, **spent: int) -> None:
+        keys = ("num_examples", "bytes_down", "bytes_up", "params_down", "params_up")
+        account = self._spent.setdefault(client_id, dict.fromkeys(keys, 0))
+        for key, value in spent.items():
+            account[key] += value
+
+
+def tally(votes: Sequence[Mapping[str, Keep]], kept: Mapping[str, int]) -> dict[str, Keep]:
+    """Return the units of each layer that most votes keep, ``kept`` of them; the lower index where votes are equal."""
+    widths = {}
+    for name, count in kept.items():
+        size = votes[0][name].size
+        ballots = torch.zeros(size, dtype=torch.int64)
+        for vote in votes:
+            ballots[torch.from_numpy(vote[name].indices())] += 1
+        order = torch.sort(ballots, descending=True, stable=True).indices
+        widths[name] = Keep.from_indices(order[:count].sort().values.numpy(), size)
+    return widths

@@ -1,0 +1,1 @@
+"""Server: round, roster, state, run directory."""

@@ -1,0 +1,87 @@
+"""The server: a Flower app around a function that serves one run, and the settings both apps are given."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlp.config import compose, from_yaml, to_yaml
+from fedlp.config.resuming import resumed_config
+from fedlp.errors import FedLPError
+from fedlp.federation.server.checkpoint import write_atomically
+from fedlp.federation.wire.carried_config import CarryingGrid
+
+__all__ = ["Grid", "make_server_app", "read_outcome", "read_settings"]
+
+
+def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
+    """Return the Flower app; ``serve`` is given the grid, the config (YAML) and the run directory."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        outcome: dict[str, str] = {}
+        try:
+            cfg, out = read_settings(context)
+            carries = not context.run_config.get("cfg") and from_yaml(cfg).resume
+            serve(CarryingGrid(grid, cfg) if carries else grid, cfg, out)
+        except FedLPError as error:
+            outcome = {"reason": str(error)}
+            raise
+        except Exception:
+            outcome = {"traceback": traceback.format_exc()}
+            raise
+        finally:
+            if path := context.run_config.get("outcome"):
+                write_atomically(Path(str(path)), json.dumps(outcome).encode())
+
+    return app
+
+
+def read_outcome(path: Path) -> None:
+    """Raise what ended a run of the ServerApp, from the file that its run config named as ``outcome``.
+
+    Raises
+    ------
+    FedLPError
+        With the reason that the run ended for.
+    RuntimeError
+        With the traceback of any other error.
+    """
+    outcome: dict[str, str] = json.loads(path.read_text())
+    if "reason" in outcome:
+        raise FedLPError(outcome["reason"])
+    if "traceback" in outcome:
+        raise RuntimeError(f"the ServerApp failed on Flower:\n{outcome['traceback']}")
+
+
+def read_settings(context: Context) -> tuple[str, Path]:
+    """Return the config (YAML) and the run directory from a Flower run config.
+
+    ``cfg`` holds a whole composed config; where it is empty, ``overrides`` (separated by blanks) are composed with the
+    config tree, as on the command line. ``out`` is where the server writes; a run that goes on (``resume=``) stays
+    where it is.
+
+    Raises
+    ------
+    ConfigError
+        As on the command line.
+    """
+    settings = {key: str(context.run_config.get(key, "")) for key in ("cfg", "overrides", "out")}
+    out = Path(settings["out"] or f"runs/flower-{context.run_id}").absolute()
+    if settings["cfg"]:
+        return settings["cfg"], out
+    overrides = settings["overrides"].split()
+    config = compose(overrides)
+    if config.resume is not None:
+        folder = Path(config.resume).absolute()
+        if settings["out"] and out.resolve() != folder.resolve():
+            overrides.append(f"out={out}")
+        config, out = resumed_config(replace(config, resume=str(folder)), overrides), folder
+    return to_yaml(config), out

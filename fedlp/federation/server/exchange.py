@@ -1,0 +1,94 @@
+"""Send messages, get their replies back in the order of sending, as early as possible.
+
+A reply is handed on as soon as all earlier ones are, so that the server can aggregate while clients still train and yet
+always adds in the same order. Whoever stays silent until the deadline is answered for with an error reply.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+
+from fedlp.federation.server.reply_polling import Puller
+
+NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
+_POLL_S = 0.2
+
+
+@runtime_checkable
+class StreamingGrid(Protocol):
+    """A grid that does the ordered exchange itself and pulls messages only as fast as it can use them."""
+
+    def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+        """Yield one reply per message, in order."""
+
+
+class Postbox:
+    """Messages on their way, and the replies that have come."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._puller = Puller(grid)
+        self._waiting: dict[str, Message] = {}
+        self._answered: list[tuple[Message, Message]] = []
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether replies are still to come."""
+        return bool(self._waiting)
+
+    def send(self, messages: list[Message], timeout: float) -> None:
+        """Send messages; a :class:`StreamingGrid` is waited for, up to ``timeout`` seconds a message."""
+        if isinstance(self._grid, StreamingGrid):
+            self._answered += zip(messages, self._grid.stream(messages, timeout), strict=True)
+            return
+        for message_id, message in zip(self._grid.push_messages(messages) if messages else (), messages, strict=True):
+            if message_id:
+                self._waiting[message_id] = message
+            else:  # Flower does not take what is for a node that it does not know any more
+                self._answered.append((message, Message(Error(GONE, "no such node"), reply_to=message)))
+
+    def collect(self) -> list[tuple[Message, Message]]:
+        """Return the messages that were answered since the last time, each with its reply."""
+        answered, self._answered = self._answered, []
+        for reply in self._puller.pull(list(self._waiting)) if self._waiting else ():
+            if (message := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                answered.append((message, reply))
+        return answered
+
+
+def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Yield one reply per message, in the order of ``messages``.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds from sending, after which missing replies become error replies.
+    """
+    if isinstance(grid, StreamingGrid):
+        yield from grid.stream(messages, timeout)
+        return
+    sent, postbox = list(messages), Postbox(grid)
+    deadline = time.monotonic() + timeout
+    postbox.send(sent, timeout)
+    arrived: dict[int, Message] = {}
+    for message in sent:
+        while id(message) not in arrived and time.monotonic() < deadline:
+            arrived |= {id(answered): reply for answered, reply in postbox.collect()}
+            if id(message) not in arrived:
+                time.sleep(_POLL_S)
+        yield arrived.pop(id(message)) if id(message) in arrived else no_reply(message, timeout)
+
+
+def reason_of(reply: Message) -> str:
+    """Return why a reply is an error, in one line."""
+    return (reply.error.reason or "no reason given").strip().splitlines()[0]
+
+
+def no_reply(message: Message, timeout: float) -> Message:
+    """Return the error reply that stands for silence."""
+    return Message(Error(NO_REPLY, f"no reply within {timeout:g} s"), reply_to=message)

@@ -1,0 +1,175 @@
+"""Who takes part: every node is asked once who it is, before the first round or when it appears."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlp.errors import FedLPError, ProtocolError
+from fedlp.federation.server.exchange import Postbox, reason_of
+from fedlp.federation.wire import messages
+from fedlp.types import Budget, ClientProfile
+
+log = logging.getLogger("fedlp")
+
+_POLL_S = 0.5
+_MOST_NAMES = 10
+
+
+class Roster:
+    """Clients by their own id, which is stable, and the nodes they are reached at, which are random in every run.
+
+    A client whose node is gone stays on the roster, so that who is drawn depends on who joined alone.
+
+    Parameters
+    ----------
+    num_clients : int
+        Clients to wait for; ids are in [0, num_clients).
+    min_clients : int, optional
+        Clients that are enough to begin with, where the others do not come in time; all where absent.
+    """
+
+    def __init__(self, num_clients: int, min_clients: int | None = None) -> None:
+        self._num_clients = num_clients
+        self._min_clients = num_clients if min_clients is None else max(1, min_clients)
+        self._profiles: dict[int, ClientProfile] = {}
+        self._nodes: dict[int, int] = {}
+        self._asked: set[int] = set()
+        self._failed: set[int] = set()  # nodes that cannot say who they are, or cannot take part
+        self._rivals: dict[int, ClientProfile] = {}  # nodes that say they are a client which another node is
+        self._postbox: Postbox | None = None
+
+    @property
+    def client_ids(self) -> list[int]:
+        """All clients that joined, sorted."""
+        return sorted(self._profiles)
+
+    def node(self, client_id: int) -> int:
+        """Return the node of a client."""
+        return self._nodes[client_id]
+
+    def profile(self, client_id: int) -> ClientProfile:
+        """Return what a client said of itself."""
+        return self._profiles[client_id]
+
+    @property
+    def budgets(self) -> dict[int, Budget]:
+        """The budgets that devices brought, by client id."""
+        found = {client_id: self._profiles[client_id].budget for client_id in self.client_ids}
+        return {client_id: budget for client_id, budget in found.items() if budget is not None}
+
+    def join(self, grid: Grid, timeout: float) -> None:
+        """Ask nodes as they appear, until as many have answered as there are to be clients, or time is up.
+
+        A node that answers wrongly, or with an error, is named and left out; the run goes on without it.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for nodes.
+
+        Raises
+        ------
+        FedLPError
+            If too few clients are there after that time, or nobody can take part.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            for _ in self.refresh(grid, timeout):
+                pass
+            if self._is_complete:
+                break
+            if time.monotonic() > deadline:
+                self._begin_with_some(timeout)
+                break
+            time.sleep(_POLL_S)
+        if not self._profiles:
+            raise FedLPError(f"none of the {len(self._failed)} clients can take part; the lines above say why")
+
+    def refresh(self, grid: Grid, timeout: float) -> Iterator[int]:
+        """Ask nodes that appeared, and yield the clients that joined, or came back at another node, one by one.
+
+        Where the grid is a network, nobody is waited for: who answers later has joined the next time.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds that an answer may take.
+        """
+        if self._postbox is None:
+            self._postbox = Postbox(grid)
+        there = list(grid.get_node_ids())
+        self._forget_all_but({*there, *self._nodes.values()})
+        new = [node for node in there if node not in self._asked]
+        self._asked.update(new)
+        self._postbox.send([Message(RecordDict(), node, messages.CAPABILITIES, ttl=timeout) for node in new], timeout)
+        for node, profile in [*self._rivals.items(), *self._answers(self._postbox)]:
+            client_id = profile.client_id
+            holder = self._nodes.get(client_id, node)
+            if holder == node or holder not in there:
+                self._rivals.pop(node, None)
+                self._profiles[client_id], self._nodes[client_id] = profile, node
+                yield client_id
+            elif node not in self._rivals:
+                self._rivals[node] = profile
+                log.warning(
+                    "node %d cannot take part: it says it is client %d, which node %d is", node, client_id, holder
+                )
+
+    def dismiss(self, client_id: int, error: FedLPError) -> None:
+        """Take a client that cannot take part off the roster, until its node leaves and comes back."""
+        del self._profiles[client_id]
+        self._refuse(self._nodes.pop(client_id), error)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether nobody else is to be waited for."""
+        joined = len(self._profiles)
+        is_waiting = self._postbox is not None and self._postbox.is_waiting
+        return joined == self._num_clients or (not is_waiting and joined + len(self._failed) >= self._num_clients)
+
+    def _begin_with_some(self, timeout: float) -> None:
+        """Say who is missing, where enough are there; else raise."""
+        missing = [client_id for client_id in range(self._num_clients) if client_id not in self._profiles]
+        if len(self._profiles) < self._min_clients:
+            raise FedLPError(
+                f"{len(self._profiles)} of num_clients={self._num_clients} clients joined within {timeout:g} s, and it "
+                f"takes {self._min_clients} to begin; start the others, or lower num_clients or min_clients"
+            )
+        names = ", ".join(map(str, missing[:_MOST_NAMES])) + (", ..." if len(missing) > _MOST_NAMES else "")
+        log.warning(
+            "the run begins without %d of %d clients, which did not join within %g s: %s",
+            len(missing),
+            self._num_clients,
+            timeout,
+            names,
+        )
+
+    def _forget_all_but(self, nodes: set[int]) -> None:
+        """Forget nodes that are gone, so that they are asked again when they come back."""
+        self._asked &= nodes
+        self._failed &= nodes
+        self._rivals = {node: profile for node, profile in self._rivals.items() if node in nodes}
+
+    def _answers(self, postbox: Postbox) -> Iterator[tuple[int, ClientProfile]]:
+        """Yield what nodes have said of themselves."""
+        for query, reply in postbox.collect():
+            node = query.metadata.dst_node_id
+            try:
+                if reply.has_error():
+                    raise ProtocolError(reason_of(reply))
+                profile = messages.decode_profile(reply.content)
+                if profile.client_id >= self._num_clients:
+                    raise ProtocolError(f"it says it is client {profile.client_id}; num_clients={self._num_clients}")
+            except ProtocolError as error:
+                self._refuse(node, error)
+            else:
+                yield node, profile
+
+    def _refuse(self, node: int, error: FedLPError) -> None:
+        self._failed.add(node)
+        log.warning("node %d cannot take part: %s", node, error)

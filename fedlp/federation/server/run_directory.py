@@ -1,0 +1,228 @@
+"""The files a run leaves, which every table and plot reads: config, rounds, manifest, model, checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from fedlp.errors import CheckpointError, ConfigError, FedLPError, one_line
+from fedlp.federation.server.checkpoint import ServerState, load_checkpoint, save_checkpoint, write_atomically
+from fedlp.types import Budget, RoundRecord
+
+if sys.platform != "win32":  # which locks no folders: there a run is not guarded from a second one
+    import fcntl
+
+_PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
+_TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+_KEYS = {"server_round", "failures", "metrics", *_TOTALS}
+
+
+class RunDirectory:
+    """One run's folder: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``.
+
+    Where devices brought budgets, also ``budgets.json``: client id -> limits, the last that each device brought.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clients = path / "clients"
+        self._checkpoints = path / "checkpoint"
+        self._rounds = path / "rounds.jsonl"
+        self._budgets = path / "budgets.json"
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keep other processes from running here meanwhile; ConfigError where one does. Ends with the process."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            yield
+            return
+        with self._writing():
+            folder = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(folder)
+            yield
+        finally:
+            os.close(folder)
+
+    def _lock(self, folder: int) -> None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is running {self.path} now; wait for its end, or stop it") from error
+        except OSError:  # this file system has no locks
+            return
+
+    def begin(self, config_yaml: str) -> None:
+        """Start a new run here; what a run that reached no checkpoint left under these names is deleted."""
+        self.refuse_if_used()
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in (self.path / "manifest.json", self.path / "model.safetensors", self._budgets):
+                leftover.unlink(missing_ok=True)
+            if self.clients.is_dir():
+                shutil.rmtree(self.clients)
+            self.write_config(config_yaml)
+            self._rounds.write_bytes(b"")
+
+    def refuse_if_used(self) -> None:
+        """Raise ConfigError if a run's checkpoints lie here."""
+        if any(self._checkpoints.glob("*.json")):
+            raise ConfigError(
+                f"{self.path} holds a run already; continue it with resume={self.path}, or choose another hydra.run.dir"
+            )
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write ``config.yaml``."""
+        with self._writing():
+            write_atomically(self.path / "config.yaml", config_yaml.encode())
+
+    def resume(self) -> ServerState | None:
+        """Return the state to go on from (None: from the start) and forget rounds that it does not include."""
+        state = load_checkpoint(self._checkpoints)
+        last = 0 if state is None else state.server_round
+        kept = [line for line in self._read_lines() if line["server_round"] <= last]
+        if [line["server_round"] for line in kept] != list(range(1, last + 1)):
+            raise CheckpointError(
+                f"{self._rounds} does not hold rounds 1 to {last} of the checkpoint; restore the file, "
+                f"or start the run anew in another folder"
+            )
+        with self._writing():
+            for leftover in [*self.path.glob(".*.partial"), *self._checkpoints.glob(".*.partial")]:
+                leftover.unlink()
+            write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
+        return state
+
+    def add_budgets(self, brought: Mapping[int, Budget]) -> None:
+        """Write down what budgets devices brought, by client id."""
+        known = {**self.read_budgets(), **brought}
+        limits = {str(client_id): asdict(known[client_id]) for client_id in sorted(known)}
+        with self._writing():
+            write_atomically(self._budgets, json.dumps(limits, indent=1).encode() + b"\n")
+
+    def read_budgets(self) -> dict[int, Budget]:
+        """Return the budgets that devices brought, by client id."""
+        if not self._budgets.is_file():
+            return {}
+        try:
+            found = json.loads(self._budgets.read_text())
+            return {int(client_id): Budget(**limits) for client_id, limits in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._budgets} cannot be read ({one_line(error)}); restore the file") from error
+
+    def append_round(self, record: RoundRecord) -> None:
+        """Add one line to ``rounds.jsonl``."""
+        with self._writing(), self._rounds.open("ab") as file:
+            file.write(_json_line(asdict(record)))
+
+    def save_state(self, state: ServerState) -> None:
+        """Write a checkpoint."""
+        with self._writing():
+            save_checkpoint(self._checkpoints, state)
+
+    def finish(self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, Any]:
+        """Write the model and the manifest; return the manifest."""
+        model = {name: tensor.contiguous() for name, tensor in state.params.items()}
+        with self._writing():
+            write_atomically(self.path / "model.safetensors", save(model))
+        lines = self._read_lines()
+        totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
+        totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
+        final = lines[-1]["metrics"] if lines else {}
+        return self.write_manifest(config, expected, totals=totals, final_metrics=final)
+
+    def write_manifest(
+        self, config: Mapping[str, Any], expected: Mapping[str, float], **results: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write ``manifest.json`` and return it."""
+        manifest = {
+            "config": dict(config),
+            "versions": _versions(),
+            "seed": config["seed"],
+            "totals": {},
+            "final_metrics": {},
+            "expected": dict(expected),
+            **results,
+        }
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "manifest.json", json.dumps(_plain(manifest), indent=2).encode() + b"\n")
+        return manifest
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest of a finished run."""
+        manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        return manifest
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk refuses into a FedLPError that says how to go on: the last checkpoint is still there."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+            begun = (self.path / "config.yaml").is_file()
+            raise FedLPError(
+                f"{error.filename or self._rounds} cannot be written ({error.strerror}); {remedy}, then "
+                + (f"go on with resume={self.path}" if begun else "start the run again")
+            ) from error
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out."""
+        if not self._rounds.is_file():
+            return []
+        raw = self._rounds.read_bytes().split(b"\n")
+        lines = []
+        for number, line in enumerate(raw, start=1):
+            try:
+                if line:
+                    lines.append(_read_line(line))
+            except ValueError as error:
+                if number < len(raw):
+                    raise CheckpointError(f"{self._rounds}, line {number}: {error}; restore the file") from error
+        return lines
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    """Return one round; ValueError where the line is none."""
+    value = json.loads(line)
+    if not isinstance(value, dict) or not value.keys() >= _KEYS:
+        raise ValueError("not the record of a round")
+    return value
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(value)).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose non-finite numbers are None, so that any JSON reader takes it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

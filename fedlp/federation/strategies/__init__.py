@@ -1,0 +1,1 @@
+"""Policies: sub-model and upload set of each client in each round."""

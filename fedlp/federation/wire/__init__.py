@@ -1,0 +1,1 @@
+"""Messages: records, packing, encodings, index sets."""

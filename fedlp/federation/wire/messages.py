@@ -1,0 +1,370 @@
+"""Types to Flower records and back: the only file with record keys, the only door bad input can come through.
+
+Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
+and ``scores`` where they were asked for. Only the kept slices of the tensors asked for travel; index sets are runs or
+bitmaps, whichever is shorter. Decoders check everything against what was assigned and raise :class:`ProtocolError`
+naming the client and what was wrong.
+
+Longer than other files: one door has one file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedlp.allocation.budget.costs import given_limits
+from fedlp.errors import ProtocolError
+from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.encodings import decode_values, encoded_signature
+from fedlp.federation.wire.index_sets import (
+    decode_counts,
+    decode_names,
+    decode_widths,
+    encode_counts,
+    encode_names,
+    encode_widths,
+)
+from fedlp.federation.wire.packing import pack_tensors
+from fedlp.federation.wire.record_access import (
+    read_bytes,
+    read_config,
+    read_integer,
+    read_limit,
+    read_metrics,
+    read_tensors,
+    say_why,
+)
+from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
+    "params",
+    "instruction",
+    "update",
+    "metrics",
+    "profile",
+    "range",
+    "scores",
+)
+CAPABILITIES = "query.capabilities"
+TRAIN = "train"
+EVALUATE = "evaluate.central"
+STATISTICS = "query.statistics"
+_BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
+
+
+# ---- instructions
+def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submodels: SubModels) -> RecordDict:
+    """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share."""
+    record = ConfigRecord(
+        {
+            "server-round": instruction.server_round,
+            "client-id": instruction.client_id,
+            "uploads": encode_names(instruction.uploads, submodels.names),
+        }
+    )
+    submodel = instruction.submodel
+    if submodel.depth is not None:
+        record["depth"] = submodel.depth
+    if submodel.widths:
+        record["widths"] = encode_widths(submodel.widths, tuple(submodels.widths.axes))
+    if submodel.nested_levels:
+        record["nested-levels"] = list(submodel.nested_levels)
+    if instruction.kept:
+        record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
+    if instruction.returned:
+        record["returned"] = encode_widths(instruction.returned, tuple(submodels.widths.axes))
+    if instruction.scored:
+        record["scored"] = True
+    return RecordDict({PARAMS: params, INSTRUCTION: record})
+
+
+def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstruction:
+    """Return the instruction of a message, its tensors as read-only views into the message.
+
+    Raises
+    ------
+    ProtocolError
+        Where a record is missing or malformed.
+    """
+    try:
+        record = read_config(content, INSTRUCTION)
+        client_id = read_integer(record, "client-id")
+        widths = {}
+        if "widths" in record:
+            widths = decode_widths(read_bytes(record, "widths"), submodels.widths.axes)
+        returned = {}
+        if "returned" in record:
+            returned = decode_widths(read_bytes(record, "returned"), submodels.widths.axes)
+        levels = record.get("nested-levels", [])
+        submodel = SubModel(
+            depth=read_integer(record, "depth") if "depth" in record else None,
+            widths=widths,
+            nested_levels=tuple(float(level) for level in levels),  # type: ignore[union-attr]
+        )
+        layout = submodels.layout(submodel)
+        return TrainInstruction(
+            server_round=read_integer(record, "server-round"),
+            client_id=client_id,
+            params=read_tensors(content, PARAMS, layout.signature()),
+            submodel=submodel,
+            uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
+            kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
+            returned=returned,
+            scored=bool(record.get("scored", False)),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
+
+
+# ---- updates
+def encode_update(update: ClientUpdate, submodels: SubModels, coded: bool = False) -> RecordDict:
+    """Return the records of one client's update; its tensors are already encoded; see :func:`encode_params`."""
+    record = ConfigRecord(
+        {
+            "server-round": update.server_round,
+            "client-id": update.client_id,
+            "uploads": encode_names(frozenset(update.params) & frozenset(submodels.names), submodels.names),
+        }
+    )
+    if update.widths:
+        record["widths"] = encode_widths(update.widths, tuple(submodels.widths.axes))
+    content = RecordDict(
+        {
+            PARAMS: encode_params(update.params, coded),
+            UPDATE: record,
+            METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
+        }
+    )
+    if update.scores:
+        flat = torch.cat([update.scores[layer.name].flatten() for layer in submodels.layers])
+        content[SCORES] = encode_params({SCORES: flat.to(torch.bfloat16)})
+    return content
+
+
+def decode_update(
+    content: RecordDict,
+    assigned: TrainInstruction,
+    profile: ClientProfile,
+    submodels: SubModels,
+    encoding: str = "float32",
+    coded: bool = False,
+) -> ClientUpdate:
+    """Return a client's update, checked against what it was assigned; tensors may be read-only views into the message.
+
+    Raises
+    ------
+    ProtocolError
+        Another round, client, upload set or number of units; a missing, misshapen or non-finite tensor; an example
+        count outside [1, the profile's]; a metric or score that is not finite. Names the client and the layer.
+    """
+    who = f"client {assigned.client_id}, round {assigned.server_round}"
+    try:
+        record, metrics = read_config(content, UPDATE), read_metrics(content, METRICS)
+        server_round, client_id = read_integer(record, "server-round"), read_integer(record, "client-id")
+        uploads = decode_names(read_bytes(record, "uploads"), submodels.names)
+        sent = decode_widths(read_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {}
+        num_examples = metrics["num-examples"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"{who}: the update cannot be read: {say_why(error)}") from error
+    if server_round != assigned.server_round:
+        raise ProtocolError(f"{who}: the update is of round {server_round}")
+    if client_id != assigned.client_id:
+        raise ProtocolError(f"{who}: the update says it is of client {client_id}")
+    if uploads != assigned.uploads:
+        wrong = sorted(uploads ^ assigned.uploads)
+        raise ProtocolError(f"{who}: the update holds other tensors than were asked for, first of them {wrong[0]}")
+    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
+        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
+    widths = _check_widths(sent, assigned, who)
+    signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
+    try:
+        encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding), coded)
+        check_finite(encoded, who)
+        params = decode_values(encoded, signature, encoding, who)
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: {say_why(error)}") from error
+    values = {key: value for key, value in metrics.items() if key != "num-examples"}
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+        raise ProtocolError(f"{who}: a metric is not a finite number: {dict(values)}")
+    if values.get("pruning-macs", 0.0) < 0:  # type: ignore[operator]
+        raise ProtocolError(f"{who}: it says that choosing units took {values['pruning-macs']} MACs")
+    return ClientUpdate(
+        server_round=server_round,
+        client_id=client_id,
+        num_examples=num_examples,
+        params=params,
+        metrics={key: float(value) for key, value in values.items()},  # type: ignore[arg-type]
+        widths=widths,
+        scores=_decode_scores(content, assigned, submodels, who) if assigned.scored else {},
+    )
+
+
+def _check_widths(sent: Mapping[str, Keep], assigned: TrainInstruction, who: str) -> dict[str, Keep]:
+    """Return which units a client returns, after checking those that it was asked to choose."""
+    held = assigned.submodel.widths
+    if sent.keys() != assigned.kept.keys():
+        raise ProtocolError(f"{who}: the update chooses units of {sorted(sent)}, not of {sorted(assigned.kept)}")
+    for axis, keep in sent.items():
+        outer = held.get(axis, Keep.full(keep.size))
+        if keep.count != assigned.kept[axis]:
+            raise ProtocolError(f"{who}: {keep.count} units of {axis} came, {assigned.kept[axis]} were asked for")
+        try:
+            keep.within(outer)
+        except ValueError as error:
+            raise ProtocolError(f"{who}: units of {axis} came that it does not hold: {error}") from error
+    return {**held, **assigned.returned, **sent}
+
+
+def _decode_scores(
+    content: RecordDict, assigned: TrainInstruction, submodels: SubModels, who: str
+) -> dict[str, Tensor]:
+    """Return the scores of the units that a client holds, by axis, float64."""
+    held = assigned.submodel.widths
+    sizes = [held[x.name].count if x.name in held else x.num_units for x in submodels.layers]
+    try:
+        flat = read_tensors(content, SCORES, [(SCORES, (sum(sizes),), torch.bfloat16)])[SCORES].to(torch.float64)
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: its scores cannot be read: {say_why(error)}") from error
+    found = dict(zip((layer.name for layer in submodels.layers), torch.split(flat, sizes), strict=True))
+    for axis, scores in found.items():
+        if not bool((scores >= 0).all() & torch.isfinite(scores).all()):
+            raise ProtocolError(f"{who}: a score of {axis} is not a finite number of at least 0")
+    return found
+
+
+def check_finite(params: dict[str, Tensor], who: str) -> None:
+    """Raise ProtocolError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in params.items():
+        # A sum is finite unless an entry is not or the sum overflows, and costs one pass without temporaries.
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not math.isfinite(float(tensor.sum(dtype=torch.float32)))
+            and not bool(torch.isfinite(tensor).all())
+        ):
+            raise ProtocolError(f"{who}: tensor {name} holds NaN or infinite values")
+
+
+# ---- profiles, ranges
+def encode_profile(profile: ClientProfile) -> RecordDict:
+    """Return the records of a client's profile."""
+    record = ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})
+    for name, limit in given_limits(profile.budget):
+        record[_BUDGET[name]] = float(limit)
+    return RecordDict({PROFILE: record})
+
+
+def decode_profile(content: RecordDict) -> ClientProfile:
+    """Return a client's profile; ProtocolError where it is malformed."""
+    try:
+        record = read_config(content, PROFILE)
+        limits = {name: read_limit(record, key) for name, key in _BUDGET.items() if key in record}
+        budget = Budget(**limits) if limits else None
+        profile = ClientProfile(read_integer(record, "client-id"), read_integer(record, "num-examples"), budget)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
+    if profile.client_id < 0 or profile.num_examples < 1:
+        raise ProtocolError(f"a client's profile is out of range: {profile}")
+    return profile
+
+
+def encode_range(params: ArrayRecord, start: int, stop: int) -> RecordDict:
+    """Return the records that ask for the metrics of test examples ``start`` to ``stop``."""
+    return RecordDict({PARAMS: params, RANGE: ConfigRecord({"start": start, "stop": stop})})
+
+
+def encode_whole(params: ArrayRecord) -> RecordDict:
+    """Return the records that hold the whole model and nothing else."""
+    return RecordDict({PARAMS: params})
+
+
+def decode_whole(content: RecordDict, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the tensors of the whole model."""
+    return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())
+
+
+def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
+    """Return the whole model and the range of test examples to evaluate."""
+    record = read_config(content, RANGE)
+    params = decode_whole(content, submodels)
+    return params, read_integer(record, "start"), read_integer(record, "stop")
+
+
+def encode_sums(sums: dict[str, float]) -> RecordDict:
+    """Return the records of additive evaluation sums."""
+    return RecordDict({METRICS: MetricRecord(dict(sums))})
+
+
+def decode_sums(content: RecordDict) -> dict[str, float]:
+    """Return additive evaluation sums."""
+    return {key: float(value) for key, value in read_metrics(content, METRICS).items()}  # type: ignore[arg-type]
+
+
+# ---- statistics of batch norms
+def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:
+    """Return the records of batch norm statistics that a client has measured."""
+    return RecordDict({PARAMS: encode_params(params), METRICS: MetricRecord({"num-examples": num_examples})})
+
+
+def decode_statistics(
+    content: RecordDict, profile: ClientProfile, submodels: SubModels
+) -> tuple[dict[str, Tensor], int]:
+    """Return a client's statistics and of how many examples they are; ProtocolError where they cannot be right."""
+    who = f"client {profile.client_id}"
+    names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
+    try:
+        num_examples = read_metrics(content, METRICS)["num-examples"]
+        params = read_tensors(content, PARAMS, submodels.layout(SubModel()).signature(names))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"{who}: its statistics cannot be read: {say_why(error)}") from error
+    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
+        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
+    check_finite(params, who)
+    for name, tensor in params.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ProtocolError(f"{who}: {name} holds negative variances")
+    return params, num_examples
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Return the bytes of all records of a message, keys included, as Flower counts them where it does.
+
+    Flower's own count raises for an empty string or list, which any client can send.
+    """
+    return sum(len(key) + _count_record(record) for key, record in content.items())
+
+
+def _count_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        return record.count_bytes()
+    return sum(len(key) + _count_value(value) for key, value in record.items())
+
+
+def _count_value(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_count_value, value))
+    return len(value) if isinstance(value, str | bytes) else 1 if isinstance(value, bool) else 8
+
+
+# ---- params
+def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRecord:
+    """Return tensors as one array per dtype, concatenated in order; if ``coded``, single bytes as Huffman codes."""
+    record = ArrayRecord()  # filled key by key: the constructor would copy
+    for name, (count, image) in pack_tensors(params, coded).items():
+        record[name] = Array(name, (count,), "numpy.ndarray", image)
+    return record
+
+
+def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the whole model's tensors, writable copies; ProtocolError where the record does not hold them."""
+    try:
+        tensors = read_tensors(RecordDict({PARAMS: params}), PARAMS, submodels.layout(SubModel()).signature())
+    except ValueError as error:
+        raise ProtocolError(f"the initial model does not fit: {error}") from error
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,0 +1,66 @@
+"""Reading Flower's records: the right kind of record and value under a key, or an error that says what is wrong.
+
+All raise KeyError or ValueError; whoever decodes a message turns them into a ProtocolError that names the client.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedlp.federation.wire.packing import Signature, unpack_tensors
+
+
+def read_tensors(content: RecordDict, key: str, signature: Signature, coded: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a record, read-only: views into the message but for what was coded."""
+    arrays = content[key]
+    if not isinstance(arrays, ArrayRecord):
+        raise ValueError(f"record {key} holds no arrays")
+    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature, coded)
+
+
+def read_config(content: RecordDict, key: str) -> ConfigRecord:
+    """Return a record by its key; RecordDict's own views by type copy all records first."""
+    record = content[key]
+    if not isinstance(record, ConfigRecord):
+        raise ValueError(f"record {key} is no config")
+    return record
+
+
+def read_metrics(content: RecordDict, key: str) -> MetricRecord:
+    """Return a record of metrics."""
+    record = content[key]
+    if not isinstance(record, MetricRecord):
+        raise ValueError(f"record {key} holds no metrics")
+    return record
+
+
+def read_integer(record: ConfigRecord, key: str) -> int:
+    """Return an integer, which no boolean is."""
+    value = record[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not an integer")
+    return value
+
+
+def read_limit(record: ConfigRecord, key: str) -> float:
+    """Return a finite number above 0."""
+    value = record[key]
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r}, not a finite number above 0")
+    return value
+
+
+def read_bytes(record: ConfigRecord, key: str) -> bytes:
+    """Return bytes."""
+    value = record[key]
+    if not isinstance(value, bytes):
+        raise ValueError(f"{key} is {type(value).__name__}, not bytes")
+    return value
+
+
+def say_why(error: BaseException) -> str:
+    """Return in words what one of these errors means."""
+    return f"record or key {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,1 @@
+"""Cost of a model as a function of its widths."""

@@ -1,0 +1,83 @@
+"""What a training step keeps for its backward pass, as a model's widths change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fedlp.models.spec import forward_logits, named_tensors, shapes_only
+from fedlp.pruning.costs.footprint import Footprint
+from fedlp.pruning.tracing.units import is_reader, is_transposed
+from fedlp.pruning.tracing.widths import WidthSpec
+
+_BATCH = 2  # batch statistics need two
+
+
+def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footprint:
+    """Return the bytes that autograd keeps of one training example, up to the loss: a polynomial in the units kept.
+
+    Measured once on the whole model, on shapes alone. What a layer that reads an axis keeps of its input scales with
+    that axis; anything else with the axis on which the last layer before it wrote. Storage that is kept twice counts
+    once, and weights do not count.
+
+    Parameters
+    ----------
+    inputs : (batch, ...)
+        Only the shape of one example matters.
+    """
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    weights = {path: names[id(module.weight)] for path, module in model.named_modules() if _weighs(module, names)}
+    sizes: dict[int, float] = {}
+    axes: dict[int, str | None] = {}
+    held: list[Tensor] = []  # so that no storage takes another's place
+    reading: list[str | None] = []
+    written: list[str | None] = [None]
+    with shapes_only(model, inputs[:1].expand(_BATCH, *inputs.shape[1:])) as (shapes, batch):
+        own = {_storage(tensor) for tensor in named_tensors(shapes).values()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            key = _storage(tensor)
+            if key not in own and tensor.dim() > 1:  # statistics of a batch have one dimension
+                held.append(tensor)
+                sizes[key] = float(tensor.untyped_storage().nbytes())
+                axes[key] = reading[-1] if reading else axes.get(key, written[-1])
+            return tensor
+
+        def leave(writes: str | None) -> None:
+            reading.pop()
+            written.append(writes)
+
+        for path, name in weights.items():
+            module = shapes.get_submodule(path)
+            reads, writes = _axes(module, spec, name)
+            module.register_forward_pre_hook(lambda *_, axis=reads: reading.append(axis))
+            module.register_forward_hook(lambda *_, axis=writes: leave(axis))
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = forward_logits(shapes.train(), batch)
+            logits.flatten(0, -2).log_softmax(dim=-1)
+    footprint = Footprint(model, spec, {})
+    for key, size in sizes.items():
+        axis = axes[key]
+        footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]))
+    return footprint
+
+
+def _weighs(module: nn.Module, names: Mapping[int, str]) -> bool:
+    return id(getattr(module, "weight", None)) in names
+
+
+def _axes(module: nn.Module, spec: WidthSpec, name: str) -> tuple[str | None, str | None]:
+    """Return the axes that a layer reads and writes."""
+    dims = spec.dims.get(name)
+    if dims is None:
+        return None, None
+    if is_reader(module):
+        return dims[1 - is_transposed(module)].axis, dims[is_transposed(module)].axis
+    return (None, dims[1].axis) if isinstance(module, nn.Embedding) else (dims[0].axis, dims[0].axis)
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -1,0 +1,102 @@
+"""What a model costs as its widths change, without building it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.models.cost import NORM_MACS, count_macs
+from fedlp.models.spec import forward_logits, named_tensors, shapes_only
+from fedlp.pruning.tracing.units import is_reader, is_transposed
+from fedlp.pruning.tracing.widths import WidthSpec
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+class Footprint:
+    """Parameters and multiply-accumulates of a model as its widths change: a polynomial in the units kept.
+
+    Every weight counts with the product of what is kept along its axes; what lies on no axis is constant.
+    """
+
+    def __init__(self, model: nn.Module, spec: WidthSpec, positions: Mapping[str, float] | None = None) -> None:
+        """Describe parameters, or MACs if ``positions`` says how often each tensor's entries are used per example."""
+        self._terms: dict[tuple[str, ...], float] = {}
+        self._spec = spec
+        for name, tensor in named_tensors(model).items():
+            times = 1.0 if positions is None else positions.get(name, 0.0)
+            if not isinstance(tensor, nn.Parameter) or not times:
+                continue
+            axes = tuple(sorted(dim.axis for dim in spec.dims.get(name, ()) if dim.axis is not None))
+            share = times * tensor.numel() / math.prod(spec.axes[axis] for axis in axes)
+            self._terms[axes] = self._terms.get(axes, 0.0) + share
+
+    def add(self, axis: str | None, per_unit: float) -> None:
+        """Add a cost that is constant (None) or proportional to one axis's units."""
+        key = () if axis is None else (axis,)
+        self._terms[key] = self._terms.get(key, 0.0) + per_unit
+
+    def count(self, kept: Mapping[str, float]) -> float:
+        """Return the cost when so many units of each axis are kept; axes that are absent stay whole."""
+        units = {**self._spec.axes, **kept}
+        return sum(share * math.prod(units[axis] for axis in axes) for axes, share in self._terms.items())
+
+    def terms(self, axes: Collection[str]) -> dict[tuple[str, ...], float]:
+        """Return the coefficient of every product of some axes' units; all other axes stay whole."""
+        found: dict[tuple[str, ...], float] = {}
+        for key, share in self._terms.items():
+            kept = tuple(axis for axis in key if axis in axes)
+            whole = math.prod(self._spec.axes[axis] for axis in key if axis not in axes)
+            found[kept] = found.get(kept, 0.0) + share * whole
+        return found
+
+
+def macs_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footprint:
+    """Return the MACs of a forward pass on one example, as :func:`~fedlp.models.cost.count_macs` counts them.
+
+    Parameters
+    ----------
+    inputs : (batch, ...)
+        Only the shape of one example matters.
+    """
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    uses = {path: names[id(module.weight)] for path, module in model.named_modules() if _counts(module, names)}
+    positions: dict[str, float] = {}
+    with shapes_only(model, inputs[:1].expand(2, *inputs.shape[1:])) as (shapes, batch), torch.no_grad():
+
+        def note(path: str, module: nn.Module, output: Tensor) -> None:
+            outputs = output.shape[-1] if isinstance(module, nn.Linear) or is_transposed(module) else output.shape[1]
+            per_weight = NORM_MACS if isinstance(module, _NORMS) else 1
+            width = output.shape[-1] if isinstance(module, nn.LayerNorm) else outputs
+            name = uses[path]
+            positions[name] = positions.get(name, 0.0) + per_weight * output.numel() / width / 2
+
+        for path in uses:
+            module = shapes.get_submodule(path)
+            module.register_forward_hook(lambda module, _, output, path=path: note(path, module, output))
+        forward_logits(shapes.eval(), batch)
+    footprint = Footprint(model, spec, positions)
+    for axis, per_unit in _attention_macs(model, spec, inputs.shape[-1]).items():
+        footprint.add(axis, per_unit)
+    footprint.add(None, count_macs(model, inputs).forward - footprint.count({}))
+    return footprint
+
+
+def _counts(module: nn.Module, names: Mapping[int, str]) -> bool:
+    weighs = is_reader(module) or isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS))
+    return weighs and id(module.weight) in names
+
+
+def _attention_macs(model: nn.Module, spec: WidthSpec, tokens: int) -> dict[str, float]:
+    """Return the MACs of queries times keys and of weights times values per unit of each attention axis."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if path and name in ("o_proj", "out_proj", "c_proj") and f"{path}.weight" in spec.dims:
+            dim = spec.dims[f"{path}.weight"][1 - is_transposed(module)]
+            if dim.axis is not None and dim.axis.rpartition(".")[2] in ("self_attn", "attn"):
+                found[dim.axis] = 2.0 * tokens * tokens * dim.entries
+    return found

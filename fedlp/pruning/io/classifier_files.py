@@ -1,0 +1,133 @@
+"""A pruned classifier on disk: compact weights, and which units of the whole architecture they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedlp.errors import CheckpointError, one_line
+from fedlp.models.spec import state_tensors
+from fedlp.pruning.tracing.widths import WidthSpec, cut_model
+from fedlp.types import Keep
+
+_WEIGHTS, _WIDTHS = "model.safetensors", "widths.json"
+
+
+def save_classifier(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep], folder: Path) -> None:
+    """Write a cut classifier: ``model.safetensors`` and ``widths.json``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The cut model; layers may have got a bias.
+    spec : WidthSpec
+        Axes of the whole model.
+    widths : mapping from axis name to Keep
+        What was kept, in units; axes that are absent are whole.
+    folder : Path
+        Made if absent. ``widths.json`` has for every axis its ``size`` in units and the units that are kept, ``keep``,
+        as runs ``[start, stop)``.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder cannot be written.
+    """
+    axes = {}
+    for axis, size in spec.axes.items():
+        keep = widths.get(axis, Keep.full(size))
+        axes[axis] = {"size": size, "keep": [list(run) for run in keep.runs]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _WIDTHS).write_text(json.dumps({"axes": axes}, indent=1) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in state_tensors(model).items()}, folder / _WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(f"the model cannot be written to {folder}: {one_line(error)}") from error
+
+
+def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn.Module:
+    """Return the classifier that :func:`save_classifier` wrote.
+
+    Parameters
+    ----------
+    model_whole : nn.Module
+        Of the architecture before it was cut, whatever its weights; not touched.
+    spec : WidthSpec
+        Its axes.
+    folder : Path
+        Has ``model.safetensors`` and ``widths.json``.
+
+    Returns
+    -------
+    nn.Module
+        The cut model with the weights of the folder, on the device of ``model_whole``, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged or of another architecture; names it and what differs.
+    """
+    widths = _read_widths(folder / _WIDTHS, spec)
+    path = folder / _WEIGHTS
+    try:
+        stored: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    model = cut_model(model_whole, spec, widths)
+    _add_biases(model, stored)
+    own = state_tensors(model)
+    odd = next((name for name in [*own, *stored] if name not in own or name not in stored), None)
+    if odd is not None:
+        where = "the model" if odd in stored else str(path)
+        raise CheckpointError(f"{path} is of another model: {where} has no tensor {odd}")
+    for name, tensor in own.items():
+        found = stored[name]
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(
+                f"{path} is of another model: {name} is {_kind(found)} there, {_kind(tensor)} in the model cut to "
+                f"{_WIDTHS}"
+            )
+        tensor.copy_(found)
+    return model.eval()
+
+
+def _read_widths(path: Path, spec: WidthSpec) -> dict[str, Keep]:
+    try:
+        axes: dict[str, Any] = json.loads(path.read_text())["axes"]
+        sizes = {axis: entry["size"] for axis, entry in axes.items()}
+        widths = {axis: Keep(entry["size"], _runs(entry["keep"])) for axis, entry in axes.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}, {one_line(error)}") from error
+    for axis in [*spec.axes, *sizes]:
+        if sizes.get(axis) != spec.axes.get(axis):
+            raise CheckpointError(
+                f"{path} is of another model: axis {axis} has {sizes.get(axis, 'no')} units there, "
+                f"{spec.axes.get(axis, 'no')} in the model"
+            )
+        if not widths[axis].count:
+            raise CheckpointError(f"{path} keeps no unit of axis {axis}")
+    return widths
+
+
+def _runs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    if any(type(end) is not int for start, stop in runs for end in (start, stop)):
+        raise TypeError("runs are pairs of whole numbers")
+    return tuple((start, stop) for start, stop in runs)
+
+
+def _add_biases(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Give layers the biases that pruning gave them; values come later."""
+    for path, module in model.named_modules():
+        is_layer = isinstance(module, nn.Linear | nn.Conv2d)
+        if is_layer and module.bias is None and f"{path}.bias" in stored:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,1 @@
+"""Pure kernels: Hessians, inverses, elimination, OBS, Newton steps."""

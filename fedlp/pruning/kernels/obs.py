@@ -1,0 +1,154 @@
+r"""Structured Optimal Brain Surgeon: which units of a layer's input to remove, and what the other weights become.
+
+For a layer :math:`y = Wx` with Hessian :math:`H = \frac{2}{N}\sum xx^\top`, removing the columns :math:`u` of one unit
+with optimal compensation raises the mean squared output error by
+
+.. math:: \delta_u = \tfrac12 \operatorname{tr}\big(F\, W_{:,u} ([H^{-1}]_{uu})^{-1} W_{:,u}^\top\big), \qquad
+          W \leftarrow W - W_{:,u}([H^{-1}]_{uu})^{-1}[H^{-1}]_{u,:}, \qquad
+          H^{-1} \leftarrow H^{-1} - [H^{-1}]_{:,u}([H^{-1}]_{uu})^{-1}[H^{-1}]_{u,:},
+
+where :math:`F` weighs the outputs (the identity, or their Fisher information). SlimGPT (Ling et al., NeurIPS 2024)
+factorises the Hessian anew for every group of columns. Here it is inverted once: the elimination is a pivoted Cholesky
+factorisation of :math:`H^{-1}`. Scores depend on the weights only through :math:`W^\top F W`. Where steps are small,
+that matrix is carried along in the weights' place, so that a step reads a few rows only; and the weights are solved for
+once, at the end: they do not depend on the order of removal.
+
+The kernels are pure: tensors in, new tensors out. Where the blocks of lazy updates end does not change the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlp.errors import CalibrationError
+from fedlp.pruning.kernels.elimination import EliminationState, Problem, Score, block_saliency
+from fedlp.pruning.kernels.inverses import diagonal_blocks
+
+__all__ = ["Elimination", "Problem", "eliminate", "output_error", "resolve_weight", "unit_saliency"]
+
+_BLOCK = 64  # columns whose updates are applied together, as one matrix product
+
+
+@dataclass(frozen=True, slots=True)
+class Elimination:
+    """In which order units went, and what that cost.
+
+    Attributes
+    ----------
+    order : tuple of int
+        Units, first removed first; units of one step in the order of their saliency.
+    steps : tuple of int
+        Units per step.
+    losses : tuple of float
+        Loss after each step, in units of the squared output error; never falls.
+    """
+
+    order: tuple[int, ...]
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def unit_saliency(weight: Tensor, hessian_inv: Tensor, unit_size: int) -> Tensor:
+    r"""Loss increase caused by removing each unit alone, with optimal compensation.
+
+    .. math:: \delta_u = \tfrac12 \operatorname{tr}\big( W_{:,u} ([H^{-1}]_{uu})^{-1} W_{:,u}^\top \big)
+
+    Parameters
+    ----------
+    weight : (out, n)
+        Any float dtype; computed in the dtype of ``hessian_inv``. Not modified.
+    hessian_inv : (n, n)
+        Inverse of the damped Hessian; symmetric positive definite.
+    unit_size : int
+        Columns per unit (head_dim for heads, kh·kw for channels of a convolution, 1 for neurons); divides n.
+
+    Returns
+    -------
+    (n // unit_size,)
+        In units of the layer's squared output error; >= 0.
+
+    Raises
+    ------
+    CalibrationError
+        If a diagonal block is not positive definite; names the unit.
+    """
+    columns = weight.to(hessian_inv.dtype).view(len(weight), -1, unit_size).transpose(0, 1)
+    units = torch.arange(len(columns), device=columns.device)
+    return block_saliency(diagonal_blocks(hessian_inv, unit_size), columns.mT @ columns, "exact", units)
+
+
+def eliminate(
+    problems: Sequence[Problem], schedule: Iterable[int], *, score: Score = "exact", block: int = _BLOCK
+) -> Elimination:
+    """Remove units step by step, each time those of the least saliency, and say in which order they went.
+
+    Parameters
+    ----------
+    problems : sequence of Problem
+        The layers that read the units; all with the same number of units, which stays untouched.
+    schedule : iterable of int
+        How many units each step removes together, >= 1; all ones is the exact greedy order. Their sum must be less than
+        the number of units, or equal to it.
+    score : "exact" or "columns"
+        "columns" is SlimGPT's grouped Cholesky score: a unit's columns are eliminated one after the other, but without
+        updating its weights. The same for units of one column.
+    block : int
+        Columns after which lazy updates are applied; purely a matter of speed.
+
+    Raises
+    ------
+    CalibrationError
+        If a block of the inverse Hessian stops being positive definite; names the unit.
+    """
+    counts = list(schedule)
+    states = [
+        EliminationState(problem, block, sum(counts) * problem.unit_size / max(len(counts), 1)) for problem in problems
+    ]
+    first = states[0]
+    removed = torch.zeros_like(first.units, dtype=torch.bool)  # by position
+    order: list[int] = []
+    steps: list[int] = []
+    losses: list[float] = []
+    loss = 0.0
+    for count in counts:
+        saliency = torch.stack([state.saliency(score) for state in states]).sum(dim=0).masked_fill(removed, torch.inf)
+        chosen = saliency.argmin()[None] if count == 1 else torch.sort(saliency, stable=True).indices[:count]
+        loss += sum(state.remove(chosen) for state in states)
+        removed[chosen] = True
+        order += first.units[chosen].tolist()
+        steps.append(count)
+        losses.append(loss)
+        if max(state.used for state in states) >= block:
+            kept = (~removed).nonzero().flatten()
+            for state in states:
+                state.flush(kept)
+            removed = removed[kept]
+    return Elimination(tuple(order), tuple(steps), tuple(losses))
+
+
+def resolve_weight(weight: Tensor, hessian_inv: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
+    r"""Return the least-squares weights on the kept columns, (out, kept), float dtype of ``hessian_inv``.
+
+    .. math:: W_S - W_P ([H^{-1}]_{PP})^{-1} [H^{-1}]_{PS} = W H_{:,S} (H_{SS})^{-1}
+
+    The one or the other form is used, whichever factorises the smaller matrix, but for rounding the same.
+    """
+    w = weight.to(hessian_inv.dtype)
+    if not len(removed):
+        return w[:, kept]
+    rows = hessian_inv.index_select(0, removed)
+    factor, info = torch.linalg.cholesky_ex(rows.index_select(1, removed))
+    if int(info):
+        raise CalibrationError("the inverse Hessian of the removed columns is not positive definite; raise damping")
+    correction = torch.cholesky_solve(rows.index_select(1, kept), factor)
+    return w.index_select(1, kept).addmm_(w.index_select(1, removed), correction, alpha=-1.0)
+
+
+def output_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+    r"""Return :math:`\tfrac12\operatorname{tr}(\Delta H \Delta^\top)` with :math:`\Delta` = ``pruned - weight``."""
+    delta = (pruned - weight).to(hessian.dtype)
+    return 0.5 * float(((delta @ hessian) * delta).sum())

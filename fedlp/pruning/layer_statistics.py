@@ -1,0 +1,129 @@
+"""Collecting what the readers of a layer see, in a model that is pruned layer by layer, beside the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.errors import CalibrationError
+from fedlp.pruning.reader_layers import Reader
+from fedlp.pruning.staged_forward import StagedRun
+from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.tracing.units import input_columns, output_rows
+from fedlp.types import PrunableLayer
+
+
+class Collects(Protocol):
+    """What pruning asks for the statistics of a layer, wherever the data lie."""
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers, without statistics."""
+
+    def collect(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers with the statistics of their inputs."""
+
+
+def make_readers(model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str], targets: bool) -> list[Reader]:
+    """Return a layer's readers, without statistics; ``norms`` are the paths of the batch norms that follow them."""
+    found = []
+    for path in layer.readers:
+        norm = model.get_submodule(norms[path]) if path in norms else None
+        found.append(Reader(path, model.get_submodule(path), norm, layer.num_units, targets))
+    return found
+
+
+class Collector:
+    """Goes through a model's layers in order, and collects statistics of each.
+
+    Parameters
+    ----------
+    model : nn.Module
+        May change between layers: each is seen through what has changed before it.
+    dense : nn.Module or None
+        The model as it was, if readers are to aim at its outputs. In blocks that add to a residual stream the aim also
+        makes up for what the stream has drifted.
+    norms : mapping from path to path
+        The batch norms that follow readers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module | None,
+        layers: Sequence[PrunableLayer],
+        batches: Sequence[Tensor],
+        norms: Mapping[str, str],
+    ) -> None:
+        self._model, self._layers, self._norms = model, layers, norms
+        self._num_batches = len(batches)
+        self._run = StagedRun(model, batches)
+        self._dense = None if dense is None else StagedRun(dense, batches)
+        config = getattr(model, "config", None)  # blocks that add to a stream, and not those that then normalise it
+        self._has_stream = is_language_model(model) and getattr(config, "do_layer_norm_before", True)
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return the layer's readers, without statistics."""
+        return make_readers(self._model, layer, self._norms, self._dense is not None)
+
+    def collect(self, layer: PrunableLayer, origins: Mapping[str, Tensor] | None = None) -> list[Reader]:
+        """Return the layer's readers with the statistics of their inputs; layers come in the order of the model.
+
+        Parameters
+        ----------
+        origins : mapping from path to (n,), optional
+            What each reader's inputs are measured from.
+        """
+        while self._run.current < self._run.stage_of(layer.readers[0]):
+            self._run.advance()
+            if self._dense is not None:
+                self._dense.advance()
+        earlier = self._earlier(layer) if self._dense is not None else []
+        watched = [self._model.get_submodule(path) for path in (*earlier, *layer.readers)]
+        readers = self.readers(layer)
+        for batch in range(self._num_batches):
+            seen = self._run.observe(batch, watched)
+            aims: list[Tensor | None] = [None] * len(readers)
+            if self._dense is not None:
+                aims = self._aims(self._dense, batch, seen, [*earlier, *layer.readers], readers)
+            for reader, (inputs, _), aim in zip(readers, seen[len(earlier) :], aims, strict=True):
+                columns = input_columns(reader.module, inputs)
+                if not bool(torch.isfinite(columns).all()):
+                    raise CalibrationError(
+                        f"layer {layer.name}: inputs of {reader.path} are not finite on the calibration data; check "
+                        "the model's weights and the data set"
+                    )
+                if origins is not None:
+                    columns = columns.to(torch.float64) - origins[reader.path]
+                reader.moments.add(columns, aim)
+        return readers
+
+    def _earlier(self, layer: PrunableLayer) -> list[str]:
+        """Return the readers of the same block that come before: what they write is in the residual stream."""
+        if not self._has_stream:
+            return []
+        before = self._layers[: self._layers.index(layer)]
+        paths = [path for other in before for path in other.readers]
+        return [path for path in paths if self._run.stage_of(path) == self._run.current]
+
+    def _aims(
+        self,
+        dense: StagedRun,
+        batch: int,
+        seen: Sequence[tuple[Tensor, Tensor]],
+        paths: Sequence[str],
+        readers: Sequence[Reader],
+    ) -> list[Tensor | None]:
+        """Return what each reader should write: the dense one's output and, in a block, what the stream lacks."""
+        stage, prefix = dense.stages[dense.current], dense.paths[dense.current]
+        wanted = dense.observe(batch, [stage.get_submodule(path.removeprefix(prefix)) for path in paths])
+        num_earlier = len(paths) - len(readers)
+        outputs = [output for _, output in wanted[num_earlier:]]
+        if self._has_stream:
+            lacking = dense.input(batch) - self._run.input(batch)
+            for (_, was), (_, output) in zip(seen[:num_earlier], wanted[:num_earlier], strict=True):
+                lacking = lacking + (output - was).reshape_as(lacking)
+            outputs = [output + lacking.reshape_as(output) for output in outputs]
+        return [output_rows(reader.module, output) for reader, output in zip(readers, outputs, strict=True)]

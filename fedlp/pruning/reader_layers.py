@@ -1,0 +1,154 @@
+"""A layer that reads the units that are pruned: the statistics of its inputs, and its weights before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.pruning.kernels.hessian import Moments, invert_hessian
+from fedlp.pruning.kernels.obs import Problem, resolve_weight
+from fedlp.pruning.tracing.units import kept_columns, weight_matrix, write_weight
+
+Score = Literal["obs", "slimgpt", "magnitude", "wanda", "flap", "taylor", "random"]
+MIN_DAMPING = 1e-6  # where none is asked for: against rounding only
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How units are chosen, and how the other weights make up for them.
+
+    Attributes
+    ----------
+    score : str
+        What units are chosen by: "obs" (exact greedy), "slimgpt" (its schedule and scores), or one of ``criteria``.
+    recovery : "none", "bias" or "least_squares"
+        Whether readers keep their weights, keep them and add the removed inputs' means to their bias, or are solved
+        for anew on what is kept.
+    centred : bool
+        least_squares: fit with a bias, in which the means of removed inputs go.
+    correction : float
+        least_squares: how far the fit aims at the outputs of the dense model, in [0, 1]; 0 at those of the same
+        weights on the inputs of the pruned one. For a language model's blocks the aim includes what the residual stream
+        has drifted.
+    fisher : bool
+        Weigh errors of outputs by their Fisher information.
+    damping : float or None
+        Added to the Hessian, as a fraction of its mean diagonal entry; None for as little as rounding asks for, which
+        needs as many calibration vectors as a layer has inputs.
+    keeps_batch_norm : bool
+        Leave the variances of batch norms as they are, and take what recovery adds to a bias off their means; else
+        estimate both anew at the end. What is fitted to the dense model's outputs varies less than they do, and
+        normalising it anew would blow it up.
+    """
+
+    score: Score = "obs"
+    recovery: Literal["none", "bias", "least_squares"] = "least_squares"
+    centred: bool = True
+    correction: float = 0.0
+    fisher: bool = False
+    damping: float | None = None
+    keeps_batch_norm: bool = False
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model's outputs are needed."""
+        return self.recovery == "least_squares" and self.correction > 0
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether statistics of inputs are needed, to choose units or to make up for them."""
+        return self.recovery != "none" or self.score in ("obs", "slimgpt", "wanda", "flap")
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether readers get a bias."""
+        return self.recovery == "bias" or (self.recovery == "least_squares" and self.centred)
+
+
+class Reader:
+    """One reader during pruning.
+
+    Parameters
+    ----------
+    path : str
+        Of its module in the model.
+    norm : nn.Module or None
+        The batch norm that reads its outputs.
+    num_units : int
+        Units among its inputs.
+    targets : bool
+        Whether statistics of wanted outputs are collected.
+    """
+
+    def __init__(self, path: str, module: nn.Module, norm: nn.Module | None, num_units: int, targets: bool) -> None:
+        self.path, self.module, self._norm = path, module, norm
+        self.weight = weight_matrix(module).to(torch.float64)
+        outputs, columns = self.weight.shape
+        self.unit_size = columns // num_units
+        self.moments = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
+        bias: Tensor | None = getattr(module, "bias", None)
+        self._bias = torch.zeros(outputs).to(self.weight) if bias is None else bias.detach().to(torch.float64)
+        mean: Tensor | None = getattr(norm, "running_mean", None)
+        self._mean = None if mean is None else mean.detach().clone()
+        self._solved: tuple[Tensor, Tensor] | None = None
+
+    def shaped_weight(self) -> Tensor:
+        """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
+        return self.weight.view(self.module.weight.shape) if isinstance(self.module, nn.Conv2d) else self.weight
+
+    def solve(self, method: Method) -> tuple[Tensor, Tensor]:
+        """Return the best full-width weights for what the reader is to write, and the inverse Hessian."""
+        if self._solved is None:
+            hessian = self.moments.hessian(method.centred)
+            damping = MIN_DAMPING if method.damping is None else method.damping
+            if method.damping is None and self.moments.count < len(hessian):
+                damping = 0.0  # too few: let the factorisation say so
+            inverse = invert_hessian(hessian, damping, self.path, self.moments.count)
+            weight = self.weight
+            if self.moments.cross is not None:
+                missed = self.moments.target_hessian(method.centred) - weight @ hessian
+                weight = weight + method.correction * missed @ inverse
+            self._solved = weight, inverse
+        return self._solved
+
+    def problem(self, method: Method, fisher: Tensor | None) -> Problem:
+        """Return what the elimination needs to know."""
+        weight, inverse = self.solve(method)
+        return Problem(weight if fisher is None else square_root(fisher) @ weight, inverse, self.unit_size)
+
+    def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
+        """Give the module its new weights, zero where units are gone, and what goes into its bias."""
+        self.write(*self.solution(keep, gone, method), method)
+
+    def solution(self, keep: Tensor, gone: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
+        """Return new weights (out, columns), zero where units are gone, and the new bias, None for the old one."""
+        device = self.weight.device
+        kept, removed = (kept_columns(units.to(device), self.unit_size) for units in (keep, gone))
+        moments, weight = self.moments, torch.zeros_like(self.weight)
+        shift: Tensor | None = None
+        if method.recovery == "least_squares":
+            weight[:, kept] = resolve_weight(*self.solve(method), kept, removed)
+            if method.centred:
+                aim = self.weight @ moments.mean + self._bias if moments.cross is None else moments.target_mean
+                shift = aim - weight @ moments.mean
+        else:
+            weight[:, kept] = self.weight[:, kept]
+            if method.recovery == "bias":
+                shift = self._bias + self.weight[:, removed] @ moments.mean[removed]
+        return weight, shift
+
+    def write(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:
+        """Give the module weights and bias; a batch norm that follows takes the bias off its mean instead."""
+        if self._norm is not None and self._mean is not None and bias is not None and method.keeps_batch_norm:
+            self._norm.running_mean.copy_(self._mean - (bias - self._bias))  # type: ignore[operator]
+        write_weight(self.module, weight, None if self._norm is not None else bias)
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """Return a matrix R with RᵀR equal to a positive semi-definite one."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return root

@@ -1,0 +1,1 @@
+"""Saliency of units, one criterion a file."""

@@ -1,0 +1,116 @@
+"""Running calibration batches through a model, stage by stage, and watching what its layers read and write.
+
+A language model's stages are its decoder blocks: each batch's hidden states wait before the current block, so that a
+model of any depth is run once, block by block. Any other model is one stage, run as far as is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.models.language import find_decoder
+from fedlp.pruning.tracing.decoder import is_language_model
+
+_BLOCKS = {"model": "layers", "transformer": "h", "model.decoder": "layers"}
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Seen(Exception):
+    """Everything that was to be seen has been."""
+
+
+class StagedRun:
+    """A model and calibration batches, waiting before one of its stages.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode. It may change between calls: what is seen is what it computes then.
+    batches : sequence of Tensor
+        Prepared inputs: (n, C, H, W) images, (n, features), or (n, L) token ids.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.current = 0
+        if not is_language_model(model):
+            self.stages, self.paths = [model], [""]
+            self._states: list[Any] = list(batches)
+            self._arguments: list[list[_Arguments]] = [[((), {})] * len(batches)]
+            return
+        path, decoder = find_decoder(model)
+        blocks = decoder.get_submodule(_BLOCKS[path])
+        assert isinstance(blocks, nn.ModuleList)
+        self.stages = list(blocks)
+        self.paths = [f"{path}.{_BLOCKS[path]}.{index}." for index in range(len(blocks))]
+        self._states, self._arguments = _catch(model, self.stages, batches)
+
+    def stage_of(self, module_path: str) -> int:
+        """Return the number of the stage that holds a module."""
+        return next(index for index, path in enumerate(self.paths) if module_path.startswith(path))
+
+    def input(self, batch: int) -> Tensor:
+        """Return what the current stage reads in one batch."""
+        state: Tensor = self._states[batch]
+        return state
+
+    @torch.no_grad()
+    def observe(self, batch: int, watched: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+        """Run the current stage until all watched modules have run; return what each read and wrote."""
+        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[module] = inputs[0], output
+            if len(seen) == len(watched):
+                raise _Seen
+
+        with _hooks(watched, look), suppress(_Seen):
+            self._run(batch)
+        return [seen[module] for module in watched]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Run the current stage on every batch, and wait before the next one."""
+        for batch in range(len(self._states)):
+            self._states[batch] = self._run(batch)
+        self.current += 1
+
+    def _run(self, batch: int) -> Tensor:
+        positional, named = self._arguments[self.current][batch]
+        output = self.stages[self.current](self._states[batch], *positional, **named)
+        result: Tensor = output if isinstance(output, Tensor) else output[0]
+        return result
+
+
+@contextmanager
+def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@torch.no_grad()
+def _catch(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[_Arguments]]]:
+    """Return what the first block reads in every batch, and the other arguments of every block and batch."""
+    states: list[Tensor] = []
+    arguments: list[list[_Arguments]] = [[] for _ in blocks]
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+
+            def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                if index == 0:
+                    states.append(args[0] if args else kwargs["hidden_states"])
+                arguments[index].append((args[1:], {key: kwargs[key] for key in kwargs if key != "hidden_states"}))
+
+            stack.callback(block.register_forward_pre_hook(catch, with_kwargs=True).remove)
+        for batch in batches:
+            model(batch, use_cache=False)
+    return states, arguments

@@ -1,0 +1,104 @@
+"""Groups of tensors that lose the same units: find a model's width axes, and cut the model along them.
+
+A cut model is a smaller dense model, never a masked one. Its outputs are those of the whole model with the removed
+units silenced, except along a language model's ``hidden`` axis, where norms average over fewer features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedlp.errors import ConfigError
+from fedlp.models.spec import named_tensors
+from fedlp.pruning.tracing.decoder import decoder_widths, is_language_model, match_decoder
+from fedlp.pruning.tracing.graph import trace_classifier
+from fedlp.pruning.tracing.slicing import Dim, WidthSpec, slice_tensor, tensor_keeps
+from fedlp.pruning.tracing.vision_transformer import is_vision_transformer, replace_attention, vit_widths
+from fedlp.types import Keep
+
+__all__ = ["Dim", "WidthSpec", "cut_model", "slice_tensor", "tensor_keeps", "trace_widths"]
+
+
+def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
+    """Return the width axes of a classifier (traced), a vision transformer or a language model (both by rule).
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole model; not touched.
+    inputs : (batch, ...)
+        Only their shape matters.
+
+    Raises
+    ------
+    ConfigError
+        If the model has a part that axes cannot express; names it.
+    """
+    if is_language_model(model):
+        return decoder_widths(model)
+    return vit_widths(model) if is_vision_transformer(model) else trace_classifier(model, inputs)
+
+
+def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
+    """Return a smaller dense model that holds the kept units' weights; the model is not touched.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole model that ``spec`` was traced from, or one of equal shapes.
+    spec : WidthSpec
+        Its axes.
+    widths : mapping from axis name to Keep
+        What stays, in units; axes that are absent stay whole.
+
+    Returns
+    -------
+    nn.Module
+        Of the same class, device and dtypes, with its own tensors; the sizes that modules keep as attributes are
+        right for them. A vision transformer's attentions are :class:`HeadAttention`, cut or not.
+
+    Raises
+    ------
+    ConfigError
+        If an axis does not exist, or a Keep is empty or not of its axis's size.
+    """
+    unknown = next((axis for axis in widths if axis not in spec.axes), None)
+    if unknown is not None:
+        raise ConfigError(f"this model has no width axis {unknown}; it has {', '.join(spec.axes)}")
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model).items():
+        part = slice_tensor(tensor, tensor_keeps(spec, name, tensor.shape, widths))
+        memo[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+    cut = copy.deepcopy(model, memo)
+    for module in cut.modules():
+        _match_sizes(module)
+    if is_language_model(cut):
+        match_decoder(cut)
+    elif is_vision_transformer(cut):
+        replace_attention(cut)
+    return cut
+
+
+def _match_sizes(module: nn.Module) -> None:
+    """Set the sizes that a module keeps as attributes to those of its tensors."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        outputs_per_group = module.out_channels // module.groups
+        module.out_channels = module.weight.shape[0]
+        if module.groups > 1:
+            module.groups = module.out_channels // outputs_per_group
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        vector = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if vector is None else len(vector)
+    elif isinstance(module, nn.GroupNorm) and module.affine:
+        channels_per_group = module.num_channels // module.num_groups
+        module.num_channels = len(module.weight)
+        module.num_groups = module.num_channels // channels_per_group
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape

@@ -1,0 +1,1 @@
+"""Local training of one client: loop, calibration data, fine-tuning."""
