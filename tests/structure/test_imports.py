@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedlp"
 FLOORS = [
-    {"types", "errors", "rng", "progress"},
+    {"types", "errors", "rng", "progress", "registry"},
     {"config", "models"},
     {"pruning", "allocation", "data", "training"},
     {"federation", "simulation"},

@@ -1,0 +1,179 @@
+"""Registry of parts: models, allocators, scores, encodings and all else that a name in a config can stand for.
+
+A part is a class or function. Built-in parts, a user's own and those of installed packages come in by the same door::
+
+    @register("allocator", "mine")
+    @dataclass(frozen=True)
+    class Mine:
+        steepness: float = 0.5
+
+A name is looked up, in this order, among registered parts, as ``module:object``, among the built-in parts and among the
+entry points of the group ``fedlp.<kind>``. Built-in parts are found by the text of their decorator, so that a list of
+names imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedlp.errors import ConfigError, one_line
+
+HOMES: Mapping[str, str] = {
+    "model": "fedlp.models",
+    "dataset": "fedlp.data",
+    "partition": "fedlp.data",
+    "task": "fedlp.tasks",
+    "metric": "fedlp.tasks",
+    "strategy": "fedlp.federation.strategies",
+    "allocator": "fedlp.allocation.rules",
+    "score": "fedlp.pruning.scores",
+    "encoding": "fedlp.federation.wire",
+    "aggregator": "fedlp.federation.aggregation",
+    "server_optimizer": "fedlp.federation.aggregation",
+    "optimizer": "fedlp.training",
+    "schedule": "fedlp.training",
+    "tracker": "fedlp.trackers",
+    "callback": "fedlp.federation.server",
+}
+"""Kinds of parts, and the package in which the built-in parts of each live."""
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+_PARTS: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a part: a parameter of its signature.
+
+    Attributes
+    ----------
+    annotation : object
+        Its type as written; ``Any`` where none is.
+    default : object
+        ``inspect.Parameter.empty`` where the option is required.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+
+
+def register(kind: str, name: str) -> Callable[[_T], _T]:
+    """Register a class or function as the part ``name`` of a kind; a decorator.
+
+    Raises
+    ------
+    ConfigError
+        If the kind does not exist, or another part has the name.
+    """
+    _check_kind(kind)
+
+    def decorate(target: _T) -> _T:
+        known = _PARTS.setdefault((kind, name), target)
+        if (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise ConfigError(f"{kind} {name} is registered already, by {known.__module__}; choose another name")
+        _PARTS[kind, name] = target  # a reloaded module's newer class
+        return target
+
+    return decorate
+
+
+def lookup(kind: str, name: str) -> Callable[..., Any]:
+    """Return the part of a kind that a name or ``module:object`` stands for.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such part; names the close ones. If its module cannot be imported; says why.
+    """
+    _check_kind(kind)
+    if (kind, name) in _PARTS:
+        return _PARTS[kind, name]
+    if ":" in name:
+        return _import_object(kind, name)
+    if module := _built_in(kind).get(name):
+        importlib.import_module(module)
+        return _PARTS[kind, name]
+    for point in entry_points(group=f"fedlp.{kind}"):
+        if point.name == name:
+            return _import_object(kind, point.value)
+    close = get_close_matches(name, names(kind))
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}"
+    raise ConfigError(f"there is no {kind} {name}; {hint} One of your own is given as MODULE:OBJECT")
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of all parts of a kind, sorted; imports none of them."""
+    _check_kind(kind)
+    registered = {name for of, name in _PARTS if of == kind}
+    installed = {point.name for point in entry_points(group=f"fedlp.{kind}")}
+    return tuple(sorted(registered | installed | set(_built_in(kind))))
+
+
+def options(target: Callable[..., Any], given: Collection[str] = ()) -> dict[str, Option]:
+    """Return the options of a part by name: the parameters of its signature but those in ``given``."""
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (NameError, TypeError, ValueError):  # an annotation that only type checkers can see
+        signature = inspect.signature(target)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        p.name: Option(p.name, Any if p.annotation is p.empty else p.annotation, p.default)
+        for p in signature.parameters.values()
+        if p.kind in kinds and p.name not in given
+    }
+
+
+def summary(target: Callable[..., Any]) -> str:
+    """Return the first line of a part's docstring."""
+    return (inspect.getdoc(target) or "").partition("\n")[0]
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in HOMES:
+        raise ConfigError(f"there is no kind of part {kind!r}; choose one of {', '.join(HOMES)}")
+
+
+@cache
+def _built_in(kind: str) -> dict[str, str]:
+    """Return the module of each built-in part of a kind, found by the text of its decorator."""
+    spec = importlib.util.find_spec(HOMES[kind])
+    found: dict[str, str] = {}
+    decorator = re.compile(rf'^@register\("{kind}", "(\w+)"\)', re.MULTILINE)
+    for folder in map(Path, spec.submodule_search_locations or [] if spec else []):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            module = ".".join((HOMES[kind], *(part for part in parts if part != "__init__")))
+            found |= dict.fromkeys(decorator.findall(path.read_text(encoding="utf-8")), module)
+    return found
+
+
+def _import_object(kind: str, name: str) -> Callable[..., Any]:
+    """Return the object of ``module:object``; modules of the working folder are found too."""
+    module, _, path = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise ConfigError(f"{kind}={name}: module {module} cannot be imported: {one_line(error)}") from error
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            close = get_close_matches(attribute, dir(found))
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{kind}={name}: {module} has no {attribute}{hint}")
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise ConfigError(f"{kind}={name} is a {type(found).__name__}; it must be a class or function")
+    return found  # type: ignore[no-any-return]
