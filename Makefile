@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test check lint format types clean deploy-demo test-slow test-deploy docker-test
 
 demo: $(VENV)/.ready
-	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp hydra.sweep.dir=$(DEMO)
+	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp_plan hydra.sweep.dir=$(DEMO)
 	$(BIN)/fedlp-report $(DEMO)
 
 test: $(VENV)/.ready-dev

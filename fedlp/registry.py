@@ -19,8 +19,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -47,6 +47,19 @@ HOMES: Mapping[str, str] = {
     "callback": "fedlp.federation.server",
 }
 """Kinds of parts, and the package in which the built-in parts of each live."""
+
+GIVEN: Mapping[str, frozenset[str]] = {
+    "model": frozenset({"input_shape", "num_classes", "in_channels", "in_features"}),
+    "dataset": frozenset({"seed"}),
+    "partition": frozenset({"train", "num_clients", "seed", "kinds"}),
+    "allocator": frozenset({"layers", "evidence", "cost", "limit"}),
+    "score": frozenset({"view"}),
+    "metric": frozenset({"outputs", "targets"}),
+    "optimizer": frozenset({"params"}),
+    "schedule": frozenset({"server_round", "num_rounds", "progress"}),
+    "callback": frozenset({"record", "state"}),
+}
+"""Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 _PARTS: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -121,18 +134,30 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(registered | installed | set(_built_in(kind))))
 
 
-def options(target: Callable[..., Any], given: Collection[str] = ()) -> dict[str, Option]:
-    """Return the options of a part by name: the parameters of its signature but those in ``given``."""
+def options(kind: str, target: Callable[..., Any]) -> dict[str, Option]:
+    """Return the options of a part by name: its parameters, less those of ``GIVEN``."""
+    given = GIVEN.get(kind, frozenset())
     try:
         signature = inspect.signature(target, eval_str=True)
     except (NameError, TypeError, ValueError):  # an annotation that only type checkers can see
         signature = inspect.signature(target)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    items = fields(target) if isinstance(target, type) and is_dataclass(target) else ()
+    made = {f.name: f.default_factory for f in items if f.default_factory is not MISSING}
     return {
-        p.name: Option(p.name, Any if p.annotation is p.empty else p.annotation, p.default)
+        p.name: Option(
+            p.name,
+            Any if p.annotation is p.empty else p.annotation,
+            made[p.name]() if p.name in made else p.default,
+        )
         for p in signature.parameters.values()
         if p.kind in kinds and p.name not in given
     }
+
+
+def given_to(kind: str, target: Callable[..., Any]) -> frozenset[str]:
+    """Return the parameters of ``GIVEN`` that a part takes."""
+    return GIVEN.get(kind, frozenset()) & inspect.signature(target).parameters.keys()
 
 
 def summary(target: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ a vocabulary is looked up in one place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -208,52 +208,92 @@ class ClientProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainInstruction:
-    """What the server asks of one client in one round.
+class Assignment:
+    """Part of one client in one round, as a policy assigns it.
 
     Attributes
     ----------
-    params : mapping from tensor name to Tensor
-        The shared tensors of the client's sub-model, already sliced.
     uploads : frozenset of str
         Names of the tensors that the client sends back.
     kept : mapping from axis name to int
-        How many units of each axis the client sends, which it chooses itself; all it has of an axis that is absent.
+        Units of each axis that the client chooses itself and sends; all it has of an axis that is absent.
     returned : mapping from axis name to Keep
-        The units that the client sends where the server has chosen them; of the global axis.
-    scored : bool
-        Whether the client also sends scores of the units that it holds.
+        Units that the server has chosen for the client to send; of the global axis.
+    evidence : frozenset of str
+        Measurements that the client also sends: "unit_scores" (saliency of the units that it holds), "input_norms"
+        (mean squares of the inputs of the modules that read them).
     """
 
     server_round: int
     client_id: int
-    params: Mapping[str, Tensor]
     submodel: SubModel
     uploads: frozenset[str]
     kept: Mapping[str, int] = field(default_factory=dict)
     returned: Mapping[str, Keep] = field(default_factory=dict)
-    scored: bool = False
+    evidence: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class ClientUpdate:
-    """What one client returns: exactly the tensors it was asked for, sliced to the units it sends.
+class TrainInstruction(Assignment):
+    """Assignment of a client, with the tensors of its sub-model.
+
+    Attributes
+    ----------
+    params : mapping from tensor name to Tensor
+        Shared tensors of the client's sub-model, already sliced.
+    """
+
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InputNorms:
+    """Sums of squares of a module's inputs over a client's examples; they add up over clients.
+
+    Attributes
+    ----------
+    total : (columns,) Tensor
+        Sum of squares of each column, float64, >= 0.
+    count : int
+        Input vectors, >= 1.
+    """
+
+    total: Tensor
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReport:
+    """Answer of one client, without its tensors.
 
     Attributes
     ----------
     widths : mapping from axis name to Keep
-        The units of the global model that it returns; those of its sub-model where it was not asked to choose.
+        Units of the global model that it returns; those of its sub-model where it was not asked to choose.
     scores : mapping from axis name to (units,)
         Saliency of every unit that it holds, >= 0; empty where it was not asked.
+    input_norms : mapping from module path to InputNorms
+        Of the columns that it holds; empty where it was not asked.
     """
 
     server_round: int
     client_id: int
     num_examples: int
-    params: Mapping[str, Tensor]
     metrics: Mapping[str, float]
     widths: Mapping[str, Keep] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    input_norms: Mapping[str, InputNorms] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate(ClientReport):
+    """Answer of one client: its report, and exactly the tensors asked for, sliced to the units that it sends."""
+
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def report(self) -> ClientReport:
+        """Return the answer without its tensors."""
+        return ClientReport(**{f.name: getattr(self, f.name) for f in fields(ClientReport)})
 
 
 @dataclass(frozen=True, slots=True)

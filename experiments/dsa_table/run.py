@@ -32,7 +32,7 @@ from run import (  # noqa: E402 # the other experiment's
 )
 from tables import write_results  # noqa: E402
 
-from fedlp.apps.model_allocator import RULES, Allocator  # noqa: E402
+from fedlp.apps.model_allocator import Allocator, rule_names  # noqa: E402
 from fedlp.apps.search import run_search  # noqa: E402
 from fedlp.config import compose_search  # noqa: E402
 from fedlp.pruning.costs.footprint import Footprint  # noqa: E402
@@ -121,7 +121,7 @@ def main() -> None:
             file = results / f"{name}.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             done = {(line["seed"], line["method"], line["ratio"]) for line in lines}
-            rules = [*RULES, *(SEARCHED if name in TEXTS else ())]
+            rules = [*rule_names(), *(SEARCHED if name in TEXTS else ())]
             wanted = [("dense", 0.0), *((rule, ratio) for ratio in RATIOS for rule in rules)]
             wanted = [(rule, ratio) for rule, ratio in wanted if (seed, rule, ratio) not in done]
             if not wanted:

@@ -19,9 +19,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from runs import collect, run  # noqa: E402 # the experiments'
 
-BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]
-OURS = ["strategy=fedlp", *BYTES, "strategy.entropy_coding=false"]
-CODED = ["strategy.encoding=int4", "strategy.entropy_coding=true"]
+BYTES = ["upload.values=deltas", "upload=int8"]
+OURS = ["strategy=fedlp_plan", *BYTES, "upload.entropy_coding=false"]
+CODED = ["upload=int4", "upload.entropy_coding=true"]
 LOSSES = [*OURS, "strategy.spread=allocator", "strategy.regrow=1"]  # what moves is spread by the losses of units
 RATES = ("0.001", "0.002", "0.004", "0.008")
 TUNED = "local.lr=0.004"  # the best of RATES for half of the units; the experiment's own 0.002 is FedAvg's best
@@ -29,16 +29,16 @@ GROUPS = {
     "full": {
         "fedavg": ["strategy=fedavg"],
         "fedavg-int8": ["strategy=fedavg", *BYTES],
-        "fedavg-int2": ["strategy=fedavg", *BYTES, "strategy.encoding=int2"],
+        "fedavg-int2": ["strategy=fedavg", *BYTES, "upload=int2"],
         "random": [*LOSSES, TUNED, "pruner=random", "allocator=uniform"],
         "ours": [*OURS, TUNED],
-        "ours-int4": [*OURS, TUNED, "strategy.encoding=int4"],
-        "ours-int2": [*OURS, TUNED, "strategy.encoding=int2"],
+        "ours-int4": [*OURS, TUNED, "upload=int4"],
+        "ours-int2": [*OURS, TUNED, "upload=int2"],
         "ours-20-rounds": [*OURS, TUNED, "num_rounds=20"],
         "ours-20-rounds-int4-coded": [*OURS, TUNED, *CODED, "num_rounds=20"],
         "by-losses": [*LOSSES, TUNED],
-        "by-losses-int4": [*LOSSES, TUNED, "strategy.encoding=int4"],
-        "by-losses-int2": [*LOSSES, TUNED, "strategy.encoding=int2"],
+        "by-losses-int4": [*LOSSES, TUNED, "upload=int4"],
+        "by-losses-int2": [*LOSSES, TUNED, "upload=int2"],
         "by-losses-20-rounds": [*LOSSES, TUNED, "num_rounds=20"],
     },
     "mixed": {

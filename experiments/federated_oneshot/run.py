@@ -66,8 +66,8 @@ METHODS = {
 WAYS = ("pooled, float32", "pooled, float64", "central", "votes", "alone 0", "alone 7")
 OVERRIDES = {
     "pooled, float32": (),
-    "pooled, float64": ("strategy.encoding=float64",),
-    "votes": ("strategy.masks=client",),
+    "pooled, float64": ("upload=float64",),
+    "votes": ("strategy.unit_selection=client",),
 }
 
 

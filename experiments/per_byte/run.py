@@ -23,23 +23,23 @@ sys.path.insert(0, str(HERE.parent))
 from runs import collect, run  # noqa: E402 # the experiments'
 from tables import write_tables  # noqa: E402
 
-BYTES = ["strategy.values=deltas", "strategy.encoding=int8"]  # a byte a weight, as ours
-FOUR, TWO = "strategy.encoding=int4", "strategy.encoding=int2"  # bits a weight
-CODED = [TWO, "strategy.entropy_coding=true"]  # about 1.2
-MOMENTUM = ["strategy.server_optimizer=momentum", "strategy.server_momentum=0.5"]
-COARSE = [*CODED, "strategy.coarseness=4"]  # about 0.5
+BYTES = ["upload.values=deltas", "upload=int8"]  # a byte a weight, as ours
+FOUR, TWO = "upload=int4", "upload=int2"  # bits a weight
+CODED = [TWO, "upload.entropy_coding=true"]  # about 1.2
+MOMENTUM = ["server_optimizer=momentum", "server_optimizer.momentum=0.5"]
+COARSE = [*CODED, "upload.coarseness=4"]  # about 0.5
 HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
 CAPABLE = ["num_clients=25", "dataset.max_train_examples=5000", "fleet.fractions=[1.0]"]  # of a mixed fleet, no others
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
-OURS = ["strategy=fedlp", *BYTES, "strategy.entropy_coding=false"]
+OURS = ["strategy=fedlp_plan", *BYTES, "upload.entropy_coding=false"]
 LOSSES = [
     *OURS,
     "strategy.spread=allocator",
     "strategy.regrow=1",
 ]  # what moves is spread by the scores of units, as what is held
 EVERYTHING = [*LOSSES, "strategy.train_sent=false"]  # is trained, also what is not sent
-CLIENTS = [*EVERYTHING, "strategy.masks=client", "strategy.refresh_every=1"]
-NARROW = [*LOSSES, "strategy.weighting=held", "strategy.regrow=0.5"]
+CLIENTS = [*EVERYTHING, "strategy.unit_selection=client", "strategy.refresh_every=1"]
+NARROW = [*LOSSES, "aggregator.weighting=held", "strategy.regrow=0.5"]
 DRAWN = [*CLIENTS, "allocator=uniform"]
 FULL = {
     "fedavg": ["strategy=fedavg"],
@@ -103,16 +103,16 @@ MIXED_BY_SCORES = {
 }
 ABLATIONS = {
     **BY_SCORES,
-    "ours-int2-coded-2": [*OURS, *CODED, "strategy.coarseness=2"],
+    "ours-int2-coded-2": [*OURS, *CODED, "upload.coarseness=2"],
     "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
-    "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "strategy.server_momentum=0.8"],
+    "ours-int2-coded-4-momentum-0.8": [*OURS, *COARSE, *MOMENTUM, "server_optimizer.momentum=0.8"],
     "trains-everything": [*EVERYTHING],
-    "masks-random": [*LOSSES, "strategy.masks=random"],
+    "masks-random": [*LOSSES, "strategy.unit_selection=random"],
     "masks-client": [*CLIENTS],
     "masks-client-compensated": [*CLIENTS, "strategy.compensate=true"],
     "masks-client-seldom": [*CLIENTS, "strategy.refresh_every=10"],
     "masks-client-update": [*CLIENTS, "strategy.criterion=update"],
-    "masks-client-error-feedback": [*CLIENTS, "strategy.error_feedback=true"],
+    "masks-client-error-feedback": [*CLIENTS, "upload.error_feedback=true"],
     "allocator-uniform": [*LOSSES, "allocator=uniform"],
     "allocator-log_depth": [*LOSSES, "allocator=log_depth"],
     "pruner-magnitude": [*LOSSES, "pruner=magnitude"],
@@ -127,13 +127,13 @@ ABLATIONS = {
     "ramp-0.9-to-0.5": [*LOSSES, "strategy.ramp_from=0.9", "strategy.ramp_rounds=39"],
     "sparsity-0.25": [*LOSSES, "strategy.sparsity=0.25"],
     "sparsity-0.9": [*LOSSES, "strategy.sparsity=0.9"],
-    "encoding-float32": [*LOSSES, "strategy.encoding=float32"],
-    "encoding-bfloat16": [*LOSSES, "strategy.encoding=bfloat16"],
-    "values-weights": [*LOSSES, "strategy.values=weights"],
-    "error-feedback": [*LOSSES, "strategy.error_feedback=true"],
+    "encoding-float32": [*LOSSES, "upload=float32"],
+    "encoding-bfloat16": [*LOSSES, "upload=bfloat16"],
+    "values-weights": [*LOSSES, "upload.values=weights"],
+    "error-feedback": [*LOSSES, "upload.error_feedback=true"],
     "draws": [*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0"],
     "draws-skip-backward": [
-        *[*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0", "strategy.skip_backward=true"],
+        *[*EVERYTHING, "strategy.layer_preserving_rate=0.5", "strategy.sparsity=0", "local.skip_backward=true"],
     ],
 }
 MIXED_ABLATIONS = {
@@ -141,19 +141,19 @@ MIXED_ABLATIONS = {
     "ours-int2-coded-4-momentum": [*OURS, *COARSE, *MOMENTUM],
     "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
     "ours-int4-regrow-0.5": [*OURS, FOUR, "strategy.regrow=0.5"],
-    "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],
-    "ours-int4-held-regrow-0.5": [*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=0.5"],
-    "ours-int4-held-regrow-1": [*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=1"],
+    "ours-int4-held": [*OURS, FOUR, "aggregator.weighting=held"],
+    "ours-int4-held-regrow-0.5": [*OURS, FOUR, "aggregator.weighting=held", "strategy.regrow=0.5"],
+    "ours-int4-held-regrow-1": [*OURS, FOUR, "aggregator.weighting=held", "strategy.regrow=1"],
     "ours-uniform-int4-held-regrow-0.5": [
-        *[*OURS, FOUR, "strategy.weighting=held", "strategy.regrow=0.5", "allocator=uniform"],
+        *[*OURS, FOUR, "aggregator.weighting=held", "strategy.regrow=0.5", "allocator=uniform"],
     ],
-    "batch-norm-average": [*NARROW, "strategy.batch_norm=average"],
-    "batch-norm-whole": [*NARROW, "strategy.batch_norm=whole"],
+    "batch-norm-average": [*NARROW, "aggregator.batch_norm=average"],
+    "batch-norm-whole": [*NARROW, "aggregator.batch_norm=whole"],
     "regrow-0": [*NARROW, "strategy.regrow=0"],
     "regrow-1": [*NARROW, "strategy.regrow=1"],
     "sparsity-0": [*NARROW, "strategy.sparsity=0"],
     "sparsity-0.75": [*NARROW, "strategy.sparsity=0.75"],
-    "weighting-examples": [*NARROW, "strategy.weighting=examples"],
+    "weighting-examples": [*NARROW, "aggregator.weighting=examples"],
     "allocator-uniform": [*NARROW, "allocator=uniform"],
     "masks-client": [*CLIENTS],
     "width-multiple-8": [*NARROW, "strategy.width_multiple=8"],
@@ -164,7 +164,7 @@ PLAIN = ["partition=dirichlet", "partition.alpha=0.3", "partition.min_examples=1
 DIRICHLET = [*PLAIN, "local.logit_adjustment=1.0"]  # for every method
 DEVICES = ["partition=devices", "local.logit_adjustment=1.0"]
 RESNET18 = ["model=resnet18", "num_rounds=20", "dataset.max_test_examples=1000"]
-GROUP_NORM = [*RESNET18, "model.norm=group", "strategy.batch_norm=average"]
+GROUP_NORM = [*RESNET18, "model.norm=group", "aggregator.batch_norm=average"]
 
 
 OURS_RESNET18 = ["random", "magnitude", "ours", "ours-int2-coded", "by-losses"]
@@ -181,9 +181,9 @@ ALL_WHOLE = {  # the same clients and data, but all can hold the model
     f"{name}-all-whole": [*FULL[name], "fleet.limited=[]"] for name in ("fedavg-int8", "ours-int4")
 }
 DEVICE_METHODS = _some(MIXED, ["heterofl", "fedrolex", "random", "ours-int4", "ours-uniform-int4"]) | {
-    "heterofl-held": [*MIXED["heterofl"], "strategy.weighting=held"],
+    "heterofl-held": [*MIXED["heterofl"], "aggregator.weighting=held"],
     "ours-int4-regrow-1": [*OURS, FOUR, "strategy.regrow=1"],
-    "ours-int4-held": [*OURS, FOUR, "strategy.weighting=held"],
+    "ours-int4-held": [*OURS, FOUR, "aggregator.weighting=held"],
     "ours-int4-sparsity-0": [*OURS, FOUR, "strategy.sparsity=0"],
 }
 

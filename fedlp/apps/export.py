@@ -20,14 +20,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedlp.apps.federate import Plan, check_fits, make_plan
+from fedlp.apps.federate import Federation, check_fits
 from fedlp.apps.prune import save_model
-from fedlp.config import from_yaml, to_yaml
+from fedlp.config import from_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, load_dataset
 from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, one_line
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
 from fedlp.federation.server.run_directory import RunDirectory
+from fedlp.federation.strategies.policy import settled
 from fedlp.models import state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import reestimate_batch_norms
@@ -49,7 +50,7 @@ class _Run:
     """What a run has left."""
 
     path: Path
-    plan: Plan
+    plan: Federation
     state: ServerState
 
 
@@ -124,11 +125,10 @@ def _open_run(path: Path) -> _Run:
     config = from_yaml((path / "config.yaml").read_text(encoding="utf-8", errors="replace"))
     if config.strategy.name == "oneshot":
         raise ConfigError(f"{path} is a run of strategy=oneshot, whose one model is in {path / 'model'} already")
-    config.strategy.regrow = 0.0
     state = load_checkpoint(path / "checkpoint")
     if state is None:
         raise CheckpointError(f"{path} has no checkpoint yet, so there is no model to export")
-    plan = make_plan(to_yaml(config))
+    plan = Federation(config)
     check_fits(state, plan.submodels)
     return _Run(path, plan, state)
 
@@ -139,12 +139,12 @@ def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact],
     unknown = next((client for client in clients or () if not 0 <= client < count), None)
     if unknown is not None:
         raise ConfigError(f"--clients {unknown}: the run has clients 0 to {count - 1}")
-    policy = run.plan.fit(RunDirectory(run.path).read_budgets())
+    policy = settled(run.plan.fit(RunDirectory(run.path).read_budgets()))
     found: dict[object, _Artefact] = {}
     skipped: dict[int, str] = {}
     for client_id in range(count) if clients is None else sorted(set(clients)):
         try:
-            submodel = policy.assign(run.state.server_round, client_id, run.state.memory).submodel
+            submodel = policy.assign(run.state.server_round, client_id, run.state.memory, run.state.params).submodel
             head = _load_head(run, submodel, client_id)
         except FedLPError as error:
             if clients is not None:
@@ -183,7 +183,7 @@ def _load_head(run: _Run, submodel: SubModel, client_id: int) -> Mapping[str, Te
     return head
 
 
-def _load_data(plan: Plan) -> FederatedData | None:
+def _load_data(plan: Federation) -> FederatedData | None:
     try:
         return load_dataset(plan.config.dataset, plan.config.seed)
     except DataError as error:
@@ -219,7 +219,7 @@ def _write(
     }
 
 
-def _measure_batch_norms(model: nn.Module, data: FederatedData, plan: Plan, examples: int) -> None:
+def _measure_batch_norms(model: nn.Module, data: FederatedData, plan: Federation, examples: int) -> None:
     order = generator(plan.config.seed, Stream.CALIBRATION).permutation(len(data.train))
     chosen = data.train.select(order[:examples])
     reestimate_batch_norms(model, batch_calibration(chosen, plan.info, _BATCH, 0, torch.device("cpu")).batches)

@@ -6,9 +6,9 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,26 @@ from numpy.typing import NDArray
 from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
 from fedlp.apps.federated_prune import serve_oneshot
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
-from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
+from fedlp.data.datasets import FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
 from fedlp.errors import CheckpointError, ConfigError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.oneshot import costs as pooling_costs
+from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.privacy import check_privacy
 from fedlp.federation.server.app import Grid, make_server_app
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer
-from fedlp.federation.strategies.fedlp_plan import PrunedSlices
-from fedlp.federation.strategies.policies import Policy, build_policy, fit_policy
+from fedlp.federation.strategies.oneshot import OneShot
+from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import describe_model, state_tensors
+from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
@@ -44,110 +46,183 @@ from fedlp.training.local_training import check_loss, count_cores
 from fedlp.types import Budget, SubModel
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run is made of before any data is loaded."""
+class Federation:
+    """One federated run before its first round: model, data, policy and costs, each made when it is first needed.
 
-    config: RunConfig
-    info: DataInfo
-    submodels: SubModels
-    policy: Policy
-    costs: Costs
+    Parameters
+    ----------
+    config : RunConfig
+    blueprint : Blueprint, optional
+        Model of one's own, in place of the config's.
+    data : FederatedData, optional
+        Data of one's own, in place of the config's.
+    parts : sequence of (n_k,) arrays, optional
+        Indices of each client's training examples, in place of the config's partition.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        blueprint: Blueprint | None = None,
+        data: FederatedData | None = None,
+        parts: Sequence[NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.info = describe_dataset(config.dataset) if data is None else data.info
+        info = self.info
+        if blueprint is None:
+            spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+        else:
+            spec = describe_blueprint(blueprint, info.task, info.input_shape, info.num_classes, config.model.frozen)
+        check_loss(config.local, info)
+        self.submodels = SubModels(spec)
+        check_privacy(config, self.submodels)
+        self.costs = Costs(self.submodels)
+        self.strategy: Strategy = config.strategy.make()
+        self.is_oneshot = isinstance(self.strategy, OneShot)
+        if self.is_oneshot:
+            config = replace(config, num_rounds=oneshot_costs.count_lines(config, self.submodels))
+        self.config = config
+        self._data, self._parts = data, None if parts is None else tuple(parts)
+        self._runtimes: dict[str, ClientRuntime] = {}
+        self.policy = self.fit({})
 
     def initial_params(self) -> dict[str, Any]:
         """Return the tensors of the initial global model."""
         return dict(state_tensors(self.submodels.spec.build(self.config.seed)))
 
+    @cached_property
+    def data(self) -> FederatedData:
+        """The data set."""
+        return self._data or load_dataset(self.config.dataset, self.config.seed)
+
+    @cached_property
+    def parts(self) -> tuple[NDArray[np.int64], ...]:
+        """Indices of each client's training examples."""
+        if self._parts is not None:
+            return self._parts
+        config = self.config
+        kinds = fleet_kinds(config.fleet, config.num_clients, config.seed)
+        return partition_examples(config.partition, self.data.train, config.num_clients, config.seed, kinds)
+
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
-        """Return the policy for the budgets that devices brought, by client id."""
-        return _make_policy(self.config, self.submodels, self.costs, brought)
+        """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet."""
+        config, submodels = self.config, self.submodels
+        encoding: Encoding = config.upload.make()
+
+        def cost(submodel: SubModel) -> dict[str, float]:
+            return submodel_costs(submodel, submodels, self.costs, config.local)
+
+        budgets: list[Budget | None] = [None] * config.num_clients
+        if config.fleet.fractions or config.fleet.devices:
+            budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
+        for client_id, budget in brought.items():
+            budgets[client_id] = budget
+            if config.privacy.name != "none" and budget.upload_bytes is not None:
+                raise ConfigError(
+                    f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
+                    "back; take upload_bytes out of its budget"
+                )
+        return self.strategy.policy(
+            PolicyContext(
+                seed=config.seed,
+                num_clients=config.num_clients,
+                num_rounds=config.num_rounds,
+                submodels=submodels,
+                budgets=tuple(budgets),
+                fit=lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name),
+                layer_costs=lambda: layer_costs(submodels, config.local, encoding),
+                allocator=config.allocator.make(),
+                batch_norm=config.aggregator.batch_norm,
+                scores_units=config.pruner.name != "random",
+            )
+        )
 
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
-        if self.config.strategy.name == "oneshot":
-            return pooling_costs.expected_costs(self.config, self.submodels)
-        cases = self.policy.cases(range(self.config.num_clients))
-        return expected_costs(cases, self.submodels, self.costs, self.initial_params(), self.config.strategy)
+        config = self.config
+        if self.is_oneshot:
+            return oneshot_costs.expected_costs(config, self.submodels)
+        cases = self.policy.cases(range(config.num_clients))
+        upload = config.upload
+        return expected_costs(
+            cases, self.submodels, self.costs, self.initial_params(), upload.make(), upload.entropy_coding
+        )
+
+    def runtime(self, state_dir: str) -> ClientRuntime:
+        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them."""
+        if state_dir not in self._runtimes:
+            keeps = client_options(self.strategy).keeps_heads or self.config.upload.error_feedback
+            store = ClientStore(Path(state_dir), horizon=2 * self.config.checkpoint_every) if keeps else None
+            shards = Shards(self.data.train, self.parts)
+            self._runtimes = {
+                state_dir: ClientRuntime(self.config, self.info, self.submodels, shards, self.data.test, store)
+            }
+        return self._runtimes[state_dir]
+
+    # ---- running
+    def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
+        """Run on a grid, from the start or from the last checkpoint; return the manifest."""
+        directory = RunDirectory(out)
+        runtime = self.runtime(str(directory.clients))  # where data is missing, nothing has been written yet
+        with directory.claim():
+            if self.is_oneshot:
+                config = replace(self.config, resume=None)
+                return serve_oneshot(grid, config, self.submodels, self.data, directory, observers)
+            return _serve_rounds(grid, self, directory, runtime, observers)
+
+    def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
+        """Run on the local engine; return the manifest."""
+        config, out = self.config, out.absolute()
+        self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        if self.is_oneshot:
+            size = max(size, oneshot_costs.largest_message(config, self.submodels))
+        app = make_client_app(lambda cfg, state_dir: self.runtime(state_dir))
+        with LocalGrid(
+            lambda: app,
+            num_clients=config.num_clients,
+            num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
+            message_bytes=size + 4096 * len(self.submodels.spec.tensors),
+            run_config={"cfg": to_yaml(config), "out": str(out)},
+        ) as grid:
+            return self.serve(grid, out, observers)
 
 
-@lru_cache(maxsize=4)
-def make_plan(cfg: str) -> Plan:
-    """Return the plan of a config (YAML)."""
-    config = from_yaml(cfg)
-    info = describe_dataset(config.dataset)
-    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
-    check_loss(config.local, info)
-    submodels = SubModels(spec)
-    check_privacy(config, submodels)
-    costs = Costs(submodels)
-    if config.strategy.name == "oneshot":
-        config = replace(config, num_rounds=pooling_costs.count_lines(config, submodels))
-    return Plan(config, info, submodels, _make_policy(config, submodels, costs, {}), costs)
+class Holder:
+    """Owner of the one federation that an app's process works for; a new config ends the life of the last one."""
+
+    def __init__(self) -> None:
+        self._held: tuple[str, Federation] | None = None
+
+    def of(self, cfg: str) -> Federation:
+        """Return the federation of a config (YAML)."""
+        if self._held is None or self._held[0] != cfg:
+            self._held = None  # frees the last one's data first
+            self._held = (cfg, Federation(from_yaml(cfg)))
+        return self._held[1]
 
 
-def _make_policy(config: RunConfig, submodels: SubModels, costs: Costs, brought: Mapping[int, Budget]) -> Policy:
-    """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet.
-
-    With ``strategy=fedlp`` each client gets and sends as many units as its budget holds, else the largest sub-model.
-    """
-
-    def cost(submodel: SubModel) -> dict[str, float]:
-        return submodel_costs(submodel, submodels, costs, config.local)
-
-    budgets: list[Budget | None] = [None] * config.num_clients
-    if config.fleet.fractions or config.fleet.devices:
-        budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
-    for client_id, budget in brought.items():
-        budgets[client_id] = budget
-        if config.privacy.name != "none" and budget.upload_bytes is not None:
-            raise ConfigError(
-                f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
-                "back; take upload_bytes out of its budget"
-            )
-    if config.strategy.name == "fedlp":
-        layers = layer_costs(submodels, config.local, config.strategy.encoding)
-        return PrunedSlices(config, submodels, layers, tuple(budgets))
-    policy = build_policy(config.strategy, config.seed, config.num_clients, submodels)
-    if any(budget is not None for budget in budgets):
-        policy = fit_policy(policy, lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name))
-    return policy
+_APP = Holder()
 
 
-@lru_cache(maxsize=1)
-def load_parts(cfg: str) -> tuple[FederatedData, tuple[NDArray[np.int64], ...]]:
-    """Return the data of a config (YAML), and the indices of each client's training examples."""
-    config = make_plan(cfg).config
-    data = load_dataset(config.dataset, config.seed)
-    kinds = fleet_kinds(config.fleet, config.num_clients, config.seed)
-    return data, partition_examples(config.partition, data.train, config.num_clients, config.seed, kinds)
+def make_plan(cfg: str) -> Federation:
+    """Return the federation of a config (YAML) as this process's apps see it."""
+    return _APP.of(cfg)
 
 
-@lru_cache(maxsize=1)
 def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
-    """Return what a client process keeps: data, partition, models. The local engine's workers inherit the parent's."""
-    plan = make_plan(cfg)
-    config = plan.config
-    data, parts = load_parts(cfg)
-    keeps_heads = config.strategy.name == "fedlp_hetero" and config.strategy.persist_heads
-    keeps = keeps_heads or config.strategy.error_feedback
-    store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps else None
-    return ClientRuntime(config, plan.info, plan.submodels, Shards(data.train, parts), data.test, store)
+    """Return the client runtime of this process's apps."""
+    return _APP.of(cfg).runtime(state_dir)
 
 
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
     """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
-    plan = make_plan(cfg)
-    directory = RunDirectory(out)
-    runtime = make_runtime(cfg, str(directory.clients))  # where data is missing, nothing has been written yet
-    with directory.claim():
-        if plan.config.strategy.name == "oneshot":
-            config = replace(plan.config, resume=None)
-            return serve_oneshot(grid, config, plan.submodels, load_parts(cfg)[0], directory, observers)
-        return _serve_rounds(grid, plan, directory, runtime, observers)
+    return _APP.of(cfg).serve(grid, out, observers)
 
 
 def _serve_rounds(
-    grid: Grid, plan: Plan, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = _load_state(directory, plan.config)
@@ -184,22 +259,8 @@ def _serve_rounds(
 
 
 def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
-    """Run on the local engine; return the manifest."""
-    plan, out = make_plan(cfg), out.absolute()
-    config = plan.config
-    runtime = make_runtime(cfg, str(RunDirectory(out).clients))  # before the fork, so that workers share it
-    size = sum(tensor.numel() * tensor.element_size() for tensor in plan.initial_params().values())
-    if config.strategy.name == "oneshot":
-        size = max(size, pooling_costs.largest_message(config, plan.submodels))
-    workers = config.simulation.workers or count_cores()
-    with LocalGrid(
-        lambda: client_app,
-        num_clients=config.num_clients,
-        num_workers=min(workers, config.clients_per_round),
-        message_bytes=size + 4096 * len(runtime.submodels.spec.tensors),
-        run_config={"cfg": cfg, "out": str(out)},
-    ) as grid:
-        return serve_run(grid, cfg, out, observers)
+    """Run a config (YAML) on the local engine; return the manifest."""
+    return Federation(from_yaml(cfg)).run_locally(out, observers)
 
 
 def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
@@ -220,20 +281,20 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     else:
         directory.refuse_if_used()
     done = 0 if state is None else state.server_round
-    _plot_partition(cfg, out)
-    progress = Progress(make_plan(cfg).config.num_rounds, label(to_plain(config)), done)
+    federation = Federation(config)
+    _plot_partition(federation, out)
+    progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         return directory.read_manifest()
-    return run_locally(cfg, out, [lambda record, _: progress.show(asdict(record))])
+    return federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
 
 
-def _plot_partition(cfg: str, out: Path) -> None:
+def _plot_partition(federation: Federation, out: Path) -> None:
     """Draw the partition where the config asks for it."""
-    if make_plan(cfg).config.plot_partition:
-        data, parts = load_parts(cfg)
-        plot_partition(parts, data.train.targets, out / "partition.png")
+    if federation.config.plot_partition:
+        plot_partition(federation.parts, federation.data.train.targets, out / "partition.png")
 
 
 def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
@@ -269,7 +330,7 @@ def _check_device(name: str) -> None:
 
 def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     """Write and return a manifest with expected costs, without loading data or training."""
-    plan = make_plan(cfg)
+    plan = Federation(from_yaml(cfg))
     expected = plan.expected()
     per_round = plan.config.clients_per_round
     totals = {
@@ -282,7 +343,7 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
         totals["macs"] = expected["training_macs_per_example"] * examples * plan.config.num_rounds
     directory = RunDirectory(out)
     directory.refuse_if_used()
-    _plot_partition(cfg, out)
+    _plot_partition(plan, out)
     return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
 
 

@@ -1,8 +1,8 @@
 """Federated one-shot pruning: ``fedlp-prune`` where the calibration data stay with the clients.
 
-``strategy.masks=server``: for each layer in order, clients run their own examples through the model pruned so far and
-send second moments of what the layer reads; the server adds them up and prunes it as :class:`Pruner` does.
-``strategy.masks=client``: every client prunes alone and sends which units it would keep; those with most votes stay,
+``unit_selection=server``: for each layer in order, clients run their own examples through the model pruned so far and
+send second moments of the layer's inputs; the server adds them up and prunes the layer as :class:`Pruner` does.
+``unit_selection=client``: every client prunes alone and sends the units that it would keep; those with most votes stay,
 with the weights that they had.
 """
 
@@ -87,7 +87,7 @@ class FederatedOneshot:
         macs = count_macs(subject.model, example).forward * (1 + make_method(config.pruner).corrects)
         pool = ClientPool(grid, roster, config, tuple(subject.widths.axes), macs)
         self._since = time.monotonic()
-        pruned = (self._by_votes if config.strategy.masks == "client" else self._by_moments)(pool, before)
+        pruned = (self._by_votes if config.strategy.unit_selection == "client" else self._by_moments)(pool, before)
         after = oneshot.evaluate(pruned.model, subject, self.plain)
         self._finish_line(pool, after)
         return self._write(pruned, before, after, time.monotonic() - started)
@@ -149,11 +149,11 @@ class FederatedOneshot:
         oneshot.save_pruned(pruned, self.subject, self.plain, self.directory.path / "model")
         report = oneshot.make_report(self.plain, self.subject, pruned, before, after)
         upload = encode_params(state_tensors(self.subject.model)).count_bytes()
-        by_layer = self._records if self.config.strategy.masks == "server" else []
+        by_layer = self._records if self.config.strategy.unit_selection == "server" else []
         for layer, record in zip(report["layers"], by_layer, strict=False):
             layer |= {"bytes_up": record.bytes_up, "bytes_down": record.bytes_down, "clients": len(record.cohort)}
         report |= {
-            "masks": self.config.strategy.masks,
+            "masks": self.config.strategy.unit_selection,
             "bytes_up": sum(record.bytes_up for record in self._records),
             "bytes_down": sum(record.bytes_down for record in self._records),
             "bytes_of_one_model_upload": upload,

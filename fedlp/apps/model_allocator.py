@@ -1,29 +1,31 @@
-"""Every rule of ``allocator=`` on one model, through the same budget."""
+"""Allocation on one model whose data are here: the evidence that a rule asks for, measured when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from fedlp.allocation.budget.solve import Cost, round_units, solve_budget
-from fedlp.allocation.layer_metrics import Leaf, compute_statistics, wanda_elements
-from fedlp.allocation.rules import allocate
-from fedlp.allocation.rules.hand_rules import HAND_RULES, Evidence, hand_rule
-from fedlp.allocation.search.expressions import Expression, evaluate
-from fedlp.errors import AllocationError, one_line
+from fedlp import registry
+from fedlp.allocation.budget.solve import Cost, allocate_shape
+from fedlp.allocation.evidence import Evidence
+from fedlp.allocation.layer_metrics import LayerStatistics, Leaf, compute_statistics
+from fedlp.allocation.rules.dp import allocate_by_curves
 from fedlp.pruning.precomputed_models import Stitcher
 from fedlp.pruning.pruner import Pruner
+from fedlp.pruning.reader_layers import Reader
 from fedlp.pruning.scores.criteria import flap_scores
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.types import PrunableLayer
 
-DEPTH_RULES = ("uniform", "depth_line", "log_depth")
-RULES = (*DEPTH_RULES, *HAND_RULES, "flap", "dp")
+Readers = Mapping[str, Sequence[Reader]]
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the allocation rules that need no file."""
+    return tuple(name for name in registry.names("allocator") if name != "plan")
 
 
 class Allocator:
@@ -34,7 +36,7 @@ class Allocator:
     pruner : Pruner
         Gives statistics of the dense model, when a rule asks for them; its model is taken over then.
     cost : callable
-        What a choice of units kept costs.
+        Cost of a choice of units kept.
     """
 
     def __init__(self, pruner: Pruner, cost: Cost) -> None:
@@ -45,76 +47,68 @@ class Allocator:
         self._prunable = self._whole - cost(dict.fromkeys(self.units, 0))
 
     def limit(self, sparsity: float) -> float:
-        """Return what may remain if this fraction of all that is prunable goes."""
+        """Return the cost that remains at a mean sparsity of the prunable units."""
         return self._whole - sparsity * self._prunable
 
-    def by_rule(self, name: str, limit: float, amplitude: float | None = None) -> dict[str, int]:
-        """Return the units kept of each layer by a rule of ``RULES``; ``amplitude`` only where it is not its own."""
+    def allocate(self, rule: Any, limit: float) -> dict[str, int]:
+        """Return the units kept of each layer by a part of kind ``allocator``."""
         sparsity = min((self._whole - limit) / self._prunable, 1.0)
-        if name == "dp":
-            return allocate.allocate_by_curves(self.layers, self._curves, self._cost, limit)
-        if name == "flap":
-            return allocate.allocate_pooled(self.layers, self._fluctuations, self._cost, limit)
-        if name in DEPTH_RULES:
-            return allocate.allocate_by_depth(self.layers, name, sparsity, self._cost, limit, amplitude)
-        shape, own = hand_rule(name, self.evidence, sparsity)
-        return self.by_shape(shape, own if amplitude is None else amplitude, limit)
+        return rule(self.layers, self.evidence.at(sparsity), self._cost, limit)  # type: ignore[no-any-return]
+
+    def by_rule(self, name: str, limit: float) -> dict[str, int]:
+        """Return the units kept of each layer by a built-in rule with its default options."""
+        return self.allocate(registry.lookup("allocator", name)(), limit)
 
     def by_shape(self, shape: Mapping[str, float], amplitude: float, limit: float) -> dict[str, int]:
         """Return the units kept of each layer for a shape over layers: the higher, the more is removed."""
-        solved = solve_budget(self.layers, shape, amplitude, self._cost, limit)
-        return round_units(self.layers, solved, self._cost, limit)
-
-    def by_file(self, path: str, limit: float) -> dict[str, int]:
-        """Return the units kept of each layer as a file says that ``fedlp-search`` wrote."""
-        stored = _read_mapping(path)
-        if "function" in stored:
-            function = Expression.from_config(stored)
-            sparsity = min((self._whole - limit) / self._prunable, 1.0)
-            return self.by_shape(evaluate(function, self.evidence.statistics), function.amplitude_at(sparsity), limit)
-        if stored.get("rule") in RULES:
-            return self.by_rule(str(stored["rule"]), limit)
-        raise AllocationError(f"allocator.path={path} has neither a function nor a rule of {' '.join(RULES)}")
-
-    def by_plan(self, path: str, limit: float) -> dict[str, int]:
-        """Return the units kept of each layer if the sparsities of a file are shifted until the limit is met.
-
-        Layers that the file leaves out come with a sparsity of 0.
-        """
-        stored = _read_mapping(path)
-        for name, value in stored.items():
-            if name not in self.units:
-                raise AllocationError(f"allocator.path={path}: the model has no prunable layer {name}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise AllocationError(f"allocator.path={path}: layer {name} has sparsity {value}; it must be in [0, 1)")
-        return self.by_shape({name: float(stored.get(name, 0.0)) for name in self.units}, 1.0, limit)
+        return allocate_shape(self.layers, shape, amplitude, self._cost, limit)
 
     # ------------------------------------------------------------------------------------------------------ statistics
     @cached_property
+    def evidence(self) -> Evidence:
+        """Measurements that rules may ask for."""
+        return Evidence(
+            self.layers,
+            0.5,
+            weights=self._weights,
+            input_norms=lambda: self._of_readers(lambda r: (r.moments.gram.diagonal() / r.moments.count).cpu().numpy()),
+            unit_scores=lambda: {name: sum(parts) for name, parts in self._of_readers(_fluctuations).items()},
+            error_curves=lambda: self._curves,
+            model=lambda: self._statistics,
+        )
+
+    @cached_property
     def stitcher(self) -> Stitcher:
-        """The dense model with all that is known of its layers."""
+        """The dense model with the statistics and the order of removal of every layer."""
         return Stitcher(self._pruner, self._pruner.data.batches[:1])
 
     @cached_property
-    def evidence(self) -> Evidence:
-        """What rules and functions look at."""
-        readers = self.stitcher.readers
-        elements: dict[str, dict[Leaf, Any]] = {}
-        for layer in self.layers:
-            found = [
-                (r.weight.cpu().numpy(), (r.moments.gram.diagonal() / r.moments.count).cpu().numpy())
-                for r in readers[layer.name]
-            ]
-            elements[layer.name] = {
-                "magnitude": np.concatenate([np.abs(weight).ravel() for weight, _ in found]),
-                "wanda": np.concatenate([wanda_elements(weight, squares).ravel() for weight, squares in found]),
-                "saliency": np.diff(self.stitcher.losses[layer.name], prepend=0.0).clip(min=0.0),
+    def _readers(self) -> Readers:
+        """The readers of each layer with statistics of their inputs; no elimination is computed for them."""
+        if "stitcher" in self.__dict__:
+            return self.stitcher.readers
+        collector = self._pruner.collector(None)
+        return {layer.name: collector.collect(layer) for layer in self.layers}
+
+    def _weights(self) -> dict[str, list[Any]]:
+        collector = self._pruner.collector(None)  # looks at no data for this
+        return {x.name: [r.shaped_weight().cpu().numpy() for r in collector.readers(x)] for x in self.layers}
+
+    def _of_readers(self, read: Any) -> dict[str, list[Any]]:
+        return {name: [read(reader) for reader in found] for name, found in self._readers.items()}
+
+    @cached_property
+    def _statistics(self) -> tuple[LayerStatistics, ...]:
+        losses, evidence = self.stitcher.losses, self.evidence
+        elements: dict[str, dict[Leaf, Any]] = {
+            name: {
+                "magnitude": np.concatenate([np.abs(weight).ravel() for weight in weights]),
+                "wanda": evidence.wanda[name],
+                "saliency": np.diff(losses[name], prepend=0.0).clip(min=0.0),
             }
-        return Evidence(
-            compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves),
-            {name: [reader.shaped_weight().cpu().numpy() for reader in found] for name, found in readers.items()},
-            {name: leaves["wanda"] for name, leaves in elements.items()},
-        )
+            for name, weights in evidence.weights.items()
+        }
+        return compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves)
 
     def _sensitivities(self) -> dict[str, float]:
         """Return the divergence that halving one layer alone causes."""
@@ -123,8 +117,8 @@ class Allocator:
 
     @cached_property
     def half_by_curves(self) -> dict[str, float]:
-        """The sparsities of the rule "dp" when half of all goes."""
-        kept = self.by_rule("dp", self.limit(0.5))
+        """Sparsities of the rule "dp" at a mean sparsity of one half."""
+        kept = allocate_by_curves(self.layers, self._curves, self._cost, self.limit(0.5))
         return {name: 1.0 - kept[name] / count for name, count in self.units.items()}
 
     @cached_property
@@ -134,20 +128,6 @@ class Allocator:
             return self.stitcher.losses
         return self.stitcher.on(self._pruner.data.batches).divergence_curves()
 
-    @property
-    def _fluctuations(self) -> dict[str, Any]:
-        readers = self.stitcher.readers
-        return {
-            name: sum(flap_scores(reader.weight, reader.moments, reader.unit_size).cpu().numpy() for reader in found)
-            for name, found in readers.items()
-        }
 
-
-def _read_mapping(path: str) -> dict[str, Any]:
-    try:
-        stored = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AllocationError(f"allocator.path={path} cannot be read: {one_line(error)}") from error
-    if not isinstance(stored, dict):
-        raise AllocationError(f"allocator.path={path} does not map names to values")
-    return stored
+def _fluctuations(reader: Reader) -> Any:
+    return flap_scores(reader.weight, reader.moments, reader.unit_size).cpu().numpy()

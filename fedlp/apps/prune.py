@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fedlp.allocation.budget.solve import Cost
-from fedlp.apps.model_allocator import DEPTH_RULES, Allocator
+from fedlp.allocation.evidence import needs_of
+from fedlp.apps.model_allocator import Allocator
 from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
@@ -97,7 +98,7 @@ def load_subject(config: PruneConfig) -> Subject:
             raise ConfigError(f"run={config.run}: that is not a run directory (it has no config.yaml)")
         stored = from_yaml((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
         model_config, dataset = stored.model, stored.dataset
-    elif not model_config.pretrained and model_config.path is None:
+    elif not model_config.options.get("pretrained") and model_config.options.get("path") is None:
         raise ConfigError(
             f"model {model_config.name} has no trained weights; give model=hf model.path=DIR, model.pretrained=true, "
             "or run=RUN_DIR for the model of a federated run"
@@ -144,16 +145,12 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
     """Return the units kept of each layer, within the config's target, biases that pruning adds included."""
     cost, limit = _target(config, subject, pruner)
-    measuring = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
-    settings = config.allocator
-    needs_fisher = settings.name not in (*DEPTH_RULES, "plan")
-    method = measuring if needs_fisher else Method()
-    able = Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost)
-    if settings.name == "plan":
-        return able.by_plan(str(settings.path), limit)
-    if settings.name == "dsa" and settings.path is not None:
-        return able.by_file(settings.path, limit)
-    return able.by_rule(settings.name, limit, settings.amplitude)
+    rule = config.allocator.make()
+    measures = bool(needs_of(rule) & {"error_curves", "model"})
+    method = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True) if measures else Method()
+    return Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost).allocate(
+        rule, limit
+    )
 
 
 def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:

@@ -17,7 +17,7 @@ from fedlp.allocation.search.evolution import Settings, Space, Trial, VectorSpac
 from fedlp.allocation.search.expressions import Expression
 from fedlp.allocation.search.tree_nodes import Scalar
 from fedlp.apps import prune as oneshot
-from fedlp.apps.model_allocator import RULES, Allocator
+from fedlp.apps.model_allocator import Allocator, rule_names
 from fedlp.apps.search_fitness import Fitness
 from fedlp.apps.search_spaces import ChainSpace, FunctionSpace
 from fedlp.config import PruneConfig, SearchConfig, to_yaml
@@ -91,7 +91,7 @@ def _search_modes(config: SearchConfig, out: Path, allocator: Allocator, scene: 
     """Run every mode at equal evaluations; return their traces and the fitness of the hand rules."""
     settings, ratios = config.search, config.search.ratios
     limits = [allocator.limit(ratio) for ratio in ratios]
-    rules = {name: [allocator.by_rule(name, limit) for limit in limits] for name in RULES}
+    rules = {name: [allocator.by_rule(name, limit) for limit in limits] for name in rule_names()}
     space: Space[Any] = FunctionSpace(allocator, ratios) if settings.space == "trees" else ChainSpace(allocator, ratios)
     partial = max(1, -(-settings.fitness_examples // settings.batch_size) // 4)
     fitness = Fitness(
@@ -183,7 +183,7 @@ def _check(
 def _write(report: Mapping[str, Any], out: Path, config: SearchConfig) -> None:
     """Write the winner as a file that ``allocator=dsa allocator.path=`` takes, the report and the plot."""
     winner = report["winner"]
-    lines = [f"# Found by fedlp-search on {config.model.path or config.run}, seed {config.seed}."]
+    lines = [f"# Found by fedlp-search on {config.model.options.get('path') or config.run}, seed {config.seed}."]
     functions = {name: mode for name, mode in report["modes"].items() if "function" in mode}
     if winner in functions:
         values = {key: functions[winner][key] for key in ("function", "amplitude", "power")}

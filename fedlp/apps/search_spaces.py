@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlp.allocation.rules import dsa
+from fedlp.allocation import dsa_chains as dsa
 from fedlp.allocation.search.evolution import Plan
 from fedlp.allocation.search.expressions import Expression, evaluate, is_degenerate
 from fedlp.allocation.search.variation import Vocabulary, crossover, mutate, random_expression
@@ -54,7 +54,7 @@ class ChainSpace:
 
     def __init__(self, allocator: Allocator, ratios: Sequence[float]) -> None:
         self._allocator, self._limits = allocator, [allocator.limit(ratio) for ratio in ratios]
-        self._elements = allocator.evidence.elements
+        self._elements = allocator.evidence.wanda
 
     def draw(self, rng: np.random.Generator) -> dsa.Chain:
         """Return a random chain."""

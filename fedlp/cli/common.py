@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config import config_dir, explain, register_schema
+from fedlp.config import config_dir, explain, prepare, register_schema
 from fedlp.errors import ConfigError, FedLPError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -27,6 +27,9 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
     """Run Hydra's command line on one of the config tree's roots, and exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schema(config_name)
+    sys.argv[1:] = [
+        word if word.startswith("-") or "=" not in word else prepare(config_name, [word])[0] for word in sys.argv[1:]
+    ]
     codes: list[int] = []
 
     def guarded(composed: DictConfig) -> None:
@@ -64,7 +67,9 @@ def set_up_logging() -> None:
 def _job_name() -> str:
     """Return what errors of a sweep's job start with."""
     config = HydraConfig.get()
-    return f"job {config.job.num} ({', '.join(config.overrides.task)}): " if config.mode == RunMode.MULTIRUN else ""
+    if config.mode != RunMode.MULTIRUN:
+        return ""
+    return f"job {config.job.num} ({', '.join(word.lstrip('+') for word in config.overrides.task)}): "
 
 
 def guard(action: Callable[[], object], name: str = "") -> int:

@@ -1,15 +1,14 @@
 """From Hydra's config tree to a checked :class:`RunConfig`: composing, reading, writing.
 
-Hydra checks names and types against the schemas; :func:`validate` checks ranges. Past this package a config is a plain
-dataclass.
+Hydra checks the names and types of fixed groups, a part's signature those of its own options; :func:`validate` checks
+ranges. Past this package a config is a plain dataclass.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
-from difflib import get_close_matches
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlp.config.aliases import current_config
+from fedlp.config.overrides import prepare_overrides
+from fedlp.config.parts import PartConfig
+from fedlp.config.reading import no_such_option, read_config, schema_node
 from fedlp.config.schema import (
+    AggregatorConfig,
     AllocatorConfig,
     CalibrationConfig,
     DatasetConfig,
@@ -35,8 +39,10 @@ from fedlp.config.schema import (
     PrivacyConfig,
     PrunerConfig,
     RunConfig,
+    ServerOptimizerConfig,
     SimulationConfig,
     StrategyConfig,
+    UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
@@ -44,6 +50,7 @@ from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
     "ROOTS",
+    "AggregatorConfig",
     "AllocatorConfig",
     "CalibrationConfig",
     "DatasetConfig",
@@ -52,6 +59,7 @@ __all__ = [
     "FleetConfig",
     "LocalConfig",
     "ModelConfig",
+    "PartConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "ProfileConfig",
@@ -59,8 +67,10 @@ __all__ = [
     "PrunerConfig",
     "RunConfig",
     "SearchConfig",
+    "ServerOptimizerConfig",
     "SimulationConfig",
     "StrategyConfig",
+    "UploadConfig",
     "compose",
     "compose_profile",
     "compose_prune",
@@ -69,6 +79,7 @@ __all__ = [
     "explain",
     "from_omegaconf",
     "from_yaml",
+    "prepare",
     "register_schema",
     "to_plain",
     "to_yaml",
@@ -87,11 +98,20 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def schema_of(root: str) -> type:
+    """Return the schema from which a root of ``conf`` starts."""
+    return next(schema for schema, name in ROOTS.items() if name == root)
+
+
 @cache
 def register_schema(root: str) -> None:
     """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows often."""
-    schema = next(schema for schema, name in ROOTS.items() if name == root)
-    ConfigStore.instance().store(name=f"{root}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{root}_schema", node=schema_node(schema_of(root)))
+
+
+def prepare(root: str, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a command line as Hydra is to see them."""
+    return prepare_overrides(schema_of(root), config_dir(), overrides)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -121,21 +141,23 @@ def compose_search(overrides: Sequence[str] = ()) -> SearchConfig:
 
 
 def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
-    register_schema(ROOTS[schema])
+    root = ROOTS[schema]
+    register_schema(root)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return from_omegaconf(hydra_compose(ROOTS[schema], overrides=list(overrides)), schema)
+            return from_omegaconf(hydra_compose(root, overrides=prepare(root, overrides)), schema)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, schema)) from error
 
 
 def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     """Return Hydra's composed config as a validated one of the schema."""
-    config = OmegaConf.to_object(composed)
-    if not isinstance(config, schema):
-        raise ConfigError("the config is not one of fedlp's: its defaults list must start with the schema")
-    _refuse_unknown(config, schema)
+    values = OmegaConf.to_container(composed, resolve=True)
+    if not isinstance(values, dict):
+        raise ConfigError("the config is not one of fedlp's: it does not map names to values")
+    values.pop("hydra", None)
+    config = read_config(schema, current_config(cast(dict[str, Any], values)))
     match config:
         case RunConfig():
             validate(config)
@@ -148,27 +170,19 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     return config
 
 
-def _refuse_unknown(config: object, schema: type, prefix: str = "") -> None:
-    """Raise for an option that Hydra added to the schema, as it does for ``+name=value``."""
-    for name, value in vars(config).items():
-        if f"{prefix}{name}" not in _option_names(schema):
-            raise ConfigError(_no_such_option(f"{prefix}{name}"))
-        if is_dataclass(value):
-            _refuse_unknown(value, schema, f"{prefix}{name}.")
-
-
 def to_yaml(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> str:
     """Return the config as YAML, every value resolved."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def from_yaml(text: str) -> RunConfig:
     """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
     try:
-        return from_omegaconf(
-            cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))), RunConfig
-        )
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        created = OmegaConf.create(text)
+        if not isinstance(created, DictConfig):
+            raise ConfigError("it does not map names to values")
+        return from_omegaconf(created, RunConfig)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, ConfigError) as error:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
 
@@ -178,7 +192,9 @@ def with_absolute_paths(config: _Config) -> _Config:
     root = dataset.root and str(Path(dataset.root).expanduser().absolute())
     tokenizer = dataset.tokenizer if dataset.tokenizer == "bytes" else _absolute(dataset.tokenizer)
     dataset = replace(dataset, root=root, path=dataset.path and _absolute(dataset.path), tokenizer=tokenizer)
-    return replace(config, dataset=dataset, model=replace(model, path=model.path and _absolute(model.path)))
+    if isinstance(path := model.options.get("path"), str):
+        model = replace(model, options={**model.options, "path": _absolute(path)})
+    return replace(config, dataset=dataset, model=model)
 
 
 def _absolute(name: str) -> str:
@@ -188,11 +204,17 @@ def _absolute(name: str) -> str:
 
 
 def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> dict[str, Any]:
-    """Return the config as nested dicts of JSON values."""
-    return asdict(config)
+    """Return the config as nested dicts of JSON values; a part's own options stand beside those of its group."""
+    plain = asdict(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, PartConfig):
+            plain[f.name] = asdict(value)
+            plain[f.name] |= plain[f.name].pop("options")
+    return plain
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, schema: type = RunConfig) -> str:
     """Return in one line what an error of Hydra or OmegaConf says: our own words at its root, where there are some."""
     cause: BaseException | None = error
     while cause is not None:
@@ -200,23 +222,7 @@ def explain(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
-        return _no_such_option(unknown[1])
+        return no_such_option(schema, unknown[1])
     if str(error).startswith("Error merging override") and error.__cause__ is not None:
         return f"{one_line(error)}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
-
-
-def _no_such_option(name: str) -> str:
-    close = get_close_matches(name, frozenset().union(*map(_option_names, ROOTS)))
-    return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "fedlp --cfg job lists them all")
-
-
-@cache
-def _option_names(schema: type) -> frozenset[str]:
-    names = set()
-    for item in fields(schema):
-        names.add(item.name)
-        nested: Any = item.default_factory
-        if is_dataclass(nested):
-            names |= {f"{item.name}.{name}" for name in _option_names(cast(type, nested))}
-    return frozenset(names)

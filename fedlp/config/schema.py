@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from omegaconf import MISSING
 
+from fedlp.config.parts import PartConfig
+from fedlp.errors import ConfigError
+
 
 @dataclass
-class ModelConfig:
-    """Which model is trained.
+class ModelConfig(PartConfig):
+    """Model that is trained; ``source`` names the part, whose options follow.
 
-    ``source`` is one of ``fedlp_cnn``, ``fedlp_mlp``, ``small_cnn`` (ours), ``cifar_resnet`` (``name`` is resnet20, 32,
-    44, 56 or 110), ``torchvision`` (``name`` is any of its classifiers), ``llama`` (a LLaMA of the sizes below) or
-    ``hf`` (``path`` is a Hugging Face name or local folder).
+    A model of one's own is ``model=MODULE:OBJECT``: an ``nn.Module`` class, or a function that returns a module.
     """
 
-    name: str = MISSING
+    kind: ClassVar[str] = "model"
+    key: ClassVar[str] = "source"
+
+    name: str = MISSING  # what reports call it; torchvision, cifar_resnet: which of their models
     source: str = MISSING
-    path: str | None = None  # hf: model name or folder; cifar_resnet: a safetensors file of weights
-    pretrained: bool = False  # torchvision, hf: start from pretrained weights
-    variant: str = "plain"  # fedlp_mlp: "plain" (one hidden layer of 500), "deep" (five, each one a depth) or "linear"
     frozen: list[str] = field(default_factory=list)  # layers that keep their first values, by name or pattern (fc*):
     # they are neither trained nor sent back
-    norm: str = "batch"  # torchvision: "batch" or "group" (GroupNorm in place of every BatchNorm)
-    hidden_size: int = 64  # llama
-    intermediate_size: int = 172  # llama
-    num_layers: int = 4  # llama
-    num_heads: int = 4  # llama: query heads
-    num_kv_heads: int = 2  # llama: key/value heads
 
 
 @dataclass
@@ -66,46 +61,57 @@ class PartitionConfig:
 
 
 @dataclass
-class StrategyConfig:
-    """Which sub-model, upload set and weights each client gets; see ``conf/strategy``."""
+class StrategyConfig(PartConfig):
+    """Method: sub-model and upload set of each client; options are those of the part in ``federation/strategies``."""
 
-    name: str = MISSING
-    layer_preserving_rate: Any = 1.0  # probability that a layer is uploaded, in [0, 1]; or one per client
-    mask_unit: str = "layer"  # "layer", or "tensor" as in FedLP's official code
-    weighting: str = "examples"  # "examples", "equal", or "held": examples times the share of the model that is held
-    depths: Any = "u"  # fedlp_hetero: "u" (uniform), a depth (0.6 there, rest shared), or one depth per client
-    persist_heads: bool = True  # fedlp_hetero: keep personal heads between rounds
-    widths: list[float] = field(default_factory=lambda: [1.0])  # width levels, each in (0, 1]
-    width_probabilities: list[float] | None = None  # share of clients at each level; uniform where absent
-    sparsity: float = 0.0  # fedlp, oneshot: fraction of the prunable units' parameters that is left out, in [0, 1)
-    spread: str = "allocator"  # fedlp: what is sent is spread over layers by the "allocator", as what is held, or by
-    # "macs": the more multiply-adds a layer's weights take part in, the more of them
-    masks: str = "client"  # fedlp: units are chosen by each "client", by the "server" (nested), or at "random";
-    # oneshot: the "server" prunes on pooled moments, or each "client" prunes alone and votes
-    criterion: str = "weights"  # fedlp: what must not be lost: the client's "weights", or its "update" of them
-    compensate: bool = False  # fedlp: send weights that make up for the units left out
-    refresh_every: int = 1  # fedlp: rounds between fresh scores of units; in between the last choice stays
-    warmup_rounds: int = 0  # fedlp: first rounds in which whoever can sends everything it holds
-    ramp_rounds: int = 0  # fedlp: rounds after those in which sparsity goes evenly from ramp_from to its last value
-    ramp_from: float = 0.0  # fedlp: sparsity before the ramp, in [0, 1)
-    width_multiple: int = 1  # fedlp: widths are a multiple of it where budgets allow
-    regrow: float | None = None  # fedlp: share of units held, in [0, 1], that goes to those not returned for longest;
-    # where null 1, or 0 if budgets limit what some clients hold and others hold the whole model
-    encoding: str = "float32"  # of uploads: "float32", "bfloat16", or "int8", "int4", "int2" (stochastic rounding,
-    # a scale per row); oneshot: of sums, "float32" or "float64"
-    entropy_coding: bool = False  # int8, int4, int2: Huffman codes of the numbers travel, which lose nothing
-    coarseness: float = 1.0  # int8, int4, int2: steps of so many times what the largest number of a row asks for, >= 1
-    values: str = "weights"  # what is sent: "weights", or "deltas" from what the client received
-    error_feedback: bool = False  # deltas: clients add what they could not send last time
-    batch_norm: str = "average"  # running statistics: "average" of all; of clients with the "whole" model only; or
-    # "static": never sent, but measured anew on three such clients' examples before the global model is evaluated
-    train_sent: bool = False  # fedlp: where the server has chosen the units, only entries that will be sent are trained
-    skip_backward: bool = False  # leading layers that are not sent are not trained
-    server_optimizer: str = "none"  # "none" (plain averaging), "momentum" or "adam"
-    server_lr: float = 1.0
-    server_momentum: float = 0.9  # momentum; adam: beta1
-    server_beta2: float = 0.99  # adam
-    server_epsilon: float = 1e-3  # adam
+    kind: ClassVar[str] = "strategy"
+
+
+@dataclass
+class UploadConfig(PartConfig):
+    """Encoding of uploads; the encoding's own options are those of the part in ``federation/wire/encodings``."""
+
+    kind: ClassVar[str] = "encoding"
+
+    values: str = "weights"  # "weights", or "deltas": differences from what the client received
+    error_feedback: bool = False  # deltas: the part that an encoding loses is added to the next upload
+    entropy_coding: bool = False  # int8, int4, int2: lossless Huffman codes of the quantised values
+
+    def __post_init__(self) -> None:
+        if self.values not in ("weights", "deltas"):
+            raise ConfigError(f"upload.values={self.values} is not allowed: it must be one of weights, deltas")
+        if self.error_feedback and self.values != "deltas":
+            raise ConfigError(
+                "upload.error_feedback=true needs upload.values=deltas: only differences can be caught up"
+            )
+
+
+@dataclass
+class AggregatorConfig(PartConfig):
+    """Combination of updates; the rule's own options are those of the part in ``federation/aggregation``."""
+
+    kind: ClassVar[str] = "aggregator"
+
+    weighting: str = "examples"  # "examples", "equal", or "held": examples times the fraction of the model that is held
+    batch_norm: str = "average"  # running statistics: "average" of all clients; of clients with the "whole" model; or
+    # "static": never sent, re-measured on three such clients' examples before each evaluation
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weighting", _WEIGHTINGS), ("batch_norm", _BATCH_NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"aggregator.{name}={getattr(self, name)} is not allowed: it must be one of {', '.join(allowed)}"
+                )
+
+
+_WEIGHTINGS, _BATCH_NORMS = ("examples", "equal", "held"), ("average", "whole", "static")
+
+
+@dataclass
+class ServerOptimizerConfig(PartConfig):
+    """Server optimizer (FedOpt): the aggregate taken as a pseudo-gradient."""
+
+    kind: ClassVar[str] = "server_optimizer"
 
 
 @dataclass
@@ -125,12 +131,10 @@ class PrunerConfig:
 
 
 @dataclass
-class AllocatorConfig:
-    """How sparsity is spread over layers; see ``conf/allocator``."""
+class AllocatorConfig(PartConfig):
+    """Allocation rule: per-layer sparsity within a budget; options are those of the part in ``allocation/rules``."""
 
-    name: str = MISSING
-    path: str | None = None  # plan: a YAML or JSON file, layer name -> sparsity; dsa: what fedlp-search wrote
-    amplitude: float | None = None  # depth rules: rise from the first layer to the last; grows with sparsity where null
+    kind: ClassVar[str] = "allocator"
 
 
 @dataclass
@@ -152,6 +156,7 @@ class LocalConfig:
     momentum: float = 0.0  # sgd
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
+    skip_backward: bool = False  # no gradients for the leading layers that are not sent
     logit_adjustment: float = 0.0  # classification: while training, logits gain so many times the log of the client's
     # share of each class (Menon et al., ICLR 2021): classes that a client lacks are left alone; at least 0
 
@@ -223,6 +228,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    upload: UploadConfig = field(default_factory=UploadConfig)
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)

@@ -16,7 +16,7 @@ from fedlp.config import LocalConfig
 from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.encodings import encoded_bytes
+from fedlp.federation.wire.encodings import Encoding, encoded_bytes
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.costs.activations import activation_footprint
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
@@ -45,7 +45,7 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
     }
 
 
-def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> CostModel:
+def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) -> CostModel:
     """Return what any choice of units of the prunable layers costs a client."""
     model, inputs, axes = submodels.skeleton(), submodels.spec.example_inputs(1), [x.name for x in submodels.layers]
     return make_costs(
@@ -59,7 +59,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: str) -> Cost
     )
 
 
-def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: str) -> Footprint:
+def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> Footprint:
     """Return the bytes that a model's parameters take in an upload: a polynomial in the units sent."""
     parameters = {name: tensor for name, tensor in named_tensors(model).items() if tensor.requires_grad}
     costs = {name: encoded_bytes(tensor.shape, tensor.dtype, encoding) for name, tensor in parameters.items()}

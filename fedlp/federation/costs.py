@@ -8,15 +8,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from fedlp.config import StrategyConfig
 from fedlp.federation.client.ordered_dropout import nested_counts
-from fedlp.federation.strategies.policies import Case
+from fedlp.federation.strategies.policy import Case
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
-from fedlp.federation.wire.encodings import encode_values
+from fedlp.federation.wire.encodings import Encoding
 from fedlp.models.cost import Macs, count_macs
 from fedlp.pruning.tracing.widths import cut_model
-from fedlp.types import ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Assignment, ClientUpdate, Keep, SubModel
 
 
 class Costs:
@@ -58,7 +57,12 @@ class Costs:
 
 
 def expected_costs(
-    cases: Sequence[Case], submodels: SubModels, costs: Costs, params: Mapping[str, Tensor], strategy: StrategyConfig
+    cases: Sequence[Case],
+    submodels: SubModels,
+    costs: Costs,
+    params: Mapping[str, Tensor],
+    encoding: Encoding,
+    coded: bool,
 ) -> dict[str, float]:
     """Return the expected cost of one client in one round.
 
@@ -69,6 +73,8 @@ def expected_costs(
     params : mapping
         A global model, of which real messages are encoded to count their bytes: where uploads are coded, an
         estimate, since differences have other codes than weights.
+    encoding, coded : Encoding, bool
+        Encoding of uploads, and whether bytes travel as Huffman codes.
 
     Returns
     -------
@@ -84,13 +90,13 @@ def expected_costs(
         layout = submodels.layout(case.submodel)
         sliced = layout.slice(params)
         record = messages.encode_params(sliced)
-        instruction = TrainInstruction(1, 0, sliced, case.submodel, layout.name_set)
+        instruction = Assignment(1, 0, case.submodel, layout.name_set)
         sent = submodels.layout(case.sent or case.submodel)
         returned = {name: part for name, part in sent.slice(params).items() if name not in submodels.spec.frozen}
         rng = torch.Generator().manual_seed(0)
-        encoded = encode_values(returned, strategy.encoding, rng, strategy.coarseness)
-        update = ClientUpdate(1, 0, 1, encoded, {"train-loss": 0.0})
-        content = messages.encode_update(update, submodels, strategy.entropy_coding)
+        encoded = encoding.encode(returned, rng)
+        update = ClientUpdate(1, 0, 1, {"train-loss": 0.0}, params=encoded)
+        content = messages.encode_update(update, submodels, coded)
         up = messages.count_bytes(content)
         payload = sum(len(array.data) for array in content.array_records[messages.PARAMS].values())
         macs = costs.macs(case.submodel)

@@ -32,20 +32,20 @@ def check_privacy(config: RunConfig, submodels: SubModels) -> None:
     """Raise ConfigError, with the remedy, where uploads are to be noised but could not be, or would not be private."""
     if config.privacy.name == "none":
         return
-    strategy, fleet = config.strategy, config.fleet
-    if strategy.name == "oneshot":
+    options, fleet = config.strategy.options, config.fleet
+    if config.strategy.name == "oneshot":
         raise ConfigError(f"{_WHAT} does not go with strategy=oneshot: clients send sums over their data, not weights")
-    rates = strategy.layer_preserving_rate
+    rates = options.get("layer_preserving_rate", 1.0)
     if min(rates if isinstance(rates, list) else [rates]) < 1:
         raise ConfigError(f"{_WHAT} needs strategy.layer_preserving_rate=1: clients must return all that they received")
-    if strategy.encoding != "float32" or strategy.values != "weights":
+    if config.upload.name != "float32" or config.upload.values != "weights":
         raise ConfigError(
-            f"{_WHAT} needs strategy.encoding=float32 and strategy.values=weights (and error_feedback=false), "
-            "which is what Flower's mod clips"
+            f"{_WHAT} needs upload=float32 and upload.values=weights (and error_feedback=false), which is what "
+            "Flower's mod clips"
         )
-    if strategy.name == "fedlp":
+    if "sparsity" in options:
         limits_uploads = bool(fleet.devices) or (bool(fleet.fractions) and "upload_bytes" in fleet.limited)
-        if strategy.sparsity > 0 or limits_uploads:
+        if options["sparsity"] > 0 or limits_uploads:
             raise ConfigError(
                 f"{_WHAT} needs strategy.sparsity=0 and a fleet that does not limit uploads, since clients must return "
                 "all units that they received; limit what they hold instead: fleet=tiers"

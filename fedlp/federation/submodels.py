@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
-from fedlp.pruning.tracing.units import find_layers
+from fedlp.pruning.tracing.units import find_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
 
@@ -96,6 +96,12 @@ class SubModels:
     def layers(self) -> tuple[PrunableLayer, ...]:
         """What units can be removed from; of a classifier also channels that several layers read."""
         return find_layers(self.skeleton(), self.widths, shared=self.spec.task == "classification")
+
+    @cached_property
+    def reader_columns(self) -> dict[str, int]:
+        """Columns of the weight of each module that reads a prunable layer, in the order of the layers."""
+        model = self.skeleton()
+        return {path: weight_matrix(model.get_submodule(path)).shape[1] for x in self.layers for path in x.readers}
 
     @cached_property
     def statistics(self) -> frozenset[str]:

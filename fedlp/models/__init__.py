@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedlp.errors import ConfigError
+from fedlp.errors import ConfigError, FedLPError, one_line
 from fedlp.models.spec import (
     Blueprint,
     ModelSpec,
+    ModuleBlueprint,
     Task,
     TensorInfo,
     describe_blueprint,
@@ -30,8 +31,6 @@ __all__ = [
     "state_tensors",
 ]
 
-_LANGUAGE_SOURCES = ("llama", "hf")
-
 
 def describe_model(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, task: Task) -> ModelSpec:
     """Return the spec of the configured model for data of this shape.
@@ -52,48 +51,35 @@ def describe_model(config: ModelConfig, input_shape: tuple[int, ...], num_classe
     ConfigError
         If the model does not exist, is of another task, or cannot take such inputs.
     """
-    is_language = config.source in _LANGUAGE_SOURCES
-    if is_language != (task == "language"):
+    given = {"input_shape": input_shape, "num_classes": num_classes, "in_channels": input_shape[0]}
+    found = _blueprint(config, given | {"in_features": math.prod(input_shape)})
+    if found.is_language is not None and found.is_language != (task == "language"):
         kinds = ("a classifier", "a language model")
         raise ConfigError(
-            f"model {config.name} is {kinds[is_language]}, but the data set needs {kinds[task == 'language']}"
+            f"model {config.name} is {kinds[found.is_language]}, but the data set needs {kinds[task == 'language']}"
         )
-    blueprint = _language_blueprint if is_language else _classifier_blueprint
-    found = blueprint(config, input_shape, num_classes)
     return describe_blueprint(found, task, input_shape, num_classes, config.frozen)
 
 
-def _classifier_blueprint(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> Blueprint:
-    from fedlp.models.cnn import MLP_WIDTHS, FedLPCNNBlueprint, MLPBlueprint, SmallCNNBlueprint
+def _blueprint(config: ModelConfig, given: dict[str, Any]) -> Blueprint:
+    """Return the blueprint that a model part gives, or one around the module that it makes."""
+    from torch import nn
 
-    match config.source:
-        case "fedlp_cnn":
-            return FedLPCNNBlueprint(input_shape, num_classes)
-        case "small_cnn":
-            return SmallCNNBlueprint(input_shape, num_classes)
-        case "fedlp_mlp":
-            if config.variant not in MLP_WIDTHS:
-                raise ConfigError(f"model.variant={config.variant} is none of {', '.join(MLP_WIDTHS)}")
-            return MLPBlueprint(math.prod(input_shape), MLP_WIDTHS[config.variant], num_classes)
-        case "torchvision":
-            from fedlp.models.vision import TorchvisionBlueprint
-
-            if config.norm not in ("batch", "group"):
-                raise ConfigError(f"model.norm={config.norm} is neither batch nor group")
-            return TorchvisionBlueprint(config.name, config.norm, config.pretrained, input_shape, num_classes)
-        case "cifar_resnet":
-            from fedlp.models.cifar_resnet import CifarResNetBlueprint
-
-            return CifarResNetBlueprint(config.name, config.path, input_shape, num_classes)
-        case source:
-            known = ("fedlp_cnn", "fedlp_mlp", "small_cnn", "cifar_resnet", "torchvision", *_LANGUAGE_SOURCES)
-            raise ConfigError(f"model.source={source} is none of {', '.join(known)}")
+    made = _call(config, given)
+    if isinstance(made, Blueprint):
+        return made
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"model={config.source} gives a {type(made).__name__}; it must give a torch.nn.Module")
+    depths = getattr(made, "num_depths", 1)
+    return ModuleBlueprint(config.name, lambda: _call(config, given), depths if isinstance(depths, int) else 1)
 
 
-def _language_blueprint(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> Blueprint:
-    from fedlp.models.language import load_hf, make_llama
-
-    if len(input_shape) != 1:
-        raise ConfigError(f"model {config.name} reads sequences of tokens, but the data set has shape {input_shape}")
-    make = make_llama if config.source == "llama" else load_hf
-    return make(config, num_classes, input_shape[0])
+def _call(config: ModelConfig, given: dict[str, Any]) -> Any:
+    try:
+        return config.make(**given)
+    except FedLPError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model={config.source} cannot be built: {type(error).__name__}: {one_line(error)}"
+        ) from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.cnn import require_images
 from fedlp.models.spec import Blueprint, first_line
+from fedlp.registry import register
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # blocks per stage
 _CHANNELS = (16, 32, 64)
@@ -113,3 +114,9 @@ def _read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
         elif name not in found or found[name].shape != tensor.shape:
             raise ConfigError(f"model.path={path} does not fit the model: {name} is missing or of another shape")
     return {name: found[name] for name in model.state_dict()}
+
+
+@register("model", "cifar_resnet")
+def cifar_resnet(name: str, input_shape: tuple[int, ...], num_classes: int, path: str | None = None) -> Blueprint:
+    """ResNet-20 to 110 for 32 x 32 images by ``model.name``; ``path`` is a safetensors file of weights."""
+    return CifarResNetBlueprint(name, path, input_shape, num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.dropout import ByteDropout
 from fedlp.models.spec import Blueprint
+from fedlp.registry import register
 
 _CONV_CHANNELS = (32, 32, 64, 64, 128, 128)
 _CONV_DEPTHS = len(_CONV_CHANNELS) - 1
@@ -180,3 +182,23 @@ def require_images(name: str, input_shape: tuple[int, ...], min_pixels: int) -> 
         raise ConfigError(f"model {name} takes (channels, height, width) images, but the data set has {input_shape}")
     if min(input_shape[1:]) < min_pixels:
         raise ConfigError(f"model {name} needs images of at least {min_pixels} pixels, not {input_shape[1:]}")
+
+
+@register("model", "fedlp_cnn")
+def fedlp_cnn(input_shape: tuple[int, ...], num_classes: int) -> Blueprint:
+    """FedLP's CNN for small images: six convolutions, five depths."""
+    return FedLPCNNBlueprint(input_shape, num_classes)
+
+
+@register("model", "small_cnn")
+def small_cnn(input_shape: tuple[int, ...], num_classes: int) -> Blueprint:
+    """The CNN of federated benchmarks: two convolutions."""
+    return SmallCNNBlueprint(input_shape, num_classes)
+
+
+@register("model", "fedlp_mlp")
+def fedlp_mlp(input_shape: tuple[int, ...], num_classes: int, variant: str = "plain") -> Blueprint:
+    """FedLP's MLPs: ``variant`` is plain (one hidden layer of 500), deep (five, each one a depth) or linear."""
+    if variant not in MLP_WIDTHS:
+        raise ConfigError(f"model.variant={variant} is none of {', '.join(MLP_WIDTHS)}")
+    return MLPBlueprint(math.prod(input_shape), MLP_WIDTHS[variant], num_classes)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.spec import Blueprint, first_line
 from fedlp.models.torchvision_compat import ensure_operators
+from fedlp.registry import register
 
 if TYPE_CHECKING:
-    from fedlp.config import ModelConfig
+    pass
 
 _MAX_DEPTHS = 6
 _DECODERS = {  # path of the decoder: names of its blocks and final norm
@@ -71,6 +72,7 @@ class LanguageBlueprint(Blueprint):
     name: str
     config: Any
     path: str | None
+    is_language: ClassVar[bool | None] = True
 
     @property
     def num_depths(self) -> int:  # type: ignore[override]
@@ -104,54 +106,78 @@ class LanguageBlueprint(Blueprint):
         return PrefixLM(self.build(), num_blocks)
 
 
-def make_llama(config: ModelConfig, vocabulary: int, sequence_length: int) -> LanguageBlueprint:
-    """Return the blueprint of a LLaMA of the config's sizes, with tied embeddings: a small model's are most of it."""
-    if config.hidden_size % config.num_heads or config.num_heads % config.num_kv_heads:
+@register("model", "llama")
+def make_llama(
+    name: str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    hidden_size: int = 64,
+    intermediate_size: int = 172,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+) -> LanguageBlueprint:
+    """LLaMA of given sizes with tied embeddings; its vocabulary is the data set's."""
+    sizes_given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_layers": num_layers}
+    for option, size in (sizes_given | {"num_heads": num_heads, "num_kv_heads": num_kv_heads}).items():
+        if size < 1:
+            raise ConfigError(f"model.{option}={size} is not allowed: it must be at least 1")
+    if hidden_size % num_heads or num_heads % num_kv_heads:
         raise ConfigError(
-            f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size} and be a multiple "
-            f"of model.num_kv_heads={config.num_kv_heads}"
+            f"model.num_heads={num_heads} must divide model.hidden_size={hidden_size} and be a multiple "
+            f"of model.num_kv_heads={num_kv_heads}"
         )
     sizes = import_transformers().LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=sequence_length,
+        vocab_size=num_classes,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=_sequence_length(name, input_shape),
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LanguageBlueprint(config.name, sizes, path=None)
+    return LanguageBlueprint(name, sizes, path=None)
 
 
-def load_hf(config: ModelConfig, vocabulary: int, sequence_length: int) -> LanguageBlueprint:
-    """Return the blueprint of a model on the Hugging Face hub or in a local folder.
+@register("model", "hf")
+def load_hf(
+    input_shape: tuple[int, ...], num_classes: int, path: str | None = None, pretrained: bool = True
+) -> LanguageBlueprint:
+    """Causal language model on the Hugging Face hub or in a local folder, by ``path``.
 
     Raises
     ------
     ConfigError
         If it cannot be read, is no causal language model, or is too small for the vocabulary or the sequences.
     """
-    if config.path is None:
+    sequence_length = _sequence_length(str(path), input_shape)
+    if path is None:
         raise ConfigError("model.path is not set; give a Hugging Face model name or a local folder")
     transformers = import_transformers()
-    with _quiet(), _loading(config.path):
-        sizes = transformers.AutoConfig.from_pretrained(config.path)
+    with _quiet(), _loading(path):
+        sizes = transformers.AutoConfig.from_pretrained(path)
     if type(sizes) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"model.path={config.path} is a {sizes.model_type}, not a causal language model")
+        raise ConfigError(f"model.path={path} is a {sizes.model_type}, not a causal language model")
     sizes.use_cache = False
-    if sizes.vocab_size < vocabulary:
+    if sizes.vocab_size < num_classes:
         raise ConfigError(
-            f"model {config.path} knows {sizes.vocab_size} tokens, but the data set has {vocabulary}; set "
-            f"dataset.tokenizer={config.path}"
+            f"model {path} knows {sizes.vocab_size} tokens, but the data set has {num_classes}; set "
+            f"dataset.tokenizer={path}"
         )
     limit = getattr(sizes, "max_position_embeddings", sequence_length)
     if sequence_length > limit:
-        raise ConfigError(f"model {config.path} reads {limit} tokens; set dataset.sequence_length to at most that")
-    return LanguageBlueprint(config.path, sizes, config.path if config.pretrained else None)
+        raise ConfigError(f"model {path} reads {limit} tokens; set dataset.sequence_length to at most that")
+    return LanguageBlueprint(path, sizes, path if pretrained else None)
+
+
+def _sequence_length(name: str, input_shape: tuple[int, ...]) -> int:
+    if len(input_shape) != 1:
+        raise ConfigError(f"model {name} reads sequences of tokens, but the data set has shape {input_shape}")
+    return input_shape[0]
 
 
 def _pruned_class(config: Any) -> Any:

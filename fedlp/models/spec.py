@@ -11,10 +11,10 @@ import copy
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Blueprint(ABC):
 
     name: str
     num_depths: int = 1
+    is_language: ClassVar[bool | None] = False  # whether it models tokens; None where data of either kind may fit
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -47,6 +48,39 @@ class Blueprint(ABC):
     def build_prefix(self, depth: int) -> nn.Module:
         """Return the prefix of a depth below ``num_depths``, under the global names, with a ``personal_head``."""
         raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")
+
+
+@dataclass(frozen=True)
+class ModuleBlueprint(Blueprint):
+    """Blueprint of a user's own module.
+
+    Attributes
+    ----------
+    make : callable
+        Returns a module with fresh parameters. Where the module has an integer ``num_depths`` and a method
+        ``prefix(depth) -> nn.Module``, depth prefixes follow.
+    initial : callable or None
+        Returns the module that training starts from; a fresh one where None.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    num_depths: int = 1
+    initial: Callable[[], nn.Module] | None = None
+    is_language: ClassVar[bool | None] = None
+
+    def build(self) -> nn.Module:
+        """Return a module with fresh parameters."""
+        return self.make()
+
+    def build_initial(self) -> nn.Module:
+        """Return the module that training starts from."""
+        return self.make() if self.initial is None else self.initial()
+
+    def build_prefix(self, depth: int) -> nn.Module:
+        """Return what the module's own ``prefix`` gives."""
+        found: nn.Module = self.make().prefix(depth)  # type: ignore[operator]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

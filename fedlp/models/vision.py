@@ -21,6 +21,7 @@ from fedlp.errors import ConfigError
 from fedlp.models.cnn import require_images
 from fedlp.models.spec import Blueprint
 from fedlp.models.torchvision_compat import import_torchvision
+from fedlp.registry import register
 
 _SMALL_IMAGE = 64
 _MIN_LAST_MAP = 4
@@ -209,3 +210,13 @@ def _download_weights(name: str) -> Mapping[str, Tensor]:
             f"{weights.url.rpartition('/')[2]} into torch's hub/checkpoints folder"
         ) from error
     return state
+
+
+@register("model", "torchvision")
+def torchvision_classifier(
+    name: str, input_shape: tuple[int, ...], num_classes: int, norm: str = "batch", pretrained: bool = False
+) -> Blueprint:
+    """Any torchvision classifier by ``model.name``; ``norm`` batch or group; ``pretrained`` weights."""
+    if norm not in ("batch", "group"):
+        raise ConfigError(f"model.norm={norm} is neither batch nor group")
+    return TorchvisionBlueprint(name, norm, pretrained, input_shape, num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ _METHODS = {
     "heterofl": "HeteroFL",
     "fjord": "FjORD",
     "fedrolex": "FedRolex",
+    "fedlp_plan": "FedLP-Plan",
+    "fedlp": "FedLP-Plan",  # its name in runs of earlier versions
 }
 _METHOD_VALUE = {"fedlp_homo": "layer_preserving_rate", "fedlp_hetero": "depths"}
 _PARTITION_VALUE = {"dirichlet": "alpha", "shards": "shards_per_client", "mixed": "mixrate", "devices": "mixrate"}
@@ -133,14 +135,17 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells runs apart; a run that is older than an option had its default."""
-    return {key: value for key, value in (_defaults() | flatten(config)).items() if key not in _NOT_COMPARED}
+    from fedlp.config.aliases import current_config
+
+    found = _defaults() | flatten(current_config(config))
+    return {key: value for key, value in found.items() if key not in _NOT_COMPARED}
 
 
 @cache
 def _defaults() -> dict[str, Any]:
-    from fedlp.config import RunConfig  # loads Hydra, which a report's readers do without
+    from fedlp.config import RunConfig, to_plain  # loads Hydra, which a report's readers do without
 
-    return {key: value for key, value in flatten(asdict(RunConfig())).items() if value != "???"}  # has no default
+    return {key: value for key, value in flatten(to_plain(RunConfig())).items() if value != "???"}  # has no default
 
 
 def _partition(config: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def test_a_dry_run_gives_the_papers_costs_without_any_data(
 
 
 def test_the_mask_unit_does_not_change_what_is_expected(tmp_path: Path) -> None:
-    one = dry_run(tmp_path, "strategy=fedlp_homo", "strategy.mask_unit=tensor")
+    one = dry_run(tmp_path, "strategy=fedlp_homo", "strategy.upload_unit=tensor")
     assert f"{(one['params_down_per_client'] + one['params_up_per_client']) / 1e3:.2f}" == "827.20"
 
 

@@ -35,13 +35,13 @@ from tests.integration.test_own_budgets import bringing
 Once = Callable[..., Finished]
 
 FLEET = ("fleet=tiers", "fleet.fractions=[1.0,0.3]", "fleet.limited=[params]")
-OURS = (*TINY_CNN, "strategy=fedlp", "pruner=magnitude", *FLEET)
+OURS = (*TINY_CNN, "strategy=fedlp_plan", "pruner=magnitude", *FLEET)
 HETEROFL = (*TINY_CNN, "strategy=heterofl", "strategy.widths=[1.0,0.5]", *FLEET)
 HETERO = (*TINY_CNN, "strategy=fedlp_hetero", "strategy.depths=[1,2,5,5,5,3]")
 LANGUAGE = (
     *("model=llama_tiny", "model.num_layers=1", "dataset=topics", "dataset.sequence_length=32", "num_rounds=1"),
     *("dataset.max_train_examples=24", "dataset.max_test_examples=8", "num_clients=2", "clients_per_round=2"),
-    *("strategy=fedlp", "pruner=magnitude", "simulation.workers=1", *FLEET, "fleet.fractions=[0.5]"),
+    *("strategy=fedlp_plan", "pruner=magnitude", "simulation.workers=1", *FLEET, "fleet.fractions=[0.5]"),
 )
 ELSEWHERE = """
 import sys

@@ -205,7 +205,7 @@ def test_too_few_good_updates_leave_the_model_as_it_was(optimizer: str, tmp_path
             raise RuntimeError("not today")
         return reply
 
-    chosen = (*HOMO, "strategy=fedavg", "min_clients=5", f"strategy.server_optimizer={optimizer}")
+    chosen = (*HOMO, "strategy=fedavg", "min_clients=5", f"server_optimizer={optimizer}")
     done = run(tmp_path / "two", *chosen, app=app_with(in_round_1))
     assert [set(line["coverage"].values()) for line in done.rounds] == [{0.0}, {1.0}]
     assert [len(line["failures"]) for line in done.rounds] == [2, 0]

@@ -11,7 +11,7 @@ from fedlp.apps import federate as assembly
 from fedlp.errors import ConfigError
 from tests.integration.running import TINY, App, run
 
-SMALL = (*TINY, "num_clients=3", "clients_per_round=3", "strategy.batch_norm=average")
+SMALL = (*TINY, "num_clients=3", "clients_per_round=3", "aggregator.batch_norm=average")
 HONEST = assembly.client_app
 
 
@@ -48,7 +48,7 @@ def test_a_client_gets_no_more_than_the_budget_that_it_brings(tmp_path: Path, st
 
 def test_a_client_may_have_to_hold_little_and_send_less(tmp_path: Path) -> None:
     app = bringing(tmp_path, "params: 40000\nupload_bytes: 20000")
-    done = run(tmp_path / "run", *SMALL, "strategy=fedlp", "strategy.refresh_every=1", app=app)
+    done = run(tmp_path / "run", *SMALL, "strategy=fedlp_plan", "strategy.refresh_every=1", app=app)
     assert done.failures == []
     for line in done.rounds:
         assert 0 < params_down(line)[1] <= 40000
@@ -57,7 +57,7 @@ def test_a_client_may_have_to_hold_little_and_send_less(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_brought_goes_before_that_of_the_fleet(tmp_path: Path) -> None:
-    case = (*SMALL, "strategy=fedlp", "strategy.sparsity=0", "fleet=tiers", "fleet.fractions=[0.5]")
+    case = (*SMALL, "strategy=fedlp_plan", "strategy.sparsity=0", "fleet=tiers", "fleet.fractions=[0.5]")
     done = run(tmp_path / "run", *case, "fleet.limited=[params]", app=bringing(tmp_path, "params: 60000"))
     down = params_down(done.rounds[0])
     assert down[1] <= 60000 < down[0] == down[2]

@@ -116,13 +116,13 @@ def assert_close(done: Finished, expected: dict[str, Tensor], tolerance: float) 
     ],
 )
 def test_pooled_pruning_is_central_pruning_of_the_union(case: str, encoding: str, tolerance: float, once: Once) -> None:
-    done = once(*ONESHOT, *CASES[case], f"strategy.encoding={encoding}")
+    done = once(*ONESHOT, *CASES[case], f"upload={encoding}")
     assert done.failures == []
     assert_close(done, prune_centrally(done), tolerance)
 
 
 def test_what_is_written(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
     found, layers = report(done), report(done)["layers"]
     assert [line["server_round"] for line in done.rounds] == list(range(1, len(layers) + 1))
     assert all(line["cohort"] == [0, 1, 2] for line in done.rounds)
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 # ---- votes
 def test_votes_keep_plain_weights_and_send_next_to_nothing(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.masks=client")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.unit_selection=client")
     assert len(done.rounds) == 1
     assert done.manifest["totals"]["bytes_up"] < 3 * 300
     before = assembly.make_plan(to_yaml(done.config)).initial_params()
@@ -162,7 +162,7 @@ def test_votes_keep_plain_weights_and_send_next_to_nothing(once: Once) -> None:
 
 
 def test_the_vote_of_one_client_is_its_own_pruning(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.masks=client", "num_clients=1", "clients_per_round=1")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.unit_selection=client", "num_clients=1", "clients_per_round=1")
     alone = prune_centrally(done, [0])
     name = "model.layers.1.mlp.up_proj.weight"  # computes units, so it is only cut
     assert torch.equal(done.tensors[name], alone[name])
@@ -192,7 +192,7 @@ def claims_too_much(request: Message, honest: Message) -> Message:
 def test_a_bad_client_is_named_and_the_others_go_on(
     fault: Callable[[Message, Message], Message], reason: str, tmp_path: Path
 ) -> None:
-    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float64", app=app_with(fault, wire.MOMENTS, 1))
+    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "upload=float64", app=app_with(fault, wire.MOMENTS, 1))
     assert done.failures == [(number, 1, reason) for number in range(1, len(done.rounds) + 1)]
     assert_close(done, prune_centrally(done, [0, 2]), 1e-5)
 
@@ -216,7 +216,7 @@ def test_a_client_that_lost_its_files_and_its_process_is_sent_everything(tmp_pat
                 shutil.rmtree(out / "clients" / "1")
         return HONEST(message, context)
 
-    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float64")
+    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "upload=float64")
     whole, done = run(tmp_path / "whole", *overrides), run(tmp_path / "lost", *overrides, app=forgets)
     assert done.failures == []
     assert_close(done, whole.tensors, 1e-9)
@@ -255,7 +255,7 @@ def fresh_process(done: Finished) -> PoolingClient:
 
 
 def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
     server = Halving(done, tmp_path)
     server.halve(0, 1)
     shutil.copytree(done.path / "clients" / "0", tmp_path, dirs_exist_ok=True)  # as the run before left them
@@ -268,7 +268,7 @@ def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
 def test_a_process_that_is_asked_again_goes_on_where_it_was(
     once: Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
     server, same, steps = Halving(done, tmp_path), fresh_process(done), []
     advance = StagedRun.advance
     monkeypatch.setattr(StagedRun, "advance", lambda self: (steps.append(self.current), advance(self))[1])
@@ -288,7 +288,7 @@ def test_a_process_that_is_asked_again_goes_on_where_it_was(
         (("pruner=taylor", "allocator=uniform"), "pruner=taylor needs gradients"),
         (("allocator=dp",), "allocator=dp needs data, which the server has not; strategy=oneshot takes uniform"),
         (("allocator=uniform", "strategy.sparsity=0"), "strategy.sparsity=0.0 is not allowed"),
-        (("allocator=uniform", "strategy.encoding=int8"), "strategy.encoding=int8 is not allowed"),
+        (("allocator=uniform", "upload=int8"), "upload=int8 is not allowed"),
         (("allocator=uniform", "fleet=tiers"), "fleet=tiers does not go with strategy=oneshot"),
     ],
 )
@@ -297,7 +297,7 @@ def test_what_cannot_be_is_one_line(overrides: tuple[str, ...], words: str, call
 
 
 def test_a_finished_run_is_neither_resumed_nor_overwritten(once: Once, call: Call) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
     lines = (done.path / "rounds.jsonl").read_bytes()
     assert_refused(call(f"resume={done.path}", main=cli.main), "a run of strategy=oneshot cannot be resumed")
     again = call(*ONESHOT, *LLAMA, *SLIMGPT, f"hydra.run.dir={done.path}", main=cli.main)

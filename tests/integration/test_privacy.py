@@ -23,7 +23,7 @@ from tests.integration.running import TINY, Call, Finished, assert_refused, run
 
 Once = Callable[..., Finished]
 ONE = (*TINY, "num_rounds=1")
-FEDAVG = ("strategy=fedavg", "strategy.weighting=equal")
+FEDAVG = ("strategy=fedavg", "aggregator.weighting=equal")
 DP = "privacy=local_dp"
 LOOSE = (DP, "privacy.clipping_norm=100", "privacy.epsilon=1e12")
 SLIGHT = (DP, "privacy.clipping_norm=0.01", "privacy.epsilon=1e12")
@@ -35,7 +35,7 @@ def change(done: Finished, overrides: Sequence[str]) -> Tensor:
     return torch.cat([(value - before[name]).flatten() for name, value in done.tensors.items()])
 
 
-FEDLP = ("strategy=fedlp", "strategy.sparsity=0", "strategy.encoding=float32", "strategy.values=weights")
+FEDLP = ("strategy=fedlp_plan", "strategy.sparsity=0", "upload=float32", "upload.values=weights")
 DENSE = {
     "fedavg": ("strategy=fedavg",),
     "fedlp_homo at rate 1": ("strategy=fedlp_homo", "strategy.layer_preserving_rate=1"),
@@ -44,7 +44,7 @@ DENSE = {
     "fjord": ("strategy=fjord",),
     "fedrolex": ("strategy=fedrolex",),
     "fedlp, nothing left out": (
-        *(*FEDLP, "strategy.error_feedback=false", "strategy.masks=server", "pruner=random"),
+        *(*FEDLP, "upload.error_feedback=false", "strategy.unit_selection=server", "pruner=random"),
         *("fleet=tiers", "fleet.fractions=[1.0,0.3]"),
     ),
 }
@@ -107,12 +107,12 @@ def test_an_epsilon_without_a_promise_is_warned_of(caplog: pytest.LogCaptureFixt
     [
         ("", "needs strategy.layer_preserving_rate=1: "),
         ("strategy.layer_preserving_rate=[1,1,0.5] num_clients=3 clients_per_round=3", "layer_preserving_rate=1: "),
-        ("strategy=fedavg strategy.encoding=int8", "needs strategy.encoding=float32 and strategy.values=weights"),
-        ("strategy=fedavg strategy.values=deltas", "needs strategy.encoding=float32 and strategy.values=weights"),
-        ("strategy=fedlp strategy.encoding=float32", "strategy.values=weights .and error_feedback=false"),
-        (" ".join([*FEDLP[:1], *FEDLP[2:], "strategy.error_feedback=false"]), "needs strategy.sparsity=0"),
-        (" ".join([*FEDLP, "strategy.error_feedback=false fleet=mixed"]), "a fleet that does not limit uploads"),
-        (" ".join([*FEDLP, "strategy.error_feedback=false"]), "needs pruner=random: scores of units"),
+        ("strategy=fedavg upload=int8", "needs upload=float32 and upload.values=weights"),
+        ("strategy=fedavg upload.values=deltas", "needs upload=float32 and upload.values=weights"),
+        ("strategy=fedlp_plan upload=float32", "upload.values=weights .and error_feedback=false"),
+        (" ".join([*FEDLP[:1], *FEDLP[2:], "upload.error_feedback=false"]), "needs strategy.sparsity=0"),
+        (" ".join([*FEDLP, "upload.error_feedback=false fleet=mixed"]), "a fleet that does not limit uploads"),
+        (" ".join([*FEDLP, "upload.error_feedback=false"]), "needs pruner=random: scores of units"),
         ("strategy=oneshot allocator=uniform", "does not go with strategy=oneshot"),
         ("strategy=fedavg", "bn1.running_mean is an untrained float32 tensor.*model=small_cnn, or model.norm=group"),
         ("strategy=fedavg privacy.epsilon=0", "privacy.epsilon=0"),

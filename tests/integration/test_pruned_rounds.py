@@ -20,14 +20,14 @@ from tests.integration.running import TINY_CNN, Finished, run
 from tests.integration.test_resume import assert_same, go_on
 
 Once = Callable[..., Finished]
-DEFAULT = (*TINY_CNN, "strategy=fedlp", "calibration.examples=8")
+DEFAULT = (*TINY_CNN, "strategy=fedlp_plan", "calibration.examples=8")
 OURS = (
-    *(*DEFAULT, "pruner=magnitude", "strategy.masks=client", "strategy.train_sent=false"),
+    *(*DEFAULT, "pruner=magnitude", "strategy.unit_selection=client", "strategy.train_sent=false"),
     *("strategy.regrow=0", "strategy.refresh_every=1"),
 )
 MLP = ("model=fedlp_mlp", "model.variant=deep")  # quick
 OBS = (*OURS, "pruner=obs", "pruner.fisher=false")
-PLAIN = ("strategy.encoding=float32", "strategy.error_feedback=false")
+PLAIN = ("upload=float32", "upload.error_feedback=false")
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]")
 
 
@@ -43,13 +43,13 @@ def changed(overrides: Sequence[str], done: Finished) -> dict[str, Tensor]:
 
 
 def test_nothing_pruned_and_nothing_encoded_is_fedavg(once: Once) -> None:
-    ours = once(*OURS, *PLAIN, "strategy.sparsity=0", "strategy.values=weights")
+    ours = once(*OURS, *PLAIN, "strategy.sparsity=0", "upload.values=weights")
     assert ours.model == once(*TINY_CNN, "strategy=fedavg").model
 
 
 def test_differences_in_float32_are_fedavg_to_rounding(once: Once) -> None:
     deltas, weights = (
-        once(*TINY_CNN, "strategy=fedavg", f"strategy.values={kind}", "num_rounds=1").tensors  # training amplifies it
+        once(*TINY_CNN, "strategy=fedavg", f"upload.values={kind}", "num_rounds=1").tensors  # training amplifies it
         for kind in ("deltas", "weights")
     )
     for name, value in deltas.items():
@@ -58,7 +58,7 @@ def test_differences_in_float32_are_fedavg_to_rounding(once: Once) -> None:
 
 @pytest.mark.parametrize("masks", ["client", "server"])
 def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
-    done = once(*OURS, f"strategy.masks={masks}", "strategy.sparsity=0.6")
+    done = once(*OURS, f"strategy.unit_selection={masks}", "strategy.sparsity=0.6")
     assert done.failures == []
     plan, policy = plan_of(done)
     whole = plan.submodels.layout(plan.policy.assign(1, 0, {}).submodel).num_params()
@@ -76,8 +76,8 @@ def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
 def test_bits_are_what_a_number_costs(once: Once) -> None:
     costs = {}
     for encoding in ("int8", "int4", "int2"):
-        uncoded = ("strategy.entropy_coding=false", f"strategy.encoding={encoding}")
-        done = once(*OURS, *uncoded, "strategy.error_feedback=true")
+        uncoded = ("upload.entropy_coding=false", f"upload={encoding}")
+        done = once(*OURS, *uncoded, "upload.error_feedback=true")
         assert done.failures == []
         costs[encoding] = done.rounds[0]["clients"][0]
     params = costs["int8"]["params_up"]
@@ -88,8 +88,8 @@ def test_bits_are_what_a_number_costs(once: Once) -> None:
 
 @pytest.mark.parametrize("coarseness", [1, 4])
 def test_codes_change_the_bytes_and_nothing_else(coarseness: int, once: Once) -> None:
-    encoding = ("strategy.encoding=int2", f"strategy.coarseness={coarseness}", "strategy.error_feedback=true")
-    plain, coded = (once(*OURS, *encoding, f"strategy.entropy_coding={given}") for given in ("false", "true"))
+    encoding = ("upload=int2", f"upload.coarseness={coarseness}", "upload.error_feedback=true")
+    plain, coded = (once(*OURS, *encoding, f"upload.entropy_coding={given}") for given in ("false", "true"))
     assert plain.failures == coded.failures == []
     assert coded.model == plain.model
     for one, other in zip(plain.rounds, coded.rounds, strict=True):
@@ -112,7 +112,7 @@ def test_only_what_was_returned_moves(once: Once) -> None:
 
 @pytest.mark.parametrize("masks", ["client", "server"])
 def test_every_budget_is_met_and_every_layer_trained(masks: str, once: Once) -> None:
-    done = once(*OURS, *TIERS, f"strategy.masks={masks}", "strategy.sparsity=0.2", "clients_per_round=6")
+    done = once(*OURS, *TIERS, f"strategy.unit_selection={masks}", "strategy.sparsity=0.2", "clients_per_round=6")
     _, policy = plan_of(done)
     assert done.failures == []
     for line in done.rounds:
@@ -134,7 +134,7 @@ def test_a_budget_out_of_reach_costs_its_client_alone(once: Once) -> None:
 
 
 def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
-    done = once(*OURS, *TIERS, "strategy.masks=server", "allocator=uniform", "clients_per_round=6")
+    done = once(*OURS, *TIERS, "strategy.unit_selection=server", "allocator=uniform", "clients_per_round=6")
     _, policy = plan_of(done)
     memory = RunDirectory(done.path).resume().memory
     kinds = {policy.budgets[client]: policy.assign(9, client, memory).submodel.widths for client in range(6)}
@@ -145,13 +145,18 @@ def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
 
 
 CHOICES = {
-    "as they are by default": ("pruner=obs", "strategy.masks=server", "strategy.train_sent=true", "strategy.regrow=1"),
-    "obs on the update, all of it": ("pruner=obs", "strategy.error_feedback=true", "strategy.criterion=update", *TIERS),
+    "as they are by default": (
+        "pruner=obs",
+        "strategy.unit_selection=server",
+        "strategy.train_sent=true",
+        "strategy.regrow=1",
+    ),
+    "obs on the update, all of it": ("pruner=obs", "upload.error_feedback=true", "strategy.criterion=update", *TIERS),
     "random": ("pruner=random",),
     "wanda, compensated by least squares": (
-        *("pruner=wanda", "pruner.recovery=least_squares", "strategy.compensate=true", "strategy.encoding=bfloat16"),
+        *("pruner=wanda", "pruner.recovery=least_squares", "strategy.compensate=true", "upload=bfloat16"),
     ),
-    "slimgpt, server, seldom": ("pruner=slimgpt", "strategy.masks=server", "strategy.refresh_every=2", *TIERS),
+    "slimgpt, server, seldom": ("pruner=slimgpt", "strategy.unit_selection=server", "strategy.refresh_every=2", *TIERS),
     "taylor, draws on top": ("pruner=taylor", "strategy.layer_preserving_rate=0.5", "strategy.regrow=0.3"),
     "flap, warm": ("pruner=flap", "strategy.warmup_rounds=1", "strategy.ramp_rounds=1", "allocator=flap"),
 }
@@ -195,7 +200,9 @@ def test_choosing_units_is_counted_as_computation(once: Once) -> None:
 
 
 def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
-    cfg = to_yaml(compose([*OURS, *PLAIN, "strategy.masks=server", "strategy.train_sent=true", "strategy.regrow=1"]))
+    cfg = to_yaml(
+        compose([*OURS, *PLAIN, "strategy.unit_selection=server", "strategy.train_sent=true", "strategy.regrow=1"])
+    )
     plan, runtime = assembly.make_plan(cfg), assembly.make_runtime(cfg, str(tmp_path))
     params = plan.initial_params()
     assigned = plan.policy.assign(1, 2, {})
@@ -217,5 +224,5 @@ def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
 
 def test_wide_models_can_count_for_more(once: Once) -> None:
     overrides = (*OURS, *PLAIN, *TIERS, "strategy.sparsity=0", "num_rounds=1", "clients_per_round=6")
-    examples, held = (once(*overrides, f"strategy.weighting={kind}").tensors for kind in ("examples", "held"))
+    examples, held = (once(*overrides, f"aggregator.weighting={kind}").tensors for kind in ("examples", "held"))
     assert any(not torch.equal(value, held[name]) for name, value in examples.items())

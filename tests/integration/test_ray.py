@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc"),
 ]
 Once = Callable[..., Finished]
-CASE = (*TINY, "strategy=fedlp_hetero", "strategy.server_optimizer=momentum")
+CASE = (*TINY, "strategy=fedlp_hetero", "server_optimizer=momentum")
 PATIENCE_S = 400
 
 

@@ -18,10 +18,10 @@ from fedlp.errors import CheckpointError, ConfigError
 from tests.integration.running import TINY, TINY_CNN, Finished, command, interruptible, read
 
 Once = Callable[..., Finished]
-ADAM = ("strategy.server_optimizer=adam", "strategy.server_lr=0.03")
+ADAM = ("server_optimizer=adam", "server_optimizer.lr=0.03")
 CASES = {
     "homo": (*TINY_CNN, "strategy=fedlp_homo"),
-    "homo, momentum on clients' average": (*TINY, "strategy=fedlp_homo", "strategy.server_optimizer=momentum"),
+    "homo, momentum on clients' average": (*TINY, "strategy=fedlp_homo", "server_optimizer=momentum"),
     "hetero": (*TINY, "strategy=fedlp_hetero"),
     "hetero, adam, seldom checkpoints": (*TINY, "strategy=fedlp_hetero", *ADAM, "checkpoint_every=3"),
 }

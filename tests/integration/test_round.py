@@ -21,7 +21,11 @@ HETERO = "strategy=fedlp_hetero"
 METHODS = {
     "fedavg": ("strategy=fedavg",),
     "homo": ("strategy=fedlp_homo", "strategy.layer_preserving_rate=0.5"),
-    "homo by tensor, equal weights": ("strategy=fedlp_homo", "strategy.mask_unit=tensor", "strategy.weighting=equal"),
+    "homo by tensor, equal weights": (
+        "strategy=fedlp_homo",
+        "strategy.upload_unit=tensor",
+        "aggregator.weighting=equal",
+    ),
     "hetero": (HETERO,),
     "hetero, heads forgotten": (HETERO, "strategy.persist_heads=false"),
 }
@@ -80,7 +84,7 @@ def test_rate_1_is_fedavg(once: Once) -> None:
 
 @pytest.mark.parametrize("optimizer", ["none", "momentum", "adam"])
 def test_rate_0_leaves_the_model_as_it_was(optimizer: str, once: Once) -> None:
-    rate = ("strategy=fedlp_homo", "strategy.layer_preserving_rate=0.0", f"strategy.server_optimizer={optimizer}")
+    rate = ("strategy=fedlp_homo", "strategy.layer_preserving_rate=0.0", f"server_optimizer={optimizer}")
     done = once(*TINY_CNN, *rate)
     assert differing(done.tensors, initial([*TINY_CNN, *rate])) == []
     assert all(line["params_up"] == 0 and set(line["coverage"].values()) == {0.0} for line in done.rounds)
@@ -103,12 +107,12 @@ def test_layers_that_nobody_trains_keep_their_bits(once: Once) -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        ("strategy=fedavg", "strategy.values=deltas", "strategy.encoding=int8"),
+        ("strategy=fedavg", "upload.values=deltas", "upload=int8"),
         ("strategy=fedlp_homo",),
         (HETERO,),
         ("strategy=fjord", "strategy.widths=[1.0,0.5]"),
-        ("strategy=fedlp", "fleet=tiers", "fleet.fractions=[1.0,0.4]", "calibration.examples=8"),
-        ("strategy=fedlp", "strategy.spread=allocator", "pruner=taylor", "strategy.masks=client"),
+        ("strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.4]", "calibration.examples=8"),
+        ("strategy=fedlp_plan", "strategy.spread=allocator", "pruner=taylor", "strategy.unit_selection=client"),
     ],
     ids=lambda method: " ".join(method[:2]),
 )
@@ -184,7 +188,7 @@ def test_a_server_rate_of_one_half_goes_half_way(once: Once) -> None:
     one_round = (*TINY_CNN, "strategy=fedavg", "num_rounds=1")
     before, average = initial(one_round), once(*one_round).tensors
     for optimizer in ("none", "momentum"):  # the first step of momentum is a plain one
-        half = once(*one_round, "strategy.server_lr=0.5", f"strategy.server_optimizer={optimizer}").tensors
+        half = once(*one_round, "server_optimizer.lr=0.5", f"server_optimizer={optimizer}").tensors
         for name, value in half.items():
             is_buffer = "running" in name or "num_batches" in name
             expected = average[name] if is_buffer else before[name] + 0.5 * (average[name] - before[name])
@@ -195,7 +199,7 @@ def test_a_server_rate_of_one_half_goes_half_way(once: Once) -> None:
 @pytest.mark.parametrize("method", ["homo", "hetero"])
 def test_server_optimisers_train(optimizer: str, method: str, once: Once) -> None:
     lr = {"momentum": 1.0, "adam": 0.03}[optimizer]
-    chosen = (f"strategy.server_optimizer={optimizer}", f"strategy.server_lr={lr}")
+    chosen = (f"server_optimizer={optimizer}", f"server_optimizer.lr={lr}")
     done = once(*TINY, *METHODS[method], *chosen, "num_rounds=8")
     losses = [line["metrics"]["train_loss"] for line in done.rounds]
     assert done.failures == []

@@ -18,7 +18,7 @@ from fedlp.types import ClientProfile
 from tests.integration.running import TINY_CNN, Finished, run
 
 Once = Callable[..., Finished]
-STATIC = (*TINY_CNN, "strategy.batch_norm=static", "strategy=heterofl", "strategy.widths=[1.0,0.5]")
+STATIC = (*TINY_CNN, "aggregator.batch_norm=static", "strategy=heterofl", "strategy.widths=[1.0,0.5]")
 
 
 def test_pooled_statistics_are_those_of_all_examples() -> None:

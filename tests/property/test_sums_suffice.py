@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fedlp.federation.strategies.policies import Returned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ from fedlp.federation.aggregation.coverage_average import coverage_average
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.server import ClientPool
 from fedlp.federation.strategies.fedlp_plan import PrunedSlices
-from fedlp.federation.strategies.policies import Returned
 from fedlp.types import Keep, PrunableLayer
 
 check = settings(deadline=None, derandomize=True, max_examples=25)
@@ -77,7 +77,7 @@ def test_with_index_sets_of_their_own_sums_do_not_suffice() -> None:
 @lru_cache
 def policy(*overrides: str) -> PrunedSlices:
     tiers = ("fleet=tiers", "fleet.fractions=[1.0,0.3]", "num_clients=6", "clients_per_round=6")
-    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp", "model=fedlp_cnn", *tiers, *overrides]))).policy
+    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp_plan", "model=fedlp_cnn", *tiers, *overrides]))).policy
     assert isinstance(found, PrunedSlices)
     return found
 
@@ -92,7 +92,7 @@ def random_scores(found: PrunedSlices, rng: np.random.Generator) -> dict[str, Te
 
 @pytest.mark.parametrize("more", ["allocator=dp", "strategy.regrow=0.4", "pruner=random", "allocator=flap"])
 def test_clients_of_one_budget_return_one_index_set_where_the_server_chooses(more: str) -> None:
-    found = policy("strategy.masks=server", more)
+    found = policy("strategy.unit_selection=server", more)
     memory = found.remember({}, 1, [returned(found, random_scores(found, np.random.default_rng(0)), 0, 5)])
     for server_round, past in ((1, {}), (2, memory)):
         for budget in set(found.budgets):
@@ -104,14 +104,14 @@ def test_clients_of_one_budget_return_one_index_set_where_the_server_chooses(mor
 
 
 def test_clients_that_choose_return_sets_of_their_own() -> None:
-    assert any(policy("strategy.masks=client").assign(1, client_id, {}).kept for client_id in range(6))
+    assert any(policy("strategy.unit_selection=client").assign(1, client_id, {}).kept for client_id in range(6))
 
 
 # ---- statistics
 @check
 @given(seeds)
 def test_pooled_scores_of_units_are_a_function_of_two_sums(seed: int) -> None:
-    rng, found = np.random.default_rng(seed), policy("strategy.masks=server")
+    rng, found = np.random.default_rng(seed), policy("strategy.unit_selection=server")
     scores, weights = [random_scores(found, rng) for _ in range(2)], [3, 8]
     fixed = returned(found, random_scores(found, rng), 2, 7)
     changed: list[dict[str, Tensor]] = [{}, {}]

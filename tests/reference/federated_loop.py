@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fedlp.federation.strategies.policies import build_policy
 from torch import Tensor, nn
 
 from fedlp.config import LocalConfig, RunConfig
 from fedlp.data.datasets import DataInfo, Examples, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples
-from fedlp.federation.server.sampling import sample_cohort
-from fedlp.federation.strategies.policies import build_policy
+from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model
 from fedlp.rng import Stream, generator
@@ -71,7 +71,7 @@ def run(config: RunConfig, train: Train = train_plainly, absent: Collection[tupl
                 heads[client] = {name: tensor for name, tensor in trained.items() if name not in params}
             if (server_round, client) not in absent:
                 uploads = policy.uploads(server_round, client, submodel)
-                weight = len(examples) if config.strategy.weighting == "examples" else 1
+                weight = len(examples) if config.aggregator.weighting == "examples" else 1
                 received.append((weight, {name: trained[name] for name in uploads}))
         for name, old in params.items():
             got = [(weight, update[name].to(torch.float64)) for weight, update in received if name in update]

@@ -62,7 +62,7 @@ def test_an_unknown_name_gets_the_close_ones() -> None:
 def test_options_are_the_signature() -> None:
     def build(width: int, depth=2, *, num_classes: int = 10) -> None: ...  # type: ignore[no-untyped-def]
 
-    found = registry.options(build, given={"num_classes"})
+    found = registry.options("model", build)
     assert list(found) == ["width", "depth"]
     assert found["width"].annotation is int
     assert found["depth"].default == 2

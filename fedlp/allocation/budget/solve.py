@@ -99,3 +99,16 @@ def _grow(kept: dict[str, int], layer: PrunableLayer, cost: Cost, limit: float) 
         return True
     kept[layer.name] -= 1
     return False
+
+
+def allocate_shape(
+    layers: Sequence[PrunableLayer], shape: Mapping[str, float], amplitude: float, cost: Cost, limit: float
+) -> dict[str, int]:
+    """Return the units kept of each layer for a shape over layers: the higher, the more is removed.
+
+    Raises
+    ------
+    AllocationError
+        As :func:`solve_budget`.
+    """
+    return round_units(layers, solve_budget(layers, shape, amplitude, cost, limit), cost, limit)

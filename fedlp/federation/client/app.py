@@ -114,9 +114,9 @@ class ClientRuntime:
             )
         self._save_personal(instruction, state)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
-        if self._uploads.is_plain:
+        if self._uploads.is_plain(instruction):
             sent = {name: tensor for name, tensor in state.items() if name in instruction.uploads}
-            return ClientUpdate(server_round, client_id, len(examples), sent, metrics)
+            return ClientUpdate(server_round, client_id, len(examples), metrics, params=sent)
         residual = self._load_residual(instruction)
         upload = self._uploads.make(instruction, model, examples, residual)
         if upload.residual and self.store is not None:
@@ -124,7 +124,14 @@ class ClientRuntime:
         if upload.macs:
             metrics["pruning-macs"] = upload.macs
         return ClientUpdate(
-            server_round, client_id, len(examples), upload.params, metrics, upload.widths, upload.scores
+            server_round,
+            client_id,
+            len(examples),
+            metrics,
+            upload.widths,
+            upload.scores,
+            upload.input_norms,
+            upload.params,
         )
 
     def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
@@ -140,7 +147,7 @@ class ClientRuntime:
         examples = whole_examples(self.shards.of(client_id), self.info)
         reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
         names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
-        return ClientUpdate(0, client_id, len(examples), {name: state[name] for name in names}, {})
+        return ClientUpdate(0, client_id, len(examples), {}, params={name: state[name] for name in names})
 
     # ---- sub-models
     def _build_skeleton(
@@ -189,13 +196,13 @@ class ClientRuntime:
 
     def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
         """Return the tensors that are not trained because neither they nor what lies before them is sent."""
-        if not self.config.strategy.skip_backward:
+        if not self.config.local.skip_backward:
             return ()
         return leading_layers(self.submodels.spec, instruction.uploads)
 
     def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
         """Return what the client could not send before."""
-        if self.store is None or not self.config.strategy.error_feedback:
+        if self.store is None or not self.config.upload.error_feedback:
             return {}
         return self.store.load(instruction.client_id, before_round=instruction.server_round)
 
@@ -244,7 +251,7 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
         update = runtime.train(instruction)
         reply = Message(
-            messages.encode_update(update, runtime.submodels, runtime.config.strategy.entropy_coding), reply_to=message
+            messages.encode_update(update, runtime.submodels, runtime.config.upload.entropy_coding), reply_to=message
         )
         return protect_update(runtime.config, instruction, message, reply, context)
 

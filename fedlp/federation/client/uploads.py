@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
+from fedlp.federation.client.input_norms import measure_input_norms
 from fedlp.federation.client.unit_choice import DAMPING, best_units, score_units
 from fedlp.federation.costs import Costs
+from fedlp.federation.strategies.policy import client_options
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.encodings import decode_values, encode_values
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
-from fedlp.types import Keep, PrunableLayer, TrainInstruction
+from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstruction
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Upload:
     widths : mapping from axis name to Keep
         The units that the client was asked to choose.
     scores : mapping from axis name to (units,)
+    input_norms : mapping from module path to InputNorms
     residual : mapping from name to Tensor
         What was not sent of the differences, in global shapes; empty without error feedback.
     macs : float
@@ -44,6 +48,7 @@ class Upload:
     params: Mapping[str, Tensor]
     widths: Mapping[str, Keep]
     scores: Mapping[str, Tensor]
+    input_norms: Mapping[str, InputNorms]
     residual: Mapping[str, Tensor]
     macs: float
 
@@ -53,17 +58,18 @@ class Uploads:
 
     def __init__(self, config: RunConfig, info: DataInfo, submodels: SubModels) -> None:
         self._config, self._info, self._submodels = config, info, submodels
-        self._strategy, self._costs = config.strategy, Costs(submodels)
+        self._upload, self._costs = config.upload, Costs(submodels)
+        self._encoding: Encoding = config.upload.make()
+        self._options = client_options(config.strategy.make())
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether trained weights travel as they are."""
-        strategy = self._strategy
-        return strategy.name != "fedlp" and strategy.values == "weights" and strategy.encoding == "float32"
+    def is_plain(self, assigned: Assignment) -> bool:
+        """Return whether trained weights travel as they are, and nothing else."""
+        asks = assigned.kept or assigned.returned or assigned.evidence
+        return not asks and self._upload.values == "weights" and is_plain(self._encoding)
 
     def gradient_masks(self, instruction: TrainInstruction, model: nn.Module) -> dict[str, Tensor]:
         """Return 1 for entries that the server will have back and 0 for others, where only those are to be trained."""
-        if not (self._strategy.train_sent and instruction.returned):
+        if not (self._options.train_sent and instruction.returned):
             return {}
         spec, local = self._spec(instruction), self._returned(instruction)
         masks = {}
@@ -76,9 +82,11 @@ class Uploads:
 
     def _spec(self, instruction: TrainInstruction) -> WidthSpec:
         """Return the axes of a client's sub-model."""
-        held = instruction.submodel.widths
-        counts = {axis: held[axis].count if axis in held else size for axis, size in self._axes.items()}
-        return WidthSpec(counts, self._submodels.widths.dims) if counts else WidthSpec({}, {})
+        if not (instruction.kept or instruction.returned or instruction.evidence):
+            return WidthSpec({}, {})
+        held, whole = instruction.submodel.widths, self._submodels.widths
+        counts = {axis: held[axis].count if axis in held else size for axis, size in whole.axes.items()}
+        return WidthSpec(counts, whole.dims)
 
     @staticmethod
     def _returned(instruction: TrainInstruction) -> dict[str, Keep]:
@@ -106,7 +114,7 @@ class Uploads:
         received = {name: tensor.to(trained[name].device) for name, tensor in instruction.params.items()}
         tracked = [name for name in layout.names if self._submodels.spec.tensors[name].trainable]
         updates = {name: trained[name] - received[name] for name in trained if trained[name].is_floating_point()}
-        if self._strategy.error_feedback and residual:
+        if self._upload.error_feedback and residual:
             for name in tracked:
                 keeps = layout.keeps.get(name)
                 left = residual[name] if keeps is None else slice_tensor(residual[name], keeps)
@@ -114,21 +122,19 @@ class Uploads:
         spec = self._spec(instruction)
         scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
         local = self._returned(instruction) | chosen
-        if chosen and self._strategy.compensate:
+        if chosen and self._options.compensate:
             trained |= self._compensate(instruction, model, local, spec, examples)
             updates |= {name: trained[name] - received[name] for name in updates}
         sent_names = [name for name in layout.names if name in instruction.uploads]
         keeps_of = {name: tensor_keeps(spec, name, trained[name].shape, local) for name in sent_names}
-        source = trained if self._strategy.values == "weights" else {**trained, **updates}
+        source = trained if self._upload.values == "weights" else {**trained, **updates}
         values = {name: slice_tensor(source[name], keeps_of[name]) for name in sent_names}
         seed = torch_seed(self._config.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
-        encoded = encode_values(
-            values, self._strategy.encoding, torch.Generator().manual_seed(seed), self._strategy.coarseness
-        )
+        encoded = self._encoding.encode(values, torch.Generator().manual_seed(seed))
         kept_back: dict[str, Tensor] = {}
-        if self._strategy.error_feedback:
+        if self._upload.error_feedback:
             signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
-            sent = decode_values(encoded, signature, self._strategy.encoding, "")
+            sent = self._encoding.decode(encoded, signature, "")
             for name in tracked:
                 left = updates[name].clone()
                 if name in sent:
@@ -140,11 +146,12 @@ class Uploads:
                 whole[_index(keeps)] = left.cpu()
                 kept_back[name] = whole
         widths = {axis: _globally(keep, held.get(axis, Keep.full(keep.size))) for axis, keep in chosen.items()}
-        return Upload(encoded, widths, scores, kept_back, macs)
-
-    @property
-    def _axes(self) -> Mapping[str, int]:
-        return self._submodels.widths.axes if self._strategy.name == "fedlp" else {}
+        norms: dict[str, InputNorms] = {}
+        if "input_norms" in instruction.evidence:
+            calibration = self._calibration(instruction, examples)
+            norms = measure_input_norms(model, list(self._submodels.reader_columns), calibration.batches)
+            macs += self._costs.macs(instruction.submodel).forward * sum(map(len, calibration.batches))
+        return Upload(encoded, widths, scores, norms, kept_back, macs)
 
     def _choose(
         self,
@@ -155,12 +162,12 @@ class Uploads:
         examples: Examples,
     ) -> tuple[dict[str, Tensor], dict[str, Keep], float]:
         """Return the scores that were asked for, the units chosen among those of the sub-model, and their price."""
-        if not (instruction.kept or instruction.scored):
+        if not (instruction.kept or "unit_scores" in instruction.evidence):
             return {}, {}, 0.0
         layers = self._layers(spec)
         method = self._method
         scored = model
-        if self._strategy.criterion == "update":
+        if self._options.criterion == "update":
             scored = cut_model(model, spec, {})
             for name, tensor in state_tensors(scored).items():
                 if name in updates:
@@ -170,7 +177,7 @@ class Uploads:
             model, scored, spec, layers, self._calibration(instruction, examples), method, per_example
         )
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
-        return scores if instruction.scored else {}, chosen, macs
+        return scores if "unit_scores" in instruction.evidence else {}, chosen, macs
 
     def _compensate(
         self,

@@ -67,7 +67,7 @@ class PoolingClient:
         self._layers = find_layers(self._initial, self._spec, config.pruner.shared and info.task == "classification")
         self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
         self._method = make_method(config.pruner)
-        self._dtype = torch.float64 if config.strategy.encoding == "float64" else torch.float32
+        self._dtype = torch.float64 if config.strategy.sums == "float64" else torch.float32
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
         self._collectors: dict[int, tuple[int, Collector]] = {}
         self._states = self._first_state()

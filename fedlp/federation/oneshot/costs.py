@@ -19,7 +19,7 @@ from fedlp.types import PrunableLayer
 
 def count_lines(config: RunConfig, submodels: SubModels) -> int:
     """Return how many lines of ``rounds.jsonl`` a run writes: one per layer, or one for votes."""
-    return 1 if config.strategy.masks == "client" else len(_skeleton(config, submodels)[1])
+    return 1 if config.strategy.unit_selection == "client" else len(_skeleton(config, submodels)[1])
 
 
 def largest_message(config: RunConfig, submodels: SubModels) -> int:
@@ -36,7 +36,7 @@ def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
     model, layers = _skeleton(config, submodels)
     method, lines = make_method(config.pruner), count_lines(config, submodels)
     down = {"params": 0, "bytes": 0}
-    if config.strategy.masks == "server":
+    if config.strategy.unit_selection == "server":
         norms = following_batch_norms(model, submodels.spec.example_inputs(1))
         states = ModelStates(model, layers, norms, method)
         asks_norms = bool(norm_parts(model)) and not method.keeps_batch_norm
@@ -62,7 +62,7 @@ def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
 def _answer_sizes(config: RunConfig, submodels: SubModels) -> list[int]:
     """Return the numbers in each of a client's answers."""
     model, layers = _skeleton(config, submodels)
-    if config.strategy.masks == "client":
+    if config.strategy.unit_selection == "client":
         return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(config)))]  # bits
     method = make_method(config.pruner)
     answers = []
@@ -82,4 +82,4 @@ def _skeleton(config: RunConfig, submodels: SubModels) -> tuple[nn.Module, tuple
 
 
 def _itemsize(config: RunConfig) -> int:
-    return 8 if config.strategy.encoding == "float64" else 4
+    return 8 if config.strategy.sums == "float64" else 4

@@ -22,10 +22,10 @@ from fedlp.federation.oneshot.messages import Part, Question, Request
 from fedlp.federation.oneshot.model import (
     ModelStates,
 )
+from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay
-from fedlp.federation.server.sampling import sample_cohort
 from fedlp.federation.wire.messages import count_bytes, encode_params
 from fedlp.types import ClientCost, ClientFailure, Keep, RoundRecord
 
@@ -55,7 +55,7 @@ class ClientPool:
         self._grid, self._roster, self._config, self._macs = grid, roster, config, macs
         self.cohort = sample_cohort(config.seed, 1, roster.client_ids, config.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
-        self.dtype = torch.float64 if config.strategy.encoding == "float64" else torch.float32
+        self.dtype = torch.float64 if config.strategy.sums == "float64" else torch.float32
         self.begin(1)
 
     # ---- rounds: one per layer

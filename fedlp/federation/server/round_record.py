@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlp.models.spec import ModelSpec
-from fedlp.types import ClientCost, ClientFailure, RoundRecord, TrainInstruction
+from fedlp.types import Assignment, ClientCost, ClientFailure, RoundRecord
 
 
 @dataclass
@@ -17,13 +17,13 @@ class RoundUnderWay:
 
     Attributes
     ----------
-    assigned : deque of (TrainInstruction, int)
+    assigned : deque of (Assignment, int)
         Instructions that are not answered yet, in the order of sending, with the bytes they took.
     """
 
     server_round: int
     cohort: tuple[int, ...]
-    assigned: deque[tuple[TrainInstruction, int]] = field(default_factory=deque)
+    assigned: deque[tuple[Assignment, int]] = field(default_factory=deque)
     costs: list[ClientCost] = field(default_factory=list)
     failures: list[ClientFailure] = field(default_factory=list)
     coverage: Mapping[str, float] = field(default_factory=dict)

@@ -26,20 +26,21 @@ from torch import Tensor
 
 from fedlp.config import RunConfig
 from fedlp.errors import AllocationError, FedLPError, ProtocolError
-from fedlp.federation.aggregation.coverage_average import CoverageAverage
-from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
+from fedlp.federation.aggregation.aggregator import Aggregator
+from fedlp.federation.aggregation.server_optimizer import ServerOptimizer, apply_server_optimizer
+from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.batch_norm_statistics import Statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
-from fedlp.federation.server.sampling import sample_cohort
-from fedlp.federation.strategies.policies import Policy, Returned
+from fedlp.federation.strategies.policy import Answer, Policy
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.encodings import Encoding
 from fedlp.rng import Stream, generator
 from fedlp.training.local_training import metrics_from_sums
-from fedlp.types import Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel, TrainInstruction
+from fedlp.types import Assignment, Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel
 
 log = logging.getLogger("fedlp")
 
@@ -91,6 +92,9 @@ class FedLPStrategy(Strategy):
         self._fit = fit
         self._num_test = num_test
         self._observers = tuple(observers)
+        self._encoding: Encoding = config.upload.make()
+        self._aggregator: Aggregator = config.aggregator.make()
+        self._optimizer: ServerOptimizer = config.server_optimizer.make()
         self._roster = Roster(config.num_clients, config.min_clients)
         self._round = RoundUnderWay(0, ())
 
@@ -135,7 +139,7 @@ class FedLPStrategy(Strategy):
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.config.eval_every == 0 or server_round == num_rounds:
-                if self.config.strategy.batch_norm == "static":
+                if self.config.aggregator.batch_norm == "static":
                     arrays = self._measure_statistics(server_round, arrays, grid, timeout)
                 asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
                 evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
@@ -168,7 +172,7 @@ class FedLPStrategy(Strategy):
         layouts = []
         for client_id in self._roster.client_ids:
             with suppress(AllocationError):  # said in every round in which the client would take part
-                submodel = self.policy.assign(1, client_id, self.state.memory).submodel
+                submodel = self.policy.assign(1, client_id, self.state.memory, self.state.params).submodel
                 layouts.append(self.submodels.layout(submodel))
         returned = {name for layout in set(layouts) for name in layout.names}
         starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
@@ -188,7 +192,7 @@ class FedLPStrategy(Strategy):
         params = self.state.params
         for client_id in cohort:
             try:
-                assigned = self.policy.assign(server_round, client_id, self.state.memory)
+                assigned = self.policy.assign(server_round, client_id, self.state.memory, self.state.params)
             except AllocationError as error:
                 self._fail(client_id, "refused", error)
                 continue
@@ -197,16 +201,7 @@ class FedLPStrategy(Strategy):
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
                 record = encoded[id(layout)] = messages.encode_params(layout.slice(params))
-            instruction = TrainInstruction(
-                server_round,
-                client_id,
-                {},
-                assigned.submodel,
-                assigned.uploads - self.submodels.spec.frozen,
-                assigned.kept,
-                assigned.returned,
-                assigned.scored,
-            )
+            instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.config.simulation.round_timeout_s
@@ -220,9 +215,9 @@ class FedLPStrategy(Strategy):
         """
         assert self.state is not None
         state = self.state
-        average = CoverageAverage(state.params if self._sends_weights else _without_floats(state.params))
+        average = self._aggregator.begin(state.params if self._sends_weights else _without_floats(state.params))
         losses: list[tuple[float, int]] = []
-        answers: list[Returned] = []
+        answers: list[Answer] = []
         for reply in replies:
             instruction, bytes_down = self._round.assigned.popleft()
             update = self._receive(instruction, bytes_down, reply)
@@ -231,11 +226,7 @@ class FedLPStrategy(Strategy):
             weight = self._weight(update, instruction)
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             average.add(update.params, layout.keeps, weight)
-            answers.append(
-                Returned(
-                    update.client_id, update.num_examples, instruction.submodel.widths, update.widths, update.scores
-                )
-            )
+            answers.append((instruction, update.report()))
             if "train-loss" in update.metrics:
                 losses.append((update.metrics["train-loss"], update.num_examples))
         if losses:
@@ -250,7 +241,7 @@ class FedLPStrategy(Strategy):
                     if values.is_floating_point():
                         values += state.params[name]
             params, optimizer = apply_server_optimizer(
-                self.config.strategy, state.params, params, state.optimizer, average.covered, self._trainable
+                self._optimizer, state.params, params, state.optimizer, average.covered, self._trainable
             )
             self._round.coverage = layer_coverage(coverage, self.submodels.spec)
             memory = self.policy.remember(memory, server_round, answers)
@@ -265,7 +256,7 @@ class FedLPStrategy(Strategy):
         self.state = ServerState(server_round, params, optimizer, memory)
         return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
 
-    def _receive(self, instruction: TrainInstruction, bytes_down: int, reply: Message) -> ClientUpdate | None:
+    def _receive(self, instruction: Assignment, bytes_down: int, reply: Message) -> ClientUpdate | None:
         """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
         client_id = instruction.client_id
         layout = self.submodels.layout(instruction.submodel)
@@ -274,10 +265,8 @@ class FedLPStrategy(Strategy):
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
-            profile, strategy = self._roster.profile(client_id), self.config.strategy
-            update = messages.decode_update(
-                reply.content, instruction, profile, self.submodels, strategy.encoding, strategy.entropy_coding
-            )
+            profile, coded = self._roster.profile(client_id), self.config.upload.entropy_coding
+            update = messages.decode_update(reply.content, instruction, profile, self.submodels, self._encoding, coded)
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
@@ -296,9 +285,9 @@ class FedLPStrategy(Strategy):
         )
         return update
 
-    def _weight(self, update: ClientUpdate, instruction: TrainInstruction) -> float:
+    def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
         """Return what an update counts in the average."""
-        match self.config.strategy.weighting:
+        match self.config.aggregator.weighting:
             case "examples":
                 return float(update.num_examples)
             case "held":
@@ -307,7 +296,7 @@ class FedLPStrategy(Strategy):
             case _:
                 return 1.0
 
-    def _num_returned(self, instruction: TrainInstruction, update: ClientUpdate) -> int:
+    def _num_returned(self, instruction: Assignment, update: ClientUpdate) -> int:
         """Return how many trainable numbers came."""
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
@@ -354,7 +343,7 @@ class FedLPStrategy(Strategy):
         rng = generator(self.config.seed, Stream.STATISTICS, server_round)
         for client_id in rng.permutation(self._roster.client_ids).tolist():
             with suppress(AllocationError):
-                submodel = self.policy.assign(server_round, client_id, self.state.memory).submodel
+                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
                 if self.submodels.layout(submodel).is_whole:
                     yield client_id
 
@@ -389,7 +378,7 @@ class FedLPStrategy(Strategy):
     @property
     def _sends_weights(self) -> bool:
         """Whether updates hold weights; else differences from what was sent down, but for integers."""
-        return self.config.strategy.values == "weights"
+        return self.config.upload.values == "weights"
 
     @property
     def _trainable(self) -> frozenset[str]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import ProtocolError
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.encodings import decode_values, encoded_signature
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.index_sets import (
     decode_counts,
     decode_names,
@@ -40,9 +41,9 @@ from fedlp.federation.wire.record_access import (
     read_tensors,
     say_why,
 )
-from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel, TrainInstruction
 
-PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
+PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES, INPUT_NORMS = (
     "params",
     "instruction",
     "update",
@@ -50,7 +51,9 @@ PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES = (
     "profile",
     "range",
     "scores",
+    "input-norms",
 )
+_EVIDENCE = {"unit_scores": "scored", "input_norms": "normed"}
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
@@ -59,7 +62,7 @@ _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields
 
 
 # ---- instructions
-def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submodels: SubModels) -> RecordDict:
+def encode_instruction(instruction: Assignment, params: ArrayRecord, submodels: SubModels) -> RecordDict:
     """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share."""
     record = ConfigRecord(
         {
@@ -79,8 +82,8 @@ def encode_instruction(instruction: TrainInstruction, params: ArrayRecord, submo
         record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
     if instruction.returned:
         record["returned"] = encode_widths(instruction.returned, tuple(submodels.widths.axes))
-    if instruction.scored:
-        record["scored"] = True
+    for name in sorted(instruction.evidence):
+        record[_EVIDENCE[name]] = True
     return RecordDict({PARAMS: params, INSTRUCTION: record})
 
 
@@ -116,7 +119,7 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
             uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
             kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
             returned=returned,
-            scored=bool(record.get("scored", False)),
+            evidence=frozenset(name for name, key in _EVIDENCE.items() if record.get(key, False)),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
@@ -144,15 +147,20 @@ def encode_update(update: ClientUpdate, submodels: SubModels, coded: bool = Fals
     if update.scores:
         flat = torch.cat([update.scores[layer.name].flatten() for layer in submodels.layers])
         content[SCORES] = encode_params({SCORES: flat.to(torch.bfloat16)})
+    if update.input_norms:
+        norms = [update.input_norms[path] for path in submodels.reader_columns]
+        means = torch.cat([(item.total / item.count).to(torch.float32) for item in norms])
+        counts = torch.tensor([item.count for item in norms], dtype=torch.int64)
+        content[INPUT_NORMS] = encode_params({"means": means, "counts": counts})
     return content
 
 
 def decode_update(
     content: RecordDict,
-    assigned: TrainInstruction,
+    assigned: Assignment,
     profile: ClientProfile,
     submodels: SubModels,
-    encoding: str = "float32",
+    encoding: Encoding | None = None,
     coded: bool = False,
 ) -> ClientUpdate:
     """Return a client's update, checked against what it was assigned; tensors may be read-only views into the message.
@@ -184,9 +192,10 @@ def decode_update(
     widths = _check_widths(sent, assigned, who)
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
-        encoded = read_tensors(content, PARAMS, encoded_signature(signature, encoding), coded)
+        written = encoding or Float32()
+        encoded = read_tensors(content, PARAMS, written.signature(signature), coded)
         check_finite(encoded, who)
-        params = decode_values(encoded, signature, encoding, who)
+        params = written.decode(encoded, signature, who)
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
     values = {key: value for key, value in metrics.items() if key != "num-examples"}
@@ -201,11 +210,12 @@ def decode_update(
         params=params,
         metrics={key: float(value) for key, value in values.items()},  # type: ignore[arg-type]
         widths=widths,
-        scores=_decode_scores(content, assigned, submodels, who) if assigned.scored else {},
+        scores=_decode_scores(content, assigned, submodels, who) if "unit_scores" in assigned.evidence else {},
+        input_norms=_decode_norms(content, assigned, submodels, who) if "input_norms" in assigned.evidence else {},
     )
 
 
-def _check_widths(sent: Mapping[str, Keep], assigned: TrainInstruction, who: str) -> dict[str, Keep]:
+def _check_widths(sent: Mapping[str, Keep], assigned: Assignment, who: str) -> dict[str, Keep]:
     """Return which units a client returns, after checking those that it was asked to choose."""
     held = assigned.submodel.widths
     if sent.keys() != assigned.kept.keys():
@@ -221,9 +231,7 @@ def _check_widths(sent: Mapping[str, Keep], assigned: TrainInstruction, who: str
     return {**held, **assigned.returned, **sent}
 
 
-def _decode_scores(
-    content: RecordDict, assigned: TrainInstruction, submodels: SubModels, who: str
-) -> dict[str, Tensor]:
+def _decode_scores(content: RecordDict, assigned: Assignment, submodels: SubModels, who: str) -> dict[str, Tensor]:
     """Return the scores of the units that a client holds, by axis, float64."""
     held = assigned.submodel.widths
     sizes = [held[x.name].count if x.name in held else x.num_units for x in submodels.layers]
@@ -236,6 +244,30 @@ def _decode_scores(
         if not bool((scores >= 0).all() & torch.isfinite(scores).all()):
             raise ProtocolError(f"{who}: a score of {axis} is not a finite number of at least 0")
     return found
+
+
+def _decode_norms(content: RecordDict, assigned: Assignment, submodels: SubModels, who: str) -> dict[str, InputNorms]:
+    """Return the input norms of the columns that a client holds, by module path."""
+    held, sizes = assigned.submodel.widths, []
+    for layer in submodels.layers:
+        count = held[layer.name].count if layer.name in held else layer.num_units
+        sizes += [submodels.reader_columns[path] // layer.num_units * count for path in layer.readers]
+    paths = list(submodels.reader_columns)
+    signature = [("means", (sum(sizes),), torch.float32), ("counts", (len(paths),), torch.int64)]
+    try:
+        found = read_tensors(content, INPUT_NORMS, signature)
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: its input norms cannot be read: {say_why(error)}") from error
+    means, counts = found["means"].to(torch.float64), found["counts"]
+    if not bool((means >= 0).all() & torch.isfinite(means).all()):
+        raise ProtocolError(f"{who}: an input norm is not a finite number of at least 0")
+    if not bool((counts >= 1).all() & (counts <= _MOST_VECTORS).all()):
+        raise ProtocolError(f"{who}: a count of input vectors is outside [1, {_MOST_VECTORS:,}]")
+    parts = zip(paths, torch.split(means, sizes), counts.tolist(), strict=True)
+    return {path: InputNorms(mean * count, count) for path, mean, count in parts}
+
+
+_MOST_VECTORS = 10**12  # of one client and round
 
 
 def check_finite(params: dict[str, Tensor], who: str) -> None:

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from fedlp.allocation.rules.hand_rules import HAND_RULES, Evidence, erk_densities, hand_rule, hill_exponent
 
 from fedlp.allocation.budget.solve import solve_budget
+from fedlp.allocation.dsa_chains import PUBLISHED, chain_shape, parse_chain
 from fedlp.allocation.layer_metrics import compute_statistics
-from fedlp.allocation.rules.dsa import PUBLISHED, chain_shape, parse_chain
-from fedlp.allocation.rules.hand_rules import HAND_RULES, Evidence, erk_densities, hand_rule, hill_exponent
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 

@@ -57,7 +57,7 @@ def test_expected_costs_are_those_of_the_clients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", BITS)
 @pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
 def test_bytes_of_an_upload_are_those_of_what_is_encoded(model: str, encoding: str) -> None:
-    submodels = plan_of("strategy=fedlp", f"model={model}", f"strategy.encoding={encoding}").submodels
+    submodels = plan_of("strategy=fedlp_plan", f"model={model}", f"upload={encoding}").submodels
     layers, units = submodels.layers, [max(1, layer.num_units // 3) for layer in submodels.layers]
     widths = {layer.name: Keep.first(n, layer.num_units) for layer, n in zip(layers, units, strict=True)}
     layout = submodels.layout(SubModel(None, widths))

@@ -8,22 +8,22 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from fedlp.federation.strategies.policies import Returned
 
 from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import AllocationError, ProtocolError
 from fedlp.federation.strategies.fedlp_plan import PrunedSlices
-from fedlp.federation.strategies.policies import Returned
 from fedlp.federation.wire import messages
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
-CLIENTS = ("strategy.masks=client", "strategy.train_sent=false")  # choose units themselves
+CLIENTS = ("strategy.unit_selection=client", "strategy.train_sent=false")  # choose units themselves
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]", "num_clients=6", "clients_per_round=6")
 
 
 @lru_cache
 def unlimited(*overrides: str) -> PrunedSlices:
-    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp", "model=fedlp_cnn", *overrides]))).policy
+    found = assembly.make_plan(to_yaml(compose(["strategy=fedlp_plan", "model=fedlp_cnn", *overrides]))).policy
     assert isinstance(found, PrunedSlices)
     return found
 
@@ -45,7 +45,7 @@ def answer(
 
 
 def test_scores_are_those_of_all_examples_together() -> None:
-    found = policy("strategy.masks=server")
+    found = policy("strategy.unit_selection=server")
     layer = found.submodels.layers[0]
     half = {layer.name: Keep.first(layer.num_units // 2, layer.num_units)}
     memory = found.remember({}, 1, [answer(found, 0, 10, 1.0), answer(found, 1, 30, 3.0, half)])
@@ -168,7 +168,7 @@ def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
 
 
 def test_stale_units_come_back() -> None:
-    found = policy("strategy.masks=server", "strategy.regrow=0.5", "allocator=uniform", "strategy.sparsity=0")
+    found = policy("strategy.unit_selection=server", "strategy.regrow=0.5", "allocator=uniform", "strategy.sparsity=0")
     memory = found.remember({}, 1, [answer(found, 0, 10, 1.0)])
     small = max(range(6), key=lambda client: -found.budgets[client].params)  # type: ignore[union-attr]
     layer = found.submodels.layers[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedlp.federation.server.sampling import depth_probabilities, sample_cohort, sample_level, sample_uploads
+from fedlp.federation.sampling import depth_probabilities, sample_cohort, sample_level, sample_uploads
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 

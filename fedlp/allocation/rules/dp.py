@@ -1,60 +1,33 @@
-"""Rules for how sparsity is spread over layers; every one ends in the same exact budget."""
+r"""Dynamic programme over error curves: the least sum of the layers' losses within the budget."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.allocation.budget.solve import Cost, check_reachable, round_units, solve_budget
+from fedlp.allocation.budget.solve import Cost, check_reachable
+from fedlp.allocation.evidence import Evidence
+from fedlp.registry import register
 from fedlp.types import PrunableLayer
 
-# SlimGPT's curves rise by 0.1875 at 20 % and by 0.53 at 50 %: their amplitude as a power of the mean sparsity.
-_LOG_SCALE, _LOG_POWER = 1.16, 1.134
 _LEAST_PRICE = 1e-9  # of the dearest unit's
 _FIRST_ROUNDS, _MEAN_ROUNDS = 4, 8  # of prices: as they are near the last solution, and means
-_LINE_SCALE = 0.6  # ATP's lines at 70 % of LLaMA rise by about 0.4
 
 
-def depth_shape(layers: Sequence[PrunableLayer], rule: str) -> dict[str, float]:
-    """Return the shape of a rule that knows only depth: "uniform", "depth_line" (ATP) or "log_depth" (SlimGPT)."""
-    count = len({layer.depth for layer in layers})
+@register("allocator", "dp")
+@dataclass(frozen=True)
+class DynamicProgramme:
+    """Least sum of the layers' losses, by error curves."""
 
-    def value(depth: float) -> float:
-        match rule:
-            case "depth_line":
-                return depth
-            case "log_depth":
-                return math.log(depth * (count - 1) + 1) / math.log(count) if count > 1 else 0.0
-            case _:
-                return 0.0
+    needs = frozenset({"error_curves"})
 
-    return {layer.name: value(layer.depth) for layer in layers}
-
-
-def allocate_by_depth(
-    layers: Sequence[PrunableLayer],
-    rule: str,
-    sparsity: float,
-    cost: Cost,
-    limit: float,
-    amplitude: float | None = None,
-) -> dict[str, int]:
-    """Return the units kept of each layer by a rule of :func:`depth_shape`.
-
-    Parameters
-    ----------
-    sparsity : float
-        What the limit comes to as a mean sparsity: the steeper the curves, the more is removed.
-    amplitude : float or None
-        Rise of the sparsity from the first layer to the last; None for the published curves.
-    """
-    if amplitude is None:
-        amplitude = _LOG_SCALE * sparsity**_LOG_POWER if rule == "log_depth" else _LINE_SCALE * sparsity
-    solved = solve_budget(layers, depth_shape(layers, rule), amplitude, cost, limit)
-    return round_units(layers, solved, cost, limit)
+    def __call__(self, layers: Sequence[PrunableLayer], evidence: Evidence, cost: Cost, limit: float) -> dict[str, int]:
+        """Return the units kept of each layer."""
+        return allocate_by_curves(layers, evidence.error_curves, cost, limit)
 
 
 def allocate_by_curves(
@@ -155,36 +128,3 @@ def _refill(
         if not best:
             return kept
         kept[best] += 1
-
-
-def allocate_pooled(
-    layers: Sequence[PrunableLayer], scores: Mapping[str, NDArray[np.float64]], cost: Cost, limit: float
-) -> dict[str, int]:
-    """Return the units kept of each layer if all units stand in one row, the lowest standardised scores first (FLAP).
-
-    Scores are standardised layer by layer; units go from the lowest on until the limit is met, and at least one of each
-    layer stays.
-    """
-    check_reachable(layers, cost, limit)
-    rows: list[tuple[float, str]] = []
-    for layer in layers:
-        values = np.asarray(scores[layer.name], dtype=np.float64)
-        spread = values.std() or 1.0
-        rows += [(score, layer.name) for score in np.sort((values - values.mean()) / spread)[: layer.num_units - 1]]
-    rows.sort()
-    low, high = 0, len(rows)
-
-    def kept_after(count: int) -> dict[str, int]:
-        kept = {layer.name: layer.num_units for layer in layers}
-        for _, name in rows[:count]:
-            kept[name] -= 1
-        return kept
-
-    while low < high:
-        middle = (low + high) // 2
-        if cost(kept_after(middle)) <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    kept = kept_after(low)
-    return round_units(layers, {x.name: 1.0 - kept[x.name] / x.num_units for x in layers}, cost, limit)

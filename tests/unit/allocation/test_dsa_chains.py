@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from fedlp.allocation.rules.dsa import (
+from fedlp.allocation.dsa_chains import (
     PUBLISHED,
     Chain,
     chain_scores,
@@ -22,8 +22,8 @@ from fedlp.allocation.rules.dsa import (
     mutate_chain,
     parse_chain,
 )
-from fedlp.allocation.rules.dsa import random_chain as draw_chain
-from fedlp.allocation.rules.dsa_operations import DEFORMS, MATRIX_ONLY, POSTS, STICKS
+from fedlp.allocation.dsa_chains import random_chain as draw_chain
+from fedlp.allocation.dsa_operations import DEFORMS, MATRIX_ONLY, POSTS, STICKS
 from fedlp.errors import AllocationError
 
 Op = Callable[[Tensor], Tensor]

@@ -1,0 +1,75 @@
+"""Renamed options: old names stay, and warn once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+RENAMED: Mapping[str, str] = {
+    "strategy.masks": "strategy.unit_selection",
+    "strategy.mask_unit": "strategy.upload_unit",
+    "strategy.weighting": "aggregator.weighting",
+    "strategy.batch_norm": "aggregator.batch_norm",
+    "strategy.encoding": "upload",
+    "strategy.entropy_coding": "upload.entropy_coding",
+    "strategy.coarseness": "upload.coarseness",
+    "strategy.values": "upload.values",
+    "strategy.error_feedback": "upload.error_feedback",
+    "strategy.skip_backward": "local.skip_backward",
+    "strategy.server_optimizer": "server_optimizer",
+    "strategy.server_lr": "server_optimizer.lr",
+    "strategy.server_momentum": "server_optimizer.momentum",
+    "strategy.server_beta2": "server_optimizer.beta2",
+    "strategy.server_epsilon": "server_optimizer.epsilon",
+}
+"""Old option -> new option; a new option without a dot is a choice of a group."""
+
+RENAMED_CHOICES: Mapping[tuple[str, str], str] = {("strategy", "fedlp"): "fedlp_plan"}
+
+_told: set[str] = set()
+
+
+def current_override(override: str) -> str:
+    """Return a command line override in today's names; says on stderr, once, that an old one was used."""
+    key, equals, value = override.partition("=")
+    prefix, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
+    if name in RENAMED:
+        _tell(name, RENAMED[name])
+        name, prefix = RENAMED[name], prefix if "." in RENAMED[name] else ""
+    for (group, old), new in RENAMED_CHOICES.items():
+        if name == group and re.search(rf"(^|,){old}(,|$)", value):
+            _tell(f"{group}={old}", f"{group}={new}")
+            value = re.sub(rf"(?<![^,]){old}(?![^,])", new, value)
+    return f"{prefix}{name}{equals}{value}"
+
+
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored config in today's layout: one that an earlier version wrote is divided into today's groups."""
+    strategy = config.get("strategy")
+    if not isinstance(strategy, Mapping) or "encoding" not in strategy:
+        return dict(config)
+    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    own = found["strategy"]
+    own["name"] = RENAMED_CHOICES.get(("strategy", str(own.get("name"))), own.get("name"))
+    for old, new in RENAMED.items():
+        option = old.removeprefix("strategy.")
+        if option in own:
+            group, _, name = new.partition(".")
+            target = found.setdefault(group, {})
+            if isinstance(target, dict):
+                target[name or "name"] = own.pop(option)
+    found.setdefault("aggregator", {})["name"] = "coverage_average"
+    return found
+
+
+def _tell(old: str, new: str) -> None:
+    if old not in _told:
+        _told.add(old)
+        print(f"fedlp: {old} is now {new}; the old name works for now", file=sys.stderr)
+
+
+def current_overrides(overrides: Iterable[str]) -> list[str]:
+    """Return overrides in today's names."""
+    return [current_override(override) for override in overrides]

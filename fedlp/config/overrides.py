@@ -1,0 +1,49 @@
+"""Command line overrides before Hydra sees them: old names, options of parts, and parts that have no YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from fedlp import registry
+from fedlp.config.aliases import current_override
+from fedlp.config.reading import part_groups
+
+
+def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> list[str]:
+    """Return overrides as Hydra is to see them.
+
+    An option of a part is added by force, since the part's own schema checks it later. A choice that has no YAML in
+    the config tree, such as ``module:object``, becomes known to Hydra.
+    """
+    groups = part_groups(schema)
+    prepared = []
+    for override in map(current_override, overrides):
+        key = override.partition("=")[0]
+        group, _, option = key.lstrip("+").partition(".")
+        if group in groups and option and "=" in override:
+            override = f"++{override.lstrip('+')}"
+        elif group in groups and "=" in override:
+            _store_choices(group, groups[group].kind, groups[group].key, conf, override)
+        prepared.append(override)
+    return prepared
+
+
+def _store_choices(group: str, kind: str, key: str, conf: Path, override: str) -> None:
+    """Make choices without a YAML known to Hydra, where they can be parts."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return  # Hydra says what is wrong with it
+    choices = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
+    for choice in map(str, choices):
+        name = choice.strip("'\"")
+        if (conf / group / f"{name}.yaml").is_file():
+            continue
+        if ":" in name or name in registry.names(kind):
+            node = {key: name} if key == "name" else {key: name, "name": name.rpartition(":")[2]}
+            ConfigStore.instance().store(group=group, name=name, node=node)

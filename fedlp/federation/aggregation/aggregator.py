@@ -1,0 +1,56 @@
+"""Protocol of aggregators, and the aggregator of all published methods here: the coverage average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fedlp.federation.aggregation.coverage import Keeps
+from fedlp.federation.aggregation.coverage_average import CoverageAverage
+from fedlp.registry import register
+
+
+class Accumulator(Protocol):
+    """Aggregation of one round, fed one update at a time."""
+
+    def add(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> None:
+        """Count in one client's update.
+
+        Parameters
+        ----------
+        params : mapping from tensor name to Tensor
+            Returned values; any subset of the global names. Not modified.
+        keeps : mapping from tensor name to one Keep per dimension
+            Global indices that a returned tensor covers; the whole tensor where the name is absent.
+        weight : float
+            Client's weight, finite and > 0.
+        """
+
+    def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the new global values, and the fraction of each tensor's entries that somebody returned.
+
+        Entries that nobody returned have their old bits.
+        """
+
+    def covered(self, name: str) -> bool | Tensor:
+        """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
+
+
+class Aggregator(Protocol):
+    """Protocol of the kind ``aggregator``."""
+
+    def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+        """Return an accumulator for one round over the current global values, which it does not modify."""
+
+
+@register("aggregator", "coverage_average")
+@dataclass(frozen=True)
+class CoverageAverageRule:
+    """Weighted average of each entry over the clients that returned it."""
+
+    def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+        """Return an accumulator; streaming, float64."""
+        return CoverageAverage(params)

@@ -1,0 +1,303 @@
+"""Policy of FedLP-Plan: units of each layer, and what the server remembers of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlp.allocation.budget.costs import CostModel
+from fedlp.allocation.evidence import needs_of
+from fedlp.errors import AllocationError
+from fedlp.federation.sampling import sample_uploads
+from fedlp.federation.strategies.plan_evidence import pool_input_norms
+from fedlp.federation.strategies.plan_solver import Counts, PlanSolver
+from fedlp.federation.strategies.policy import Answer, Case, Memory, PolicyContext
+from fedlp.rng import Stream, generator
+from fedlp.types import Assignment, Keep, PrunableLayer, SubModel
+
+_SCORE, _SEEN, _HELD = "score", "seen", "held"  # first part of the names of remembered tensors
+
+
+class PlanOptions(Protocol):
+    """Options of :class:`~fedlp.federation.strategies.fedlp_plan.FedLPPlan` that the policy reads."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable parameters that uploads leave out."""
+
+    @property
+    def spread(self) -> str:
+        """Division of the upload budget among layers."""
+
+    @property
+    def unit_selection(self) -> str:
+        """Who chooses the units that are sent."""
+
+    @property
+    def upload_unit(self) -> str:
+        """Unit of the layer draw."""
+
+    @property
+    def refresh_every(self) -> int:
+        """Rounds between fresh measurements."""
+
+    @property
+    def warmup_rounds(self) -> int:
+        """First rounds without sparsity."""
+
+    @property
+    def ramp_rounds(self) -> int:
+        """Rounds of the ramp."""
+
+    @property
+    def ramp_from(self) -> float:
+        """Sparsity before the ramp."""
+
+    @property
+    def width_multiple(self) -> int:
+        """Multiple that widths are rounded to."""
+
+    @property
+    def regrow(self) -> float | None:
+        """Fraction of the units that goes to the least recently updated ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanPolicy:
+    """Policy of FedLP-Plan.
+
+    Parameters
+    ----------
+    costs : CostModel
+        Costs of the model's prunable layers.
+    rates : float or tuple of float
+        Layer-preserving rate, or one per client.
+    """
+
+    context: PolicyContext
+    options: PlanOptions
+    costs: CostModel
+    rates: float | tuple[float, ...] = 1.0
+
+    @cached_property
+    def solver(self) -> PlanSolver:
+        """Units of each layer by budget."""
+        return PlanSolver(self.context, self.options.spread, self.options.width_multiple, self.costs)
+
+    @property
+    def _layers(self) -> tuple[PrunableLayer, ...]:
+        return self.context.submodels.layers
+
+    def sparsity(self, server_round: int) -> float:
+        """Return the sparsity of uploads in a round: 0 at first, then from ``ramp_from`` to the last value."""
+        options = self.options
+        done = server_round - options.warmup_rounds
+        if done <= 0:
+            return 0.0
+        progress = min(done / (options.ramp_rounds + 1), 1.0)
+        return options.ramp_from + progress * (options.sparsity - options.ramp_from)
+
+    def counts(
+        self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
+    ) -> tuple[Counts, Counts]:
+        """Return the units of each axis that a client gets, and those that it sends.
+
+        Raises
+        ------
+        AllocationError
+            If the client's budget is out of reach; names the client and the limit.
+        """
+        return self.solver.counts(self.sparsity(server_round), client_id, memory, params)
+
+    # ---- the units
+    def assign(
+        self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
+    ) -> Assignment:
+        """Return the client's assignment; AllocationError where its budget is out of reach."""
+        options, layers = self.options, self._layers
+        held, sent = self.counts(server_round, client_id, memory, params)
+        fresh = (server_round - 1) % options.refresh_every == 0
+        own = self._own(client_id, memory)
+        ranked = self._ranked(server_round, client_id, sent, own, memory)
+        widths = {
+            x.name: Keep.from_indices(np.sort(ranked[x.name][: held[x.name]]), x.num_units)
+            for x in layers
+            if held[x.name] < x.num_units
+        }
+        submodel = SubModel(widths=widths)
+        pruned = [x for x in layers if sent[x.name] < held[x.name]]
+        chooses = options.unit_selection == "client" and (fresh or not own)
+        kept = {x.name: sent[x.name] for x in pruned} if chooses else {}
+        returned = (
+            {}
+            if chooses
+            else {x.name: Keep.from_indices(np.sort(ranked[x.name][: sent[x.name]]), x.num_units) for x in pruned}
+        )
+        evidence = self._evidence if fresh else frozenset[str]()
+        uploads = self._uploads(server_round, client_id, submodel)
+        return Assignment(server_round, client_id, submodel, uploads, kept, returned, evidence)
+
+    def _ranked(
+        self, server_round: int, client_id: int, sent: Counts, own: Mapping[str, Tensor], memory: Memory
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the units of each layer in the order in which the client is to have them."""
+        whose = 0 if self.options.unit_selection == "server" else client_id  # the server draws alike for all clients
+        ranked = {}
+        for number, x in enumerate(self._layers):
+            rng = generator(self.context.seed, Stream.UNITS, server_round, whose, number)
+            ranked[x.name] = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
+        return ranked
+
+    def _uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
+        """Return the tensors that come back: a layer draw, maybe without the statistics of batch norms."""
+        submodels, batch_norm, rate = self.context.submodels, self.context.batch_norm, self._rate(client_id)
+        uploads = submodels.layout(submodel).name_set
+        if rate < 1.0:
+            layers = submodels.spec.layers
+            uploads = sample_uploads(self.context.seed, server_round, client_id, layers, rate, self.options.upload_unit)
+        narrow = batch_norm == "whole" and submodel.widths and self._somebody_is_whole
+        if narrow or batch_norm == "static":
+            uploads -= submodels.statistics  # a narrow model's are not a wide one's
+        return uploads
+
+    def _rate(self, client_id: int) -> float:
+        return self.rates if isinstance(self.rates, float) else self.rates[client_id]
+
+    @cached_property
+    def _evidence(self) -> frozenset[str]:
+        """Measurements that clients send in a round of fresh ones."""
+        options, limited = self.options, self._somebody_is_limited
+        allocates = limited or options.spread == "allocator"
+        needs = needs_of(self.context.allocator) if allocates else frozenset[str]()
+        ranks = options.unit_selection != "random" and (
+            limited or (options.unit_selection == "server" and self._regrow < 1)
+        )
+        found = set()
+        if self.context.scores_units and (ranks or needs & {"unit_scores", "error_curves"}):
+            found.add("unit_scores")
+        if "input_norms" in needs:
+            found.add("input_norms")
+        return frozenset(found)
+
+    def settled(self) -> PlanPolicy:
+        """Return the policy without regrowth: the units that score best are held."""
+        return PlanPolicy(self.context, replace(self.options, regrow=0.0), self.costs, self.rates)  # type: ignore[type-var]
+
+    @cached_property
+    def _somebody_is_whole(self) -> bool:
+        return any(not held.widths for held, _ in self._kinds)
+
+    @cached_property
+    def _somebody_is_limited(self) -> bool:
+        return any(held.widths for held, _ in self._kinds)
+
+    @cached_property
+    def _regrow(self) -> float:
+        """Return the option, or where it is None 0, if clients that hold all move what others lack; else 1."""
+        given = self.options.regrow
+        if given is not None:
+            return given
+        return 0.0 if self._somebody_is_limited and self._somebody_is_whole else 1.0
+
+    @cached_property
+    def _kinds(self) -> list[tuple[SubModel, SubModel]]:
+        """Return the last round's sub-model and upload of every kind of client, without any measurements."""
+        found = []
+        for client_id in sorted({self._first_like(client_id) for client_id in range(len(self.context.budgets))}):
+            with suppress(AllocationError):
+                found.append(self._case(self.context.num_rounds, client_id))
+        return found
+
+    def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
+        """Return the units that a client returned last, as booleans; empty where the server chooses."""
+        prefix = f"{_HELD}.{client_id}."
+        if self.options.unit_selection != "client":
+            return {}
+        return {x.name: memory[prefix + x.name] for x in self._layers if prefix + x.name in memory}
+
+    def _rank(
+        self, layer: PrunableLayer, own: Tensor | None, sent: int, memory: Memory, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Return the units of a layer, those that a client is to have first.
+
+        First come the least recently updated units, as many as ``regrow`` says; then the client's own, then all others
+        by their scores. Units without scores come in their order, or at random.
+        """
+        axis, size = layer.name, layer.num_units
+        if self.options.unit_selection == "random" or not self.context.scores_units:
+            ranked = rng.permutation(size)
+        else:
+            scores = memory.get(f"{_SCORE}.{axis}")
+            keys = np.zeros(size) if scores is None else -scores.numpy()
+            mine = np.zeros(size, dtype=bool) if own is None else own.numpy()
+            ranked = np.lexsort((np.arange(size), keys, ~mine))
+        count = int(self._regrow * sent)
+        seen = memory.get(f"{_SEEN}.{axis}")
+        if not count or seen is None:
+            return ranked
+        stale = np.lexsort((rng.permutation(size), seen.numpy()))[:count]
+        return np.concatenate([stale, ranked[~np.isin(ranked, stale)]])
+
+    # ---- the memory
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
+        """Return pooled scores and input norms, each unit's last round, and each client's last units.
+
+        A unit's score is the mean over the clients that scored it, weighted by their examples; one that nobody has
+        scored in this round keeps its score.
+        """
+        found = dict(memory)
+        for layer in self._layers:
+            axis, size = layer.name, layer.num_units
+            total, weight = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+            seen = found.get(f"{_SEEN}.{axis}", torch.zeros(size, dtype=torch.int64)).clone()
+            for assigned, answer in answers:
+                sent = torch.from_numpy(answer.widths.get(axis, Keep.full(size)).indices())
+                seen[sent] = server_round
+                if axis in answer.scores:
+                    held = torch.from_numpy(assigned.submodel.widths.get(axis, Keep.full(size)).indices())
+                    total[held] += answer.num_examples * answer.scores[axis]
+                    weight[held] += answer.num_examples
+                if self.options.unit_selection == "client":
+                    mine = torch.zeros(size, dtype=torch.bool)
+                    mine[sent] = True
+                    found[f"{_HELD}.{answer.client_id}.{axis}"] = mine
+            old = found.get(f"{_SCORE}.{axis}", torch.zeros(size, dtype=torch.float64))
+            found[f"{_SCORE}.{axis}"] = torch.where(weight > 0, total / weight.clamp(min=1.0), old)
+            found[f"{_SEEN}.{axis}"] = seen
+        return found | pool_input_norms(self._layers, found, answers)
+
+    def cases(self, client_ids: Sequence[int]) -> list[Case]:
+        """Return one case per kind of client, with the counts that hold before anything is known of the units.
+
+        Clients whose budgets are out of reach are left out.
+        """
+        kinds = Counter((self._first_like(client_id), self._rate(client_id)) for client_id in client_ids)
+        find = lru_cache(self._case)
+        found = []
+        for (client_id, rate), count in kinds.items():
+            with suppress(AllocationError):
+                submodel, sent = find(self.context.num_rounds, client_id)
+                found.append(Case(submodel, float(count), rate, sent))
+        total = sum(case.probability for case in found)
+        return [replace(case, probability=case.probability / total) for case in found]
+
+    def _first_like(self, client_id: int) -> int:
+        """Return the first client of the same budget."""
+        return self.context.budgets.index(self.context.budgets[client_id])
+
+    def _case(self, server_round: int, client_id: int) -> tuple[SubModel, SubModel]:
+        sizes = {layer.name: layer.num_units for layer in self._layers}
+        held, sent = (
+            SubModel(widths={a: Keep.first(counts[a], size) for a, size in sizes.items() if counts[a] < size})
+            for counts in self.counts(server_round, client_id, {})
+        )
+        return held, sent

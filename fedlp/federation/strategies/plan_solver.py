@@ -1,0 +1,128 @@
+"""Units of each layer by budget: the allocation rule within every limit of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import numpy as np
+from torch import Tensor
+
+from fedlp.allocation.budget.constraints import round_client
+from fedlp.allocation.budget.costs import COSTS, CostModel
+from fedlp.allocation.budget.solve import Cost
+from fedlp.allocation.evidence import needs_of
+from fedlp.allocation.rules.dp import allocate_by_curves
+from fedlp.allocation.rules.uniform import Uniform
+from fedlp.federation.strategies.plan_evidence import round_evidence
+from fedlp.federation.strategies.policy import Memory, PolicyContext
+from fedlp.types import Budget
+
+Counts = Mapping[str, int]
+
+
+class PlanSolver:
+    """Solves budgets into units per layer; clients of one budget share the solution.
+
+    Parameters
+    ----------
+    spread : "macs" or "allocator"
+        Division of the upload budget among layers.
+    width_multiple : int
+        Multiple that widths are rounded to where budgets allow.
+    """
+
+    def __init__(self, context: PolicyContext, spread: str, width_multiple: int, costs: CostModel) -> None:
+        self._context, self._layers, self._costs = context, context.submodels.layers, costs
+        self._spread, self._multiple = spread, width_multiple
+        self._solved: dict[Any, Counts] = {}
+        self._seen: tuple[Any, Any] = (None, None)  # memory and model that the solutions are of
+
+    def counts(
+        self, sparsity: float, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None
+    ) -> tuple[Counts, Counts]:
+        """Return the units of each axis that a client gets, and those that it sends at a sparsity of uploads."""
+        if self._seen[0] is not memory or self._seen[1] is not params:
+            self._solved.clear()
+            self._seen = (memory, params)
+        budget = self._context.budgets[client_id]
+        whole = {layer.name: layer.num_units for layer in self._layers}
+        held: Counts = whole
+        if _limits_what_is_held(budget):
+            held = self._solve(replace(budget, upload_bytes=None), whole, client_id)
+        upload_bytes = None if budget is None else budget.upload_bytes
+        if not sparsity and upload_bytes is None:
+            return held, held
+        most = None
+        if sparsity:
+            full, least = self._params(whole), self._params(dict.fromkeys(whole, 0))
+            most = full - sparsity * (full - least)
+        if self._spread == "macs":  # the same for all, as far as a client holds it
+            moves = self._solve(Budget(params=most), whole, client_id, "macs")
+            sent = {name: min(moves[name], held[name]) for name in held}
+            return held, self._solve(Budget(upload_bytes=upload_bytes), sent, client_id, "macs")
+        return held, self._solve(Budget(params=most, upload_bytes=upload_bytes), held, client_id)
+
+    def _params(self, kept: Counts) -> float:
+        row = np.array([[kept[name] for name in self._costs.layers]], dtype=np.float64)
+        return float(self._costs.evaluate(row)[0, COSTS.index("params")])
+
+    def _solve(self, budget: Budget, most: Counts, client_id: int, spread: str = "allocator") -> Counts:
+        """Return the units that a budget leaves of ``most``."""
+        key = budget, tuple(most.values()), spread
+        if key not in self._solved:
+            self._solved[key] = self._fit(budget, most, client_id, spread)
+        return self._solved[key]
+
+    def _fit(self, budget: Budget, most: Counts, client_id: int, spread: str) -> Counts:
+        layers, costs = self._layers, self._costs
+        limits = costs.limits(budget, None)
+        bounds = {x.name: (1.0 - most[x.name] / x.num_units, 1.0) for x in layers}
+        sparsity = {x.name: 1.0 - most[x.name] / x.num_units for x in layers}
+
+        def load(kept: Mapping[str, float]) -> float:
+            row = np.array([[min(kept[name], most[name]) for name in costs.layers]], dtype=np.float64)
+            return float((costs.evaluate(row)[0] / limits).max())
+
+        if load(most) <= 1.0:
+            return most
+        least = dict.fromkeys(costs.layers, 1)
+        if load(least) <= 1.0:  # else the rounding says what is out of reach
+            found = self._by_work(load, most) if spread == "macs" else self._by_rule(load, most)
+            sparsity = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
+        return round_client(
+            layers, sparsity, costs, budget, client_id=client_id, bounds=bounds, multiple=self._multiple
+        )
+
+    def _by_rule(self, load: Cost, most: Counts) -> Mapping[str, int]:
+        """Return the units that the allocation rule keeps; uniform until its evidence has come."""
+        rule, (memory, params) = self._context.allocator, self._seen
+        whole, none = load(most), load(dict.fromkeys(most, 0))
+        sparsity = min(max((whole - 1.0) / (whole - none), 0.0), 1.0)
+        evidence = round_evidence(self._context.submodels, most, sparsity, memory, params)
+        needs = needs_of(rule)
+        if not all(evidence.has(need) for need in needs):
+            return Uniform()(self._layers, evidence, load, 1.0)
+        layers = evidence.layers if needs & {"unit_scores", "error_curves"} else self._layers
+        return rule(layers, evidence, load, 1.0)
+
+    def _by_work(self, load: Cost, most: Counts) -> Counts:
+        r"""Return the units that maximise :math:`\sum_l m_l \log f_l` within the budget, to about a per cent.
+
+        :math:`m_l` are the MACs of a layer, :math:`f_l` the fraction of its weights that is sent. Where weights are
+        counted, that fraction is in proportion to the MACs per weight, as far as there are weights.
+        """
+        macs = COSTS.index("macs")
+        row = np.array([[most[name] for name in self._costs.layers]], dtype=np.float64)
+        without = row * (1.0 - np.eye(row.size))  # the layers that one axis takes part in, all units of it gone
+        work = self._costs.evaluate(row)[:, macs] - self._costs.evaluate(without)[:, macs]
+        by_name = dict(zip(self._costs.layers, work.tolist(), strict=True))
+        held = [replace(x, num_units=most[x.name]) for x in self._layers]
+        left = {x.name: np.arange(x.num_units - 1, 0, -1) / x.num_units for x in held}
+        curves = {x.name: (-by_name[x.name] * np.log(left[x.name])).tolist() for x in held}
+        return allocate_by_curves(held, curves, load, 1.0)
+
+
+def _limits_what_is_held(budget: Budget | None) -> TypeGuard[Budget]:
+    return budget is not None and replace(budget, upload_bytes=None) != Budget()

@@ -1,0 +1,200 @@
+"""Protocol of strategies: which sub-model a client gets in a round, and which of its tensors it returns.
+
+FedLP (Zhu et al., ICC 2023), HeteroFL (Diao et al., ICLR 2021), FjORD (Horvath et al., NeurIPS 2021) and FedRolex (Alam
+et al., NeurIPS 2022) differ only here; messages, aggregation and the round are the same for all.
+
+A part of kind ``strategy`` holds a method's options, and makes a :class:`Policy` for one model and one fleet. A policy
+also states its distribution over sub-models, from which a dry run computes expected costs without drawing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedlp.allocation.budget.costs import CostModel
+from fedlp.allocation.evidence import AllocationRule
+from fedlp.federation.submodels import SubModels
+from fedlp.types import Assignment, Budget, ClientReport, SubModel
+
+Memory = Mapping[str, Tensor]
+"""Values that a policy carries from round to round: part of the server's state, so of every checkpoint."""
+
+Answer = tuple[Assignment, ClientReport]
+"""A client's assignment, and its good answer to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One possible assignment.
+
+    Attributes
+    ----------
+    submodel : SubModel
+        Sub-model that the client gets.
+    probability : float
+        Probability that a client has it, in [0, 1].
+    layer_preserving_rate : float
+        Rate at which its layers are sent, in [0, 1].
+    sent : SubModel or None
+        Part of each layer that it sends; all it has where None.
+    """
+
+    submodel: SubModel
+    probability: float
+    layer_preserving_rate: float = 1.0
+    sent: SubModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """Options of a strategy that clients read.
+
+    Attributes
+    ----------
+    keeps_heads : bool
+        Whether personal heads are kept between rounds.
+    train_sent : bool
+        Whether only entries that will be sent are trained, where the server has chosen the units.
+    criterion : "weights" or "update"
+        Values whose loss scores measure: the client's weights, or its update of them.
+    compensate : bool
+        Whether the weights that are sent make up for the units left out.
+    """
+
+    keeps_heads: bool = False
+    train_sent: bool = False
+    criterion: str = "weights"
+    compensate: bool = False
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """Setting that a policy is made for.
+
+    Attributes
+    ----------
+    budgets : tuple of Budget or None
+        One per client.
+    fit : callable
+        Returns the index of the largest of some sub-models, in rising order, that each client's budget holds;
+        ConfigError where none does.
+    layer_costs : callable
+        Returns the costs of any choice of units of the prunable layers.
+    allocator : AllocationRule
+        Rule that divides a budget among layers.
+    batch_norm : "average", "whole" or "static"
+        Whose running statistics enter the global model.
+    scores_units : bool
+        Whether the pruner's score looks at the client's data or weights; else it is random.
+    """
+
+    seed: int
+    num_clients: int
+    num_rounds: int
+    submodels: SubModels
+    budgets: tuple[Budget | None, ...]
+    fit: Callable[[Sequence[SubModel]], tuple[int, ...]]
+    layer_costs: Callable[[], CostModel]
+    allocator: AllocationRule
+    batch_norm: str = "average"
+    scores_units: bool = True
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether some client has a budget."""
+        return any(budget is not None for budget in self.budgets)
+
+
+class Policy(Protocol):
+    """Decisions of a method for one client in one round."""
+
+    def assign(
+        self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
+    ) -> Assignment:
+        """Return the client's assignment; AllocationError where its budget cannot be met.
+
+        Parameters
+        ----------
+        params : mapping from tensor name to Tensor, optional
+            Global values; a policy that looks at none ignores them.
+        """
+
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
+        """Return the memory after a round, from the good answers in the order of client ids."""
+
+    def cases(self, client_ids: Sequence[int]) -> list[Case]:
+        """Return the distribution over assignments; probabilities sum to 1."""
+
+
+class Strategy(Protocol):
+    """Protocol of the kind ``strategy``: a method's options.
+
+    Attributes
+    ----------
+    client : ClientOptions
+        Optional; those of a plain method where absent.
+    """
+
+    def policy(self, context: PolicyContext) -> Policy:
+        """Return the method's policy; ConfigError for options that do not fit the model or the number of clients."""
+
+
+class StatelessPolicy(ABC):
+    """Policy without memory: a sub-model and an upload set per client and round."""
+
+    @abstractmethod
+    def submodel(self, server_round: int, client_id: int) -> SubModel:
+        """Return the part of the global model that the client gets and trains."""
+
+    @abstractmethod
+    def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
+        """Return the tensors that the client sends back."""
+
+    def assign(
+        self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
+    ) -> Assignment:
+        """Return sub-model and uploads."""
+        submodel = self.submodel(server_round, client_id)
+        return Assignment(server_round, client_id, submodel, self.uploads(server_round, client_id, submodel))
+
+    def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
+        """Stateless: return memory unchanged."""
+        return memory
+
+
+def client_options(strategy: object) -> ClientOptions:
+    """Return the options of a strategy that clients read."""
+    found = getattr(strategy, "client", None)
+    return found if isinstance(found, ClientOptions) else ClientOptions()
+
+
+def settled(policy: Policy) -> Policy:
+    """Return the policy that assigns each client its best sub-model, without exploration; the policy itself mostly."""
+    method = getattr(policy, "settled", None)
+    found: Policy = policy if method is None else method()
+    return found
+
+
+@dataclass(frozen=True)
+class FixedPolicy(StatelessPolicy):
+    """Policy of a function ``(server_round, client_id) -> SubModel``; all tensors of the sub-model come back."""
+
+    context: PolicyContext
+    choose: Callable[[int, int], SubModel] = field(default=lambda server_round, client_id: SubModel())
+
+    def submodel(self, server_round: int, client_id: int) -> SubModel:
+        """Return the function's sub-model."""
+        return self.choose(server_round, client_id)
+
+    def uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
+        """Return all tensors of the sub-model."""
+        return self.context.submodels.layout(submodel).name_set
+
+    def cases(self, client_ids: Sequence[int]) -> list[Case]:
+        """Return one case per client, as in the first round."""
+        return [Case(self.choose(1, client_id), 1.0 / len(client_ids)) for client_id in client_ids]
