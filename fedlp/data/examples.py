@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,24 +21,30 @@ class DataInfo:
 
     Attributes
     ----------
+    task : str
+        Name of the task that the targets are for; see :mod:`fedlp.tasks`.
     input_shape : tuple of int
-        (C, H, W) of an image, or (sequence_length,) of a text.
+        (C, H, W) of an image, (sequence_length,) of a text, any shape of an array.
     num_classes : int
-        Classes, or the vocabulary's size.
+        Number of the model's outputs: classes, labels or values; the vocabulary's size of a language model.
     num_train, num_test : int or None
         Examples; None where only loading tells.
     mean, std : tuple of float
-        Per channel of the training images on a [0, 1] scale; empty for language.
+        Per channel of the training images on a [0, 1] scale; empty where inputs are not normalised.
     augment : bool
         Whether training images are to be varied: a random crop after zero padding, and a flip where ``flip`` allows it.
     padding : int
         Pixels of zero padding on every side before the random crop.
     flip : bool
         Whether a mirrored image keeps its class (a mirrored digit does not).
+    vocabulary : int or None
+        Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
+    labels : tuple of str
+        Name of each class or label; empty where they have none.
     """
 
     name: str
-    task: Literal["classification", "language"]
+    task: str
     input_shape: tuple[int, ...]
     num_classes: int
     num_train: int | None
@@ -48,6 +54,8 @@ class DataInfo:
     augment: bool = False
     padding: int = 0
     flip: bool = False
+    vocabulary: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,11 @@ class Examples:
     Attributes
     ----------
     inputs : Tensor
-        Images: uint8 (n, C, H, W). Language: int64 (n, sequence_length + 1) token ids, padded at the end with
-        ``IGNORE_INDEX``; position ``i + 1`` is what position ``i`` predicts.
+        Images: uint8 (n, C, H, W). Arrays: float32 (n, ...). Text: int64 (n, tokens), padded at the end with
+        ``IGNORE_INDEX``; for language modelling sequence_length + 1 of them, where position ``i`` predicts ``i + 1``.
     targets : Tensor
-        int64 (n,): the class; for language the document's number.
+        int64 (n,): the class; for language modelling the document's number. float32 (n,) or (n, k): values. uint8
+        (n, k): whether the example has each label.
     groups : (n,) int64 or None
         Natural owner of each example (document, speaker, file).
     """

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fedlp.models.layers import find_frozen, freeze, owner_of
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 
-Task = Literal["classification", "language"]
+Task = str
 
 
 class Blueprint(ABC):
