@@ -126,6 +126,19 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
     raise ConfigError(f"there is no {kind} {name}; {hint} One of your own is given as MODULE:OBJECT")
 
 
+def name_of(kind: str, target: Callable[..., Any]) -> str:
+    """Return the name of a class or function as a part; one without a name is registered under its own."""
+    _check_kind(kind)
+    for (of, name), known in _PARTS.items():
+        if of == kind and known is target:
+            return name
+    own = getattr(target, "__name__", type(target).__name__)
+    taken = {name for of, name in _PARTS if of == kind}
+    name = next(name for name in (own, *(f"{own}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
+    _PARTS[kind, name] = target
+    return name
+
+
 def names(kind: str) -> tuple[str, ...]:
     """Return the names of all parts of a kind, sorted; imports none of them."""
     _check_kind(kind)

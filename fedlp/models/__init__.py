@@ -17,6 +17,7 @@ from fedlp.models.spec import (
     leading_layers,
     state_tensors,
 )
+from fedlp.registry import register
 
 if TYPE_CHECKING:
     from fedlp.config import ModelConfig
@@ -83,3 +84,9 @@ def _call(config: ModelConfig, given: dict[str, Any]) -> Any:
         raise ConfigError(
             f"model={config.source} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+@register("model", "object")
+def model_object() -> Blueprint:
+    """Model that was given to ``fedlp.simulate`` as an object; a config cannot build it again."""
+    raise ConfigError("the run's model was given as an object to fedlp.simulate; it cannot be built from a config")

@@ -54,6 +54,8 @@ def prepare_inputs(inputs: Tensor, info: DataInfo, device: torch.device) -> Tens
     batch = inputs.to(device)
     if info.task == "language":
         return batch[:, :-1].clamp(min=0)
+    if not info.mean:
+        return batch.to(torch.float32)
     mean, std = _channel_constants(info, device)
     return batch.to(torch.float32).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
