@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "slimgpt_table"))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from run import (  # noqa: E402 # the other experiment's
+from experiments.dsa_table.tables import regenerate  # noqa: E402
+from experiments.slimgpt_table.run import (  # noqa: E402
     RESNETS,
     TEXTS,
     Case,
@@ -30,8 +31,6 @@ from run import (  # noqa: E402 # the other experiment's
     evaluate,
     language_case,
 )
-from tables import write_results  # noqa: E402
-
 from fedlp.apps.model_allocator import RULES, Allocator  # noqa: E402
 from fedlp.apps.search import run_search  # noqa: E402
 from fedlp.config import compose_search  # noqa: E402
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--models", nargs="+", choices=[*TEXTS, *RESNETS], default=[*TEXTS, "resnet20"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/dsa_table"), help="where searches are kept")
+    parser.add_argument("--out", type=Path, default=HERE / "runs", help="where searches are kept")
     parser.add_argument("--collect", action="store_true", help="run nothing, only write tables and plots")
     arguments = parser.parse_args()
     results = HERE / "results"
@@ -131,7 +130,6 @@ def main() -> None:
                 out = arguments.out / name / f"seed-{seed}"
                 report = search_once(name, arguments.data, seed, out)
                 (results / f"search-{name}-{seed}.json").write_text(json.dumps(report, indent=1) + "\n")
-                (results / f"search-{name}-{seed}.png").write_bytes((out / "search.png").read_bytes())
             with one_thread(), file.open("a") as sink:
                 if name in TEXTS:
                     case = language_case(name, arguments.data, seed)
@@ -142,7 +140,7 @@ def main() -> None:
                     sink.flush()
                     score = result["metrics"].get("accuracy", result["metrics"]["loss"])
                     print(f"{name} seed {seed} {result['ratio']:.2f} {result['method']}: {score:.4f}", flush=True)
-    write_results(results)
+    regenerate(results, results)
 
 
 if __name__ == "__main__":
