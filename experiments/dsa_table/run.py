@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from experiments.dsa_table.tables import regenerate  # noqa: E402
+from experiments.dsa_table.tables import SEARCHES, regenerate  # noqa: E402
 from experiments.slimgpt_table.run import (  # noqa: E402
     RESNETS,
     TEXTS,
@@ -64,6 +64,14 @@ def search_once(name: str, data: Path, seed: int, out: Path) -> dict[str, Any]:
         run_search(config, out)
     report: dict[str, Any] = json.loads((out / "search.json").read_text())
     return report
+
+
+def add_search(file: Path, report: dict[str, Any]) -> None:
+    """Add a search's report to the file of all, instead of one of the same model and seed."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    others = [line for line in lines if (line["model"], line["seed"]) != (report["model"], report["seed"])]
+    found = sorted([*others, report], key=lambda line: (line["model"], line["seed"]))
+    file.write_text("".join(json.dumps(line) + "\n" for line in found))
 
 
 def run_case(case: Case, wanted: list[tuple[str, float]], report: dict[str, Any] | None) -> Any:
@@ -129,7 +137,7 @@ def main() -> None:
             if name in TEXTS:
                 out = arguments.out / name / f"seed-{seed}"
                 report = search_once(name, arguments.data, seed, out)
-                (results / f"search-{name}-{seed}.json").write_text(json.dumps(report, indent=1) + "\n")
+                add_search(results / SEARCHES, {"model": name, "seed": seed, **report})
             with one_thread(), file.open("a") as sink:
                 if name in TEXTS:
                     case = language_case(name, arguments.data, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ Cells = dict[tuple[str, float], list[float]]  # (method, ratio) -> score of each
 
 def regenerate(results: Path, out: Path) -> None:
     """Write ``tables.md`` and the figures that documents show from the lines in ``results`` to ``out``."""
-    write_results(results, out, figures=("lm-3.3m", "resnet20"))
+    write_results(sorted(results.glob("*.jsonl")), out, figures=("lm-3.3m", "resnet20"))
 
 
-def write_results(results: Path, out: Path, figures: Collection[str] = ()) -> None:
-    """Write ``tables.md`` and a plot of some models; scores are means over seeds, with the range over them."""
+def write_results(files: Sequence[Path], out: Path, figures: Collection[str] = ()) -> None:
+    """Write ``tables.md`` and a plot of some models, one file of lines each; scores are means and ranges over seeds."""
     out.mkdir(parents=True, exist_ok=True)
     sections = []
-    for file in sorted(results.glob("*.jsonl")):
+    for file in files:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         shared = set.intersection(*(set(line["metrics"]) for line in lines))
         for metric, title in METRICS.items():
