@@ -1,13 +1,23 @@
-"""Federated runs of an experiment: started, resumed or skipped, and what is committed of them."""
+"""Federated runs of an experiment: started, resumed or skipped under ``runs/``, and packed for the repository.
+
+python experiments/runs.py unpack experiments/per_byte/results/full-iid.runs.jsonl.xz FOLDER   # run directories again
+python experiments/runs.py pack FOLDER FILE.runs.jsonl.xz                                      # the other way round
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from fedlp.report import pack_runs, unpack_runs
+from fedlp.report.files import PACKED, RunFiles, is_packed, read_files, run_sources
+from fedlp.report.packed import read_packed, write_packed
 
 FEDLP = Path(sys.executable).with_name("fedlp")
 
@@ -27,30 +37,24 @@ def run(out: Path, overrides: Sequence[str]) -> int:
     return subprocess.run([FEDLP, *overrides, f"hydra.run.dir={out}"], check=False).returncode
 
 
-def collect(out: Path, results: Path, report_on: Sequence[str]) -> None:
-    """Copy config, manifest and rounds (without per-client costs) of every finished run; report on some folders."""
-    for manifest in sorted(out.rglob("manifest.json")):
-        if not is_finished(manifest.parent):
-            continue
-        target = results / manifest.parent.relative_to(out)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(manifest, target)
-        config = (manifest.parent / "config.yaml").read_text().splitlines()
-        (target / "config.yaml").write_text("\n".join(_without_root(line) for line in config) + "\n")
-        with (target / "rounds.jsonl").open("w") as file:
-            for line in (manifest.parent / "rounds.jsonl").read_text().splitlines():
-                file.write(json.dumps(json.loads(line) | {"clients": []}) + "\n")
-        _strip_manifest(target / "manifest.json")
-    for name in report_on:  # by names within the results, so that no report names a folder of this machine
-        if (results / name).is_dir():
-            report = [
-                FEDLP.with_name("fedlp-report"),
-                name,
-                "--out",
-                f"report-{name}",
-            ]
-            subprocess.run(report, check=True, cwd=results)
-            (results / f"report-{name}" / "report.html").unlink()  # made again from the rest at any time
+def collect(out: Path, results: Path) -> None:
+    """Merge the finished runs of every group folder in ``out`` into ``results/GROUP.runs.jsonl.xz``.
+
+    A run replaces the packed run of its name; all others stay. Per-client costs, data roots and the folders of model
+    and tokenizer files are left out.
+    """
+    for group in sorted(folder for folder in out.glob("*") if folder.is_dir()):
+        folders = [path for path in run_sources(group) if not is_packed(path) and is_finished(path)]
+        finished = {path.relative_to(group).as_posix(): _stripped(read_files(path)) for path in folders}
+        file = results / f"{group.name}{PACKED}"
+        if finished:
+            write_packed(file, (read_packed(file) if file.is_file() else {}) | finished)
+
+
+def _stripped(files: RunFiles) -> RunFiles:
+    config = None if files.config is None else "\n".join(map(_without_root, files.config.splitlines())) + "\n"
+    rounds = tuple((number, entry | {"clients": []}) for number, entry in files.rounds or ())
+    return replace(files, config=config, manifest=_stripped_manifest(files.manifest), rounds=rounds)
 
 
 def _without_root(line: str) -> str:
@@ -61,10 +65,23 @@ def _without_root(line: str) -> str:
     return f"{name}: {Path(value).name}" if name in ("  path", "  tokenizer") and "/" in value else line
 
 
-def _strip_manifest(path: Path) -> None:
-    manifest = json.loads(path.read_text())
-    dataset, model = manifest["config"]["dataset"], manifest["config"]["model"]
-    dataset["root"] = None
-    dataset["tokenizer"] = Path(dataset["tokenizer"]).name
-    model["path"] = model["path"] and Path(model["path"]).name
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+def _stripped_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    config = dict(manifest["config"])
+    dataset, model = config["dataset"], config["model"]
+    config["dataset"] = dataset | {"root": None, "tokenizer": Path(dataset["tokenizer"]).name}
+    config["model"] = model | {"path": model["path"] and Path(model["path"]).name}
+    return {**manifest, "config": config}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("pack", "unpack"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args()
+    count = (pack_runs if arguments.action == "pack" else unpack_runs)(arguments.source, arguments.target)
+    print(f"{count} runs in {arguments.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,11 +59,12 @@ def run_fedlp(
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
+    from fedlp.federation.strategies.policies import build_policy
+
     from fedlp.config import compose, to_yaml
     from fedlp.data.datasets import DataInfo, Examples
     from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
     from fedlp.federation.server.strategy import FedLPStrategy
-    from fedlp.federation.strategies.policies import build_policy
     from fedlp.federation.submodels import SubModels
     from fedlp.federation.wire import messages
     from fedlp.models import describe_model, state_tensors

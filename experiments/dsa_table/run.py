@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "slimgpt_table"))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from run import (  # noqa: E402 # the other experiment's
+from experiments.dsa_table.tables import SEARCHES, regenerate  # noqa: E402
+from experiments.slimgpt_table.run import (  # noqa: E402
     RESNETS,
     TEXTS,
     Case,
@@ -30,8 +31,6 @@ from run import (  # noqa: E402 # the other experiment's
     evaluate,
     language_case,
 )
-from tables import write_results  # noqa: E402
-
 from fedlp.apps.model_allocator import Allocator, rule_names  # noqa: E402
 from fedlp.apps.search import run_search  # noqa: E402
 from fedlp.config import compose_search  # noqa: E402
@@ -65,6 +64,14 @@ def search_once(name: str, data: Path, seed: int, out: Path) -> dict[str, Any]:
         run_search(config, out)
     report: dict[str, Any] = json.loads((out / "search.json").read_text())
     return report
+
+
+def add_search(file: Path, report: dict[str, Any]) -> None:
+    """Add a search's report to the file of all, instead of one of the same model and seed."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    others = [line for line in lines if (line["model"], line["seed"]) != (report["model"], report["seed"])]
+    found = sorted([*others, report], key=lambda line: (line["model"], line["seed"]))
+    file.write_text("".join(json.dumps(line) + "\n" for line in found))
 
 
 def run_case(case: Case, wanted: list[tuple[str, float]], report: dict[str, Any] | None) -> Any:
@@ -109,7 +116,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--models", nargs="+", choices=[*TEXTS, *RESNETS], default=[*TEXTS, "resnet20"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/dsa_table"), help="where searches are kept")
+    parser.add_argument("--out", type=Path, default=HERE / "runs", help="where searches are kept")
     parser.add_argument("--collect", action="store_true", help="run nothing, only write tables and plots")
     arguments = parser.parse_args()
     results = HERE / "results"
@@ -130,8 +137,7 @@ def main() -> None:
             if name in TEXTS:
                 out = arguments.out / name / f"seed-{seed}"
                 report = search_once(name, arguments.data, seed, out)
-                (results / f"search-{name}-{seed}.json").write_text(json.dumps(report, indent=1) + "\n")
-                (results / f"search-{name}-{seed}.png").write_bytes((out / "search.png").read_bytes())
+                add_search(results / SEARCHES, {"model": name, "seed": seed, **report})
             with one_thread(), file.open("a") as sink:
                 if name in TEXTS:
                     case = language_case(name, arguments.data, seed)
@@ -142,7 +148,7 @@ def main() -> None:
                     sink.flush()
                     score = result["metrics"].get("accuracy", result["metrics"]["loss"])
                     print(f"{name} seed {seed} {result['ratio']:.2f} {result['method']}: {score:.4f}", flush=True)
-    write_results(results)
+    regenerate(results, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Federated fine-tuning of a causal language model with the same loop: perplexity, bytes, and what pruning costs.
 
     python experiments/federated_lm/run.py --data FOLDER       # FOLDER holds models/ and text/; resumable
-    python experiments/federated_lm/run.py --collect           # only copy what is finished into results/
+    python experiments/federated_lm/run.py --collect           # only pack finished runs into results/; new tables
 
 The pretrained ``stories260K`` learns Shakespeare, whose speakers are spread over 20 clients. ``full``: everybody holds
 the whole model. ``mixed``: half of the clients hold 60 % of its parameters, so that FedAvg cannot take part. ``rates``:
@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from runs import collect, run  # noqa: E402 # the experiments'
+from experiments.federated_lm.tables import regenerate  # noqa: E402
+from experiments.runs import collect, run  # noqa: E402
 
 BYTES = ["upload.values=deltas", "upload=int8"]
 OURS = ["strategy=fedlp_plan", *BYTES, "upload.entropy_coding=false"]
@@ -56,15 +57,21 @@ TIERS = ["fleet=tiers", "fleet.fractions=[1.0,0.6]", "fleet.limited=[params]"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds models/stories260K and text/tinyshakespeare.txt")
-    parser.add_argument("--out", type=Path, default=Path("runs/federated_lm"))
+    parser.add_argument("--out", type=Path, default=HERE / "runs")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--methods", nargs="+", help="all of a group where absent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
     arguments = parser.parse_args()
-    if arguments.collect:
-        collect(arguments.out, HERE / "results", tuple(GROUPS))
-        return 0
+    code = 0 if arguments.collect else run_all(arguments)
+    if code == 0:
+        collect(arguments.out, HERE / "results")
+        regenerate(HERE / "results", HERE / "results")
+    return code
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Run what is wanted and not finished; return the first exit code that is not 0."""
     model = arguments.data / "models/stories260K"
     common = ["experiment=federated_lm", "model=hf", f"model.path={model}", f"dataset.tokenizer={model}"]
     common.append(f"dataset.root={arguments.data}/text/tinyshakespeare.txt")

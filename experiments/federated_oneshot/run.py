@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from safetensors.torch import load_file
@@ -40,12 +39,13 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.training.calibration_data import make_method
 from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from timing import describe_machine  # the benchmarks'
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from experiments.bench.timing import describe_machine  # noqa: E402
+from experiments.federated_oneshot.tables import METHOD_NAMES, regenerate, wanted_results  # noqa: E402
+
 CLIENTS = 8
-RATIOS = (0.25, 0.5)
 SEEN_FRACTION = 0.95  # of the texts that lm-3.3m was trained on
 FOUR = dict.fromkeys(("tinystories", "wikitext2-valid", "tinyshakespeare"), (SEEN_FRACTION, 1.0, 2))
 SPLITS = {  # text -> the part of it that is taken, as fractions, and how many clients share it
@@ -58,12 +58,8 @@ SPLITS = {  # text -> the part of it that is taken, as fractions, and how many c
         "four texts": {"wikitext2-test": (0.0, 0.1, 2), **FOUR},
     },
 }
-METHODS = {
-    "SlimGPT": ("pruner=slimgpt",),
-    "OBS": ("pruner=obs", "pruner.fisher=false"),
-    "OBS, Fisher": ("pruner=obs",),
-}
-WAYS = ("pooled, float32", "pooled, float64", "central", "votes", "alone 0", "alone 7")
+OPTIONS = (("pruner=slimgpt",), ("pruner=obs", "pruner.fisher=false"), ("pruner=obs",))
+METHODS = dict(zip(METHOD_NAMES, OPTIONS, strict=True))
 OVERRIDES = {
     "pooled, float32": (),
     "pooled, float64": ("upload=float64",),
@@ -205,47 +201,6 @@ def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
     return max(float((found[name] - tensor).abs().max() / tensor.abs().max()) for name, tensor in expected.items())
 
 
-def wanted_results() -> list[tuple[str, str, float]]:
-    """Return every way, method and ratio of one case."""
-    return [("dense", "", 0.0), *((way, method, ratio) for ratio in RATIOS for method in METHODS for way in WAYS)]
-
-
-def write_table(results: Path) -> None:
-    """Write ``table.md`` from all lines: means over seeds."""
-    text = ["Loss in nats per token on held-out text; bytes are one client's, in all.", ""]
-    for file in sorted(results.glob("*.jsonl")):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        for split in dict.fromkeys(line["split"] for line in lines):
-            chosen = [line for line in lines if line["split"] == split]
-            dense = mean(line["metrics"]["loss"] for line in chosen if line["way"] == "dense")
-            text += [f"**{file.stem}, {split}**: dense {dense:.4f}, {len({line['seed'] for line in chosen})} seeds", ""]
-            text += [
-                "| method | ratio | way | loss | perplexity | largest difference | up | of one model upload | seconds |"
-            ]
-            text += ["|---|---|---|---|---|---|---|---|---|"]
-            keys = {(line["ratio"], line["method"], line["way"]) for line in chosen if line["ratio"]}
-            for way, method, ratio in wanted_results():
-                if (ratio, method, way) not in keys:
-                    continue
-                same = [line for line in chosen if (line["ratio"], line["method"], line["way"]) == (ratio, method, way)]
-                text.append(f"| {method} | {ratio} | {way} | {row(same)} |")
-            text.append("")
-    (results / "table.md").write_text("\n".join(text))
-
-
-def row(same: Sequence[Mapping[str, Any]]) -> str:
-    """Return the numbers of one row of the table."""
-    loss, perplexity = (mean(line["metrics"][key] for line in same) for key in ("loss", "perplexity"))
-    difference = max(line["max_difference"] for line in same) if "max_difference" in same[0] else None
-    up = mean(line["bytes_up_per_client"] for line in same) if "bytes_up_per_client" in same[0] else None
-    shown = [
-        *(f"{loss:.4f}", f"{perplexity:.2f}", "" if difference is None else f"{difference:.1e}"),
-        *(("", "") if up is None else (f"{up / 1e3:,.1f} kB", f"{up / same[0]['bytes_of_one_model_upload']:.1%}")),
-        f"{mean(line['seconds'] for line in same):.1f}",
-    ]
-    return " | ".join(shown)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with models/ and text/")
@@ -269,8 +224,7 @@ def main() -> None:
                 out.flush()
                 name = f"{result['ratio']:.2f} {result['method']}, {result['way']}"
                 print(f"{model}, {split}, seed {seed}: {name}: {result['metrics']['loss']:.4f}", flush=True)
-        write_table(results)
-    write_table(results)
+    regenerate(results, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """FedLP's table on real CIFAR-10: FedAvg, FedLP-Homo and FedLP-Hetero, iid and Dirichlet, one after another.
 
     python experiments/fedlp_table/run.py --data ROOT            # two hours on two cores; stop and go on as you like
-    python experiments/fedlp_table/run.py --data ROOT --collect  # only copy what is finished into results/
+    python experiments/fedlp_table/run.py --data ROOT --collect  # only pack finished runs into results/; new tables
 
 Every run is an ordinary run directory under ``--out``. Finished ones are skipped, stopped ones are resumed.
 """
@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from runs import collect, run  # noqa: E402 # the experiments'
+from experiments.fedlp_table.tables import regenerate  # noqa: E402
+from experiments.runs import collect, run  # noqa: E402
 
 METHODS = {
     "fedavg": ["strategy=fedavg"],
@@ -30,9 +31,9 @@ PARTITIONS = {"iid": ["partition=iid"], "dirichlet": ["partition=dirichlet", "pa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--out", type=Path, default=Path("runs/fedlp_table"))
+    parser.add_argument("--out", type=Path, default=HERE / "runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
     arguments = parser.parse_args()
     if not arguments.collect:
         for seed in arguments.seeds:
@@ -43,7 +44,8 @@ def main() -> int:
                     code = run(out, [*common, *overrides, *partition_overrides])
                     if code:
                         return code
-    collect(arguments.out, HERE / "results", tuple(PARTITIONS))
+    collect(arguments.out, HERE / "results")
+    regenerate(HERE / "results", HERE / "results")
     return 0
 
 

@@ -2,13 +2,15 @@
 
     python experiments/per_byte/run.py --data ROOT               # hours on two cores; stop and go on as you like
     python experiments/per_byte/run.py --data ROOT --groups mixed-iid --methods ours heterofl --seeds 0 1
-    python experiments/per_byte/run.py --collect                 # only copy what is finished into results/
+    python experiments/per_byte/run.py --collect                 # only pack finished runs into results/; new tables
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
 of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``resnet18``: half as
-many rounds of a model twenty times as large. Every run is an
-ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. ``--part 0/2`` and
-``--part 1/2`` share the work of two processes.
+many rounds of a model twenty times as large.
+
+Every run is an ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. At the end
+finished runs are packed into ``results/GROUP.runs.jsonl.xz``, where they replace runs of the same name. ``--part 0/2``
+and ``--part 1/2`` share the work of two processes; then ``--collect`` packs.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from runs import collect, run  # noqa: E402 # the experiments'
-from tables import write_tables  # noqa: E402
+from experiments.per_byte.tables import regenerate  # noqa: E402
+from experiments.runs import collect, run  # noqa: E402
 
 BYTES = ["upload.values=deltas", "upload=int8"]  # a byte a weight, as ours
 FOUR, TWO = "upload=int4", "upload=int2"  # bits a weight
@@ -215,12 +217,12 @@ GROUPS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--out", type=Path, default=Path("runs/per_byte"))
+    parser.add_argument("--out", type=Path, default=HERE / "runs")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--methods", nargs="+", help="all of a group where absent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--part", default="0/1", help="which of how many processes this is")
-    parser.add_argument("--collect", action="store_true", help="run nothing, only collect")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
     arguments = parser.parse_args()
     part, parts = (int(number) for number in arguments.part.split("/"))
     wanted = [
@@ -236,9 +238,9 @@ def main() -> int:
         code = run(arguments.out / f"{group}/{method}/seed-{seed}", [*overrides, f"label={method}"])
         if code:
             return code
-    if arguments.collect:
-        collect(arguments.out, HERE / "results", tuple(GROUPS))
-        write_tables(HERE / "results", (*GROUPS, "first-look"))
+    if arguments.collect or parts == 1:
+        collect(arguments.out, HERE / "results")
+        regenerate(HERE / "results", HERE / "results")
     return 0
 
 

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
+from experiments.tables import Budgets, budget_table, runs_by_method, write_figures
+from fedlp.report.files import PACKED
 
-BUDGETS = ((3, 5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))  # MB of uplink, TMACs of all clients
-RESNET_BUDGETS = ((100, 200, 300, 400, 550, 1000), (10, 16, 22, 28, 34))
+ORDER = (  # of the tables; other groups come last
+    *("full-iid", "mixed-iid", "mixed-macs-iid", "mixed-devices", "mixed-devices-0.8"),
+    *("full-dirichlet", "mixed-dirichlet", "full-dirichlet-plain", "mixed-dirichlet-plain"),
+    *("resnet18-batch", "resnet18-group", "resnet18-mixed-batch", "resnet18-mixed-group"),
+    *("resnet18-dirichlet", "resnet18-mixed-dirichlet", "ablation-full", "ablation-mixed", "first-look"),
+)
+BUDGETS = Budgets((3, 5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))
+RESNET_BUDGETS = Budgets((100, 200, 300, 400, 550, 1000), (10, 16, 22, 28, 34))
+FULL = {
+    "ours-int2-coded": "FedLP-Plan, coded 2 bits",
+    "ours-int4": "FedLP-Plan, 4 bits",
+    "fedavg-int4": "FedAvg, 4 bits",
+    "fedavg": "FedAvg",
+    "homo-0.5": "FedLP-Homo(0.5)",
+}
+MIXED = {
+    "ours-int2-coded": "FedLP-Plan, coded 2 bits",
+    "ours-int4": "FedLP-Plan, 4 bits",
+    "ours-uniform-int4": "FedLP-Plan, 4 bits, uniform",
+    "heterofl": "HeteroFL, 8 bits",
+    "fedrolex": "FedRolex, 8 bits",
+}
 
 
-def write_tables(results: Path, groups: tuple[str, ...]) -> None:
-    """Write ``tables.md`` from the runs under ``results``."""
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md`` and the figures that documents show from the packed runs in ``results`` to ``out``."""
     lines = [
         "# Accuracy per uplink byte",
         "",
         "Accuracy in % of the global model, mean ± standard deviation over seeds; at a budget: in the last evaluated",
         "round that had sent, or computed, no more in all. Sorted by accuracy at the end.",
     ]
-    for group in groups:
-        up, macs = RESNET_BUDGETS if group.startswith("resnet") else BUDGETS
-        rows = [
-            _row(folder, up, macs)
-            for folder in sorted((results / group).glob("*"))
-            if any(folder.glob("*/rounds.jsonl"))
-        ]
-        if rows:
-            head = ["method", "seeds", "end", "uplink, MB", "client TMACs"]
-            head += [*(f"at {mb} MB" for mb in up), *(f"at {tera} TMACs" for tera in macs)]
-            lines += ["", f"## {group}", "", _line(head), _line(["---"] * len(head))]
-            lines += [_line(cells) for _, cells in sorted(rows, key=lambda row: -row[0])]
-    (results / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _row(folder: Path, up: tuple[int, ...], macs: tuple[int, ...]) -> tuple[float, list[str]]:
-    runs = [_read(path) for path in sorted(folder.glob("*/rounds.jsonl"))]
-    final = [accuracy[-1] for accuracy, *_ in runs]
-    cells = [folder.name, str(len(runs)), _spread(final)]
-    cells += [f"{np.mean([sent[-1] for _, sent, _ in runs]):.1f}", f"{np.mean([spent[-1] for *_, spent in runs]):.2f}"]
-    for budget, which in [*((mb, 1) for mb in up), *((tera, 2) for tera in macs)]:
-        reached = [[a for a, cost in zip(run[0], run[which], strict=True) if cost <= budget] for run in runs]
-        cells.append(_spread([values[-1] for values in reached]) if all(reached) else "")
-    return float(np.mean(final)), cells
-
-
-def _read(path: Path) -> tuple[list[float], list[float], list[float]]:
-    """Return accuracies, and MB sent and TMACs computed up to each of them."""
-    rounds = [json.loads(line) for line in path.read_text().splitlines()]
-    sent, spent = (np.cumsum([entry[key] for entry in rounds]) for key in ("bytes_up", "macs"))
-    evaluated = [i for i, entry in enumerate(rounds) if "accuracy" in entry["metrics"]]
-    accuracy = [100 * rounds[i]["metrics"]["accuracy"] for i in evaluated]
-    return accuracy, [float(sent[i]) / 1e6 for i in evaluated], [float(spent[i]) / 1e12 for i in evaluated]
-
-
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    found = sorted(file.name.removesuffix(PACKED) for file in results.glob(f"*{PACKED}"))
+    for group in [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]:
+        budgets = RESNET_BUDGETS if group.startswith("resnet") else BUDGETS
+        lines += ["", f"## {group}", "", *budget_table(runs_by_method(results, group), "accuracy", budgets)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    full, mixed = (runs_by_method(results, group) for group in ("full-iid", "mixed-iid"))
+    write_figures(full, FULL, ["accuracy_vs_uplink.png"], out / "report-full-iid")
+    write_figures(mixed, MIXED, ["accuracy_vs_uplink.png", "coverage.png"], out / "report-mixed-iid")

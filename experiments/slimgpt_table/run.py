@@ -27,8 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peers import PEERS, prune_with_peer
-from tables import write_results
 from torch import Tensor, nn
 
 from fedlp.apps import prune as oneshot
@@ -45,10 +43,13 @@ from fedlp.rng import Stream, generator
 from fedlp.training.local_training import one_thread, prepare_inputs
 from fedlp.types import PrunableLayer
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from timing import describe_machine  # the benchmarks'
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from experiments.bench.timing import describe_machine  # noqa: E402
+from experiments.slimgpt_table.peers import PEERS, prune_with_peer  # noqa: E402
+from experiments.slimgpt_table.tables import regenerate  # noqa: E402
+
 RATIOS = (0.2, 0.25, 0.33, 0.5)
 PEER_RATIOS = (0.3, 0.5)  # torch-pruning's criteria
 WINDOW, NUM_WINDOWS, NUM_TEST_WINDOWS = 128, 128, 64
@@ -260,7 +261,7 @@ def main() -> None:
                     out.flush()
                     score = result["metrics"].get("accuracy", result["metrics"]["loss"])
                     print(f"{name} seed {seed} {result['ratio']:.2f} {result['method']}: {score:.4f}", flush=True)
-    write_results(results)
+    regenerate(results, results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tables and plots of what ``run.py`` has measured."""
+"""Tables and plots of pruned models, one line each in ``results/MODEL.jsonl``."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ METRICS = {
 Cells = dict[tuple[str, float], list[float]]  # (method, ratio) -> score of each seed
 
 
-def write_results(results: Path) -> None:
-    """Write ``tables.md`` and one plot per model; scores are means over seeds, with the range over them."""
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md`` and the figures that documents show from the lines in ``results`` to ``out``."""
+    write_results(sorted(results.glob("*.jsonl")), out, figures=("lm-3.3m", "resnet20"))
+
+
+def write_results(files: Sequence[Path], out: Path, figures: Collection[str] = ()) -> None:
+    """Write ``tables.md`` and a plot of some models, one file of lines each; scores are means and ranges over seeds."""
+    out.mkdir(parents=True, exist_ok=True)
     sections = []
-    for file in sorted(results.glob("*.jsonl")):
+    for file in files:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         shared = set.intersection(*(set(line["metrics"]) for line in lines))
         for metric, title in METRICS.items():
@@ -33,9 +40,9 @@ def write_results(results: Path) -> None:
                     scale = 100 if metric == "accuracy" else 1
                     cells[line["method"], line["ratio"]].append(scale * line["metrics"][metric])
                 sections.append(_table(file.stem, cells, lines, metric == "accuracy", title))
-                if metric in ("loss", "accuracy"):
-                    _plot(results / f"{file.stem}.png", file.stem, cells, metric == "accuracy")
-    (results / "tables.md").write_text("\n".join(sections))
+                if metric in ("loss", "accuracy") and file.stem in figures:
+                    _plot(out / f"{file.stem}.png", file.stem, cells, metric == "accuracy")
+    (out / "tables.md").write_text("\n".join(sections))
 
 
 def _table(model: str, cells: Cells, lines: list[dict[str, Any]], is_classifier: bool, what: str) -> str:

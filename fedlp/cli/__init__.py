@@ -51,8 +51,12 @@ def _name_folder(kind: str) -> None:
 def report_main() -> None:
     """Turn one or many runs into a table, plots and one HTML page."""
     parser = argparse.ArgumentParser(prog="fedlp-report", description=report_main.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs (a sweep)")
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/report of the first)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, a folder of runs (a sweep), or a *.runs.jsonl.xz"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
+    )
     sys.exit(end(lambda: guard(lambda: report(parser.parse_args()))))
 
 

@@ -27,9 +27,9 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
     """Run Hydra's command line on one of the config tree's roots, and exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schema(config_name)
-    sys.argv[1:] = [
-        word if word.startswith("-") or "=" not in word else prepare(config_name, [word])[0] for word in sys.argv[1:]
-    ]
+    is_override = {word: "=" in word and not word.startswith("-") for word in sys.argv[1:]}
+    flags = [word for word in sys.argv[1:] if not is_override[word]]  # first: argparse takes no words between flags
+    sys.argv[1:] = flags + prepare(config_name, [word for word in sys.argv[1:] if is_override[word]])
     codes: list[int] = []
 
     def guarded(composed: DictConfig) -> None:

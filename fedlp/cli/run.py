@@ -70,8 +70,8 @@ def _print_costs(manifest: dict[str, dict[str, float]], out: Path) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report of some runs and print its table."""
-    from fedlp.report import find_runs, group_runs, summary_table, write_report
+    from fedlp.report import default_report_dir, find_runs, group_runs, summary_table, write_report
 
-    page = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report")
+    page = write_report(arguments.runs, arguments.out or default_report_dir(arguments.runs[0]))
     print(summary_table(group_runs(find_runs(arguments.runs))))
     print(f"report: {page}")

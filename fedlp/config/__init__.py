@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlp.config.aliases import current_config
 from fedlp.config.overrides import prepare_overrides
 from fedlp.config.parts import PartConfig
-from fedlp.config.reading import no_such_option, read_config, schema_node
+from fedlp.config.reading import no_such_option, part_groups, read_config, schema_node
 from fedlp.config.schema import (
     AggregatorConfig,
     AllocatorConfig,
@@ -223,6 +224,12 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
         cause = cause.__cause__
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return no_such_option(schema, unknown[1])
+    if missing := re.search(r"Could not find '(\w+)/([^']+)'", str(error)):
+        choices = sorted(path.stem for path in (config_dir() / missing[1]).glob("*.yaml"))
+        close = get_close_matches(missing[2], choices)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}"
+        own = " One of your own is MODULE:OBJECT." if missing[1] in part_groups(schema) else ""
+        return f"there is no {missing[1]}={missing[2]}; {hint}{own}"
     if str(error).startswith("Error merging override") and error.__cause__ is not None:
         return f"{one_line(error)}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))

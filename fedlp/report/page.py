@@ -1,4 +1,4 @@
-"""One self-contained HTML page from run directories."""
+"""One self-contained HTML page from run directories and packed runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlp.errors import DataError
 from fedlp.report.export import summary_json
+from fedlp.report.files import PACKED, is_packed
 from fedlp.report.groups import ABSENT, Group, clean, differences, flatten, group_runs, shorten, show
 from fedlp.report.reproduce import command
 from fedlp.report.runs import find_runs
@@ -50,6 +51,11 @@ figcaption { font-size: .9rem; }
 pre { font-size: .82rem; background: #f5f6f8; padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
 summary { cursor: pointer; padding: .2rem 0; }
 """
+
+
+def default_report_dir(path: Path) -> Path:
+    """Return the folder of a report on ``path``: ``report`` in a folder, ``report-NAME`` beside a packed file."""
+    return path.with_name(f"report-{path.name.removesuffix(PACKED)}") if is_packed(path) else path / "report"
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:

@@ -1,17 +1,15 @@
-"""Read run directories: the only door by which files come into a report."""
+"""Read run directories and packed runs: the only door by which files come into a report."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedlp.errors import DataError
+from fedlp.report.files import PACKED, RunFiles, is_packed, read_files, run_sources
+from fedlp.report.packed import read_packed
 from fedlp.report.parse import COUNTERS, is_count, mapping, numbers, only_numbers, round_record
 from fedlp.types import RoundRecord
 
@@ -108,23 +106,11 @@ def load_run(path: Path) -> Run:
     DataError
         If ``path`` is no run directory, or a file in it is damaged; names the file and, where there is one, the line.
     """
-    if not is_run(path):
-        raise DataError(f"{path} is not a run directory: it holds neither manifest.json nor rounds.jsonl")
-    manifest = _read_manifest(path / "manifest.json")
-    source = path / "config.yaml"
-    config = _read_yaml(source) if source.is_file() else None
-    if manifest.get("config") is not None:  # a resumed run may have more rounds than it had at first
-        source, config = path / "manifest.json", manifest["config"]
-    if not isinstance(config, dict):
-        raise DataError(f"{source} holds no config: a run directory needs config.yaml, or a manifest.json with one")
-    for name in ("seed", "num_rounds"):
-        if not is_count(config.get(name)):
-            raise DataError(f"{source}: {name} is {config.get(name)!r}, not a whole number; the config is damaged")
-    return Run(path, config, _read_rounds(path / "rounds.jsonl"), manifest)
+    return _checked(read_files(path))
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read every run in ``paths``, each a run directory or a folder of them at any depth.
+    """Read every run in ``paths``: run directories, packed files, and folders of either at any depth.
 
     Returns
     -------
@@ -138,89 +124,50 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs: dict[Path, Run] = {}
     for path in paths:
-        if not path.is_dir():
-            raise DataError(f"there is no folder {path}")
-        folders = list(_run_folders(path, set()))
-        if not folders:
+        found = list(_sources(path))
+        if not found:
             raise DataError(f"no run in {path}: a run directory holds manifest.json or rounds.jsonl")
-        for folder in folders:
-            if folder.resolve() not in runs:
-                runs[folder.resolve()] = load_run(folder)
+        for source in found:
+            if source.resolve() not in runs:
+                packed = read_packed(source).values() if is_packed(source) else [read_files(source)]
+                runs |= {files.path.resolve(): _checked(files) for files in packed}
     return list(runs.values())
 
 
-def is_run(path: Path) -> bool:
-    """Whether ``path`` looks like a run directory."""
-    return (path / "manifest.json").is_file() or (path / "rounds.jsonl").is_file()
+def _sources(path: Path) -> Iterator[Path]:
+    """Yield the run directories and packed files at or below ``path``."""
+    if path.is_file() and not is_packed(path):
+        raise DataError(f"{path} is neither a run directory nor a file of packed runs (*{PACKED})")
+    if not path.exists():
+        raise DataError(f"there is no folder {path}")
+    yield from run_sources(path)
 
 
-def _run_folders(path: Path, seen: set[Path]) -> Iterator[Path]:
-    if path.resolve() in seen:
-        return
-    seen.add(path.resolve())
-    try:
-        if is_run(path):
-            yield path
-            return
-        children = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    for child in sorted(children, key=_natural):
-        yield from _run_folders(child, seen)
+def _checked(files: RunFiles) -> Run:
+    manifest = _checked_manifest(files.manifest, str(files.path / "manifest.json"))
+    source, config = files.path / "config.yaml", files.parsed_config()
+    if manifest.get("config") is not None:  # a resumed run may have more rounds than it had at first
+        source, config = files.path / "manifest.json", manifest["config"]
+    if not isinstance(config, dict):
+        raise DataError(f"{source} holds no config: a run directory needs config.yaml, or a manifest.json with one")
+    for name in ("seed", "num_rounds"):
+        if not is_count(config.get(name)):
+            raise DataError(f"{source}: {name} is {config.get(name)!r}, not a whole number; the config is damaged")
+    records: dict[int, RoundRecord] = {}
+    for number, entry in files.rounds or ():
+        where = f"{files.path / 'rounds.jsonl'}, line {number}"
+        record = round_record(mapping(entry, where), where)
+        records[record.server_round] = record
+    return Run(files.path, config, tuple(records[server_round] for server_round in sorted(records)), manifest)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(_read_bytes(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise DataError(f"{path}{f', line {mark.line + 1}' if mark else ''} is damaged: it is not YAML") from error
-
-
-def _read_manifest(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+def _checked_manifest(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None:
         return {}
-    try:
-        manifest = json.loads(_read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{line} is damaged: it is not JSON") from error
-    where = str(path)
-    manifest = mapping(manifest, where)
+    manifest = mapping(value, where)
     for name in ("config", "versions", "final_metrics", *_COSTS):
         if manifest.get(name) is not None:
             mapping(manifest[name], f"{where}: {name}")
     final_metrics = numbers(manifest.get("final_metrics") or {}, f"{where}: final_metrics")
     costs = {name: only_numbers(manifest.get(name) or {}) for name in _COSTS}
     return {**manifest, **costs, "final_metrics": final_metrics}
-
-
-def _read_rounds(path: Path) -> tuple[RoundRecord, ...]:
-    if not path.is_file():
-        return ()
-    lines = _read_bytes(path).split(b"\n")
-    records: dict[int, RoundRecord] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{where} is damaged: it is not JSON") from error
-        record = round_record(mapping(entry, where), where)
-        records[record.server_round] = record
-    return tuple(records[server_round] for server_round in sorted(records))

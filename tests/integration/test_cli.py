@@ -13,6 +13,7 @@ import torch
 
 from fedlp import cli
 from fedlp.apps import federate as assembly
+from fedlp.report import pack_runs
 from tests.integration.running import TINY, Call, Finished, assert_refused, execute, read
 
 Once = Callable[..., Finished]
@@ -269,6 +270,7 @@ def test_a_misspelt_value_in_a_sweep_stops_it_before_it_starts(call: Call, tmp_p
         ("--nonsense run", "unrecognized arguments: --nonsense"),
         ("run --out file/report", "file/report"),
         ("damaged", "manifest.json"),
+        ("torn.runs.jsonl.xz", "torn.runs.jsonl.xz is damaged"),
     ],
 )
 def test_a_report_on_nonsense(arguments: str, words: str, call: Call, once: Once, tmp_path: Path) -> None:
@@ -277,6 +279,7 @@ def test_a_report_on_nonsense(arguments: str, words: str, call: Call, once: Once
     (tmp_path / "damaged" / "manifest.json").write_text("{")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "torn.runs.jsonl.xz").write_text("")
     assert_refused(call(*arguments.split(), main=cli.report_main), words)
 
 
@@ -286,6 +289,11 @@ def test_a_report(call: Call, once: Once, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert "accuracy" in out
     assert any(path.suffix == ".html" for path in (tmp_path / "run" / "report").iterdir())
+    pack_runs(tmp_path / "run", tmp_path / "one.runs.jsonl.xz")
+    code, packed, errors = call("one.runs.jsonl.xz", main=cli.report_main)
+    assert (code, errors) == (0, "")
+    assert packed.split("report: ")[0] == out.split("report: ")[0]
+    assert (tmp_path / "report-one" / "report.html").is_file()
 
 
 # ---- real processes

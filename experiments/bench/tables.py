@@ -1,0 +1,129 @@
+"""One table per benchmark from ``results/*.json``: medians of paired ratios, with quartiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.tables import line
+
+Rows = list[list[str]]
+HEADS = {
+    "step_time": ["model", "width", "step / dense step", "quartiles", "peak memory, MB", "k params", "forward MMACs"],
+    "scoring": ["model", "scoring / local epoch, time", "quartiles", "scoring / local epoch, MACs"],
+    "obs": [
+        "inputs",
+        "released form / fedlp",
+        "fedlp / unavoidable work",
+        "greedy / unavoidable work",
+        "peak memory, MB",
+    ],
+    "simulation": ["case", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
+    "simulation, peak memory": ["model", "cohort", "MB"],
+    "encoding": ["freed memory", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
+    "aggregation": ["case", "clients", "other", "fedlp / other, time", "quartiles"],
+    "aggregation, peak memory": ["method", "clients", "MB"],
+}
+
+
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md`` from the reports in ``results`` to ``out``."""
+    lines = ["# Benchmarks", "", "Medians of paired ratios and their quartiles; each file names machine and versions."]
+    for title, head in HEADS.items():
+        report = json.loads((results / f"{title.partition(',')[0]}.json").read_text())
+        rows = ROWS[title](report["results"])
+        lines += ["", f"## {title}", "", f"Commit `{report['commit'][:7]}`, {report['machine']['cores']} cores.", ""]
+        lines += [line(head), line(["---"] * len(head)), *map(line, rows)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _quartiles(ratio: Mapping[str, float], digits: int = 2) -> str:
+    return f"{ratio['q1']:.{digits}f} to {ratio['q3']:.{digits}f}"
+
+
+def _ratio(ratio: Mapping[str, float]) -> list[str]:
+    """Return a ratio over fedlp's time, its quartiles, and its inverse."""
+    return [f"{ratio['median']:.2f}", _quartiles(ratio), f"{1 / ratio['median']:.2f}"]
+
+
+def _step_time(results: Mapping[str, Any]) -> Rows:
+    return [
+        [
+            *(one["model"], f"{one['width']:.0%}", f"{one['ratio']['median']:.2f}", _quartiles(one["ratio"])),
+            *(f"{one['peak_memory_bytes'] / 1e6:.0f}", f"{one['params'] / 1e3:.1f}", f"{one['macs'] / 1e6:.1f}"),
+        ]
+        for one in results["widths"]
+    ]
+
+
+def _scoring(results: Mapping[str, Any]) -> Rows:
+    return [
+        [
+            *(one["model"], f"{one['time_ratio']['median']:.2f}", _quartiles(one["time_ratio"])),
+            f"{one['macs_ratio']:.2f}",
+        ]
+        for one in results["rows"]
+    ]
+
+
+def _obs(results: Mapping[str, Any]) -> Rows:
+    return [
+        [
+            *(str(one["n"]), f"{one['speedup']:.1f}", f"{one['limit_ratio']:.2f}", f"{one['greedy_limit_ratio']:.2f}"),
+            f"{one['peak_memory_bytes'] / 1e6:.0f}",
+        ]
+        for one in results["rows"]
+    ]
+
+
+def _simulation(results: Mapping[str, Any]) -> Rows:
+    return [
+        [case, other, *_ratio(ratio)]
+        for case, found in results.items()
+        if case != "peak_memory"
+        for other, ratio in found["ratio_over_fedlp"].items()
+        if other != "fedlp"
+    ]
+
+
+def _simulation_memory(results: Mapping[str, Any]) -> Rows:
+    peaks: Sequence[Mapping[str, Any]] = results["peak_memory"]
+    return [[one["model"], f"{one['cohort']} of {one['clients']}", f"{one['bytes'] / 1e6:.0f}"] for one in peaks]
+
+
+def _encoding(results: Mapping[str, Any]) -> Rows:
+    return [
+        [case, other, *_ratio(ratio)]
+        for key, case in {"as_is": "as the system does", "kept": "kept"}.items()
+        for other, ratio in results[key]["ratio_over_fedlp_update"].items()
+        if other != "fedlp, update"
+    ]
+
+
+def _aggregation(results: Mapping[str, Any]) -> Rows:
+    def rows() -> Iterator[list[str]]:
+        for one in results["times"]:
+            for other, ratio in one["fedlp_over"].items():
+                if other != "fedlp":
+                    yield [one["case"], str(one["clients"]), other, f"{ratio['median']:.2f}", _quartiles(ratio)]
+
+    return list(rows())
+
+
+def _aggregation_memory(results: Mapping[str, Any]) -> Rows:
+    return [[one["method"], str(one["clients"]), f"{one['bytes'] / 1e6:.0f}"] for one in results["memory"]]
+
+
+ROWS = dict(
+    zip(
+        HEADS,
+        (
+            *(_step_time, _scoring, _obs, _simulation, _simulation_memory),
+            *(_encoding, _aggregation, _aggregation_memory),
+        ),
+        strict=True,
+    )
+)
