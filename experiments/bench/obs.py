@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedlp.pruning.kernels.hessian import invert_hessian
 from fedlp.pruning.kernels.obs import Problem, eliminate, output_error, resolve_weight
-from fedlp.pruning.kernels.slimgpt import group_schedule
+from fedlp.pruning.scores.slimgpt import group_schedule
 
 DAMPING = 1e-2
 PUBLISHED_INPUTS = 11008  # of LLaMA-7B's FFN layers, which SlimGPT's group sizes are meant for

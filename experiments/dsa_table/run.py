@@ -36,9 +36,10 @@ from fedlp.apps.search import run_search  # noqa: E402
 from fedlp.config import compose_search  # noqa: E402
 from fedlp.pruning.costs.footprint import Footprint  # noqa: E402
 from fedlp.pruning.pruner import Method, Pruner  # noqa: E402
+from fedlp.pruning.scores.obs import OBS  # noqa: E402
 from fedlp.training.local_training import one_thread  # noqa: E402
 
-KERNEL = Method("obs", keeps_batch_norm=True)  # exact OBS alone: half of the time of all that ``pruner=obs`` does
+KERNEL = Method(OBS(), keeps_batch_norm=True)  # exact OBS alone: half of the time of all that ``pruner=obs`` does
 RATIOS = (0.2, 0.35, 0.5)
 SEARCHED = ("searched function", "random function", "searched vector")
 MODES = dict(zip(SEARCHED, ("evolution", "random", "vector"), strict=True))
@@ -76,7 +77,7 @@ def add_search(file: Path, report: dict[str, Any]) -> None:
 
 def run_case(case: Case, wanted: list[tuple[str, float]], report: dict[str, Any] | None) -> Any:
     """Yield one result per rule and ratio."""
-    measuring = Method("obs", fisher=True, keeps_batch_norm=True)
+    measuring = Method(OBS(), fisher=True, keeps_batch_norm=True)
     cost = Footprint(case.model, case.spec).count
     allocator = Allocator(Pruner(case.model, case.spec, case.layers, case.data, measuring), cost)
     for rule, ratio in wanted:

@@ -37,6 +37,13 @@ from fedlp.models.language import import_transformers
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.kernels.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, Method, Pruner
+from fedlp.pruning.scores.flap import Flap
+from fedlp.pruning.scores.magnitude import Magnitude
+from fedlp.pruning.scores.obs import OBS
+from fedlp.pruning.scores.random import Random
+from fedlp.pruning.scores.slimgpt import SlimGPT
+from fedlp.pruning.scores.taylor import Taylor
+from fedlp.pruning.scores.wanda import Wanda
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator
@@ -64,8 +71,8 @@ TEXTS = {  # what a model was not trained on: file -> first character as a fract
 SEEN = {"stories260K": "tinystories"}  # training text: a test apart, as all else is foreign to this model
 RESNETS = {"resnet20": "resnet20-12fca82f", "resnet32": "resnet32-d509ac18"}
 
-OURS = Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True)
-PAPER = Method("slimgpt", centred=False, damping=0.01)
+OURS = Method(OBS(), correction=1.0, fisher=True, keeps_batch_norm=True)
+PAPER = Method(SlimGPT(), centred=False, damping=0.01)
 REFIT = "least_squares"
 STEPPED = ", then Newton steps"  # towards the calibration labels
 METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
@@ -73,21 +80,21 @@ METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
     f"ours{STEPPED}": (OURS, "dp"),
     "ours, uniform": (OURS, "uniform"),
     "ours, log depth": (OURS, "log_depth"),
-    "ours, plain OBS": (Method("obs", keeps_batch_norm=True), "dp"),
+    "ours, plain OBS": (Method(OBS(), keeps_batch_norm=True), "dp"),
     "SlimGPT": (PAPER, "log_depth"),
     "SlimGPT, uniform": (PAPER, "uniform"),
     "SlimGPT, dp": (PAPER, "dp"),
-    "FLAP": (Method("flap", recovery="bias"), "flap"),
-    "FLAP, refitted": (Method("flap"), "flap"),
-    "Wanda-sp": (Method("wanda", recovery="none"), "uniform"),
-    "Wanda-sp, refitted": (Method("wanda"), "uniform"),
-    f"Wanda-sp, refitted{STEPPED}": (Method("wanda"), "uniform"),
-    "Taylor": (Method("taylor", recovery="none"), "uniform"),
-    "Taylor, refitted": (Method("taylor"), "uniform"),
-    "magnitude": (Method("magnitude", recovery="none"), "uniform"),
-    "magnitude, refitted": (Method("magnitude"), "uniform"),
-    "random": (Method("random", recovery="none"), "uniform"),
-    "random, refitted": (Method("random"), "uniform"),
+    "FLAP": (Method(Flap(), recovery="bias"), "flap"),
+    "FLAP, refitted": (Method(Flap()), "flap"),
+    "Wanda-sp": (Method(Wanda(), recovery="none"), "uniform"),
+    "Wanda-sp, refitted": (Method(Wanda()), "uniform"),
+    f"Wanda-sp, refitted{STEPPED}": (Method(Wanda()), "uniform"),
+    "Taylor": (Method(Taylor(), recovery="none"), "uniform"),
+    "Taylor, refitted": (Method(Taylor()), "uniform"),
+    "magnitude": (Method(Magnitude(), recovery="none"), "uniform"),
+    "magnitude, refitted": (Method(Magnitude()), "uniform"),
+    "random": (Method(Random(), recovery="none"), "uniform"),
+    "random, refitted": (Method(Random()), "uniform"),
 }
 
 ONLY_LANGUAGE = {  # what classifiers are spared, for time

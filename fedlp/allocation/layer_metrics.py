@@ -114,14 +114,6 @@ def wanda_elements(weight: ArrayLike, mean_square: ArrayLike) -> Vector:
     return np.abs(np.asarray(weight, dtype=np.float64)) * np.sqrt(np.asarray(mean_square, dtype=np.float64))
 
 
-def reduce_elements(elements: ArrayLike, pre: Pre, reduce: Reduce) -> float:
-    """Return one number of the table that :func:`compute_statistics` makes."""
-    if not is_defined(pre, reduce):
-        raise AllocationError(f"{reduce} after {pre}: there is no such reduction; logmean takes only id")
-    values = _checked(elements, "elements")
-    return _reductions(values, _quantiles(values), pre)[reduce]
-
-
 def _reduce_all(elements: ArrayLike, where: str) -> dict[tuple[Pre, Reduce], float]:
     values = _checked(elements, where)
     quantiles = _quantiles(values)

@@ -42,6 +42,7 @@ from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
+from fedlp.training.calibration_data import make_method
 from fedlp.training.local_training import check_loss, count_cores
 from fedlp.types import Budget, SubModel
 
@@ -134,7 +135,7 @@ class Federation:
                 layer_costs=lambda: layer_costs(submodels, config.local, encoding),
                 allocator=config.allocator.make(),
                 batch_norm=config.aggregator.batch_norm,
-                scores_units=config.pruner.name != "random",
+                scores_units=bool(make_method(config.pruner).score.needs),
             )
         )
 

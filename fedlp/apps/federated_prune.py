@@ -21,7 +21,7 @@ from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.costs import expected_costs
 from fedlp.federation.oneshot.messages import Question
 from fedlp.federation.oneshot.model import ModelStates
-from fedlp.federation.oneshot.pooled_pruner import PooledPruner
+from fedlp.federation.oneshot.pooled_pruner import PooledPruner, check_pooled
 from fedlp.federation.oneshot.server import ClientPool, tally
 from fedlp.federation.server.app import Grid
 from fedlp.federation.server.checkpoint import ServerState, write_atomically
@@ -65,6 +65,8 @@ class FederatedOneshot:
         directory: RunDirectory,
         observers: Iterable[Observer] = (),
     ) -> None:
+        if config.strategy.unit_selection == "server":
+            check_pooled(make_method(config.pruner).score)
         self.config, self.directory = config, directory
         self.plain = prune_config(config)
         model = submodels.spec.build(config.seed).eval()

@@ -16,7 +16,8 @@ from fedlp.allocation.rules.dp import allocate_by_curves
 from fedlp.pruning.precomputed_models import Stitcher
 from fedlp.pruning.pruner import Pruner
 from fedlp.pruning.reader_layers import Reader
-from fedlp.pruning.scores.criteria import flap_scores
+from fedlp.pruning.scores.criterion import saliencies
+from fedlp.pruning.scores.flap import Flap
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.types import PrunableLayer
 
@@ -71,8 +72,8 @@ class Allocator:
             self.layers,
             0.5,
             weights=self._weights,
-            input_norms=lambda: self._of_readers(lambda r: (r.moments.gram.diagonal() / r.moments.count).cpu().numpy()),
-            unit_scores=lambda: {name: sum(parts) for name, parts in self._of_readers(_fluctuations).items()},
+            input_norms=lambda: self._of_readers(lambda r: r.moments.square_mean.cpu().numpy()),
+            unit_scores=self._fluctuations,
             error_curves=lambda: self._curves,
             model=lambda: self._statistics,
         )
@@ -96,6 +97,11 @@ class Allocator:
 
     def _of_readers(self, read: Any) -> dict[str, list[Any]]:
         return {name: [read(reader) for reader in found] for name, found in self._readers.items()}
+
+    def _fluctuations(self) -> dict[str, Any]:
+        score = Flap()
+        views = [self._pruner.view(layer, self._readers[layer.name], score) for layer in self.layers]
+        return {view.layer.name: saliencies(score, view).numpy() for view in views}
 
     @cached_property
     def _statistics(self) -> tuple[LayerStatistics, ...]:
@@ -127,7 +133,3 @@ class Allocator:
         if is_language_model(self._pruner.model):
             return self.stitcher.losses
         return self.stitcher.on(self._pruner.data.batches).divergence_curves()
-
-
-def _fluctuations(reader: Reader) -> Any:
-    return flap_scores(reader.weight, reader.moments, reader.unit_size).cpu().numpy()

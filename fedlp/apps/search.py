@@ -24,6 +24,7 @@ from fedlp.config import PruneConfig, SearchConfig, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.pruner import Calibration, Method, Pruner, mean_divergence, predictions
+from fedlp.pruning.scores.obs import OBS
 from fedlp.report.searching import draw_search
 from fedlp.rng import Stream, generator
 from fedlp.training.calibration_data import make_method
@@ -52,7 +53,7 @@ def run_search(config: SearchConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     with one_thread():
         scene = _set_scene(config)
-        method = Method("obs", fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
+        method = Method(OBS(), fisher=True, damping=config.pruner.damping, keeps_batch_norm=True)
         subject = scene.subject
         pruner = Pruner(subject.model, subject.widths, subject.layers, scene.statistics, method)
         allocator = Allocator(pruner, Footprint(subject.model, subject.widths).count)

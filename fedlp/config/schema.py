@@ -115,11 +115,12 @@ class ServerOptimizerConfig(PartConfig):
 
 
 @dataclass
-class PrunerConfig:
-    """How units are chosen, and how the other weights make up for them; see ``conf/pruner``."""
+class PrunerConfig(PartConfig):
+    """Score by which units are removed, and recovery of the other weights; the score's own options are its part's."""
 
-    name: str = MISSING
-    recovery: str = MISSING  # "least_squares", "bias" (of the removed means) or "none"
+    kind: ClassVar[str] = "score"
+
+    recovery: str = "none"  # "least_squares", "bias" (of the removed means) or "none"
     centred: bool = True  # least_squares: fit with a bias
     correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
     fisher: bool = False  # obs: weigh outputs by their Fisher information

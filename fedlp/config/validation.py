@@ -72,7 +72,6 @@ def validate_prune(config: PruneConfig) -> None:
 
 
 def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> None:
-    _choice("pruner.name", pruner.name, ("obs", "slimgpt", "magnitude", "wanda", "flap", "taylor", "random"))
     _choice("pruner.recovery", pruner.recovery, ("least_squares", "bias", "none"))
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
     if pruner.damping is not None:

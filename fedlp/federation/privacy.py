@@ -21,6 +21,7 @@ from fedlp.errors import ConfigError, DataError
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.messages import METRICS
 from fedlp.rng import Stream, generator
+from fedlp.training.calibration_data import make_method
 from fedlp.types import TrainInstruction
 
 log = logging.getLogger("fedlp")
@@ -50,7 +51,7 @@ def check_privacy(config: RunConfig, submodels: SubModels) -> None:
                 f"{_WHAT} needs strategy.sparsity=0 and a fleet that does not limit uploads, since clients must return "
                 "all units that they received; limit what they hold instead: fleet=tiers"
             )
-        if config.pruner.name != "random":
+        if make_method(config.pruner).score.needs:
             raise ConfigError(
                 f"{_WHAT} needs pruner=random: scores of units would tell of a client's data without any noise"
             )

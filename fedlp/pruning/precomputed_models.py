@@ -28,7 +28,7 @@ class Stitcher:
     Parameters
     ----------
     pruner : Pruner
-        Its model is taken over and changed.
+        Its model is taken over and changed; its score must give losses (OBS).
     batches : sequence of Tensor
         What divergences are measured on.
     """
@@ -43,7 +43,7 @@ class Stitcher:
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}
         for layer in self.layers:
             self.readers[layer.name] = collector.collect(layer)
-            found = pruner.eliminate(layer, self.readers[layer.name], None)
+            found = pruner.removal_order(layer, self.readers[layer.name], layer.num_units - 1)
             self._orders[layer.name] = torch.tensor(found.order)
             self.losses[layer.name] = found.losses
         self._kept: dict[str, int] = {}

@@ -16,26 +16,19 @@ from torch import Tensor, nn
 from fedlp.errors import AllocationError
 from fedlp.models.spec import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.kernels.obs import Elimination, eliminate
-from fedlp.pruning.kernels.slimgpt import group_schedule
+from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.gradients import loss_gradients, output_fisher
+from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.reader_layers import Method, Reader
-from fedlp.pruning.scores import criteria
+from fedlp.pruning.scores.criterion import UnitScore, removal_order
+from fedlp.pruning.scores.view import Evidence, LayerView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What pruning may look at: prepared inputs by batch, the flat labels of each, and a seed for what is drawn."""
-
-    batches: Sequence[Tensor]
-    labels: Sequence[Tensor]
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +71,12 @@ class Pruner:
         self._rng = torch.Generator().manual_seed(data.seed)
         self.norms = following_batch_norms(self.model, data.batches[0])
         self._fisher: Mapping[str, Tensor] = {}
-        self._gradients: Mapping[str, Tensor] = {}
         if method.fisher:
             self._fisher = self.output_fisher([path for layer in layers for path in layer.readers])
-        if method.score == "taylor":
-            self._gradients = criteria.loss_gradients(self.model, data.batches, data.labels)
+        gradients = None
+        if "gradients" in method.score.needs:
+            gradients = loss_gradients(self.model, data.batches, data.labels)
+        self._evidence = Evidence(self.model, spec, data, self._rng, gradients)
 
     def num_added_params(self) -> int:
         """Return how many parameters pruning adds: the biases that readers get."""
@@ -92,17 +86,6 @@ class Pruner:
             for path, module in modules.items()
             if self.method.adds_bias and path not in self.norms and getattr(module, "bias", None) is None
         )
-
-    # ----------------------------------------------------------------------------------------------------------- dense
-    def measure(self) -> dict[str, Elimination]:
-        """Return each layer's whole order of removal and its losses, on the dense model's inputs."""
-        collector = self.collector(None)
-        return {layer.name: self.eliminate(layer, collector.collect(layer), None) for layer in self.layers}
-
-    def scores(self) -> dict[str, Tensor]:
-        """Return each layer's unit scores by the method's criterion (not "obs", "slimgpt"), on the dense inputs."""
-        collector = self.collector(None)
-        return {layer.name: self._scores(layer, collector.collect(layer)) for layer in self.layers}
 
     # ----------------------------------------------------------------------------------------------------------- prune
     def prune(self, kept: Mapping[str, int], progress: Callable[[LayerReport], None] = lambda _: None) -> Pruned:
@@ -161,9 +144,9 @@ class Pruner:
         return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the Fisher information of some readers' outputs, as :func:`criteria.output_fisher` does."""
+        """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
-        return criteria.output_fisher(self.model, paths, self.data.batches, self._rng, logits_only)
+        return output_fisher(self.model, paths, self.data.batches, self._rng, logits_only)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
         """Return the model with the removed units cut out, and what its batch norms then see."""
@@ -173,14 +156,22 @@ class Pruner:
         return model
 
     # ------------------------------------------------------------------------------------------------------- one layer
+    def view(self, layer: PrunableLayer, readers: Sequence[Reader], score: UnitScore | None = None) -> LayerView:
+        """Return what a score, or else the method's, sees of a layer whose readers have their statistics."""
+        score = self.method.score if score is None else score
+        views = tuple(reader.view(self.method, score, self._fisher.get(reader.path)) for reader in readers)
+        return LayerView(layer, self._evidence, score.needs, views)
+
+    def removal_order(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> Elimination:
+        """Return in which order ``count`` units are removed by the method's score, and the losses along it."""
+        return removal_order(self.method.score, self.view(layer, readers), count)
+
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
         """Return the units to remove and the loss of that."""
         if not count:
             return torch.empty(0, dtype=torch.int64), 0.0
-        if self.method.score in ("obs", "slimgpt"):
-            found = self.eliminate(layer, readers, count)
-            return torch.tensor(found.order), found.losses[-1]
-        return torch.sort(self._scores(layer, readers).cpu(), stable=True).indices[:count], float("nan")
+        found = self.removal_order(layer, readers, count)
+        return torch.tensor(found.order), found.losses[-1]
 
     def _rewrite(self, layer: PrunableLayer, readers: Sequence[Reader], removed: Tensor) -> Tensor:
         """Give the readers their new weights; return the units that stay."""
@@ -189,29 +180,6 @@ class Pruner:
         for reader in readers:
             reader.rewrite(everything[~gone], everything[gone], self.method)
         return everything[~gone]
-
-    def eliminate(self, layer: PrunableLayer, readers: Sequence[Reader], count: int | None) -> Elimination:
-        """Return in which order ``count`` units go, or all but one, by OBS with the method's schedule."""
-        total = layer.num_units - 1 if count is None else count
-        problems = [reader.problem(self.method, self._fisher.get(reader.path)) for reader in readers]
-        if self.method.score == "slimgpt":
-            schedule = [1] * total if layer.unit_size > 1 else group_schedule(total)
-            return eliminate(problems, schedule, score="columns")
-        return eliminate(problems, [1] * total)
-
-    def _scores(self, layer: PrunableLayer, readers: Sequence[Reader]) -> Tensor:
-        """Return the criterion's score of every unit."""
-        match self.method.score:
-            case "magnitude":
-                return criteria.magnitude_scores(self.model, self.spec, layer)
-            case "taylor":
-                return criteria.taylor_scores(self.model, self.spec, layer, self._gradients)
-            case "random":
-                return torch.rand(layer.num_units, generator=self._rng, dtype=torch.float64)
-            case name:
-                score = criteria.wanda_scores if name == "wanda" else criteria.flap_scores
-                parts = [score(reader.weight, reader.moments, reader.unit_size) for reader in readers]
-                return torch.stack(parts).sum(dim=0)
 
 
 @torch.no_grad()

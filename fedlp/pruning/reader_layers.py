@@ -1,19 +1,23 @@
-"""A layer that reads the units that are pruned: the statistics of its inputs, and its weights before and after."""
+"""How a model is pruned, and one *reader* during pruning: a layer whose inputs are the units that may be removed.
+
+A reader keeps the statistics of its inputs, and its weights before and after.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedlp.pruning.kernels.hessian import Moments, invert_hessian
-from fedlp.pruning.kernels.obs import Problem, resolve_weight
+from fedlp.pruning.kernels.hessian import Moments
+from fedlp.pruning.kernels.obs import resolve_weight
+from fedlp.pruning.scores.criterion import UnitScore, check_score
+from fedlp.pruning.scores.obs import OBS
+from fedlp.pruning.scores.view import ReaderView
 from fedlp.pruning.tracing.units import kept_columns, weight_matrix, write_weight
-
-Score = Literal["obs", "slimgpt", "magnitude", "wanda", "flap", "taylor", "random"]
-MIN_DAMPING = 1e-6  # where none is asked for: against rounding only
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,9 @@ class Method:
 
     Attributes
     ----------
-    score : str
-        What units are chosen by: "obs" (exact greedy), "slimgpt" (its schedule and scores), or one of ``criteria``.
+    score : UnitScore
+        Saliency of units; those of the least saliency are removed. ``fedlp.registry.lookup("score", name)()`` gives one
+        by name.
     recovery : "none", "bias" or "least_squares"
         Whether readers keep their weights, keep them and add the removed inputs' means to their bias, or are solved
         for anew on what is kept.
@@ -34,7 +39,7 @@ class Method:
         weights on the inputs of the pruned one. For a language model's blocks the aim includes what the residual stream
         has drifted.
     fisher : bool
-        Weigh errors of outputs by their Fisher information.
+        Weigh errors of outputs by their Fisher information, for scores that are solved for (OBS, SlimGPT).
     damping : float or None
         Added to the Hessian, as a fraction of its mean diagonal entry; None for as little as rounding asks for, which
         needs as many calibration vectors as a layer has inputs.
@@ -44,13 +49,16 @@ class Method:
         normalising it anew would blow it up.
     """
 
-    score: Score = "obs"
+    score: UnitScore = field(default_factory=OBS)
     recovery: Literal["none", "bias", "least_squares"] = "least_squares"
     centred: bool = True
     correction: float = 0.0
     fisher: bool = False
     damping: float | None = None
     keeps_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
 
     @property
     def corrects(self) -> bool:
@@ -60,7 +68,17 @@ class Method:
     @property
     def needs_inputs(self) -> bool:
         """Whether statistics of inputs are needed, to choose units or to make up for them."""
-        return self.recovery != "none" or self.score in ("obs", "slimgpt", "wanda", "flap")
+        return self.recovery != "none" or self.scores_inputs
+
+    @property
+    def scores_inputs(self) -> bool:
+        """Whether the score reads statistics of inputs."""
+        return bool(self.score.needs & {"input_norms", "moments"})
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether all second moments of inputs are needed, not only those of each input by itself."""
+        return self.recovery == "least_squares" or "moments" in self.score.needs
 
     @property
     def adds_bias(self) -> bool:
@@ -69,7 +87,7 @@ class Method:
 
 
 class Reader:
-    """One reader during pruning.
+    """One reader during pruning: a linear layer or convolution whose inputs are the units that may be removed.
 
     Parameters
     ----------
@@ -102,22 +120,20 @@ class Reader:
     def solve(self, method: Method) -> tuple[Tensor, Tensor]:
         """Return the best full-width weights for what the reader is to write, and the inverse Hessian."""
         if self._solved is None:
-            hessian = self.moments.hessian(method.centred)
-            damping = MIN_DAMPING if method.damping is None else method.damping
-            if method.damping is None and self.moments.count < len(hessian):
-                damping = 0.0  # too few: let the factorisation say so
-            inverse = invert_hessian(hessian, damping, self.path, self.moments.count)
+            inverse = self.moments.inverse_hessian(method.centred, method.damping, self.path)
             weight = self.weight
             if self.moments.cross is not None:
-                missed = self.moments.target_hessian(method.centred) - weight @ hessian
+                missed = self.moments.target_hessian(method.centred) - weight @ self.moments.hessian(method.centred)
                 weight = weight + method.correction * missed @ inverse
             self._solved = weight, inverse
         return self._solved
 
-    def problem(self, method: Method, fisher: Tensor | None) -> Problem:
-        """Return what the elimination needs to know."""
-        weight, inverse = self.solve(method)
-        return Problem(weight if fisher is None else square_root(fisher) @ weight, inverse, self.unit_size)
+    def view(self, method: Method, score: UnitScore, fisher: Tensor | None) -> ReaderView:
+        """Return what a score may see of the reader; its outputs' errors are weighed by ``fisher``, (out, out)."""
+        statistics = self.moments if self.moments.count else None
+        return ReaderView(
+            self.path, self.weight, self.unit_size, statistics, partial(self.solve, method), fisher, score.needs
+        )
 
     def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
         """Give the module its new weights, zero where units are gone, and what goes into its bias."""
@@ -145,10 +161,3 @@ class Reader:
         if self._norm is not None and self._mean is not None and bias is not None and method.keeps_batch_norm:
             self._norm.running_mean.copy_(self._mean - (bias - self._bias))  # type: ignore[operator]
         write_weight(self.module, weight, None if self._norm is not None else bias)
-
-
-def square_root(matrix: Tensor) -> Tensor:
-    """Return a matrix R with RᵀR equal to a positive semi-definite one."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
-    return root

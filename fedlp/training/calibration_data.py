@@ -9,13 +9,14 @@ from fedlp.config import PrunerConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.pruning.pruner import Calibration
 from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.scores.criterion import as_score
 from fedlp.training.local_training import prepare_inputs
 
 
 def make_method(pruner: PrunerConfig) -> Method:
     """Return the pruning method of a config."""
     return Method(
-        score=pruner.name,  # type: ignore[arg-type] # validated
+        score=as_score(pruner.make()),
         recovery=pruner.recovery,  # type: ignore[arg-type] # validated
         centred=pruner.centred,
         correction=pruner.correction,

@@ -24,8 +24,8 @@ from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.wire import messages
 from fedlp.models import state_tensors
 from fedlp.models.language import import_transformers
+from fedlp.pruning.gradients import fisher_sums
 from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.scores.criteria import fisher_sums
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
@@ -285,7 +285,7 @@ def test_a_process_that_is_asked_again_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("pruner=taylor", "allocator=uniform"), "pruner=taylor needs gradients"),
+        (("pruner=taylor", "allocator=uniform"), "score Taylor needs gradients, which clients do not send"),
         (("allocator=dp",), "allocator=dp needs data, which the server has not; strategy=oneshot takes uniform"),
         (("allocator=uniform", "strategy.sparsity=0"), "strategy.sparsity=0.0 is not allowed"),
         (("allocator=uniform", "upload=int8"), "upload=int8 is not allowed"),

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlp.allocation.pooled_scores import ClientScores, InputSquares, LayerSums, LogSums, ScalarSum, pool_scores
 from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.aggregation.coverage_average import coverage_average
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.server import ClientPool
 from fedlp.federation.strategies.fedlp_plan import PrunedSlices
-from fedlp.types import Keep, PrunableLayer
+from fedlp.types import Keep
 
 check = settings(deadline=None, derandomize=True, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
@@ -122,32 +121,6 @@ def test_pooled_scores_of_units_are_a_function_of_two_sums(seed: int) -> None:
     after = found.remember({}, 1, [*(returned(found, changed[i], i, new[i]) for i in (0, 1)), fixed])
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
-
-
-LAYER = PrunableLayer("a", 3, 1, 30, (), ("reader",), 0.5)
-KINDS = {
-    "squares": [InputSquares(2.0, np.array([1.0, 2.0, 3.0])), InputSquares(4.0, np.array([5.0, 0.0, 1.0]))],
-    "logs": [LogSums(2.0, 1.0, 3.0, 0.5), LogSums(5.0, -1.0, 2.0, 0.1)],
-    "scalars": [ScalarSum(2.0, 4.0), ScalarSum(3.0, 0.5)],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pooled_scores_of_layers_are_a_function_of_their_sums(kind: str) -> None:
-    one, other = KINDS[kind]
-    total: LayerSums = one + other  # type: ignore[operator]
-    parts = {
-        "squares": [InputSquares(1.0, np.array([6.0, 0.5, 0.0])), InputSquares(5.0, np.array([0.0, 1.5, 4.0]))],
-        "logs": [LogSums(1.0, 4.0, 1.0, 0.0), LogSums(6.0, -4.0, 4.0, 0.6)],
-        "scalars": [ScalarSum(4.0, 1.5), ScalarSum(1.0, 3.0)],
-    }[kind]
-    weights = {"a": [np.array([[1.0, -2.0, 0.5], [0.3, 1.0, 4.0]])]}
-
-    def pooled(*sums: LayerSums) -> float:
-        return pool_scores([ClientScores(i, {"a": (part,)}) for i, part in enumerate(sums)], [LAYER], weights)["a"]
-
-    assert pooled(*parts) == pytest.approx(pooled(one, other), rel=1e-12)
-    assert pooled(total) == pytest.approx(pooled(one, other), rel=1e-12)
 
 
 @check

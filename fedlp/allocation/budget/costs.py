@@ -96,15 +96,9 @@ class CostModel:
     coefficients: Array
     latency: LatencyTable | None = None
     _degrees: NDArray[np.int64] = field(init=False, repr=False, compare=False)
-    _incidence: Mapping[int, Array] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        count = len(self.layers)
-        multiplicity = (self.factors[:, :, None] == np.arange(count)).sum(axis=1)
-        powers = [int(power) for power in np.unique(multiplicity) if power]
-        incidence = {power: (multiplicity == power).astype(np.float64) for power in powers}
-        object.__setattr__(self, "_incidence", incidence)
-        object.__setattr__(self, "_degrees", (self.factors < count).sum(axis=0))
+        object.__setattr__(self, "_degrees", (self.factors < len(self.layers)).sum(axis=0))
 
     def evaluate(self, kept: Array) -> Array:
         """Return the costs, (..., len(COSTS)), of (fractional) units kept, (..., layers)."""
@@ -113,27 +107,6 @@ class CostModel:
         parts = [self._monomials(rows[i : i + step]) @ self.coefficients.T for i in range(0, len(rows), step)]
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return found.reshape(*kept.shape[:-1], len(COSTS))
-
-    def grown(self, kept: Array, steps: Array) -> Array:
-        """Return the costs, (n, len(COSTS), layers), with so many more units of each layer in turn.
-
-        Parameters
-        ----------
-        kept, steps : (n, layers)
-            Units kept, at least one of every layer, and units more.
-        """
-        step = max(1, _CHUNK // (len(COSTS) * len(self.factors)))
-        found = np.empty((len(kept), len(COSTS), len(self.layers)))
-        for start in range(0, len(kept), step):
-            part, more_units = kept[start : start + step], steps[start : start + step]
-            shares = self._monomials(part)[:, None, :] * self.coefficients
-            total = shares.sum(axis=-1, keepdims=True)
-            more = [
-                (((part + more_units) / part) ** power - 1.0)[:, None, :] * (shares @ which)
-                for power, which in self._incidence.items()
-            ]
-            found[start : start + step] = total + sum(more)
-        return found
 
     def limits(self, budget: Budget | None, table: LatencyTable | None = None) -> Array:
         """Return the limit on each cost, (len(COSTS),); infinity where there is none.

@@ -8,7 +8,9 @@ every layer stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, cycle
 
+from fedlp.allocation.budget.filling import fill_units
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 
@@ -81,24 +83,18 @@ def round_units(
     The result is within one unit of the limit, from below; no layer that still could grow fits one more.
     """
     wanted = {layer.name: (1.0 - sparsity[layer.name]) * layer.num_units for layer in layers}
+    units = {layer.name: layer.num_units for layer in layers}
     kept = {name: max(1, int(value + 1e-9)) for name, value in wanted.items()}
-    for layer in sorted(layers, key=lambda layer: kept[layer.name] - wanted[layer.name]):
-        _grow(kept, layer, cost, limit)
-    smallest_first = sorted(layers, key=lambda layer: layer.num_params / layer.num_units)
-    while sum(_grow(kept, layer, cost, limit) for layer in smallest_first):
-        pass
+    nearest = sorted(layers, key=lambda layer: kept[layer.name] - wanted[layer.name])
+    smallest = sorted(layers, key=lambda layer: layer.num_params / layer.num_units)
+    order = chain(nearest, cycle(smallest))
+    fill_units(
+        kept,
+        (layer.name for layer in order),
+        step=lambda name, count: int(count < units[name]),
+        fits=lambda choice: cost(choice) <= limit,
+    )
     return kept
-
-
-def _grow(kept: dict[str, int], layer: PrunableLayer, cost: Cost, limit: float) -> bool:
-    """Keep one more unit of a layer if there is one and it fits."""
-    if kept[layer.name] >= layer.num_units:
-        return False
-    kept[layer.name] += 1
-    if cost(kept) <= limit:
-        return True
-    kept[layer.name] -= 1
-    return False
 
 
 def allocate_shape(

@@ -3,12 +3,13 @@ r"""Dynamic programme over error curves: the least sum of the layers' losses wit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlp.allocation.budget.filling import fill_units
 from fedlp.allocation.budget.solve import Cost, check_reachable
 from fedlp.allocation.evidence import Evidence
 from fedlp.registry import register
@@ -107,24 +108,30 @@ def _cheapest(
 def _refill(
     layers: Sequence[PrunableLayer],
     losses: Mapping[str, NDArray[np.float64]],
-    kept: dict[str, int],
+    kept: Mapping[str, int],
     cost: Cost,
     limit: float,
 ) -> dict[str, int]:
     """Give back units where that lowers the loss most per cost, as long as one fits."""
-    kept = dict(kept)
-    while True:
-        best, gain = "", -1.0
-        for layer in layers:
-            removed = layer.num_units - kept[layer.name]
-            if not removed:
-                continue
-            trial = {**kept, layer.name: kept[layer.name] + 1}
-            price = cost(trial) - cost(kept)
-            if cost(trial) <= limit:
-                relief = (losses[layer.name][removed] - losses[layer.name][removed - 1]) / max(price, 1e-12)
-                if relief > gain:
-                    best, gain = layer.name, relief
-        if not best:
-            return kept
-        kept[best] += 1
+    filled, units = dict(kept), {layer.name: layer.num_units for layer in layers}
+
+    def relief(name: str, before: float) -> float:
+        removed, more = units[name] - filled[name], {**filled, name: filled[name] + 1}
+        return float(losses[name][removed] - losses[name][removed - 1]) / max(cost(more) - before, 1e-12)
+
+    def steepest() -> Iterator[str]:
+        while True:
+            start, before = dict(filled), cost(filled)
+            reliefs = {name: relief(name, before) for name, count in filled.items() if count < units[name]}
+            for name in sorted(reliefs, key=reliefs.__getitem__, reverse=True):
+                yield name
+                if filled != start:
+                    break
+
+    fill_units(
+        filled,
+        steepest(),
+        step=lambda name, count: int(count < units[name]),
+        fits=lambda choice: cost(choice) <= limit,
+    )
+    return filled

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.federation.client.input_norms import measure_input_norms
-from fedlp.federation.client.unit_choice import DAMPING, best_units, score_units
+from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.federation.costs import Costs
 from fedlp.federation.strategies.policy import client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
+from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps

@@ -35,9 +35,10 @@ from fedlp.federation.oneshot.model import (
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.packing import Signature
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
+from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.gradients import fisher_sums
 from fedlp.pruning.layer_statistics import Collector
-from fedlp.pruning.pruner import Calibration, Pruner
-from fedlp.pruning.scores.criteria import fisher_sums
+from fedlp.pruning.pruner import Pruner
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
@@ -108,7 +109,7 @@ class PoolingClient:
         if not self._reach(request, folder):
             return messages.encode_lack()
         data = self.calibration(client_id)
-        num_examples = sum(len(batch) for batch in data.batches)
+        num_examples = data.num_examples
         if kind == messages.VOTE:
             pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
             return messages.encode_vote(pruner.prune(request.question.kept).widths, axes, num_examples)

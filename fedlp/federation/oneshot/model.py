@@ -106,13 +106,12 @@ def count_positions(model: nn.Module, layers: Sequence[PrunableLayer], example: 
 # ---- what is summed
 def moment_parts(readers: Sequence[Reader], method: Method) -> list[Part]:
     """Return the parts of the second moments of a layer's readers: of the matrix only the diagonal if it will do."""
-    whole = method.recovery == "least_squares" or method.score in ("obs", "slimgpt")
     parts = []
     for reader in readers:
         path, size = reader.path, len(reader.moments.total)
         gram = (
             Part(f"{path}.gram", (size, size), symmetric=True)
-            if whole
+            if method.needs_moments
             else Part(f"{path}.diagonal", (size,), nonnegative=True)
         )
         parts += [Part(f"{path}.total", (size,)), gram]

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fedlp.errors import ConfigError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Question
 from fedlp.federation.oneshot.model import (
@@ -24,8 +25,18 @@ from fedlp.federation.oneshot.server import ClientPool
 from fedlp.pruning.layer_statistics import Collector, make_readers
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method, Reader
+from fedlp.pruning.scores.criterion import UnitScore, score_name
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model
 from fedlp.types import Keep, PrunableLayer
+
+
+def check_pooled(score: UnitScore) -> None:
+    """Raise ConfigError if a score reads what clients do not send."""
+    if missing := score.needs & {"gradients", "model"}:
+        raise ConfigError(
+            f"score {score_name(score)} needs {' and '.join(sorted(missing))}, which clients do not send; choose "
+            "another pruner, or strategy.unit_selection=client"
+        )
 
 
 class PooledPruner(Pruner):
@@ -49,6 +60,7 @@ class PooledPruner(Pruner):
         example: Tensor,
         seed: int,
     ) -> None:
+        check_pooled(method.score)
         self.pool = pool
         self._example = example
         super().__init__(model, spec, layers, Calibration([example], [], seed), method)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlp.errors import CalibrationError
 
+MIN_DAMPING = 1e-6  # where none is asked for: against rounding only
 _RANK_TOLERANCE = 1e-9  # eigenvalues below this fraction of the largest count as zero, in an error message
 _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
 
@@ -86,8 +87,18 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Mean input, (n,)."""
+        """Mean of each input, (n,)."""
         return self.total / self.count
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each input, (n,)."""
+        return self.gram.diagonal() / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each input, (n,), >= 0."""
+        return (self.square_mean - self.mean.square()).clamp_(min=0.0)
 
     def hessian(self, centred: bool) -> Tensor:
         r"""Return :math:`H = \frac{2}{N}\sum x x^\top`, (n, n), of inputs less their mean if ``centred``.
@@ -101,6 +112,19 @@ class Moments:
             matrix.addr_(self.total, self.mean, alpha=-1.0)
             matrix.diagonal().add_(rounding * len(matrix))  # inputs that are almost constant leave nothing else
         return matrix.mul_(2.0 / self.count)
+
+    def inverse_hessian(self, centred: bool, damping: float | None, layer: str) -> Tensor:
+        """Return the inverse of the damped Hessian, (n, n), as :func:`invert_hessian` does.
+
+        Parameters
+        ----------
+        damping : float or None
+            None for ``MIN_DAMPING``; with fewer input vectors than inputs for none at all, which is an error.
+        """
+        hessian = self.hessian(centred)
+        if damping is None:
+            damping = MIN_DAMPING if self.count >= len(hessian) else 0.0
+        return invert_hessian(hessian, damping, layer, self.count)
 
     def target_hessian(self, centred: bool) -> Tensor:
         r"""Return :math:`\frac{2}{N}\sum t x^\top`, (out, n), of both less their means if ``centred``."""
@@ -153,3 +177,10 @@ def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
             f"give at least {size} independent ones (calibration.examples), or damp it (pruner.damping=0.01)"
         )
     return torch.cholesky_inverse(factor)
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """Return a matrix R with RᵀR equal to a positive semi-definite one."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return root

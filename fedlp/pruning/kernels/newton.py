@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fedlp.errors import CalibrationError
 from fedlp.models.layers import all_trainable
 from fedlp.models.spec import forward_logits
+from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.gradients import output_fisher
 from fedlp.pruning.kernels.hessian import Moments
-from fedlp.pruning.pruner import Calibration
-from fedlp.pruning.scores.criteria import output_fisher
 from fedlp.pruning.tracing.units import input_columns, is_transposed, weight_matrix
 
 HELD_OUT = 1 / 8  # of the batches

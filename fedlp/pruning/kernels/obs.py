@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,12 +45,25 @@ class Elimination:
     steps : tuple of int
         Units per step.
     losses : tuple of float
-        Loss after each step, in units of the squared output error; never falls.
+        Loss after each step, in units of the squared output error; never falls. NaN where it is not known.
     """
 
     order: tuple[int, ...]
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+
+    def saliency(self, num_units: int) -> Tensor:
+        """Return the rise of the loss per unit, (units,), float64, made to never fall along the order of removal.
+
+        Units that were not removed have that of the last step, or 1 where nothing was removed.
+        """
+        if not self.order:
+            return torch.ones(num_units, dtype=torch.float64)
+        rises = np.maximum.accumulate(np.diff(self.losses, prepend=0.0).clip(min=0.0) / self.steps)
+        left = sorted(set(range(num_units)) - set(self.order))
+        found = torch.empty(num_units, dtype=torch.float64)
+        found[[*self.order, *left]] = torch.from_numpy(np.repeat([*rises, rises[-1]], [*self.steps, len(left)]))
+        return found
 
 
 def unit_saliency(weight: Tensor, hessian_inv: Tensor, unit_size: int) -> Tensor:

@@ -1,15 +1,18 @@
-"""Every limit of every client holds, one is met exactly, nothing more fits, and small budgets nest inside large."""
+"""Every limit of a client holds, one is met exactly, nothing more fits, and small budgets nest inside large."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from fedlp.allocation.budget.constraints import round_client, solve_client, solve_fleet
+from fedlp.allocation.budget.constraints import round_client
 from fedlp.allocation.budget.costs import COSTS, CostModel, LatencyTable, make_costs
+from fedlp.allocation.budget.solve import solve_budget
 from fedlp.errors import AllocationError
 from fedlp.types import Budget, PrunableLayer
 
@@ -44,6 +47,18 @@ class Problem:
         least = self.cost({layer.name: 1 for layer in self.layers})
         most = self.cost({layer.name: layer.num_units for layer in self.layers})
         return Budget(**{name: least[name] + fraction * (most[name] - least[name]) for name in self.limited})
+
+    def solve(self, budget: Budget, shape: dict[str, float] | None = None, amplitude: float = 0.3) -> dict[str, float]:
+        """Return the sparsities at which the tightest limit is met exactly, none where nothing must go."""
+        limits = self.costs.limits(budget)
+
+        def load(kept: Mapping[str, float]) -> float:
+            row = np.array([[kept[name] for name in self.costs.layers]], dtype=np.float64)
+            return float((self.costs.evaluate(row)[0] / limits).max())
+
+        if load({layer.name: layer.num_units for layer in self.layers}) <= 1.0:
+            return dict.fromkeys(self.costs.layers, 0.0)
+        return solve_budget(self.layers, self.shape if shape is None else shape, amplitude, load, 1.0)
 
     def units(self, sparsity: dict[str, float]) -> dict[str, float]:
         return {layer.name: (1 - sparsity[layer.name]) * layer.num_units for layer in self.layers}
@@ -88,7 +103,7 @@ def test_all_limits_hold_one_exactly_nothing_more_fits_and_small_budgets_nest(fi
         for fraction in FRACTIONS:
             budget = problem.budget(fraction)
             limits = {name: getattr(budget, name) for name in problem.limited}
-            sparsity = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
+            sparsity = problem.solve(budget)
             assert all(0 <= value < 1 for value in sparsity.values())
             cost = problem.cost(problem.units(sparsity))
             assert all(cost[name] <= limit * (1 + 1e-9) for name, limit in limits.items()), seed
@@ -108,19 +123,6 @@ def test_all_limits_hold_one_exactly_nothing_more_fits_and_small_budgets_nest(fi
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_fleet_is_solved_as_its_clients_are(seed: int) -> None:
-    problem = make_problem(seed)
-    budgets = [None, *(problem.budget(fraction) for fraction in FRACTIONS)]
-    plan = solve_fleet(problem.layers, problem.shape, 0.3, problem.costs, budgets)
-    assert not plan.refused
-    assert set(plan.sparsity[0]) == {0.0}
-    for row, kept, budget in zip(plan.sparsity, plan.kept, budgets, strict=True):
-        alone = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
-        np.testing.assert_allclose(row, list(alone.values()), atol=1e-12)
-        assert kept.tolist() == list(round_client(problem.layers, alone, problem.costs, budget).values())
-
-
-@pytest.mark.parametrize("seed", range(20))
 def test_the_order_of_layers_does_not_matter(seed: int) -> None:
     problem = make_problem(seed)
     order = problem.rng.permutation(len(problem.layers))
@@ -133,9 +135,7 @@ def test_the_order_of_layers_does_not_matter(seed: int) -> None:
         problem.costs.latency,
     )
     budget = problem.budget(0.4)
-    plain = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
-    moved = solve_client(layers, problem.shape, 0.3, costs, budget)
-    assert moved == pytest.approx(plain, abs=1e-12)
+    plain = problem.solve(budget)
     kept = round_client(problem.layers, plain, problem.costs, budget)
     assert round_client(layers, plain, costs, budget) == kept
 
@@ -144,30 +144,14 @@ def test_the_order_of_layers_does_not_matter(seed: int) -> None:
 def test_a_higher_score_removes_no_less_and_a_solution_solves_itself(seed: int) -> None:
     problem = make_problem(seed)
     budget = problem.budget(0.4)
-    solved = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
+    solved = problem.solve(budget)
     for name in problem.shape:
-        higher = solve_client(
-            problem.layers, {**problem.shape, name: problem.shape[name] + 0.5}, 0.3, problem.costs, budget
-        )
+        higher = problem.solve(budget, {**problem.shape, name: problem.shape[name] + 0.5})
         assert higher[name] >= solved[name] - 1e-12
-    assert solve_client(problem.layers, solved, 1.0, problem.costs, budget) == pytest.approx(solved, abs=1e-9)
+    assert problem.solve(budget, solved, 1.0) == pytest.approx(solved, abs=1e-9)
     kept = round_client(problem.layers, solved, problem.costs, budget)
     whole = {layer.name: 1 - kept[layer.name] / layer.num_units for layer in problem.layers}
     assert round_client(problem.layers, whole, problem.costs, budget) == kept
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_an_amplitude_that_grows_with_sparsity_nests_within_a_fleet_and_by_reference(seed: int) -> None:
-    problem = make_problem(seed)
-    budgets = [problem.budget(fraction) for fraction in FRACTIONS]
-    amplitude = lambda sparsity: 2.0 * sparsity**3  # noqa: E731
-    plan = solve_fleet(problem.layers, problem.shape, amplitude, problem.costs, budgets)
-    assert all((small >= large).all() for small, large in pairwise(plan.sparsity))
-    alone = [
-        list(solve_client(problem.layers, problem.shape, amplitude, problem.costs, b, reference=0.5).values())
-        for b in budgets
-    ]
-    assert all((np.array(small) >= large).all() for small, large in pairwise(alone))
 
 
 def test_bounds_are_kept() -> None:
@@ -175,8 +159,8 @@ def test_bounds_are_kept() -> None:
     bounds = {layer.name: (0.1, 0.6) for layer in problem.layers}
     reachable = problem.cost({layer.name: np.ceil(0.4 * layer.num_units) for layer in problem.layers})
     budget = Budget(params=reachable["params"] * 1.1)
-    solved = solve_client(problem.layers, problem.shape, 0.5, problem.costs, budget, bounds=bounds)
-    kept = round_client(problem.layers, solved, problem.costs, budget, bounds=bounds)
+    most = dict.fromkeys(bounds, 0.6)
+    kept = round_client(problem.layers, most, problem.costs, budget, bounds=bounds)
     for layer in problem.layers:
         assert 0.4 * layer.num_units - 1e-9 <= kept[layer.name] <= max(1, 0.9 * layer.num_units)
 
@@ -208,57 +192,35 @@ BAD = [
 
 
 @pytest.mark.parametrize(("budget", "message"), BAD, ids=[message for _, message in BAD])
-def test_a_budget_that_cannot_be_met_names_client_and_limit_and_spares_the_others(budget: Budget, message: str) -> None:
+def test_a_budget_that_cannot_be_met_names_client_and_limit(budget: Budget, message: str) -> None:
     problem = make_problem(7)
     with pytest.raises(AllocationError, match=f"^{message}") as caught:
-        solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget, client_id=3)
+        round_client(problem.layers, problem.shape, problem.costs, budget, client_id=3)
     assert "\n" not in str(caught.value)
-    good = problem.budget(0.5)
-    plan = solve_fleet(problem.layers, problem.shape, 0.3, problem.costs, [good, budget], client_ids=[9, 3])
-    assert {client: str(error) for client, error in plan.refused.items()} == {3: str(caught.value)}
-    assert np.isnan(plan.sparsity[1]).all()
-    assert not plan.kept[1].any()
-    assert plan.kept[0].all()
 
 
 def test_the_tightest_reachable_value_is_reachable() -> None:
     problem = make_problem(8)
     least = problem.cost({layer.name: 1 for layer in problem.layers})["params"]
+    sparsity = {layer.name: 1 - 1 / layer.num_units for layer in problem.layers}
     with pytest.raises(AllocationError, match=f"it still is {least:,.10g}; choose at least that"):
-        solve_client(problem.layers, problem.shape, 0.3, problem.costs, Budget(params=0.9 * least))
-    sparsity = solve_client(problem.layers, problem.shape, 0.3, problem.costs, Budget(params=least))
+        round_client(problem.layers, sparsity, problem.costs, Budget(params=0.9 * least))
     assert set(round_client(problem.layers, sparsity, problem.costs, Budget(params=least)).values()) == {1}
 
 
 def test_what_is_wrong_with_a_layer_is_said_in_one_line() -> None:
     problem = make_problem(9)
     name, budget = problem.layers[1].name, problem.budget(0.5)
-    nan = {**problem.shape, name: float("nan")}
-    with pytest.raises(AllocationError, match=f"^client 2: layer {name}: its score is nan"):
-        solve_client(problem.layers, nan, 0.3, problem.costs, budget, client_id=2)
-    plan = solve_fleet(problem.layers, [problem.shape, nan], 0.3, problem.costs, [budget, budget])
-    assert str(plan.refused[1]).startswith(f"client 1: layer {name}: its score is nan")
+    sparsity = problem.solve(budget)
+    with pytest.raises(AllocationError, match=f"^client 2: layer {name}: its sparsity is nan; it must be finite"):
+        round_client(problem.layers, {**sparsity, name: math.nan}, problem.costs, budget, client_id=2)
     empty = [replace(layer, num_units=0) if layer.name == name else layer for layer in problem.layers]
     with pytest.raises(AllocationError, match=f"^layer {name} has 0 units"):
-        solve_client(empty, problem.shape, 0.3, problem.costs, budget)
-    with pytest.raises(AllocationError, match="amplitude"):
-        solve_client(problem.layers, problem.shape, float("inf"), problem.costs, budget)
+        round_client(empty, sparsity, problem.costs, budget)
+    with pytest.raises(AllocationError, match=r"^the costs are those of layers"):
+        round_client(problem.layers[::-1], sparsity, problem.costs, budget)
     with pytest.raises(AllocationError, match="costs must rise"):
         make_costs(problem.layers, {(name,): -1.0}, {}, {}, 1, "sgd")
     without = replace(problem.costs, latency=None)
     with pytest.raises(AllocationError, match=r"client 0: its budget has latency_s=1\.0, but nothing was measured"):
-        solve_client(problem.layers, problem.shape, 0.3, without, Budget(latency_s=1.0))
-
-
-def test_a_thousand_clients_of_a_hundred_layers_are_solved() -> None:
-    rng = np.random.default_rng(0)
-    layers = [
-        PrunableLayer(f"l{i}", int(n), 1, int(n), (), (), i / 99) for i, n in enumerate(rng.integers(9, 512, 100))
-    ]
-    terms = {(a.name, b.name): float(rng.uniform(1, 9)) for a, b in pairwise(layers)}
-    costs = make_costs(layers, terms, terms, {(layer.name,): 100.0 for layer in layers}, 32, "adam")
-    whole = costs.evaluate(np.array([float(layer.num_units) for layer in layers]))
-    budgets = [Budget(**dict(zip(COSTS, (whole * rng.uniform(0.1, 1, 4)).tolist(), strict=True))) for _ in range(1000)]
-    shape = {layer.name: float(rng.normal()) for layer in layers}
-    plan = solve_fleet(layers, shape, 0.2, costs, budgets)
-    assert not plan.refused
+        round_client(problem.layers, sparsity, without, Budget(latency_s=1.0))

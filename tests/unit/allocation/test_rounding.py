@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedlp.allocation.budget.constraints import round_client, solve_client, solve_fleet
+from fedlp.allocation.budget.constraints import round_client
 from fedlp.allocation.budget.costs import make_costs
 from fedlp.errors import AllocationError
 from fedlp.types import Budget, PrunableLayer
@@ -59,7 +59,7 @@ def test_it_is_the_naive_one_step_at_a_time(seed: int, multiple: int) -> None:
     problem = make_problem(seed)
     for fraction in FRACTIONS:
         budget = problem.budget(fraction)
-        sparsity = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
+        sparsity = problem.solve(budget)
         kept = round_client(problem.layers, sparsity, problem.costs, budget, multiple=multiple)
         assert kept == refill_naively(problem, sparsity, budget, multiple)
         if multiple == 1:
@@ -73,7 +73,7 @@ def test_all_limits_hold_counts_are_multiples_and_nothing_more_fits(first: int, 
         problem = make_problem(seed)
         for fraction in FRACTIONS:
             budget = problem.budget(fraction)
-            sparsity = solve_client(problem.layers, problem.shape, 0.3, problem.costs, budget)
+            sparsity = problem.solve(budget)
             kept = round_client(problem.layers, sparsity, problem.costs, budget, multiple=multiple)
             assert fits(problem, kept, budget), seed
             for layer in problem.layers:
@@ -87,16 +87,11 @@ def test_all_limits_hold_counts_are_multiples_and_nothing_more_fits(first: int, 
                     assert count < multiple, seed
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_fleet_is_rounded_as_its_clients_are(seed: int) -> None:
-    problem = make_problem(seed)
-    budgets = [None, *(problem.budget(fraction) for fraction in FRACTIONS)]
-    plan = solve_fleet(problem.layers, problem.shape, 0.3, problem.costs, budgets, multiple=4)
-    assert plan.kept[0].tolist() == [layer.num_units for layer in problem.layers]
-    for row, kept, budget in zip(plan.sparsity, plan.kept.tolist(), budgets, strict=True):
-        sparsity = dict(zip(problem.costs.layers, row.tolist(), strict=True))
-        alone = round_client(problem.layers, sparsity, problem.costs, budget, multiple=4)
-        assert kept == list(alone.values())
+def test_without_a_limit_all_units_stay() -> None:
+    problem = make_problem(0)
+    nothing = dict.fromkeys(problem.shape, 0.5)
+    kept = round_client(problem.layers, nothing, problem.costs, None, multiple=4)
+    assert kept == {layer.name: layer.num_units for layer in problem.layers}
 
 
 def one_layer(units: int) -> Problem:
@@ -127,8 +122,9 @@ def test_where_bounds_or_limits_leave_no_multiple_any_count_will_do(
     units: int, params: float, bounds: tuple[float, float], expected: int
 ) -> None:
     problem, budget = one_layer(units), Budget(params=params)
-    plan = solve_fleet(problem.layers, problem.shape, 0.0, problem.costs, [budget], bounds={"a": bounds}, multiple=8)
-    assert plan.kept.tolist() == [[expected]]
+    wanted = {"a": 1 - min(params, units * (1 - bounds[0])) / units}
+    kept = round_client(problem.layers, wanted, problem.costs, budget, bounds={"a": bounds}, multiple=8)
+    assert kept == {"a": expected}
 
 
 def test_a_layer_below_its_first_multiple_gets_what_others_give_up() -> None:
@@ -144,4 +140,4 @@ def test_a_layer_below_its_first_multiple_gets_what_others_give_up() -> None:
 def test_a_multiple_below_one_is_said(multiple: int) -> None:
     problem = make_problem(3)
     with pytest.raises(AllocationError, match=f"^units are to be kept in multiples of {multiple}; choose a whole"):
-        solve_fleet(problem.layers, problem.shape, 0.3, problem.costs, [None], multiple=multiple)
+        round_client(problem.layers, problem.shape, problem.costs, None, multiple=multiple)

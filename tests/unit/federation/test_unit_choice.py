@@ -11,17 +11,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlp.errors import CalibrationError
-from fedlp.federation.client import unit_choice
-from fedlp.federation.client.scoring_costs import elimination_macs
 from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.models.cost import Macs
+from fedlp.pruning import sampled_inputs
+from fedlp.pruning.costs.elimination import elimination_macs
 from fedlp.pruning.kernels.hessian import Moments, invert_hessian
 from fedlp.pruning.kernels.inverses import LowRankInverse
-from fedlp.pruning.kernels.obs import eliminate
+from fedlp.pruning.kernels.obs import Problem, eliminate
+from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.sampled_inputs import sample_columns
+from fedlp.pruning.scores.view import COARSE
 from fedlp.pruning.tracing.units import find_layers, input_columns
 from fedlp.pruning.tracing.widths import trace_widths
+from fedlp.registry import lookup
 
 DAMPING = 0.01
 
@@ -44,10 +48,10 @@ def data() -> Calibration:
     return Calibration(list(inputs.split(12)), [torch.zeros(12, dtype=torch.int64)] * 2)
 
 
-def scores(data: Calibration, **how: object) -> dict[str, torch.Tensor]:
+def scores(data: Calibration, score: str, **how: object) -> dict[str, torch.Tensor]:
     model = small_net()
     spec = trace_widths(model, data.batches[0][:1])
-    method = Method(damping=DAMPING, **how)  # type: ignore[arg-type]
+    method = Method(lookup("score", score)(), damping=DAMPING, **how)  # type: ignore[arg-type]
     return score_units(model, model, spec, find_layers(model, spec), data, method, Macs(1.0, 3.0))[0]
 
 
@@ -59,13 +63,16 @@ def test_all_positions_give_the_pruners_order(
     def everything(module: nn.Module, inputs: torch.Tensor, *_: object) -> torch.Tensor:
         return input_columns(module, inputs)
 
-    monkeypatch.setattr(unit_choice, "_sample_columns", everything)
+    monkeypatch.setattr(sampled_inputs, "sample_columns", everything)
     found = scores(data, score=score, centred=centred)
     model = small_net()
     spec = trace_widths(model, data.batches[0][:1])
-    pruner = Pruner(model, spec, find_layers(model, spec), data, Method(score, centred=centred, damping=DAMPING))
-    for name, whole in pruner.measure().items():
-        ranked = found[name][list(whole.order)]
+    method = Method(lookup("score", score)(), centred=centred, damping=DAMPING)
+    pruner = Pruner(model, spec, find_layers(model, spec), data, method)
+    collector = pruner.collector(None)
+    for layer in pruner.layers:
+        whole = pruner.removal_order(layer, collector.collect(layer), layer.num_units - 1)
+        ranked = found[layer.name][list(whole.order)]
         assert bool((ranked.diff() >= 0).all()), "what goes first costs least"
         rises = np.maximum.accumulate(np.diff(whole.losses, prepend=0.0) / whole.steps)
         np.testing.assert_allclose(ranked.numpy(), np.repeat(rises, whole.steps), rtol=1e-3)
@@ -77,7 +84,7 @@ def test_few_inputs_give_the_same_inverse_as_their_hessian(centred: bool) -> Non
     moments = Moments.empty(12)
     moments.add(rows)
     expected = invert_hessian(moments.hessian(centred), DAMPING, "x", 5).to(torch.float32)
-    found = unit_choice._invert(rows, Method(centred=centred, damping=DAMPING), "x")
+    found = SampledRows(rows).inverse_hessian(centred, DAMPING, "x")
     assert isinstance(found, LowRankInverse)
     torch.testing.assert_close(found.rows(torch.arange(12)), expected, rtol=1e-4, atol=1e-4)
 
@@ -85,7 +92,7 @@ def test_few_inputs_give_the_same_inverse_as_their_hessian(centred: bool) -> Non
 def test_sampled_rows_are_rows_of_the_inputs() -> None:
     inputs = torch.randn(3, 2, 7, 6, generator=torch.Generator().manual_seed(0))
     for conv in (nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, (3, 2), stride=(2, 1)), nn.Conv2d(2, 4, 3, dilation=2)):
-        drawn = unit_choice._sample_columns(conv, inputs, 9, torch.Generator())
+        drawn = sample_columns(conv, inputs, 9, torch.Generator())
         rows = input_columns(conv, inputs)
         assert drawn.shape == (9, rows.shape[1])
         assert all(bool((rows == row).all(dim=1).any()) for row in drawn)
@@ -117,7 +124,8 @@ def test_prices_are_those_of_passes_and_eliminations(data: Calibration) -> None:
     layers, macs = find_layers(model, spec), Macs(10.0, 30.0)
 
     def price(score: str, **how: object) -> float:
-        return score_units(model, model, spec, layers, data, Method(score, damping=DAMPING, **how), macs)[1]  # type: ignore[arg-type]
+        method = Method(lookup("score", score)(), damping=DAMPING, **how)  # type: ignore[arg-type]
+        return score_units(model, model, spec, layers, data, method, macs)[1]
 
     assert price("random") == price("magnitude") == 0.0
     assert (price("wanda"), price("taylor")) == (240.0, 720.0)
@@ -157,16 +165,16 @@ class Counter(TorchDispatchMode):
 def test_counted_macs_are_those_that_run(inputs: int, columns: int, outputs: int, unit_size: int) -> None:
     rng = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(inputs, columns, generator=rng), torch.randn(outputs, columns, generator=rng)
-    steps, block = unit_choice._schedule(columns // unit_size - 1), unit_choice._BLOCK
+    steps, block = COARSE.schedule(columns // unit_size - 1), COARSE.block
     with Counter() as counter:
-        inverse = unit_choice._invert(rows, Method(damping=DAMPING), "x")
-        eliminate([unit_choice.Problem(weight, inverse, unit_size)], steps, block=block)
+        inverse = SampledRows(rows).inverse_hessian(True, DAMPING, "x")
+        eliminate([Problem(weight, inverse, unit_size)], steps, block=block)
     assert elimination_macs(inputs, columns, outputs, unit_size, steps, block) == pytest.approx(counter.macs, rel=0.05)
 
 
 def test_steps_take_a_part_of_what_is_left() -> None:
-    assert unit_choice._schedule(3) == [1, 1, 1]
-    steps = unit_choice._schedule(511)
+    assert COARSE.schedule(3) == [1, 1, 1]
+    steps = COARSE.schedule(511)
     assert (sum(steps), steps[:2], steps[-31:]) == (511, [15, 15], [1] * 31)
 
 
@@ -174,7 +182,7 @@ def test_the_exact_order_is_that_of_the_kernel() -> None:
     """The block in which updates are applied lazily changes no order."""
     torch.manual_seed(0)
     rows, weight = torch.randn(80, 24), torch.randn(5, 24)
-    inverse = unit_choice._invert(rows, Method(damping=DAMPING), "x")
-    problem = unit_choice.Problem(weight, inverse, 3)
+    inverse = SampledRows(rows).inverse_hessian(True, DAMPING, "x")
+    problem = Problem(weight, inverse, 3)
     orders = {eliminate([problem], [1] * 7, block=block).order for block in (1, 128)}
     assert len(orders) == 1

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
+from fedlp.pruning.gradients import output_fisher
 from fedlp.pruning.kernels import newton
 from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration
-from fedlp.pruning.scores import criteria
 
 CLASSES, FEATURES = 3, 5
 
@@ -58,7 +58,7 @@ def naive_direction(model: nn.Module, module: nn.Linear, inputs: Tensor, labels:
 def test_the_direction_solves_the_kronecker_system() -> None:
     model = classifier()
     shard = data(model, (FEATURES,), num_batches=1)
-    fisher = criteria.output_fisher(model, ["0"], shard.batches, torch.Generator().manual_seed(0), False)["0"]
+    fisher = output_fisher(model, ["0"], shard.batches, torch.Generator().manual_seed(0), False)["0"]
     (weight, bias) = newton._directions(model, ["0"], shard, torch.Generator().manual_seed(0))["0"]
     layer = model[0]
     assert isinstance(layer, nn.Linear)

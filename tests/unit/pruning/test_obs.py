@@ -12,7 +12,7 @@ from fedlp.errors import CalibrationError
 from fedlp.pruning.kernels.hessian import invert_hessian
 from fedlp.pruning.kernels.inverses import LowRankInverse
 from fedlp.pruning.kernels.obs import Problem, eliminate, output_error, resolve_weight, unit_saliency
-from fedlp.pruning.kernels.slimgpt import group_schedule
+from fedlp.pruning.scores.slimgpt import group_schedule
 from tests.reference import obs as naive
 
 DAMPING = 1e-3

@@ -17,23 +17,34 @@ from fedlp.errors import AllocationError, CalibrationError, ConfigError
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
 from fedlp.models.torchvision_compat import import_torchvision
+from fedlp.pruning.gradients import loss_gradients, output_fisher
 from fedlp.pruning.kernels.hessian import Moments
+from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.pruner import Calibration, Method, Pruner
-from fedlp.pruning.scores import criteria
+from fedlp.pruning.scores.criterion import UnitScore, saliencies
+from fedlp.pruning.scores.flap import Flap
+from fedlp.pruning.scores.magnitude import Magnitude
+from fedlp.pruning.scores.obs import OBS
+from fedlp.pruning.scores.random import Random
+from fedlp.pruning.scores.slimgpt import SlimGPT
+from fedlp.pruning.scores.taylor import Taylor
+from fedlp.pruning.scores.view import Evidence, LayerView, ReaderView
+from fedlp.pruning.scores.wanda import Wanda
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.units import find_layers
-from fedlp.pruning.tracing.widths import trace_widths
+from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
+from fedlp.types import PrunableLayer
 
 METHODS = {
-    "obs": Method("obs"),
-    "obs, corrected": Method("obs", correction=1.0, fisher=True, keeps_batch_norm=True),
-    "slimgpt": Method("slimgpt", centred=False, damping=0.01),
-    "magnitude": Method("magnitude", recovery="none"),
-    "magnitude, refitted": Method("magnitude"),
-    "wanda": Method("wanda", recovery="none"),
-    "flap": Method("flap", recovery="bias"),
-    "taylor": Method("taylor", recovery="none"),
-    "random": Method("random", recovery="none"),
+    "obs": Method(OBS()),
+    "obs, corrected": Method(OBS(), correction=1.0, fisher=True, keeps_batch_norm=True),
+    "slimgpt": Method(SlimGPT(), centred=False, damping=0.01),
+    "magnitude": Method(Magnitude(), recovery="none"),
+    "magnitude, refitted": Method(Magnitude()),
+    "wanda": Method(Wanda(), recovery="none"),
+    "flap": Method(Flap(), recovery="bias"),
+    "taylor": Method(Taylor(), recovery="none"),
+    "random": Method(Random(), recovery="none"),
 }
 
 
@@ -159,10 +170,10 @@ def test_recovery_and_correction_help_where_they_should() -> None:
         pruner = make_pruner(model, method, batches)
         return divergence(pruner.prune(half(pruner)).model, model, batches)
 
-    none = lost(Method("magnitude", recovery="none"))
-    refitted = lost(Method("magnitude"))
-    greedy = lost(Method("obs"))
-    corrected = lost(Method("obs", correction=1.0))
+    none = lost(Method(Magnitude(), recovery="none"))
+    refitted = lost(Method(Magnitude()))
+    greedy = lost(Method(OBS()))
+    corrected = lost(Method(OBS(), correction=1.0))
     assert corrected < greedy < none
     assert refitted < none
 
@@ -172,7 +183,7 @@ def test_units_that_no_one_reads_go_without_any_loss() -> None:
     for block in model.model.layers:  # type: ignore[union-attr, operator]
         with torch.no_grad():
             block.mlp.down_proj.weight[:, 3:9] = 0.0
-    pruner = make_pruner(model, Method("obs"))
+    pruner = make_pruner(model, Method(OBS()))
     kept = {layer.name: layer.num_units - 6 * layer.name.endswith("mlp") for layer in pruner.layers}
     pruned = pruner.prune(kept)
     for name, keep in pruned.widths.items():
@@ -184,7 +195,7 @@ def test_units_that_no_one_reads_go_without_any_loss() -> None:
 
 def test_nothing_removed_changes_nothing() -> None:
     model = language_model()
-    pruner = make_pruner(model, Method("obs", correction=1.0))
+    pruner = make_pruner(model, Method(OBS(), correction=1.0))
     pruned = pruner.prune({layer.name: layer.num_units for layer in pruner.layers})
     batch = tokens(1, seed=3)[0]
     torch.testing.assert_close(forward_logits(pruned.model, batch), forward_logits(model, batch), rtol=1e-3, atol=1e-3)
@@ -212,50 +223,67 @@ def test_a_staged_run_is_the_whole_model(model_type: str) -> None:
 
 
 def test_a_measured_curve_is_what_pruning_reports() -> None:
-    pruner = make_pruner(language_model(), Method("obs"))
+    pruner = make_pruner(language_model(), Method(OBS()))
     first = pruner.layers[0]
-    found = pruner.measure()
+    found = pruner.removal_order(first, pruner.collector(None).collect(first), first.num_units - 1)
     kept = {layer.name: layer.num_units for layer in pruner.layers} | {first.name: first.num_units - 1}
-    assert pruner.prune(kept).layers[0].loss == pytest.approx(found[first.name].losses[0])
-    assert len(found[first.name].losses) == first.num_units - 1
-    assert list(found[first.name].losses) == sorted(found[first.name].losses)
+    assert pruner.prune(kept).layers[0].loss == pytest.approx(found.losses[0])
+    assert len(found.losses) == first.num_units - 1
+    assert list(found.losses) == sorted(found.losses)
+
+
+def view_weights(pruner: Pruner, name: str) -> LayerView:
+    """Return what the pruner's score sees of a layer before any statistics are collected."""
+    layer = next(layer for layer in pruner.layers if layer.name == name)
+    return pruner.view(layer, pruner.collector(None).readers(layer))
 
 
 def test_gradients_and_scores_are_those_of_a_loop() -> None:
     model, batches = language_model(), tokens(2)
     labels = [batch.flatten() for batch in batches]
-    gradients = criteria.loss_gradients(model, batches, labels)
+    gradients = loss_gradients(model, batches, labels)
     spec = trace_widths(model, batches[0])
-    layer = next(layer for layer in find_layers(model, spec) if layer.name == "model.layers.1.mlp")
+    layers, data, name = find_layers(model, spec), Calibration(batches, labels), "model.layers.1.mlp"
+    magnitude = Magnitude()(view_weights(Pruner(model, spec, layers, data, Method(Magnitude())), name))
+    taylor = Taylor()(view_weights(Pruner(model, spec, layers, data, Method(Taylor())), name))
     loss = sum(F.cross_entropy(forward_logits(model, b).flatten(0, 1), t) for b, t in zip(batches, labels, strict=True))
     (loss / 2).backward()  # type: ignore[union-attr]
     mlp = model.model.layers[1].mlp  # type: ignore[union-attr, index, operator]
     torch.testing.assert_close(gradients["model.layers.1.mlp.up_proj.weight"], mlp.up_proj.weight.grad)
     tensors = [(mlp.gate_proj.weight, 0), (mlp.up_proj.weight, 0), (mlp.down_proj.weight, 1)]
-    for unit in range(layer.num_units):
+    assert len(magnitude) == len(taylor) == 24
+    for unit in range(24):
         rows = [(w.detach().select(dim, unit).double(), w.grad.select(dim, unit).double()) for w, dim in tensors]
         expected = sum(float(w.square().sum()) for w, _ in rows)
-        assert float(criteria.magnitude_scores(model, spec, layer)[unit]) == pytest.approx(expected, rel=1e-5)
+        assert float(magnitude[unit]) == pytest.approx(expected, rel=1e-5)
         expected = sum(float((w * g).abs().sum()) for w, g in rows)
-        scores = criteria.taylor_scores(model, spec, layer, gradients)
-        assert float(scores[unit]) == pytest.approx(expected, rel=1e-5)
+        assert float(taylor[unit]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_activation_scores_are_those_of_their_formulas() -> None:
     x = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
     weight = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    moments = Moments.empty(6)
-    moments.add(x)
     wanda = (weight.abs() * x.square().mean(dim=0).sqrt()).sum(dim=0).view(3, 2).sum(dim=1)
     flap = (weight.square() * x.var(dim=0, unbiased=False)).sum(dim=0).view(3, 2).sum(dim=1)
-    torch.testing.assert_close(criteria.wanda_scores(weight, moments, 2), wanda)
-    torch.testing.assert_close(criteria.flap_scores(weight, moments, 2), flap)
+    moments = Moments.empty(6)
+    moments.add(x)
+    for statistics in (moments, SampledRows(x)):
+        assert_sees(Wanda(), weight, statistics, wanda)
+        assert_sees(Flap(), weight, statistics, flap)
+
+
+def assert_sees(score: UnitScore, weight: Tensor, statistics: Moments | SampledRows, expected: Tensor) -> None:
+    """Check a score of three units of two columns that one reader reads."""
+    layer = PrunableLayer("a", 3, 2, 0, (), ("r",), 0.0)
+    evidence = Evidence(nn.Module(), WidthSpec({}, {}), Calibration([], []), torch.Generator())
+    reader = ReaderView("r", weight, 2, statistics, lambda: (weight, weight), None, score.needs)
+    torch.testing.assert_close(saliencies(score, LayerView(layer, evidence, score.needs, (reader,))), expected)
 
 
 def test_fisher_information_predicts_the_divergence_of_a_small_change() -> None:
     model, batches = language_model(), tokens(24)
     path = "model.layers.1.mlp.down_proj"
-    fisher = criteria.output_fisher(model, [path], batches, torch.Generator().manual_seed(0), logits_only=False)[path]
+    fisher = output_fisher(model, [path], batches, torch.Generator().manual_seed(0), logits_only=False)[path]
     moments = Moments.empty(24)
     run = StagedRun(model, batches)
     run.advance()
@@ -273,10 +301,10 @@ def test_fisher_information_predicts_the_divergence_of_a_small_change() -> None:
 # ---- bad input
 def test_too_few_calibration_vectors_name_the_layer_and_offer_damping() -> None:
     model = language_model()
-    pruner = make_pruner(model, Method("obs"), [tokens(1)[0][:1]])
+    pruner = make_pruner(model, Method(OBS()), [tokens(1)[0][:1]])
     with pytest.raises(CalibrationError, match=r"o_proj: .* has rank \d+, from 12 calibration .*pruner\.damping"):
         pruner.prune(half(pruner))
-    damped = make_pruner(model, Method("obs", damping=0.01), [tokens(1)[0][:1]])
+    damped = make_pruner(model, Method(OBS(), damping=0.01), [tokens(1)[0][:1]])
     assert damped.prune(half(damped)).widths
 
 
@@ -284,13 +312,13 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
     model = language_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf  # type: ignore[union-attr, index, operator]
-    pruner = make_pruner(model, Method("obs"))
+    pruner = make_pruner(model, Method(OBS()))
     with pytest.raises(CalibrationError, match=r"layer model\.layers\.1\.mlp: inputs of .* are not finite"):
         pruner.prune(half(pruner))
 
 
 def test_counts_that_do_not_fit_are_refused() -> None:
-    pruner = make_pruner(language_model(), Method("obs"))
+    pruner = make_pruner(language_model(), Method(OBS()))
     with pytest.raises(AllocationError, match="cannot keep 0 of 2 units"):
         pruner.prune(dict.fromkeys(half(pruner), 0))
 

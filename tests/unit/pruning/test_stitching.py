@@ -6,9 +6,10 @@ import pytest
 
 from fedlp.pruning.precomputed_models import Stitcher
 from fedlp.pruning.pruner import Method, mean_divergence, predictions
+from fedlp.pruning.scores.obs import OBS
 from tests.unit.pruning.test_pruner import classifier, images, language_model, make_pruner, tokens
 
-METHODS = {"plain": Method("obs"), "weighed": Method("obs", fisher=True, keeps_batch_norm=True)}
+METHODS = {"plain": Method(OBS()), "weighed": Method(OBS(), fisher=True, keeps_batch_norm=True)}
 
 
 @pytest.mark.slow

@@ -1,19 +1,8 @@
-r"""Scores of units that need no Hessian, and what they need instead: gradients and Fisher information.
-
-Each score is one number per unit, >= 0; the lowest go first. :math:`W` is the reader's weight matrix, :math:`x` its
-input, and the sums run over the unit's columns and all outputs.
-
-========== ================================================= =====================================================
-magnitude  sum of w² over everything that goes with the unit  Li et al., ICLR 2017; Fang et al., CVPR 2023 (groups)
-wanda      sum of \|W_ij\| sqrt(E x_j²)                       Sun et al., ICLR 2024; structured: An et al., AAAI 2024
-flap       sum of Var(x_j) W_ij²                              An et al., AAAI 2024 (WIFV)
-taylor     sum of \|w ∂L/∂w\| over everything that goes       Ma et al., NeurIPS 2023 (LLM-Pruner, element-wise)
-========== ================================================= =====================================================
-"""
+"""Gradients of the loss: by parameter, and of readers' outputs as their Fisher information."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,54 +12,7 @@ from torch import Tensor, nn
 
 from fedlp.models.layers import all_trainable
 from fedlp.models.spec import forward_logits, named_tensors
-from fedlp.pruning.kernels.hessian import Moments
 from fedlp.pruning.tracing.units import output_rows
-from fedlp.pruning.tracing.widths import WidthSpec
-from fedlp.types import PrunableLayer
-
-
-def magnitude_scores(model: nn.Module, spec: WidthSpec, layer: PrunableLayer) -> Tensor:
-    """Return the squared norm of all parameters that go with each unit."""
-    return _coupled_sums({name: w.square() for name, w in _parameters(model).items()}, spec, layer)
-
-
-def taylor_scores(model: nn.Module, spec: WidthSpec, layer: PrunableLayer, gradients: Mapping[str, Tensor]) -> Tensor:
-    """Return the summed sizes of weight times gradient of all parameters that go with each unit."""
-    parameters = _parameters(model)  # among them biases that pruning has added, which have no gradient
-    products = {name: (parameters[name] * gradient).abs() for name, gradient in gradients.items()}
-    return _coupled_sums(products, spec, layer)
-
-
-def wanda_scores(weight: Tensor, moments: Moments, unit_size: int) -> Tensor:
-    """Return sums of absolute weights times the inputs' root mean squares; ``weight`` is (out, n)."""
-    scale = (moments.gram.diagonal() / moments.count).sqrt()
-    return (weight.abs().sum(dim=0) * scale).view(-1, unit_size).sum(dim=1)
-
-
-def flap_scores(weight: Tensor, moments: Moments, unit_size: int) -> Tensor:
-    """Return sums of squared weights times the inputs' variances; ``weight`` is (out, n)."""
-    variance = (moments.gram.diagonal() / moments.count - moments.mean.square()).clamp_(min=0.0)
-    return (weight.square().sum(dim=0) * variance).view(-1, unit_size).sum(dim=1)
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
-
-
-def _coupled_sums(values: Mapping[str, Tensor], spec: WidthSpec, layer: PrunableLayer) -> Tensor:
-    """Return the sum over all entries that go with each unit, (units,), float64."""
-    device = next(iter(values.values())).device
-    total = torch.zeros(layer.num_units, dtype=torch.float64, device=device)
-    for name in layer.coupled:
-        if name not in values:
-            continue
-        value = values[name].to(torch.float64)
-        for position, dim in enumerate(spec.dims[name]):
-            if dim.axis == layer.name:
-                along = value.movedim(position, 0).flatten(1) if value.ndim > 1 else value[:, None]
-                per_entry = along.sum(dim=1).view(dim.copies, layer.num_units, dim.entries)
-                total += per_entry.sum(dim=(0, 2))
-    return total
 
 
 def loss_gradients(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -97,7 +39,7 @@ def loss_gradients(model: nn.Module, batches: Sequence[Tensor], labels: Sequence
 def output_fisher(
     model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor], generator: torch.Generator, logits_only: bool
 ) -> dict[str, Tensor]:
-    r"""Return what errors of each reader's outputs cost: :math:`\sum g g^\top / N`, (out, out), by module path.
+    r"""Return the Fisher information of each reader's outputs, :math:`\sum g g^\top / N`, (out, out), by module path.
 
     :math:`g` is the gradient of the negative log-likelihood with respect to the module's output at one position, summed
     over all positions; N counts labels (images or tokens). Labels are drawn from the model's own predictions, so that

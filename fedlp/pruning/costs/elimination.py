@@ -1,4 +1,4 @@
-"""What it costs a client to score its units."""
+"""Compute cost of scoring units by optimal brain surgeon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedlp.pruning.kernels.elimination import FEW_COLUMNS
 def elimination_macs(
     inputs: int, columns: int, outputs: int, unit_size: int, steps: Sequence[int], block: int
 ) -> float:
-    """Return how many multiply-accumulates it takes to invert a reader's Hessian and to eliminate its units.
+    """Return the multiply-accumulates of inverting a reader's Hessian and eliminating its units.
 
     The leading terms of :mod:`fedlp.pruning.kernels.inverses` and :mod:`fedlp.pruning.kernels.elimination`; those of
     factorisations are the usual ones (a third of n³ flops for Cholesky's). Measured counts agree to a few per cent.

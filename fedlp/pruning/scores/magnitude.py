@@ -1,0 +1,22 @@
+"""Magnitude of weights (Li et al., ICLR 2017), over groups of coupled parameters (Fang et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedlp.pruning.scores.view import LayerView
+from fedlp.registry import register
+
+
+@register("score", "magnitude")
+@dataclass(frozen=True)
+class Magnitude:
+    """Squared norm of all parameters that go with a unit: sum of w²."""
+
+    needs = frozenset({"weights"})
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """Return the saliency of each unit, (units,), float64."""
+        return view.sum_coupled({name: weight.square() for name, weight in view.parameters.items()})

@@ -1,0 +1,293 @@
+"""A pruning score's view of one prunable layer.
+
+A *reader* is a linear layer or convolution whose inputs are the units that may be pruned. A score sees the readers'
+weights and the statistics of their inputs in the same way wherever these come from: second moments of all calibration
+data in one-shot pruning, sums over clients in federated one-shot pruning, a sample of a few vectors in a round.
+
+What a score may read is what it ``needs``; anything else is refused, since nobody will have collected it everywhere.
+
+=============== ====================================================================================================
+weights         weights of the readers, and all parameters that are removed with a unit
+input_norms     mean and mean square of each input of a reader
+moments         all second moments of a reader's inputs: the Hessian; includes ``input_norms``
+gradients       gradient of the loss with respect to every parameter
+model           the model itself and the calibration examples
+=============== ====================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.errors import ConfigError
+from fedlp.models.spec import named_tensors
+from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.kernels.hessian import square_root
+from fedlp.pruning.kernels.inverses import InverseHessian
+from fedlp.pruning.kernels.obs import Problem
+from fedlp.pruning.tracing.widths import WidthSpec
+from fedlp.types import PrunableLayer
+
+NEEDS = frozenset({"weights", "input_norms", "moments", "gradients", "model"})
+
+
+class InputStatistics(Protocol):
+    """Statistics of the input vectors of one reader; n is the number of columns of its weight matrix."""
+
+    @property
+    def count(self) -> int:
+        """Number of input vectors."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each input, (n,), float64."""
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each input, (n,), float64."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each input, (n,), float64, >= 0."""
+
+    def hessian(self, centred: bool) -> Tensor:
+        """Return twice the second moments of the inputs, or of the inputs less their means; (n, n), float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Granularity of an elimination.
+
+    Attributes
+    ----------
+    parts : int or None
+        A step removes one unit in so many of those left, at least one; None for one unit a step, the exact greedy
+        order.
+    block : int
+        Columns after which lazy updates are applied; affects speed only.
+    """
+
+    parts: int | None = None
+    block: int = 64
+
+    def schedule(self, total: int) -> list[int]:
+        """Return the number of units that each step removes, summing to ``total``."""
+        if self.parts is None:
+            return [1] * total
+        steps: list[int] = []
+        while total:
+            steps.append(max(1, total // self.parts))
+            total -= steps[-1]
+        return steps
+
+
+EXACT = Precision()
+COARSE = Precision(parts=32, block=256)
+"""Precision of scores in a round: a plot of the losses would show no difference."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Evidence for scores of all layers of one model.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model that the examples run through.
+    spec : WidthSpec
+        Its width axes.
+    data : Calibration
+        The calibration examples.
+    generator : torch.Generator
+        Source of random numbers.
+    gradients : mapping from parameter name to Tensor, or None
+        Gradient of the loss with respect to every parameter, where a score needs it.
+    scored : nn.Module or None
+        Holder of the weights that are scored, of the same architecture, such as the change of the weights in a round;
+        None for ``model``.
+    precision : Precision
+        Granularity of eliminations.
+    """
+
+    model: nn.Module
+    spec: WidthSpec
+    data: Calibration
+    generator: torch.Generator
+    gradients: Mapping[str, Tensor] | None = None
+    scored: nn.Module | None = None
+    precision: Precision = EXACT
+
+
+@dataclass(frozen=True)
+class ReaderView:
+    """A score's view of one reader.
+
+    Attributes
+    ----------
+    path : str
+        Module path in the model.
+    weight : (outputs, n)
+        Weight matrix, float64; the columns of a unit lie together.
+    unit_size : int
+        Columns per unit.
+    statistics : InputStatistics or None
+        Statistics of its inputs, where they were collected; read them through the properties below.
+    solve : callable
+        Returns the full-width weights (outputs, n) that the elimination starts from, and the inverse of the damped
+        Hessian (n, n).
+    fisher : (outputs, outputs) or None
+        Fisher information of its outputs, which weighs their errors; None for the identity.
+    needs : frozenset of str
+        What the score has declared.
+    """
+
+    path: str
+    weight: Tensor
+    unit_size: int
+    statistics: InputStatistics | None
+    solve: Callable[[], tuple[Tensor, Tensor | InverseHessian]]
+    fisher: Tensor | None
+    needs: frozenset[str]
+
+    @property
+    def count(self) -> int:
+        """Number of input vectors behind the statistics."""
+        return self._read("input_norms").count
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each input, (n,), float64."""
+        return self._read("input_norms").mean
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each input, (n,), float64."""
+        return self._read("input_norms").square_mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each input, (n,), float64, >= 0."""
+        return self._read("input_norms").variance
+
+    def hessian(self, centred: bool) -> Tensor:
+        r"""Return :math:`\frac{2}{N}\sum xx^\top`, (n, n), float64, of inputs less their mean if ``centred``."""
+        return self._read("moments").hessian(centred)
+
+    def problem(self) -> Problem:
+        """Return the elimination problem of this reader: weights, weighed by the Fisher information, and inverse."""
+        self._read("moments")
+        weight, inverse = self.solve()
+        return Problem(weight if self.fisher is None else square_root(self.fisher) @ weight, inverse, self.unit_size)
+
+    def _read(self, need: str) -> InputStatistics:
+        _require(self.needs, need, f"input statistics of {self.path}")
+        assert self.statistics is not None
+        return self.statistics
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A score's view of one prunable layer.
+
+    Attributes
+    ----------
+    layer : PrunableLayer
+    evidence : Evidence
+        Of the model; read it through the properties below.
+    needs : frozenset of str
+        What the score has declared.
+    """
+
+    layer: PrunableLayer
+    evidence: Evidence
+    needs: frozenset[str]
+    _readers: tuple[ReaderView, ...] = ()
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return self.layer.num_units
+
+    @property
+    def precision(self) -> Precision:
+        """Granularity of eliminations."""
+        return self.evidence.precision
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Source of random numbers, on the CPU: equal for equal seeds."""
+        return self.evidence.generator
+
+    @property
+    def readers(self) -> tuple[ReaderView, ...]:
+        """The layers that read the units, in the order of the model."""
+        _require(self.needs, "weights", f"the weights of {' '.join(self.layer.readers)}")
+        return self._readers
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All parameters of the model that is scored, detached, by name."""
+        _require(self.needs, "weights", "parameters of the model")
+        scored = self.evidence.model if self.evidence.scored is None else self.evidence.scored
+        return {name: t.detach() for name, t in named_tensors(scored).items() if isinstance(t, nn.Parameter)}
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Gradient of the mean loss on the calibration examples, by parameter name."""
+        _require(self.needs, "gradients", "gradients of the loss")
+        assert self.evidence.gradients is not None
+        return self.evidence.gradients
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in evaluation mode; not to be changed."""
+        _require(self.needs, "model", "the model")
+        return self.evidence.model
+
+    @property
+    def data(self) -> Calibration:
+        """The calibration examples."""
+        _require(self.needs, "model", "the calibration examples")
+        return self.evidence.data
+
+    def sum_columns(self, columns: Callable[[ReaderView], Tensor]) -> Tensor:
+        """Return the sum over readers and over the columns of each unit, (units,).
+
+        Parameters
+        ----------
+        columns : callable
+            Returns one number per column of a reader's weight matrix, (n,).
+        """
+        parts = [columns(reader).view(-1, reader.unit_size).sum(dim=1) for reader in self.readers]
+        return torch.stack(parts).sum(dim=0)
+
+    def sum_coupled(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum over all entries that are removed with each unit, (units,), float64.
+
+        Parameters
+        ----------
+        values : mapping from parameter name to Tensor
+            Of the parameters' shapes; parameters that are absent do not count.
+        """
+        device = next(iter(values.values())).device
+        total = torch.zeros(self.num_units, dtype=torch.float64, device=device)
+        for name in self.layer.coupled:
+            if name not in values:
+                continue
+            value = values[name].to(torch.float64)
+            for position, dim in enumerate(self.evidence.spec.dims[name]):
+                if dim.axis == self.layer.name:
+                    along = value.movedim(position, 0).flatten(1) if value.ndim > 1 else value[:, None]
+                    per_entry = along.sum(dim=1).view(dim.copies, self.num_units, dim.entries)
+                    total += per_entry.sum(dim=(0, 2))
+        return total
+
+
+def _require(needs: frozenset[str], need: str, read: str) -> None:
+    if need not in needs and not (need == "input_norms" and "moments" in needs):
+        raise ConfigError(f"a score reads {read} without saying so: add {need!r} to its needs")
