@@ -22,13 +22,14 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.wire.packing import Signature
+from fedlp.federation.wire.ranges import LARGEST_VALUE
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
 """Encodings and the bits that a number takes in them."""
 
 _QUANTISED = ("int8", "int4", "int2")
 _SCALE = "scale of "
-_LARGEST_SCALE = torch.finfo(torch.float32).max / 128  # times any int8 it is finite
+_LARGEST_SCALE = LARGEST_VALUE / 128  # times any int8 it is in range
 
 
 def encode_values(
@@ -83,12 +84,12 @@ def encoded_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str) -> tu
 
 
 def decode_values(encoded: Mapping[str, Tensor], signature: Signature, encoding: str, who: str) -> dict[str, Tensor]:
-    """Return the values, in the dtypes of ``signature``; finite where what travels as it is is finite.
+    """Return the values, in the dtypes of ``signature``; in range where what travels as it is is in range.
 
     Raises
     ------
     ProtocolError
-        If a scale is negative, NaN, or so large that its numbers overflow; ``who`` is named.
+        If a scale is negative, NaN, or so large that its numbers are out of range; ``who`` is named.
     """
     found: dict[str, Tensor] = {}
     for name, shape, dtype in signature:
