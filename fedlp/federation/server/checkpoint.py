@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,17 +23,26 @@ from torch import Tensor
 from fedlp.errors import CheckpointError
 
 _NAME = re.compile(r"round-(\d+)\.json")
-_MODEL, _OPTIMIZER, _MEMORY = "model.", "optimizer.", "memory."
+_MODEL, _OPTIMIZER, _MEMORY, _SUSPECTS = "model.", "optimizer.", "memory.", "suspects"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """All memory between rounds."""
+    """All memory between rounds.
+
+    Attributes
+    ----------
+    memory : mapping
+        The policy's.
+    suspects : tuple of int
+        Clients whose update broke the model in a round that was undone, sorted; their updates are rejected.
+    """
 
     server_round: int
     params: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
-    memory: Mapping[str, Tensor] = field(default_factory=dict)  # the policy's
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    suspects: tuple[int, ...] = ()
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -41,6 +51,8 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     tensors = {_MODEL + name: tensor.contiguous() for name, tensor in state.params.items()}
     tensors |= {_OPTIMIZER + name: tensor.contiguous() for name, tensor in state.optimizer.items()}
     tensors |= {_MEMORY + name: tensor.contiguous() for name, tensor in state.memory.items()}
+    if state.suspects:
+        tensors[_SUSPECTS] = torch.tensor(state.suspects)
     data = save(tensors)
     stem = f"round-{state.server_round:06d}"
     write_atomically(folder / f"{stem}.safetensors", data)
@@ -76,7 +88,8 @@ def load_checkpoint(folder: Path) -> ServerState | None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    return ServerState(rounds[-1], part(_MODEL), part(_OPTIMIZER), part(_MEMORY))
+    suspects = tuple(tensors[_SUSPECTS].tolist()) if _SUSPECTS in tensors else ()
+    return ServerState(rounds[-1], part(_MODEL), part(_OPTIMIZER), part(_MEMORY), suspects)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -34,6 +34,7 @@ from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.sampling import sample_cohort
+from fedlp.federation.server.state_check import RoundGuard, find_fault
 from fedlp.federation.strategies.policies import Policy, Returned
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
@@ -221,11 +222,12 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         state = self.state
         average = CoverageAverage(state.params if self._sends_weights else _without_floats(state.params))
+        guard = RoundGuard(state, self._trainable, self._sends_weights)
         losses: list[tuple[float, int]] = []
         answers: list[Returned] = []
         for reply in replies:
             instruction, bytes_down = self._round.assigned.popleft()
-            update = self._receive(instruction, bytes_down, reply)
+            update = self._receive(instruction, bytes_down, reply, guard)
             if update is None:
                 continue
             weight = self._weight(update, instruction)
@@ -262,10 +264,16 @@ class FedLPStrategy(Strategy):
                 self.config.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
-        self.state = ServerState(server_round, params, optimizer, memory)
+        self.state = guard.accept(
+            replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory), self._fail
+        )
+        if self.state.params is state.params:
+            self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
 
-    def _receive(self, instruction: TrainInstruction, bytes_down: int, reply: Message) -> ClientUpdate | None:
+    def _receive(
+        self, instruction: TrainInstruction, bytes_down: int, reply: Message, guard: RoundGuard
+    ) -> ClientUpdate | None:
         """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
         client_id = instruction.client_id
         layout = self.submodels.layout(instruction.submodel)
@@ -275,9 +283,11 @@ class FedLPStrategy(Strategy):
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
             profile, strategy = self._roster.profile(client_id), self.config.strategy
-            update = messages.decode_update(
+            decoded = messages.decode_update(
                 reply.content, instruction, profile, self.submodels, strategy.encoding, strategy.entropy_coding
             )
+            guard.admit(decoded, self.submodels.layout(SubModel(instruction.submodel.depth, decoded.widths)).keeps)
+            update = decoded
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
@@ -343,9 +353,12 @@ class FedLPStrategy(Strategy):
                 ClientCost(client_id, 0, messages.count_bytes(content), up, self.submodels.spec.num_params, 0, macs)
             )
         if parts:
-            params = {**self.state.params, **pool_statistics(parts)}
-            self.state = replace(self.state, params=params)
-            arrays = self._encode_model(self.state)
+            measured = replace(self.state, params={**self.state.params, **pool_statistics(parts)})
+            if fault := find_fault(measured):
+                log.warning("round %d: batch norms keep their statistics: %s", server_round, fault.text)
+            else:
+                self.state = measured
+                arrays = self._encode_model(self.state)
         return arrays
 
     def _whole_clients(self, server_round: int) -> Iterator[int]:
