@@ -36,7 +36,7 @@ from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.sampling import sample_cohort
 from fedlp.federation.server.state_check import RoundGuard, find_fault
 from fedlp.federation.strategies.policies import Policy, Returned
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.rng import Stream, generator
 from fedlp.training.local_training import metrics_from_sums
@@ -184,7 +184,7 @@ class FedLPStrategy(Strategy):
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
         cohort = sample_cohort(self.config.seed, server_round, self._roster.client_ids, self.config.clients_per_round)
         self._round = RoundUnderWay(server_round, cohort)
-        encoded: dict[int, ArrayRecord] = {}  # sub-models that several clients share are encoded once
+        encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
         params = self.state.params
         for client_id in cohort:
@@ -194,10 +194,10 @@ class FedLPStrategy(Strategy):
                 self._fail(client_id, "refused", error)
                 continue
             layout = self.submodels.layout(assigned.submodel)
-            record = arrays if layout.is_whole else encoded.get(id(layout))
+            record = arrays if layout.is_whole else encoded.get(layout)
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
-                record = encoded[id(layout)] = messages.encode_params(layout.slice(params))
+                record = encoded[layout] = messages.encode_params(layout.slice(params))
             instruction = TrainInstruction(
                 server_round,
                 client_id,
