@@ -45,3 +45,14 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(kept).replace(":; ", ": ") or type(error).__name__
+
+
+def printable(text: object, most: int = 200) -> str:
+    """Return the first line of a text from outside, cut to ``most`` characters; empty where all of it is blank.
+
+    Characters that a terminal may obey or cannot show, such as escapes and changes of direction, become "?".
+    """
+    head = str(text).strip()[: most + 1]
+    line = next(iter(head.splitlines()), "")
+    shown = "".join(character if character.isprintable() else "?" for character in line[:most])
+    return f"{shown}..." if len(line) > most else shown

@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config import config_dir, explain, prepare, register_schema
-from fedlp.errors import ConfigError, FedLPError
+from fedlp.errors import ConfigError, FedLPError, printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_LONGEST_LINE = 2000
 
 
 def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
@@ -57,11 +58,19 @@ def output_dir() -> Path:
 def set_up_logging() -> None:
     """Send fedlp's warnings to stderr, as lines that name it."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("fedlp: %(message)s"))
+    handler.setFormatter(_Printable("fedlp: %(message)s"))
     logger = logging.getLogger("fedlp")
     logger.handlers, logger.propagate = [handler], False
     logger.disabled = False  # Hydra disables all loggers it finds before every job of a sweep
     logger.setLevel(logging.WARNING)
+
+
+class _Printable(logging.Formatter):
+    """Formats messages, which may quote clients, as one line without anything that a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable(super().format(record), _LONGEST_LINE)
 
 
 def _job_name() -> str:

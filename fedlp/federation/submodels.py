@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.federation.bounded_cache import BoundedCache
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
 from fedlp.pruning.tracing.units import find_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
 
+_CACHE_BYTES = 1 << 28
+_NAME_BYTES, _KEEP_BYTES, _RUN_BYTES = 400, 200, 96  # measured: what one of each takes in a layout and its key
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -78,14 +81,20 @@ class SubModelLayout:
         """Return how many trainable numbers travel (of the tensors in ``names``)."""
         return sum(count for name, count in self._num_params.items() if names is None or name in names)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the layout takes, about."""
+        keeps = [keep for found in self.keeps.values() for keep in found]
+        return len(self.names) * _NAME_BYTES + sum(_KEEP_BYTES + _RUN_BYTES * len(keep.runs) for keep in keeps)
+
 
 class SubModels:
-    """All sub-models of one global model; layouts are remembered."""
+    """All sub-models of one global model; layouts are remembered, up to 256 MiB of them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.names = tuple(spec.tensors)
-        self._layout = lru_cache(maxsize=4096)(self._make_layout)
+        self._layout = BoundedCache(self._make_layout, lambda layout: layout.num_bytes, _CACHE_BYTES)
 
     @cached_property
     def widths(self) -> WidthSpec:

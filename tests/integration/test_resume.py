@@ -15,7 +15,7 @@ import pytest
 from fedlp.apps import federate as assembly
 from fedlp.config import from_yaml, to_yaml
 from fedlp.errors import CheckpointError, ConfigError
-from tests.integration.running import TINY, TINY_CNN, Finished, command, interruptible, read
+from tests.integration.running import TINY, TINY_CNN, Finished, command, interruptible, read, run
 
 Once = Callable[..., Finished]
 ADAM = ("server_optimizer=adam", "server_optimizer.lr=0.03")
@@ -81,16 +81,49 @@ def test_a_run_without_any_checkpoint_starts_anew(once: Once, tmp_path: Path) ->
     assert_same(go_on(folder, 7), once(*case, "num_rounds=7"))
 
 
-def test_the_checkpoint_before_a_damaged_one_serves(once: Once, tmp_path: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_serves(
+    once: Once, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     case = CASES["hetero, adam, seldom checkpoints"]
     folder = tmp_path / "run"
     whole = once(*case, "num_rounds=7")
     shutil.copytree(whole.path, folder)
     (folder / "checkpoint" / "round-000007.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match=r"damaged .*; delete round-000007.json"):
-        go_on(folder, 7)
-    (folder / "checkpoint" / "round-000007.json").unlink()
     assert_same(go_on(folder, 7), whole)
+    assert "round-000007.safetensors is damaged (SHA-256 differs); the run goes on from round 6" in caplog.text
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_whose_rounds_are_on_record(
+    once: Once, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = once(*CASES["hetero, adam, seldom checkpoints"], "num_rounds=7")
+    folder = tmp_path / "run"
+    shutil.copytree(whole.path, folder)
+    lines = (folder / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "rounds.jsonl").write_bytes(b"".join(lines[:6]) + bytes(40) + b"\n" + lines[6])
+    assert_same(go_on(folder, 7), whole)
+    assert "does not hold rounds 1 to 7 of the checkpoint; the run goes on from round 6" in caplog.text
+
+
+def test_a_checkpoint_never_outlives_what_is_on_record_of_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, of every file only that is sure to be there which was written before its last fsync."""
+    durable: dict[str, bytes] = {}
+    seen = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if path.is_file():
+            durable[path.name] = path.read_bytes()
+            seen.append((path.name, durable.get("rounds.jsonl", b"").count(b"\n")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    run(tmp_path, *TINY, "strategy=fedlp_homo", "num_rounds=5", "checkpoint_every=2")
+    written = {name[1:13]: count for name, count in seen if name.startswith(".round-")}
+    assert written == {"round-000002": 2, "round-000004": 4, "round-000005": 5}
 
 
 def test_a_checkpoint_of_another_model_is_refused(once: Once, tmp_path: Path) -> None:

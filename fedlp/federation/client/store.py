@@ -1,20 +1,24 @@
 """What a client keeps between rounds, on its own disk: personal heads, or what it could not send.
 
 One file per client and round. A client reads the newest one from before the current round, so a run that is resumed
-from an earlier checkpoint finds the head it had then. Versions that no kept checkpoint can reach are deleted.
+from an earlier checkpoint finds the head it had then. Versions that no kept checkpoint can reach are deleted. Every
+file holds its own digest: instead of a damaged one the version before serves, and a warning names the file.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedlp.errors import DataError, one_line
+from fedlp.federation.client.sealed_tensors import open_sealed, seal_tensors
 from fedlp.federation.server.checkpoint import write_atomically
+
+log = logging.getLogger("fedlp")
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 
@@ -37,7 +41,7 @@ class ClientStore:
     def save(self, client_id: int, server_round: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a version, atomically, and drop those that are out of reach; DataError where the disk refuses."""
         folder = self.root / str(client_id)
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        data = seal_tensors(tensors)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"round-{server_round:06d}.safetensors", data)
@@ -50,12 +54,18 @@ class ClientStore:
             (folder / f"round-{stale:06d}.safetensors").unlink(missing_ok=True)
 
     def load(self, client_id: int, before_round: int) -> dict[str, Tensor]:
-        """Return the newest version from before a round; empty where there is none."""
+        """Return the newest version from before a round that is whole; empty where there is none."""
         rounds = [version for version in self._rounds(client_id) if version < before_round]
-        if not rounds:
-            return {}
-        head: dict[str, Tensor] = load_file(self.root / str(client_id) / f"round-{rounds[-1]:06d}.safetensors")
-        return head
+        for number, version in enumerate(reversed(rounds), start=1):
+            path = self.root / str(client_id) / f"round-{version:06d}.safetensors"
+            try:
+                return open_sealed(path.read_bytes())
+            except (OSError, ValueError) as error:
+                instead = "the version before it" if number < len(rounds) else "nothing, as at first,"
+                log.warning(
+                    "client %d: %s is damaged (%s); %s is used instead", client_id, path, one_line(error), instead
+                )
+        return {}
 
     def _rounds(self, client_id: int) -> list[int]:
         folder = self.root / str(client_id)

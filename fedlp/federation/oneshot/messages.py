@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.wire.index_sets import decode_counts, decode_widths, encode_counts, encode_widths
-from fedlp.federation.wire.messages import check_finite, encode_params
+from fedlp.federation.wire.messages import encode_params
 from fedlp.federation.wire.packing import Signature, unpack_tensors
+from fedlp.federation.wire.ranges import LARGEST_MOMENT, check_count, check_values
 from fedlp.federation.wire.record_access import read_bytes, read_config, read_integer, read_tensors, say_why
 from fedlp.types import Keep
 
@@ -156,9 +157,10 @@ def decode_sums(
     Raises
     ------
     ProtocolError
-        Another layer; an example count outside [1, ``most``]; a missing, misshapen or non-finite tensor; a negative
-        entry where there can be none; a symmetric one that no data could give: an entry that is larger than those of
-        the diagonal allow. (These may be 0: a unit may never be active.)
+        Another layer; an example count outside [1, ``most``]; a missing or misshapen tensor; an entry that is not
+        finite or beyond ``LARGEST_MOMENT``; a negative entry where there can be none; a symmetric one that no data
+        could give: an entry that is larger than those of the diagonal allow. (These may be 0: a unit may never be
+        active.)
     """
     num_examples = _count(content, layer, most, who)
     try:
@@ -166,7 +168,7 @@ def decode_sums(
         sums = {name: value.to(torch.float64) for name, value in read_tensors(content, PARAMS, signature).items()}
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
-    check_finite(sums, who)
+    check_values(sums, who, LARGEST_MOMENT)
     for part in parts:
         if part.symmetric:
             _check_moments(sums[part.name], part, who)
@@ -240,6 +242,4 @@ def _count(content: RecordDict, layer: int, most: int, who: str) -> int:
         raise ProtocolError(f"{who}: the answer cannot be read: {say_why(error)}") from error
     if found != layer:
         raise ProtocolError(f"{who}: the answer is about layer {found}, not {layer}")
-    if not 1 <= num_examples <= most:
-        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {most}]")
-    return num_examples
+    return check_count(num_examples, most, who)

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
+from fedlp.errors import printable
 from fedlp.federation.server.reply_polling import Puller
 
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
@@ -85,8 +86,8 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
 
 
 def reason_of(reply: Message) -> str:
-    """Return why a reply is an error, in one line."""
-    return (reply.error.reason or "no reason given").strip().splitlines()[0]
+    """Return why a reply is an error, in one printable line."""
+    return printable(reply.error.reason or "") or "no reason given"
 
 
 def no_reply(message: Message, timeout: float) -> Message:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -19,11 +20,21 @@ from typing import Any
 from safetensors.torch import save
 
 from fedlp.errors import CheckpointError, ConfigError, FedLPError, one_line
-from fedlp.federation.server.checkpoint import ServerState, load_checkpoint, save_checkpoint, write_atomically
+from fedlp.federation.server.checkpoint import (
+    ServerState,
+    checkpoint_rounds,
+    discard_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    sync_folder,
+    write_atomically,
+)
 from fedlp.types import Budget, RoundRecord
 
 if sys.platform != "win32":  # which locks no folders: there a run is not guarded from a second one
     import fcntl
+
+log = logging.getLogger("fedlp")
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
@@ -92,19 +103,41 @@ class RunDirectory:
             write_atomically(self.path / "config.yaml", config_yaml.encode())
 
     def resume(self) -> ServerState | None:
-        """Return the state to go on from (None: from the start) and forget rounds that it does not include."""
-        state = load_checkpoint(self._checkpoints)
+        """Return the state to go on from (None: from the start) and forget rounds that it does not include.
+
+        It is the newest checkpoint that is whole and whose rounds are all on record; newer ones are named in a log, and
+        do not count any more.
+
+        Raises
+        ------
+        CheckpointError
+            If there are checkpoints, but no such one.
+        """
+        rounds, lines, reasons = checkpoint_rounds(self._checkpoints), self._read_lines(strict=False), []
+        state: ServerState | None = None
+        for server_round in reversed(rounds):
+            try:
+                state = self._consistent(server_round, lines)
+                break
+            except CheckpointError as error:
+                reasons.append(str(error))
+        if rounds and state is None:
+            raise CheckpointError(f"{reasons[0]}, and no older checkpoint serves; restore the file, or start anew")
         last = 0 if state is None else state.server_round
-        kept = [line for line in self._read_lines() if line["server_round"] <= last]
-        if [line["server_round"] for line in kept] != list(range(1, last + 1)):
-            raise CheckpointError(
-                f"{self._rounds} does not hold rounds 1 to {last} of the checkpoint; restore the file, "
-                f"or start the run anew in another folder"
-            )
+        for server_round, reason in zip(reversed(rounds), reasons, strict=False):
+            log.warning("%s; the run goes on from round %d", reason, last)
+            discard_checkpoint(self._checkpoints, server_round)
         with self._writing():
             for leftover in [*self.path.glob(".*.partial"), *self._checkpoints.glob(".*.partial")]:
                 leftover.unlink()
-            write_atomically(self._rounds, b"".join(_json_line(line) for line in kept))
+            write_atomically(self._rounds, b"".join(_json_line(line) for line in lines[:last]))
+        return state
+
+    def _consistent(self, server_round: int, lines: Sequence[Mapping[str, Any]]) -> ServerState:
+        """Return the checkpoint of a round, if the lines hold all rounds up to it."""
+        state = read_checkpoint(self._checkpoints, server_round)
+        if [line["server_round"] for line in lines[:server_round]] != list(range(1, server_round + 1)):
+            raise CheckpointError(f"{self._rounds} does not hold rounds 1 to {server_round} of the checkpoint")
         return state
 
     def add_budgets(self, brought: Mapping[int, Budget]) -> None:
@@ -130,9 +163,12 @@ class RunDirectory:
             file.write(_json_line(asdict(record)))
 
     def save_state(self, state: ServerState) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; before it, what is on record of its rounds becomes as durable as it."""
         with self._writing():
+            with self._rounds.open("ab") as file:
+                os.fsync(file.fileno())
             save_checkpoint(self._checkpoints, state)
+            sync_folder(self.path)
 
     def finish(self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, Any]:
         """Write the model and the manifest; return the manifest."""
@@ -181,8 +217,14 @@ class RunDirectory:
                 + (f"go on with resume={self.path}" if begun else "start the run again")
             ) from error
 
-    def _read_lines(self) -> list[dict[str, Any]]:
-        """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out."""
+    def _read_lines(self, strict: bool = True) -> list[dict[str, Any]]:
+        """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out.
+
+        Parameters
+        ----------
+        strict : bool
+            Whether a damaged line before the last is an error; else the lines before it are returned.
+        """
         if not self._rounds.is_file():
             return []
         raw = self._rounds.read_bytes().split(b"\n")
@@ -192,8 +234,9 @@ class RunDirectory:
                 if line:
                     lines.append(_read_line(line))
             except ValueError as error:
-                if number < len(raw):
+                if strict and number < len(raw):
                     raise CheckpointError(f"{self._rounds}, line {number}: {error}; restore the file") from error
+                break
         return lines
 
 
@@ -202,6 +245,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
     value = json.loads(line)
     if not isinstance(value, dict) or not value.keys() >= _KEYS:
         raise ValueError("not the record of a round")
+    for key in _TOTALS:
+        if not isinstance(value[key], int | float):
+            raise ValueError(f"{key} is {json.dumps(value[key])[:40]}, not a number")
     return value
 
 

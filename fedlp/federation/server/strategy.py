@@ -34,8 +34,9 @@ from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
+from fedlp.federation.server.state_check import RoundGuard, find_fault
 from fedlp.federation.strategies.policy import Answer, Policy
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.rng import Stream, generator
@@ -187,7 +188,7 @@ class FedLPStrategy(Strategy):
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
         cohort = sample_cohort(self.config.seed, server_round, self._roster.client_ids, self.config.clients_per_round)
         self._round = RoundUnderWay(server_round, cohort)
-        encoded: dict[int, ArrayRecord] = {}  # sub-models that several clients share are encoded once
+        encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
         params = self.state.params
         for client_id in cohort:
@@ -197,10 +198,10 @@ class FedLPStrategy(Strategy):
                 self._fail(client_id, "refused", error)
                 continue
             layout = self.submodels.layout(assigned.submodel)
-            record = arrays if layout.is_whole else encoded.get(id(layout))
+            record = arrays if layout.is_whole else encoded.get(layout)
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
-                record = encoded[id(layout)] = messages.encode_params(layout.slice(params))
+                record = encoded[layout] = messages.encode_params(layout.slice(params))
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
@@ -216,11 +217,12 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         state = self.state
         average = self._aggregator.begin(state.params if self._sends_weights else _without_floats(state.params))
+        guard = RoundGuard(state, self._trainable, self._sends_weights)
         losses: list[tuple[float, int]] = []
         answers: list[Answer] = []
         for reply in replies:
             instruction, bytes_down = self._round.assigned.popleft()
-            update = self._receive(instruction, bytes_down, reply)
+            update = self._receive(instruction, bytes_down, reply, guard)
             if update is None:
                 continue
             weight = self._weight(update, instruction)
@@ -253,10 +255,16 @@ class FedLPStrategy(Strategy):
                 self.config.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
-        self.state = ServerState(server_round, params, optimizer, memory)
+        self.state = guard.accept(
+            replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory), self._fail
+        )
+        if self.state.params is state.params:
+            self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
 
-    def _receive(self, instruction: Assignment, bytes_down: int, reply: Message) -> ClientUpdate | None:
+    def _receive(
+        self, instruction: Assignment, bytes_down: int, reply: Message, guard: RoundGuard
+    ) -> ClientUpdate | None:
         """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
         client_id = instruction.client_id
         layout = self.submodels.layout(instruction.submodel)
@@ -266,7 +274,9 @@ class FedLPStrategy(Strategy):
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
             profile, coded = self._roster.profile(client_id), self.config.upload.entropy_coding
-            update = messages.decode_update(reply.content, instruction, profile, self.submodels, self._encoding, coded)
+            decoded = messages.decode_update(reply.content, instruction, profile, self.submodels, self._encoding, coded)
+            guard.admit(decoded, self.submodels.layout(SubModel(instruction.submodel.depth, decoded.widths)).keeps)
+            update = decoded
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
@@ -332,9 +342,12 @@ class FedLPStrategy(Strategy):
                 ClientCost(client_id, 0, messages.count_bytes(content), up, self.submodels.spec.num_params, 0, macs)
             )
         if parts:
-            params = {**self.state.params, **pool_statistics(parts)}
-            self.state = replace(self.state, params=params)
-            arrays = self._encode_model(self.state)
+            measured = replace(self.state, params={**self.state.params, **pool_statistics(parts)})
+            if fault := find_fault(measured):
+                log.warning("round %d: batch norms keep their statistics: %s", server_round, fault.text)
+            else:
+                self.state = measured
+                arrays = self._encode_model(self.state)
         return arrays
 
     def _whole_clients(self, server_round: int) -> Iterator[int]:

@@ -62,10 +62,19 @@ def encode_widths(widths: Mapping[str, Keep], axes: Sequence[str]) -> bytes:
 
 
 def decode_widths(data: bytes, axes: Mapping[str, int]) -> dict[str, Keep]:
-    """Invert :func:`encode_widths` for axes of the given sizes; ValueError where an axis or index is out of range."""
+    """Invert :func:`encode_widths` for axes of the given sizes.
+
+    Raises
+    ------
+    ValueError
+        Where an axis or index is out of range, axes do not come in their order, or bytes are more than their bitmaps.
+    """
     sizes = list(axes.items())
+    most = sum(_AXIS.size + (size + 7) // 8 for size in axes.values())
+    if len(data) > most:
+        raise ValueError(f"the width plan has {len(data)} bytes; {most} hold any")
     widths: dict[str, Keep] = {}
-    offset = 0
+    offset, last = 0, -1
     while offset < len(data):
         if len(data) < offset + _AXIS.size:
             raise ValueError("the width plan ends in the middle of an axis")
@@ -73,9 +82,10 @@ def decode_widths(data: bytes, axes: Mapping[str, int]) -> dict[str, Keep]:
         offset += _AXIS.size
         payload = data[offset : offset + length]
         offset += length
-        if number >= len(sizes) or len(payload) != length or kind not in (0, 1):
+        if not last < number < len(sizes) or len(payload) != length or kind not in (0, 1):
             raise ValueError(f"axis {number} of the width plan is malformed")
         name, size = sizes[number]
+        last = number
         if kind == 0:
             runs = np.frombuffer(payload, dtype="<u4").reshape(-1, 2)
             widths[name] = Keep(size, tuple((int(start), int(stop)) for start, stop in runs))

@@ -10,7 +10,6 @@ Longer than other files: one door has one file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -19,9 +18,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlp.allocation.budget.costs import given_limits
-from fedlp.errors import ProtocolError
+from fedlp.errors import ProtocolError, printable
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.index_sets import (
     decode_counts,
@@ -32,6 +32,18 @@ from fedlp.federation.wire.index_sets import (
     encode_widths,
 )
 from fedlp.federation.wire.packing import pack_tensors
+from fedlp.federation.wire.ranges import (
+    LARGEST_COST,
+    LARGEST_METRIC,
+    LARGEST_MOMENT,
+    MOST_EXAMPLES,
+    MOST_METRICS,
+    MOST_STEPS,
+    check_count,
+    check_values,
+    read_number,
+    show,
+)
 from fedlp.federation.wire.record_access import (
     read_bytes,
     read_config,
@@ -58,6 +70,7 @@ CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
 STATISTICS = "query.statistics"
+_SUMS = ("loss", "correct", "count")
 _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
 
 
@@ -168,8 +181,9 @@ def decode_update(
     Raises
     ------
     ProtocolError
-        Another round, client, upload set or number of units; a missing, misshapen or non-finite tensor; an example
-        count outside [1, the profile's]; a metric or score that is not finite. Names the client and the layer.
+        Another round, client, upload set or number of units; a missing or misshapen tensor; a value that is not finite
+        or out of the ranges of :mod:`~fedlp.federation.wire.ranges`; an example count outside [1, the profile's]; a
+        score that is negative or not finite. Names the client and the tensor, axis or metric.
     """
     who = f"client {assigned.client_id}, round {assigned.server_round}"
     try:
@@ -177,7 +191,7 @@ def decode_update(
         server_round, client_id = read_integer(record, "server-round"), read_integer(record, "client-id")
         uploads = decode_names(read_bytes(record, "uploads"), submodels.names)
         sent = decode_widths(read_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {}
-        num_examples = metrics["num-examples"]
+        num_examples = check_count(metrics["num-examples"], profile.num_examples, who)
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"{who}: the update cannot be read: {say_why(error)}") from error
     if server_round != assigned.server_round:
@@ -187,39 +201,51 @@ def decode_update(
     if uploads != assigned.uploads:
         wrong = sorted(uploads ^ assigned.uploads)
         raise ProtocolError(f"{who}: the update holds other tensors than were asked for, first of them {wrong[0]}")
-    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
-        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
     widths = _check_widths(sent, assigned, who)
     signature = submodels.layout(SubModel(assigned.submodel.depth, widths)).signature(assigned.uploads)
     try:
         written = encoding or Float32()
         encoded = read_tensors(content, PARAMS, written.signature(signature), coded)
-        check_finite(encoded, who)
+        check_values(encoded, who)
         params = written.decode(encoded, signature, who)
+        if not is_plain(written):
+            check_values(params, who)
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
-    values = {key: value for key, value in metrics.items() if key != "num-examples"}
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
-        raise ProtocolError(f"{who}: a metric is not a finite number: {dict(values)}")
-    if values.get("pruning-macs", 0.0) < 0:  # type: ignore[operator]
-        raise ProtocolError(f"{who}: it says that choosing units took {values['pruning-macs']} MACs")
     return ClientUpdate(
         server_round=server_round,
         client_id=client_id,
         num_examples=num_examples,
         params=params,
-        metrics={key: float(value) for key, value in values.items()},  # type: ignore[arg-type]
+        metrics=_decode_metrics(metrics, who),
         widths=widths,
         scores=_decode_scores(content, assigned, submodels, who) if "unit_scores" in assigned.evidence else {},
         input_norms=_decode_norms(content, assigned, submodels, who) if "input_norms" in assigned.evidence else {},
     )
 
 
+def _decode_metrics(record: MetricRecord, who: str) -> dict[str, float]:
+    """Return the metrics of an update, all in range, without its number of examples."""
+    if len(record) > 1 + MOST_METRICS:
+        raise ProtocolError(f"{who}: {len(record)} metrics came, more than {MOST_METRICS}")
+    metrics = {}
+    for key, value in record.items():
+        number = read_number(value, -LARGEST_METRIC, LARGEST_METRIC)
+        if number is None:
+            raise ProtocolError(f"{who}: metric {printable(key, 40)} is {show(value)}, not a finite number in range")
+        metrics[key] = number
+    metrics.pop("num-examples")
+    if not 0 <= (macs := metrics.get("pruning-macs", 0.0)) <= LARGEST_COST:
+        raise ProtocolError(f"{who}: it says that choosing units took {macs} MACs")
+    return metrics
+
+
 def _check_widths(sent: Mapping[str, Keep], assigned: Assignment, who: str) -> dict[str, Keep]:
     """Return which units a client returns, after checking those that it was asked to choose."""
     held = assigned.submodel.widths
-    if sent.keys() != assigned.kept.keys():
-        raise ProtocolError(f"{who}: the update chooses units of {sorted(sent)}, not of {sorted(assigned.kept)}")
+    if wrong := sorted(sent.keys() ^ assigned.kept.keys()):
+        was = "without being asked" if wrong[0] in sent else "not, as it was asked to"
+        raise ProtocolError(f"{who}: the update chooses units of {wrong[0]} {was}")
     for axis, keep in sent.items():
         outer = held.get(axis, Keep.full(keep.size))
         if keep.count != assigned.kept[axis]:
@@ -241,7 +267,7 @@ def _decode_scores(content: RecordDict, assigned: Assignment, submodels: SubMode
         raise ProtocolError(f"{who}: its scores cannot be read: {say_why(error)}") from error
     found = dict(zip((layer.name for layer in submodels.layers), torch.split(flat, sizes), strict=True))
     for axis, scores in found.items():
-        if not bool((scores >= 0).all() & torch.isfinite(scores).all()):
+        if not bool(((scores >= 0) & (scores <= LARGEST_METRIC)).all()):
             raise ProtocolError(f"{who}: a score of {axis} is not a finite number of at least 0")
     return found
 
@@ -270,19 +296,6 @@ def _decode_norms(content: RecordDict, assigned: Assignment, submodels: SubModel
 _MOST_VECTORS = 10**12  # of one client and round
 
 
-def check_finite(params: dict[str, Tensor], who: str) -> None:
-    """Raise ProtocolError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in params.items():
-        # A sum is finite unless an entry is not or the sum overflows, and costs one pass without temporaries.
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not math.isfinite(float(tensor.sum(dtype=torch.float32)))
-            and not bool(torch.isfinite(tensor).all())
-        ):
-            raise ProtocolError(f"{who}: tensor {name} holds NaN or infinite values")
-
-
 # ---- profiles, ranges
 def encode_profile(profile: ClientProfile) -> RecordDict:
     """Return the records of a client's profile."""
@@ -301,8 +314,9 @@ def decode_profile(content: RecordDict) -> ClientProfile:
         profile = ClientProfile(read_integer(record, "client-id"), read_integer(record, "num-examples"), budget)
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
-    if profile.client_id < 0 or profile.num_examples < 1:
-        raise ProtocolError(f"a client's profile is out of range: {profile}")
+    if profile.client_id < 0:
+        raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
+    check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
@@ -334,8 +348,20 @@ def encode_sums(sums: dict[str, float]) -> RecordDict:
 
 
 def decode_sums(content: RecordDict) -> dict[str, float]:
-    """Return additive evaluation sums."""
-    return {key: float(value) for key, value in read_metrics(content, METRICS).items()}  # type: ignore[arg-type]
+    """Return additive evaluation sums; ProtocolError where one is missing or no number. A loss may be NaN."""
+    sums: dict[str, float] = {}
+    try:
+        record = read_metrics(content, METRICS)
+        for key in (*_SUMS, *(key for key in record if key not in _SUMS)):
+            value = record[key]
+            if not isinstance(value, float):
+                raise ValueError(f"{key} is {show(value)}, not a float")
+            sums[key] = value
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"evaluation sums cannot be read: {say_why(error)}") from error
+    if not 0 <= sums["count"] <= MOST_STEPS:
+        raise ProtocolError(f"evaluation sums cannot be read: they are of {sums['count']} examples")
+    return sums
 
 
 # ---- statistics of batch norms
@@ -351,15 +377,15 @@ def decode_statistics(
     who = f"client {profile.client_id}"
     names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
     try:
-        num_examples = read_metrics(content, METRICS)["num-examples"]
+        num_examples = check_count(read_metrics(content, METRICS)["num-examples"], profile.num_examples, who)
         params = read_tensors(content, PARAMS, submodels.layout(SubModel()).signature(names))
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"{who}: its statistics cannot be read: {say_why(error)}") from error
-    if not isinstance(num_examples, int) or not 1 <= num_examples <= profile.num_examples:
-        raise ProtocolError(f"{who}: num-examples is {num_examples}, not a count in [1, {profile.num_examples}]")
-    check_finite(params, who)
-    for name, tensor in params.items():
-        if name.endswith("running_var") and bool((tensor < 0).any()):
+    variances = {name: tensor for name, tensor in params.items() if name.endswith("running_var")}
+    check_values({name: tensor for name, tensor in params.items() if name not in variances}, who)
+    check_values(variances, who, LARGEST_MOMENT)
+    for name, tensor in variances.items():
+        if bool((tensor < 0).any()):
             raise ProtocolError(f"{who}: {name} holds negative variances")
     return params, num_examples
 
@@ -379,8 +405,10 @@ def _count_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
 
 
 def _count_value(value: object) -> int:
-    if isinstance(value, list):
-        return sum(map(_count_value, value))
+    if isinstance(value, list):  # of one type: Flower sees to that
+        if not value:
+            return 0
+        return sum(map(len, value)) if isinstance(value[0], str | bytes) else len(value) * _count_value(value[0])
     return len(value) if isinstance(value, str | bytes) else 1 if isinstance(value, bool) else 8
 
 

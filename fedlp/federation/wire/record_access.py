@@ -5,12 +5,12 @@ All raise KeyError or ValueError; whoever decodes a message turns them into a Pr
 
 from __future__ import annotations
 
-import math
-
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedlp.errors import printable
 from fedlp.federation.wire.packing import Signature, unpack_tensors
+from fedlp.federation.wire.ranges import LARGEST_COST, read_number, show
 
 
 def read_tensors(content: RecordDict, key: str, signature: Signature, coded: bool = False) -> dict[str, Tensor]:
@@ -41,16 +41,16 @@ def read_integer(record: ConfigRecord, key: str) -> int:
     """Return an integer, which no boolean is."""
     value = record[key]
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}, not an integer")
+        raise ValueError(f"{key} is {show(value)}, not an integer")
     return value
 
 
 def read_limit(record: ConfigRecord, key: str) -> float:
-    """Return a finite number above 0."""
-    value = record[key]
-    if not isinstance(value, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {value!r}, not a finite number above 0")
-    return value
+    """Return a limit on a cost."""
+    limit = read_number(record[key], 0.0, LARGEST_COST)
+    if not limit:
+        raise ValueError(f"{key} is {show(record[key])}, not a number above 0 and up to {LARGEST_COST:g}")
+    return limit
 
 
 def read_bytes(record: ConfigRecord, key: str) -> bytes:
@@ -62,5 +62,5 @@ def read_bytes(record: ConfigRecord, key: str) -> bytes:
 
 
 def say_why(error: BaseException) -> str:
-    """Return in words what one of these errors means."""
-    return f"record or key {error} is missing" if isinstance(error, KeyError) else str(error)
+    """Return in a line what one of these errors means; it may quote what came."""
+    return printable(f"record or key {error} is missing" if isinstance(error, KeyError) else error)

@@ -25,10 +25,11 @@ from torch import Tensor
 from fedlp.errors import ConfigError, ProtocolError
 from fedlp.federation.wire.encodings.base import is_matrix
 from fedlp.federation.wire.packing import Signature
+from fedlp.federation.wire.ranges import LARGEST_VALUE
 from fedlp.registry import register
 
 _SCALE = "scale of "
-LARGEST_SCALE = torch.finfo(torch.float32).max / 128  # times any int8 it is finite
+LARGEST_SCALE = LARGEST_VALUE / 128  # times any int8 it is in range
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Checks of updates against the model they came from, and of a new server state before it is accepted.
+
+An update that passed its decoder may still be one that no training gives: a negative variance, or an entry that is
+10,000 times the largest of its tensor. Such an update is rejected. If the state that a round gives is broken all the
+same, the round is undone: the model, the server optimizer's state and the policy's memory stay as they were.
+
+Suspects of an undone round are found without a second aggregation, from one number per update and tensor that is noted
+as updates come: a suspect's largest entry in the broken tensor is more than 100 times the (lower) median over the
+updates that hold the tensor, or it is the only one. Where nobody stands out, nobody is named. Suspects are part of the
+state, so also of checkpoints: their later updates are rejected.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlp.errors import ProtocolError
+from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.wire.ranges import MOST_STEPS
+from fedlp.pruning.tracing.widths import slice_tensor
+from fedlp.types import ClientUpdate, Keep
+
+log = logging.getLogger("fedlp")
+
+_LARGEST_GROWTH = 1e4  # of trained entries in one round, times the largest of the tensor before it, or 1
+_LARGEST_BUFFER_GROWTH = 1e8  # of others, such as running variances, which start at 1 whatever the inputs are
+_STANDS_OUT = 100.0  # times the median of the round
+_VARIANCE, _BATCHES = "running_var", "num_batches_tracked"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A broken tensor of a state.
+
+    Attributes
+    ----------
+    tensor : str
+        Its name in the model.
+    text : str
+        The tensor, in the server optimizer's state or the policy's memory too, and what it holds.
+    """
+
+    tensor: str
+    text: str
+
+
+class RoundGuard:
+    """Checks the updates of one round, and the state that they give.
+
+    Parameters
+    ----------
+    state : ServerState
+        The state before the round.
+    trainable : collection of str
+        Names of the trained tensors.
+    holds_weights : bool
+        Whether updates hold weights; else differences, but for integers.
+    """
+
+    def __init__(self, state: ServerState, trainable: frozenset[str], holds_weights: bool) -> None:
+        self._state, self._trainable, self._holds_weights = state, trainable, holds_weights
+        self._names = {name: number for number, name in enumerate(state.params)}
+        self._largest = {name: _largest(tensor) for name, tensor in state.params.items()}
+        self._extents: dict[int, NDArray[np.float64]] = {}  # of each client, by tensor; NaN where it returned none
+
+    def admit(self, update: ClientUpdate, keeps: Mapping[str, tuple[Keep, ...]]) -> None:
+        """Check an update against the state before the round, and note the extent of each of its tensors.
+
+        Raises
+        ------
+        ProtocolError
+            If an entry is out of proportion, a variance would be negative, or the client is a suspect; names both.
+        """
+        who = f"client {update.client_id}, round {update.server_round}"
+        if update.client_id in self._state.suspects:
+            raise ProtocolError(
+                f"{who}: its updates are not used any more, since one broke the model in a round before"
+            )
+        extents = np.full(len(self._names), math.nan)
+        for name, tensor in update.params.items():
+            extents[self._names[name]] = found = _largest(tensor)
+            growth = _LARGEST_GROWTH if name in self._trainable else _LARGEST_BUFFER_GROWTH
+            most = growth * max(1.0, self._largest[name])
+            if tensor.is_floating_point() and found > most:
+                raise ProtocolError(
+                    f"{who}: tensor {name} holds {found:.3g}; more than {most:.3g} is out of proportion"
+                )
+            if name.endswith(_VARIANCE):
+                self._check_variance(name, tensor, keeps.get(name), who)
+        self._extents[update.client_id] = extents
+
+    def _check_variance(self, name: str, tensor: Tensor, keeps: tuple[Keep, ...] | None, who: str) -> None:
+        variance = tensor
+        if not self._holds_weights:
+            before = self._state.params[name]
+            variance = (before if keeps is None else slice_tensor(before, keeps)) + tensor
+        if bool((variance < 0).any()):
+            raise ProtocolError(f"{who}: tensor {name} holds negative variances")
+
+    def accept(self, new: ServerState, accuse: Callable[[int, str, ProtocolError], None]) -> ServerState:
+        """Return the state after the round: ``new`` if it is sound, else the one before, but for its round.
+
+        Parameters
+        ----------
+        accuse : callable
+            Told of each suspect: client id, reason and error.
+        """
+        fault = find_fault(new)
+        if fault is None:
+            return new
+        suspects = self._suspects(fault)
+        advice = "" if suspects else "; no update stands out: lower strategy.server_lr or local.lr"
+        log.warning("round %d is undone: %s%s", new.server_round, fault.text, advice)
+        for client_id in suspects:
+            text = f"client {client_id}, round {new.server_round}: with its update, {fault.text}; the round is undone"
+            accuse(client_id, "suspected", ProtocolError(text))
+        known = tuple(sorted({*self._state.suspects, *suspects}))
+        return replace(self._state, server_round=new.server_round, suspects=known)
+
+    def _suspects(self, fault: Fault) -> list[int]:
+        """Return the clients whose update of the broken tensor stands out, sorted."""
+        if fault.tensor not in self._names:
+            return []
+        column = self._names[fault.tensor]
+        found = {client_id: float(row[column]) for client_id, row in self._extents.items()}
+        found = {client_id: extent for client_id, extent in found.items() if not math.isnan(extent)}
+        if len(found) < 2:
+            return list(found)
+        median = sorted(found.values())[(len(found) - 1) // 2]
+        return sorted(client_id for client_id, extent in found.items() if extent > _STANDS_OUT * median)
+
+
+def find_fault(state: ServerState) -> Fault | None:
+    """Return the first tensor that is not finite, is a negative variance, or is a counter out of range; else None."""
+    parts = (("", state.params), ("the server optimizer's ", state.optimizer), ("the policy's ", state.memory))
+    for whose, tensors in parts:
+        for name, tensor in tensors.items():
+            if text := _fault_of(name, tensor):
+                return Fault(name.removeprefix("momentum.").removeprefix("variance."), f"{whose}{name} {text}")
+    return None
+
+
+def _fault_of(name: str, tensor: Tensor) -> str:
+    """Return what is wrong with a tensor; empty where nothing is."""
+    if tensor.dtype == torch.bool or not tensor.numel():
+        return ""
+    low, high = (bound.item() for bound in torch.aminmax(tensor.detach()))
+    if not tensor.is_floating_point():
+        least = 0 if name.endswith(_BATCHES) else -MOST_STEPS
+        return "" if least <= low <= high <= MOST_STEPS else f"would hold a count outside [{least}, {MOST_STEPS}]"
+    if not -math.inf < low <= high < math.inf:
+        return "would hold NaN or infinite values"
+    is_variance = name.endswith(_VARIANCE) or name.startswith("variance.")
+    return "would hold negative variances" if is_variance and low < 0 else ""
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value of a tensor; 0 where it is empty."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(-float(low), float(high))

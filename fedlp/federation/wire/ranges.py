@@ -1,0 +1,75 @@
+"""Ranges of numbers from outside: beyond them a number makes no sense, and within them sums stay finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedlp.errors import ProtocolError, printable
+
+MOST_EXAMPLES = 10**9
+"""Examples of one client: the weights of a million clients sum to less than 2^53, exactly."""
+
+LARGEST_VALUE = 1e15
+"""Absolute value of a weight, its difference or a mean: its square, times 10^8, is finite in float32."""
+
+LARGEST_MOMENT = 1e30
+"""Absolute value of a sum of products or of a variance: its square is finite in float64, the value in float32."""
+
+LARGEST_METRIC = 1e39
+"""Absolute value of a metric: any finite float32."""
+
+LARGEST_COST = 1e21
+"""MACs, or a limit on any cost."""
+
+MOST_STEPS = 2**53
+"""Absolute value of an integer of the model, such as batches seen: exact in float64."""
+
+MOST_METRICS = 64
+"""Metrics of one update."""
+
+
+def check_values(tensors: Mapping[str, Tensor], who: str, largest: float = LARGEST_VALUE) -> None:
+    """Raise ProtocolError naming ``who`` and the first tensor with an entry that is not finite, or out of range.
+
+    Parameters
+    ----------
+    largest : float
+        Largest absolute value of a floating-point entry. Integers are at most ``MOST_STEPS``, and counts of batches
+        not negative.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bool or not tensor.numel():
+            continue
+        low, high = (bound.item() for bound in torch.aminmax(tensor))  # both NaN where any entry is
+        if not tensor.is_floating_point():
+            least = 0 if name.endswith("num_batches_tracked") else -MOST_STEPS
+            if not least <= low <= high <= MOST_STEPS:
+                raise ProtocolError(f"{who}: tensor {name} holds a count outside [{least}, {MOST_STEPS}]")
+        elif not -torch.inf < low <= high < torch.inf:
+            raise ProtocolError(f"{who}: tensor {name} holds NaN or infinite values")
+        elif not -largest <= low <= high <= largest:
+            raise ProtocolError(f"{who}: tensor {name} holds values beyond ±{largest:g}")
+
+
+def check_count(value: object, most: int, who: str) -> int:
+    """Return a number of examples in [1, ``most``]; ProtocolError where it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ProtocolError(f"{who}: num-examples is {show(value)}, not a count in [1, {most}]")
+    return value
+
+
+def read_number(value: object, least: float, most: float) -> float | None:
+    """Return a number as a float; None where it is none, or outside [``least``, ``most``]."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        return None
+    return float(value)
+
+
+def show(value: object) -> str:
+    """Return a value from outside in a few words."""
+    if isinstance(value, str | bytes | list) and len(value) > 20:
+        return f"a {type(value).__name__} of length {len(value)}"
+    return printable(value if isinstance(value, int | float) and not isinstance(value, bool) else repr(value), 40)

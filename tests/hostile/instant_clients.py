@@ -1,0 +1,79 @@
+"""A grid whose clients answer at once, without training: for many rounds, and for any answer to any message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlp.apps import federate as assembly
+from fedlp.federation.wire import messages
+from fedlp.simulation.flower_compat import become_server
+from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+
+Answer = Callable[[Message, int], Message]
+"""The reply of a client to a message."""
+
+
+class InstantGrid(Grid):
+    """Calls a function in this process for every message; node ``i + 1`` is the client of partition ``i``."""
+
+    def __init__(self, num_clients: int, answer: Answer) -> None:
+        become_server()
+        self._num_clients, self._answer = num_clients, answer
+
+    def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+        for message in messages:
+            yield self._answer(message, message.metadata.dst_node_id - 1)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._num_clients + 1)
+
+    def set_run(self, run: object) -> None: ...
+
+    @property
+    def run(self) -> object:
+        return None
+
+    create_message = push_messages = pull_messages = send_and_receive = None  # type: ignore[assignment]
+
+
+class InstantClient:
+    """Answers as an honest client whose training changes every weight a little, and which chooses units at random."""
+
+    def __init__(self, cfg: str) -> None:
+        self.plan = assembly.make_plan(cfg)
+        self._rng = np.random.default_rng(0)
+
+    def __call__(self, message: Message, client_id: int) -> Message:
+        submodels = self.plan.submodels
+        if message.metadata.message_type == messages.CAPABILITIES:
+            return Message(messages.encode_profile(ClientProfile(client_id, 20)), reply_to=message)
+        instruction = messages.decode_instruction(message.content, submodels)
+        return Message(messages.encode_update(self.train(instruction), submodels), reply_to=message)
+
+    def train(self, instruction: TrainInstruction) -> ClientUpdate:
+        submodels, held = self.plan.submodels, instruction.submodel.widths
+        widths = {}
+        for axis, count in instruction.kept.items():
+            outer = held.get(axis, Keep.full(submodels.widths.axes[axis]))
+            chosen = np.sort(self._rng.choice(outer.count, count, replace=False))
+            widths[axis] = Keep.from_indices(outer.indices()[chosen], outer.size)
+        layout = submodels.layout(SubModel(instruction.submodel.depth, {**held, **instruction.returned, **widths}))
+        sent = {
+            name: torch.zeros(shape, dtype=dtype) + (0.01 if dtype.is_floating_point else 1)
+            for name, shape, dtype in layout.signature(instruction.uploads)
+        }
+        scores = {x.name: torch.rand(held[x.name].count if x.name in held else x.num_units) for x in submodels.layers}
+        return ClientUpdate(
+            instruction.server_round,
+            instruction.client_id,
+            20,
+            sent,
+            {"train-loss": 1.0},
+            widths,
+            scores if instruction.scored else {},
+        )

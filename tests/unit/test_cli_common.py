@@ -1,0 +1,17 @@
+"""Command lines: logs are lines that no terminal obeys."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fedlp.cli.common import set_up_logging
+
+
+def test_a_logged_message_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging()
+    logging.getLogger("fedlp").warning("client 3 failed: %s", "\x1b[2Jgone\nfedlp: all is well" + "x" * 10**5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0] == "fedlp: client 3 failed: ?[2Jgone"
