@@ -38,7 +38,8 @@ from fedlp.models import state_tensors
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
+from fedlp.training.threads import one_thread
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from timing import describe_machine  # the benchmarks'

@@ -42,7 +42,8 @@ from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.training.local_training import one_thread, prepare_inputs
+from fedlp.training.batches import prepare_inputs
+from fedlp.training.threads import one_thread
 from fedlp.types import PrunableLayer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

@@ -328,14 +328,17 @@ def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, T
     return params, read_integer(record, "start"), read_integer(record, "stop")
 
 
-def encode_sums(sums: dict[str, float]) -> RecordDict:
+def encode_sums(sums: Mapping[str, float | list[float]]) -> RecordDict:
     """Return the records of additive evaluation sums."""
     return RecordDict({METRICS: MetricRecord(dict(sums))})
 
 
-def decode_sums(content: RecordDict) -> dict[str, float]:
-    """Return additive evaluation sums."""
-    return {key: float(value) for key, value in read_metrics(content, METRICS).items()}  # type: ignore[arg-type]
+def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
+    """Return additive evaluation sums: numbers and lists of numbers."""
+    return {
+        key: [float(x) for x in value] if isinstance(value, list) else float(value)
+        for key, value in read_metrics(content, METRICS).items()
+    }
 
 
 # ---- statistics of batch norms
