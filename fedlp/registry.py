@@ -49,7 +49,7 @@ HOMES: Mapping[str, str] = {
 """Kinds of parts, and the package in which the built-in parts of each live."""
 
 GIVEN: Mapping[str, frozenset[str]] = {
-    "model": frozenset({"input_shape", "num_classes", "in_channels", "in_features"}),
+    "model": frozenset({"input_shape", "num_classes", "in_channels", "in_features", "task", "vocabulary"}),
     "dataset": frozenset({"seed"}),
     "partition": frozenset({"train", "num_clients", "seed", "kinds"}),
     "allocator": frozenset({"layers", "evidence", "cost", "limit"}),

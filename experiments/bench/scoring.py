@@ -23,7 +23,7 @@ from fedlp.models import describe_model
 from fedlp.models.cost import count_macs
 from fedlp.rng import Stream, generator
 from fedlp.training.calibration_data import batch_calibration, make_method
-from fedlp.training.local_training import train_locally
+from fedlp.training.loop import train_locally
 
 INPUT_SHAPE, IMAGES, BATCH_SIZE = (3, 32, 32), 200, 16
 

@@ -37,7 +37,7 @@ from fedlp.models import describe_model, leading_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
 from fedlp.simulation.worker import settle_process
-from fedlp.training.local_training import train_locally
+from fedlp.training.loop import train_locally
 from fedlp.types import Keep, SubModel
 
 INPUT_SHAPE = (3, 32, 32)

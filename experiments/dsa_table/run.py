@@ -37,7 +37,7 @@ from fedlp.config import compose_search  # noqa: E402
 from fedlp.pruning.costs.footprint import Footprint  # noqa: E402
 from fedlp.pruning.pruner import Method, Pruner  # noqa: E402
 from fedlp.pruning.scores.obs import OBS  # noqa: E402
-from fedlp.training.local_training import one_thread  # noqa: E402
+from fedlp.training.threads import one_thread  # noqa: E402
 
 KERNEL = Method(OBS(), keeps_batch_norm=True)  # exact OBS alone: half of the time of all that ``pruner=obs`` does
 RATIOS = (0.2, 0.35, 0.5)

@@ -37,7 +37,8 @@ from fedlp.models import state_tensors
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
+from fedlp.training.threads import one_thread
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))

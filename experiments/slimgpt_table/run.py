@@ -47,7 +47,8 @@ from fedlp.pruning.scores.wanda import Wanda
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.training.local_training import one_thread, prepare_inputs
+from fedlp.training.batches import prepare_inputs
+from fedlp.training.threads import one_thread
 from fedlp.types import PrunableLayer
 
 HERE = Path(__file__).resolve().parent

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedlp.apps.federate import Federation, check_fits
 from fedlp.apps.prune import save_model
 from fedlp.config import from_yaml
-from fedlp.data.datasets import DataInfo, FederatedData, load_dataset
+from fedlp.data.datasets import FederatedData, load_dataset
 from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, one_line
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
@@ -34,8 +34,10 @@ from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import WidthSpec
 from fedlp.rng import Stream, generator
+from fedlp.tasks import task_of
 from fedlp.training.calibration_data import batch_calibration
-from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
+from fedlp.training.threads import one_thread
 from fedlp.types import SubModel
 
 log = logging.getLogger("fedlp")
@@ -165,7 +167,7 @@ def _load_head(run: _Run, submodel: SubModel, client_id: int) -> Mapping[str, Te
     if submodel.depth in (None, len(spec.depths)):
         return {}
     who = f"client {client_id} (depth {submodel.depth} of {len(spec.depths)})"
-    if spec.task == "language":
+    if spec.reads_tokens:
         raise ConfigError(f"{who} has a language model that ends early, which no class of transformers' describes")
     folder = RunDirectory(run.path).clients
     try:
@@ -207,7 +209,9 @@ def _write(
     if data is not None:
         if measured:
             _measure_batch_norms(model, data, plan, examples)
-        metrics = metrics_from_sums(evaluate_sums(model, data.test, plan.info, config.eval_batch_size), spec.task)
+        metrics = metrics_from_sums(
+            evaluate_sums(model, data.test, plan.info, config.eval_batch_size), task_of(plan.info)
+        )
     axes = submodels.widths if submodel.widths else WidthSpec({}, {})
     save_model(model, spec, axes, submodel.widths, config.dataset.tokenizer, folder, onnx)
     return {
@@ -234,15 +238,8 @@ def _index(
         "model": run.plan.submodels.spec.blueprint.name,
         "strategy": config.strategy.name,
         "server_round": run.state.server_round,
-        "inputs": _describe_inputs(run.plan.info, config.dataset.tokenizer),
+        "inputs": task_of(run.plan.info).describe_inputs(run.plan.info, config.dataset.tokenizer),
         "clients": {str(client): folders[client] for client in sorted(folders)},
         "skipped": {str(client): reason for client, reason in skipped.items()},
         "artefacts": dict(entries),
     }
-
-
-def _describe_inputs(info: DataInfo, tokenizer: str) -> dict[str, Any]:
-    """Return what a device feeds the model: tokens, or float32 images, (pixels / 255 - mean) / std."""
-    if info.task == "language":
-        return {"name": "input_ids", "dtype": "int64", "tokenizer": tokenizer}
-    return {"name": "images", "dtype": "float32", "shape": info.input_shape, "mean": info.mean, "std": info.std}

@@ -43,7 +43,8 @@ from fedlp.progress import Progress
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import check_loss, count_cores
+from fedlp.training.loop import check_loss
+from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
 
 
@@ -72,9 +73,10 @@ class Federation:
         self.info = describe_dataset(config.dataset) if data is None else data.info
         info = self.info
         if blueprint is None:
-            spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+            spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
         else:
-            spec = describe_blueprint(blueprint, info.task, info.input_shape, info.num_classes, config.model.frozen)
+            frozen, shape = config.model.frozen, info.input_shape
+            spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)

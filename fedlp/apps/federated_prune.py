@@ -37,7 +37,7 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, torch_seed
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import one_thread
+from fedlp.training.threads import one_thread
 from fedlp.types import Keep, RoundRecord
 
 Observer = Callable[[RoundRecord, ServerState], None]
@@ -70,7 +70,8 @@ class FederatedOneshot:
         self.config, self.directory = config, directory
         self.plain = prune_config(config)
         model = submodels.spec.build(config.seed).eval()
-        layers = find_layers(model, submodels.widths, config.pruner.shared and data.info.task == "classification")
+        shared = config.pruner.shared and not submodels.spec.reads_tokens
+        layers = find_layers(model, submodels.widths, shared)
         self.subject = oneshot.Subject(submodels.spec, model, data.info, data, submodels.widths, layers)
         self._observers = tuple(observers)
         self._expected = expected_costs(config, submodels)

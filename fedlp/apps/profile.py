@@ -29,7 +29,8 @@ from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.training.local_training import check_loss, train_locally
+from fedlp.tasks import task_of
+from fedlp.training.loop import check_loss, train_locally
 from fedlp.types import Budget, Keep, PrunableLayer
 
 _PEAK_RESET = "5"  # what Linux's clear_refs takes to forget the peak of a process
@@ -126,11 +127,11 @@ def table(report: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- parts
 def _load_subject(config: ProfileConfig) -> Subject:
     info = describe_dataset(config.dataset)
-    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
+    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
     check_loss(config.local, info)
     model = spec.build(config.seed)
     widths = trace_widths(model, spec.example_inputs(1))
-    return Subject(spec, model, info, widths, find_layers(model, widths, shared=spec.task == "classification"))
+    return Subject(spec, model, info, widths, find_layers(model, widths, shared=not spec.reads_tokens))
 
 
 def _uniform(subject: Subject, density: float) -> dict[str, int]:
@@ -174,11 +175,7 @@ def _measure(
 def _draw_examples(subject: Subject, config: ProfileConfig) -> Examples:
     """Return one batch of noise, shaped as the data set's examples are."""
     rng, count, info = generator(config.seed, Stream.DATA), config.local.batch_size, subject.info
-    if info.task == "language":
-        tokens = rng.integers(0, info.num_classes, (count, info.input_shape[0] + 1))
-        return Examples(torch.from_numpy(tokens), torch.zeros(count, dtype=torch.int64), None)
-    pixels = rng.integers(0, 256, (count, *info.input_shape), dtype="uint8")
-    return Examples(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, info.num_classes, count)), None)
+    return task_of(info).draw_examples(info, count, rng)
 
 
 def _start_peak(device: torch.device) -> float:

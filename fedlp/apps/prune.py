@@ -29,9 +29,11 @@ from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Prune
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
+from fedlp.tasks import task_of
 from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
-from fedlp.training.local_training import evaluate_sums, metrics_from_sums, one_thread
+from fedlp.training.threads import one_thread
 from fedlp.types import Keep, PrunableLayer
 
 
@@ -104,13 +106,13 @@ def load_subject(config: PruneConfig) -> Subject:
             "or run=RUN_DIR for the model of a federated run"
         )
     info = describe_dataset(dataset)
-    spec = describe_model(model_config, info.input_shape, info.num_classes, info.task)
+    spec = describe_model(model_config, info.input_shape, info.num_classes, info.task, info.vocabulary)
     model = spec.build(config.seed).eval().to(config.device)
     if config.run is not None:
         _load_run(model, Path(config.run) / "model.safetensors")
     data = load_dataset(dataset, config.seed)
     widths = trace_widths(model, spec.example_inputs(1))
-    shared = config.pruner.shared and spec.task == "classification"
+    shared = config.pruner.shared and not spec.reads_tokens
     return Subject(spec, model, info, data, widths, find_layers(model, widths, shared))
 
 
@@ -197,7 +199,7 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
     if not config.evaluate:
         return {}
     sums = evaluate_sums(model, subject.data.test, subject.info, config.eval_batch_size)
-    return metrics_from_sums(sums, subject.info.task)
+    return metrics_from_sums(sums, task_of(subject.info))
 
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
@@ -216,7 +218,7 @@ def save_model(
     onnx: bool,
 ) -> None:
     """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
-    if spec.task == "language":
+    if spec.reads_tokens:
         save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer)
     else:
         save_classifier(model, axes, widths, folder)

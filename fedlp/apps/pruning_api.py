@@ -18,7 +18,7 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import trace_widths
 from fedlp.report.reproduce import spell
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import one_thread
+from fedlp.training.threads import one_thread
 
 
 def prune(

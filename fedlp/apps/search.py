@@ -28,7 +28,7 @@ from fedlp.pruning.scores.obs import OBS
 from fedlp.report.searching import draw_search
 from fedlp.rng import Stream, generator
 from fedlp.training.calibration_data import make_method
-from fedlp.training.local_training import count_cores, one_thread
+from fedlp.training.threads import count_cores, one_thread
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -150,7 +150,7 @@ class CalibrationConfig:
 class LocalConfig:
     """How a client trains in one round."""
 
-    optimizer: str = MISSING  # "sgd" or "adam"
+    optimizer: str = MISSING  # "sgd", "adam", "adamw", or MODULE:OBJECT
     epochs: int = 1
     batch_size: int = 32
     lr: float = 0.05
@@ -160,6 +160,11 @@ class LocalConfig:
     skip_backward: bool = False  # no gradients for the leading layers that are not sent
     logit_adjustment: float = 0.0  # classification: while training, logits gain so many times the log of the client's
     # share of each class (Menon et al., ICLR 2021): classes that a client lacks are left alone; at least 0
+    proximal: float = 0.0  # FedProx: mu of the penalty mu / 2 x squared distance from the received weights, at least 0
+    accumulation: int = 1  # batches whose gradients make one step; their mean loss is that of one large batch
+    precision: str = "float32"  # of forward and backward passes: "float32", or "bfloat16" (autocast)
+    schedule: Any = "constant"  # of the learning rate: "constant", "cosine", "step", "warmup", MODULE:OBJECT, or
+    # a mapping of name and options, such as {name: cosine, floor: 0.1}
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from fedlp import registry
 from fedlp.config.schema import (
     CalibrationConfig,
     FleetConfig,
@@ -100,7 +101,8 @@ def validate_profile(config: ProfileConfig) -> None:
 
 
 def _validate_local(local: LocalConfig) -> None:
-    _choice("local.optimizer", local.optimizer, ("sgd", "adam"))
+    if ":" not in local.optimizer:
+        _choice("local.optimizer", local.optimizer, registry.names("optimizer"))
     _require(local.epochs >= 1, "local.epochs", local.epochs, "at least 1")
     _require(local.batch_size >= 1, "local.batch_size", local.batch_size, "at least 1")
     _require(math.isfinite(local.lr) and local.lr > 0, "local.lr", local.lr, "a finite number above 0")
@@ -108,6 +110,9 @@ def _validate_local(local: LocalConfig) -> None:
     _require(local.weight_decay >= 0, "local.weight_decay", local.weight_decay, "at least 0")
     if local.max_grad_norm is not None:
         _require(local.max_grad_norm > 0, "local.max_grad_norm", local.max_grad_norm, "above 0")
+    _require(0 <= local.proximal < math.inf, "local.proximal", local.proximal, "a finite number of at least 0")
+    _require(local.accumulation >= 1, "local.accumulation", local.accumulation, "at least 1")
+    _choice("local.precision", local.precision, ("float32", "bfloat16"))
     adjustment = local.logit_adjustment
     _require(math.isfinite(adjustment) and adjustment >= 0, "local.logit_adjustment", adjustment, "finite, at least 0")
 

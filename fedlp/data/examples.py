@@ -81,6 +81,10 @@ class Examples:
     def __len__(self) -> int:
         return int(self.inputs.shape[0])
 
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the examples ``start`` to ``stop``."""
+        return self.inputs[start:stop], self.targets[start:stop]
+
     def select(self, indices: NDArray[np.int64]) -> Examples:
         """Return copies of the examples at ``indices``, in their order."""
         import torch

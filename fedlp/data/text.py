@@ -25,7 +25,7 @@ def describe_language(config: DatasetConfig) -> DataInfo:
     if config.sequence_length < 2:
         raise ConfigError(f"dataset.sequence_length is {config.sequence_length}; it must be at least 2")
     vocabulary = 256 if config.tokenizer == _BYTES else len(_load_tokenizer(config.tokenizer))
-    return DataInfo(config.name, "language", (config.sequence_length,), vocabulary, None, None)
+    return DataInfo(config.name, "causal_lm", (config.sequence_length,), vocabulary, None, None)
 
 
 def load_language(config: DatasetConfig, seed: int) -> FederatedData:

@@ -72,8 +72,12 @@ def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> F
 
 
 def optimizer_kind(local: LocalConfig) -> str:
-    """Return what decides how much an optimiser keeps: "sgd", "momentum" or "adam"."""
-    return "adam" if local.optimizer == "adam" else "momentum" if local.momentum else "sgd"
+    """Return the kind of state that training keeps: "sgd" (none), "momentum" (one copy of the weights) or "adam" (two).
+
+    Any other optimizer counts as Adam; FedProx keeps the weights that a round began with.
+    """
+    copies = (2 if local.optimizer != "sgd" else bool(local.momentum)) + bool(local.proximal)
+    return ("sgd", "momentum", "adam")[min(copies, 2)]
 
 
 def fit_submodels(

@@ -104,7 +104,7 @@ class SubModels:
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
         """What units can be removed from; of a classifier also channels that several layers read."""
-        return find_layers(self.skeleton(), self.widths, shared=self.spec.task == "classification")
+        return find_layers(self.skeleton(), self.widths, shared=not self.spec.reads_tokens)
 
     @cached_property
     def reader_columns(self) -> dict[str, int]:

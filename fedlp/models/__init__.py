@@ -9,10 +9,11 @@ from fedlp.errors import ConfigError, FedLPError, one_line
 from fedlp.models.spec import (
     Blueprint,
     ModelSpec,
+    ModelTask,
     ModuleBlueprint,
-    Task,
     TensorInfo,
     describe_blueprint,
+    find_task,
     forward_logits,
     leading_layers,
     state_tensors,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelSpec",
-    "Task",
+    "ModelTask",
     "TensorInfo",
     "describe_model",
     "forward_logits",
@@ -33,7 +34,13 @@ __all__ = [
 ]
 
 
-def describe_model(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, task: Task) -> ModelSpec:
+def describe_model(
+    config: ModelConfig,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    task: ModelTask | str,
+    vocabulary: int | None = None,
+) -> ModelSpec:
     """Return the spec of the configured model for data of this shape.
 
     Parameters
@@ -43,23 +50,27 @@ def describe_model(config: ModelConfig, input_shape: tuple[int, ...], num_classe
     input_shape : tuple of int
         One example as the model reads it: (C, H, W), (features,), or (tokens,) of a language task.
     num_classes : int
-        Classes, or tokens in the vocabulary.
-    task : "classification" or "language"
-        What the data set is for.
+        Outputs: classes, values, or the tokens of a language model's vocabulary.
+    task : ModelTask or str
+        The task of the data set, or its name.
+    vocabulary : int or None
+        Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
 
     Raises
     ------
     ConfigError
         If the model does not exist, is of another task, or cannot take such inputs.
     """
+    task = find_task(task)
     given = {"input_shape": input_shape, "num_classes": num_classes, "in_channels": input_shape[0]}
-    found = _blueprint(config, given | {"in_features": math.prod(input_shape)})
-    if found.is_language is not None and found.is_language != (task == "language"):
+    given |= {"in_features": math.prod(input_shape), "task": task, "vocabulary": vocabulary or num_classes}
+    found = _blueprint(config, given)
+    if found.is_language is not None and found.is_language != task.reads_tokens:
         kinds = ("a classifier", "a language model")
         raise ConfigError(
-            f"model {config.name} is {kinds[found.is_language]}, but the data set needs {kinds[task == 'language']}"
+            f"model {config.name} is {kinds[found.is_language]}, but the data set needs {kinds[task.reads_tokens]}"
         )
-    return describe_blueprint(found, task, input_shape, num_classes, config.frozen)
+    return describe_blueprint(found, task, input_shape, num_classes, config.frozen, vocabulary)
 
 
 def _blueprint(config: ModelConfig, given: dict[str, Any]) -> Blueprint:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.spec import Blueprint, first_line
-from fedlp.models.torchvision_compat import ensure_operators
+from fedlp.models.sequence_classifier import SequenceClassifierBlueprint
+from fedlp.models.spec import Blueprint, ModelTask
+from fedlp.models.transformers_loading import import_transformers, loading, quiet
 from fedlp.registry import register
 
 if TYPE_CHECKING:
@@ -33,12 +32,6 @@ _DECODERS = {  # path of the decoder: names of its blocks and final norm
     "transformer": ("h", "ln_f"),
     "model.decoder": ("layers", "final_layer_norm"),
 }
-
-
-def import_transformers() -> Any:
-    """Return the transformers module, importable next to any build of torchvision."""
-    ensure_operators()
-    return importlib.import_module("transformers")
 
 
 class PrefixLM(nn.Module):
@@ -94,7 +87,7 @@ class LanguageBlueprint(Blueprint):
         if self.path is None:
             return self.build()
         kind = _pruned_class(self.config) or import_transformers().AutoModelForCausalLM
-        with _quiet(), _loading(self.path):
+        with quiet(), loading(self.path):
             model: nn.Module = kind.from_pretrained(
                 self.path, config=copy.deepcopy(self.config), dtype=torch.float32, use_safetensors=True
             )
@@ -110,7 +103,8 @@ class LanguageBlueprint(Blueprint):
 def make_llama(
     name: str,
     input_shape: tuple[int, ...],
-    num_classes: int,
+    vocabulary: int,
+    task: ModelTask,
     hidden_size: int = 64,
     intermediate_size: int = 172,
     num_layers: int = 4,
@@ -118,6 +112,8 @@ def make_llama(
     num_kv_heads: int = 2,
 ) -> LanguageBlueprint:
     """LLaMA of given sizes with tied embeddings; its vocabulary is the data set's."""
+    if task.exact_outputs:
+        raise ConfigError(f"model {name} is a language model, which predicts tokens; classify text with model=hf")
     sizes_given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_layers": num_layers}
     for option, size in (sizes_given | {"num_heads": num_heads, "num_kv_heads": num_kv_heads}).items():
         if size < 1:
@@ -128,7 +124,7 @@ def make_llama(
             f"of model.num_kv_heads={num_kv_heads}"
         )
     sizes = import_transformers().LlamaConfig(
-        vocab_size=num_classes,
+        vocab_size=vocabulary,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
@@ -145,32 +141,41 @@ def make_llama(
 
 @register("model", "hf")
 def load_hf(
-    input_shape: tuple[int, ...], num_classes: int, path: str | None = None, pretrained: bool = True
-) -> LanguageBlueprint:
-    """Causal language model on the Hugging Face hub or in a local folder, by ``path``.
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    vocabulary: int,
+    task: ModelTask,
+    path: str | None = None,
+    pretrained: bool = True,
+) -> Blueprint:
+    """Model of transformers on the Hugging Face hub or in a local folder, by ``path``, with the head of the task.
 
     Raises
     ------
     ConfigError
-        If it cannot be read, is no causal language model, or is too small for the vocabulary or the sequences.
+        If it cannot be read, is no model of the task, or is too small for the vocabulary or the sequences.
     """
     sequence_length = _sequence_length(str(path), input_shape)
     if path is None:
         raise ConfigError("model.path is not set; give a Hugging Face model name or a local folder")
     transformers = import_transformers()
-    with _quiet(), _loading(path):
+    with quiet(), loading(path):
         sizes = transformers.AutoConfig.from_pretrained(path)
-    if type(sizes) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"model.path={path} is a {sizes.model_type}, not a causal language model")
+    table = re.sub("(?<!^)(?=[A-Z])", "_", task.auto_model.removeprefix("Auto")).upper() + "_MAPPING"
+    if type(sizes) not in getattr(transformers, table, ()):
+        kind = "a sequence classifier" if task.exact_outputs else "a causal language model"
+        raise ConfigError(f"model.path={path} is a {sizes.model_type}, not {kind}")
     sizes.use_cache = False
-    if sizes.vocab_size < num_classes:
+    if sizes.vocab_size < vocabulary:
         raise ConfigError(
-            f"model {path} knows {sizes.vocab_size} tokens, but the data set has {num_classes}; set "
+            f"model {path} knows {sizes.vocab_size} tokens, but the data set has {vocabulary}; set "
             f"dataset.tokenizer={path}"
         )
     limit = getattr(sizes, "max_position_embeddings", sequence_length)
     if sequence_length > limit:
         raise ConfigError(f"model {path} reads {limit} tokens; set dataset.sequence_length to at most that")
+    if task.exact_outputs:
+        return SequenceClassifierBlueprint.of(path, sizes, task.auto_model, num_classes, pretrained)
     return LanguageBlueprint(path, sizes, path if pretrained else None)
 
 
@@ -201,33 +206,3 @@ def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
         if isinstance(modules.get(f"{path}.{blocks}"), nn.ModuleList) and hasattr(modules[path], norm):
             return path, modules[path]
     raise ConfigError(f"no decoder blocks known in {type(model).__name__}; supported are {', '.join(_DECODERS)}")
-
-
-@contextmanager
-def _loading(path: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads a model into one line."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise ConfigError(f"model.path={path} is not a folder")
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"model.path={path} cannot be loaded: {first_line(error)}; give a model name that can be reached or a "
-            "local folder with config.json and model.safetensors"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and notes off the terminal for a while."""
-    logging = import_transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,10 +24,40 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedlp.errors import ConfigError
 from fedlp.models.layer_order import order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
+from fedlp.registry import lookup
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
 
-Task = str
+
+class ModelTask(Protocol):
+    """What a model must know of the task that it is for.
+
+    Attributes
+    ----------
+    reads_tokens : bool
+        Whether inputs are int64 token ids; else they are floats.
+    exact_outputs : bool
+        Whether a model must have just as many outputs as the data set asks for; else it may have more.
+    auto_model : str
+        Class of transformers that loads such a model; empty where none does.
+    """
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether inputs are int64 token ids."""
+
+    @property
+    def exact_outputs(self) -> bool:
+        """Whether the number of outputs must be met exactly."""
+
+    @property
+    def auto_model(self) -> str:
+        """Class of transformers that loads such a model."""
+
+
+def find_task(task: ModelTask | str) -> ModelTask:
+    """Return a task, which may be given by its name."""
+    return cast(ModelTask, lookup("task", task)()) if isinstance(task, str) else task
 
 
 class Blueprint(ABC):
@@ -98,12 +128,14 @@ class ModelSpec:
 
     Attributes
     ----------
-    task : "classification" or "language"
-        Language models predict every next token.
+    task : ModelTask
+        The task that the model is for.
     input_shape : tuple of int
         One example: (C, H, W), (features,) or (tokens,).
     num_classes : int
-        Classes, or vocabulary of the data.
+        Outputs that the data set asks for: classes, values, or the vocabulary of a language model.
+    vocabulary : int
+        Number of tokens of the data; 0 where inputs are no tokens.
     tensors : mapping from name to TensorInfo
         Every persistent tensor in ``state_dict`` order; of tied tensors only the first name.
     layers : tuple of Layer
@@ -119,9 +151,10 @@ class ModelSpec:
         Names of the parameters that keep their first values; :meth:`build` and :meth:`build_depth` freeze them.
     """
 
-    task: Task
+    task: ModelTask
     input_shape: tuple[int, ...]
     num_classes: int
+    vocabulary: int
     tensors: Mapping[str, TensorInfo]
     layers: tuple[Layer, ...]
     sequence: tuple[Layer, ...]
@@ -129,6 +162,11 @@ class ModelSpec:
     depths: tuple[frozenset[str], ...]
     blueprint: Blueprint
     frozen: frozenset[str] = frozenset()
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether inputs are int64 token ids; else they are floats."""
+        return self.task.reads_tokens
 
     def build(self, seed: int) -> nn.Module:
         """Return the model that training starts from, on the CPU; equal for equal seeds on every engine.
@@ -153,20 +191,29 @@ class ModelSpec:
     def example_inputs(self, batch: int) -> Tensor:
         """Return ``batch`` examples of the right shape, always the same: normal floats, or int64 tokens."""
         rng = generator(0, Stream.DATA)
-        if self.task == "language":
-            return torch.from_numpy(rng.integers(0, self.num_classes, (batch, *self.input_shape)))
+        if self.reads_tokens:
+            return torch.from_numpy(rng.integers(0, self.vocabulary, (batch, *self.input_shape)))
         return torch.from_numpy(rng.standard_normal((batch, *self.input_shape), dtype=np.float32))
 
 
 def describe_blueprint(
-    blueprint: Blueprint, task: Task, input_shape: tuple[int, ...], num_classes: int, frozen: Sequence[str] = ()
+    blueprint: Blueprint,
+    task: ModelTask | str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    frozen: Sequence[str] = (),
+    vocabulary: int | None = None,
 ) -> ModelSpec:
     """Return the spec of a blueprint, found without allocating or computing anything.
 
     Parameters
     ----------
+    task : ModelTask or str
+        The task that the model is for, or its name.
     frozen : sequence of str
         Names of layers that are not trained, or patterns of such names, as for a shell.
+    vocabulary : int or None
+        Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
 
     Raises
     ------
@@ -174,11 +221,12 @@ def describe_blueprint(
         If the model cannot take inputs of this shape, does not give the right number of outputs or has no layer of a
         name that is to be frozen.
     """
+    task = find_task(task)
     try:
         model = _build_shapes(blueprint, blueprint.num_depths)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
-    used = _check_forward(model, blueprint, input_shape, num_classes, exact=task == "classification")
+    used = _check_forward(model, blueprint, task, input_shape, num_classes)
     parameters = [name for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)]
     still = find_frozen(blueprint.name, parameters, frozen)
     tensors = {
@@ -192,6 +240,7 @@ def describe_blueprint(
         task=task,
         input_shape=input_shape,
         num_classes=num_classes,
+        vocabulary=(vocabulary or num_classes) if task.reads_tokens else 0,
         tensors=tensors,
         layers=layers,
         sequence=order_layers(layers, used, _tied_names(model)),
@@ -229,11 +278,26 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
-def forward_logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return a model's logits: (batch, classes), or (batch, tokens, vocabulary) of a causal language model."""
-    outputs: Any = model(inputs)
+def forward_logits(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return a model's outputs: (batch, outputs), or logits (batch, tokens, vocabulary) of a causal language model.
+
+    Parameters
+    ----------
+    inputs : Tensor or mapping
+        The batch, or the model's keyword arguments: ``input_ids`` and ``attention_mask``, (batch, tokens). Where the
+        mask is 0, the model's own padding token is read.
+    """
+    outputs: Any = model(inputs) if isinstance(inputs, Tensor) else model(**_with_padding(model, inputs))
     logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
     return logits
+
+
+def _with_padding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if not padding or "attention_mask" not in inputs:
+        return inputs
+    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, padding)
+    return {**inputs, "input_ids": ids}
 
 
 def first_line(error: Exception) -> str:
@@ -288,11 +352,12 @@ def _build(blueprint: Blueprint, depth: int) -> nn.Module:
 
 
 def _check_forward(
-    model: nn.Module, blueprint: Blueprint, input_shape: tuple[int, ...], num_classes: int, exact: bool
+    model: nn.Module, blueprint: Blueprint, task: ModelTask, input_shape: tuple[int, ...], num_classes: int
 ) -> list[str]:
     """Return the paths of the modules that a forward pass calls, in order."""
     called: list[str] = []
-    inputs = torch.empty((2, *input_shape), dtype=torch.float32 if exact else torch.int64, device="meta")
+    dtype = torch.int64 if task.reads_tokens else torch.float32
+    inputs = torch.empty((2, *input_shape), dtype=dtype, device="meta")
     try:
         with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
             for path, module in shapes.named_modules():
@@ -301,7 +366,7 @@ def _check_forward(
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
     width = logits.shape[-1]
-    if width < num_classes or (exact and width != num_classes):
+    if width < num_classes or (task.exact_outputs and width != num_classes):
         raise ConfigError(f"model {blueprint.name} has {width} outputs, but the data set has {num_classes} classes")
     return called
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fedlp.config import PrunerConfig
-from fedlp.data.datasets import DataInfo, Examples
+from fedlp.data.examples import DataInfo, Examples
 from fedlp.pruning.pruner import Calibration
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.criterion import as_score
-from fedlp.training.local_training import prepare_inputs
+from fedlp.tasks import task_of
 
 
 def make_method(pruner: PrunerConfig) -> Method:
@@ -27,21 +27,18 @@ def make_method(pruner: PrunerConfig) -> Method:
 
 
 def whole_examples(examples: Examples, info: DataInfo) -> Examples:
-    """Return the examples without padding: all images, of text only whole windows."""
-    if info.task != "language":
-        return examples
-    return examples.select((examples.inputs >= 0).all(dim=1).nonzero().flatten().numpy())
+    """Return the examples that calibration may use: all images, of text for language modelling only whole windows."""
+    return task_of(info).whole(examples)
 
 
 def batch_calibration(
     chosen: Examples, info: DataInfo, batch_size: int, seed: int, device: torch.device
 ) -> Calibration:
-    """Return examples, which have no padding, prepared and in batches; ``seed`` is that of what pruning draws."""
+    """Return examples, prepared and in batches; ``seed`` is that of what pruning draws."""
+    task = task_of(info)
     batches: list[Tensor] = []
     labels: list[Tensor] = []
-    for start in range(0, len(chosen), batch_size):
-        raw = chosen.inputs[start : start + batch_size]
-        batches.append(prepare_inputs(raw, info, device))
-        is_text = info.task == "language"
-        labels.append((raw[:, 1:].flatten() if is_text else chosen.targets[start : start + batch_size]).to(device))
+    for inputs, targets in task.calibration_batches(chosen, batch_size):
+        batches.append(task.prepare_whole(inputs, info, device))
+        labels.append(task.labels(inputs, targets).to(device))
     return Calibration(batches, labels, seed)

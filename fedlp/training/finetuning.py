@@ -13,7 +13,8 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.data.examples import subset
 from fedlp.errors import ConfigError
 from fedlp.rng import Stream, generator
-from fedlp.training.local_training import train_locally
+from fedlp.tasks import task_of
+from fedlp.training.loop import train_locally
 
 
 def finetune(model: nn.Module, info: DataInfo, examples: Examples, config: FinetuneConfig, seed: int) -> None:
@@ -40,15 +41,13 @@ def finetune(model: nn.Module, info: DataInfo, examples: Examples, config: Finet
 
 
 def _add_adapters(model: nn.Module, info: DataInfo, config: FinetuneConfig) -> Any:
-    if info.task != "language":
+    if not (peft_type := task_of(info).peft_type):
         raise ConfigError("finetune=lora is for language models; choose finetune=full")
     try:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ConfigError('finetune=lora needs the package peft; run: pip install "fedlp[finetune]"') from error
-    adapters = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type=peft_type)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what the one library says of the other
         return peft.get_peft_model(model, adapters)

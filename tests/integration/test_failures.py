@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from fedlp.apps import federate as assembly
 from fedlp.errors import FedLPError
 from fedlp.federation.wire import messages
-from fedlp.training.local_training import train_locally
+from fedlp.training.loop import train_locally
 from tests.integration.running import TINY, App, run
 from tests.reference import federated_loop
 

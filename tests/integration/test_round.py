@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.training.local_training import train_locally
+from fedlp.training.loop import train_locally
 from tests.integration.running import TINY, TINY_CNN, Finished, run
 from tests.reference import federated_loop
 

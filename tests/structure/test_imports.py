@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fedlp"
 FLOORS = [
     {"types", "errors", "rng", "progress", "registry"},
     {"config", "models"},
-    {"pruning", "allocation", "data", "training"},
+    {"pruning", "allocation", "data", "training", "tasks"},
     {"federation", "simulation"},
     {"apps", "report", "deployment"},
     {"cli"},
@@ -73,6 +73,15 @@ def test_private_names_of_flower_are_used_in_one_place() -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) == "pruning"], ids=lambda p: p.name)
 def test_pruning_kernels_do_not_know_the_config(path: Path) -> None:
     assert not any(name.startswith("fedlp.config") for name in imports_of(path))
+
+
+def test_no_room_asks_for_the_name_of_a_task() -> None:
+    names = {"classification", "language", "causal_lm", "regression", "multi_label", "sequence_classification"}
+    for path in MODULES:
+        if room_of(path) in ("tasks", "data"):
+            continue
+        found = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} & names
+        assert not found, f"{path} asks for the task {found}"
 
 
 def test_there_are_no_circles() -> None:

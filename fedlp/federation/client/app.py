@@ -37,8 +37,11 @@ from fedlp.models.layers import masked_gradients
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
+from fedlp.tasks import Sums
 from fedlp.training.calibration_data import batch_calibration, whole_examples
-from fedlp.training.local_training import evaluate_sums, train_locally
+from fedlp.training.evaluation import evaluate_sums
+from fedlp.training.loop import train_locally
+from fedlp.training.schedules import Moment
 from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 
@@ -109,8 +112,9 @@ class ClientRuntime:
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
         nested = self._nested(instruction.submodel, model)
         with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
+            moment = Moment(server_round, self.config.num_rounds)
             result = train_locally(
-                model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction)
+                model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction), moment
             )
         self._save_personal(instruction, state)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
@@ -134,7 +138,7 @@ class ClientRuntime:
             upload.params,
         )
 
-    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> dict[str, float]:
+    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> Sums:
         """Return the global model's evaluation sums on test examples ``start`` to ``stop``."""
         model, state = self._skeleton(None, ())
         load_tensors(state, params)

@@ -65,7 +65,8 @@ class PoolingClient:
         self._spec = submodels.widths
         self._device = torch.device(config.device)
         self._initial = cut_model(submodels.spec.build(config.seed), self._spec, {}).eval().to(self._device)
-        self._layers = find_layers(self._initial, self._spec, config.pruner.shared and info.task == "classification")
+        shared = config.pruner.shared and not submodels.spec.reads_tokens
+        self._layers = find_layers(self._initial, self._spec, shared)
         self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
         self._method = make_method(config.pruner)
         self._dtype = torch.float64 if config.strategy.sums == "float64" else torch.float32

@@ -77,7 +77,7 @@ def _answer_sizes(config: RunConfig, submodels: SubModels) -> list[int]:
 
 def _skeleton(config: RunConfig, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
     model = submodels.skeleton().eval()
-    shared = config.pruner.shared and submodels.spec.task == "classification"
+    shared = config.pruner.shared and not submodels.spec.reads_tokens
     return model, find_layers(model, submodels.widths, shared)
 
 

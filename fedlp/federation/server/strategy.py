@@ -40,12 +40,13 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.rng import Stream, generator
-from fedlp.training.local_training import metrics_from_sums
+from fedlp.tasks import Sums, add_sums
+from fedlp.training.evaluation import metrics_from_sums
 from fedlp.types import Assignment, Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel
 
 log = logging.getLogger("fedlp")
 
-Evaluate = Callable[[Mapping[str, Tensor], int, int], dict[str, float]]
+Evaluate = Callable[[Mapping[str, Tensor], int, int], Sums]
 """Sums of the global model's metrics over test examples [start, stop)."""
 
 Observer = Callable[[RoundRecord, ServerState], None]
@@ -377,11 +378,7 @@ class FedLPStrategy(Strategy):
         parts = [_decode_sums(reply) for reply in replies]
         if not parts:
             parts = [self._evaluate(self.state.params, start, stop) for start, stop in self._ranges()]
-        sums: dict[str, float] = {}
-        for part in parts:
-            for key, value in part.items():
-                sums[key] = sums.get(key, 0.0) + value
-        return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
+        return MetricRecord(dict(metrics_from_sums(add_sums(parts), self.submodels.spec.task)))
 
     def _ranges(self) -> list[tuple[int, int]]:
         step = self.config.eval_batch_size * EVAL_BATCHES
@@ -406,7 +403,7 @@ _TRAINING_PASSES = 3  # of a training step, in forward passes
 _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 
-def _decode_sums(reply: Message) -> dict[str, float]:
+def _decode_sums(reply: Message) -> Sums:
     if reply.has_error():
         raise FedLPError(f"evaluation of the global model failed: {reason_of(reply)}")
     return messages.decode_sums(reply.content)

@@ -70,7 +70,8 @@ CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
 STATISTICS = "query.statistics"
-_SUMS = ("loss", "correct", "count")
+_SUMS = ("loss", "count")
+_LONGEST_SUM = 10**6  # such as one number per class
 _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
 
 
@@ -342,25 +343,27 @@ def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, T
     return params, read_integer(record, "start"), read_integer(record, "stop")
 
 
-def encode_sums(sums: dict[str, float]) -> RecordDict:
+def encode_sums(sums: Mapping[str, float | list[float]]) -> RecordDict:
     """Return the records of additive evaluation sums."""
     return RecordDict({METRICS: MetricRecord(dict(sums))})
 
 
-def decode_sums(content: RecordDict) -> dict[str, float]:
-    """Return additive evaluation sums; ProtocolError where one is missing or no number. A loss may be NaN."""
-    sums: dict[str, float] = {}
+def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
+    """Return additive evaluation sums, numbers and lists; ProtocolError where one is none. A loss may be NaN."""
+    sums: dict[str, float | list[float]] = {}
     try:
         record = read_metrics(content, METRICS)
+        if len(record) > MOST_METRICS:
+            raise ValueError(f"{len(record)} sums came, more than {MOST_METRICS}")
         for key in (*_SUMS, *(key for key in record if key not in _SUMS)):
             value = record[key]
-            if not isinstance(value, float):
-                raise ValueError(f"{key} is {show(value)}, not a float")
-            sums[key] = value
+            if not isinstance(value, float) and not (isinstance(value, list) and len(value) <= _LONGEST_SUM):
+                raise ValueError(f"{printable(key, 40)} is {show(value)}, not a float or a list of floats")
+            sums[key] = [float(item) for item in value] if isinstance(value, list) else value
+        if not 0 <= record["count"] <= MOST_STEPS:  # type: ignore[operator]
+            raise ValueError(f"they are of {show(record['count'])} predictions")
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"evaluation sums cannot be read: {say_why(error)}") from error
-    if not 0 <= sums["count"] <= MOST_STEPS:
-        raise ProtocolError(f"evaluation sums cannot be read: they are of {sums['count']} examples")
     return sums
 
 

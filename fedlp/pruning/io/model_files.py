@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError, one_line
-from fedlp.models.language import import_transformers
 from fedlp.models.spec import named_tensors, state_tensors
+from fedlp.models.transformers_loading import import_transformers
 from fedlp.pruning.io.classifier_files import load_classifier, save_classifier
 from fedlp.pruning.tracing.decoder import is_language_model
 

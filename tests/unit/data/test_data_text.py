@@ -146,7 +146,7 @@ def test_a_source_is_needed(name: str) -> None:
 def test_topics_need_nothing_and_give_every_topic_an_owner() -> None:
     config = DatasetConfig(name="topics")
     info = describe_dataset(config)
-    assert (info.task, info.input_shape, info.num_classes) == ("language", (128,), 256)
+    assert (info.task, info.input_shape, info.num_classes) == ("causal_lm", (128,), 256)
     assert (info.num_train, info.num_test, info.mean, info.std) == (None, None, (), ())
     data = load_dataset(config, 0)
     assert data.info == info

@@ -13,7 +13,7 @@ from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, forward_logits, state_tensors
 from fedlp.models.language import import_transformers
 from fedlp.pruning.tracing.widths import cut_model, trace_widths
-from fedlp.training.local_training import train_locally
+from fedlp.training.loop import train_locally
 from fedlp.types import Keep
 
 INFO = DataInfo("toy", "classification", (1, 8, 8), 10, None, None, (0.5,), (0.25,))

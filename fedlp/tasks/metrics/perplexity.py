@@ -1,0 +1,30 @@
+"""Perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedlp.registry import register
+
+
+@register("metric", "perplexity")
+@dataclass(frozen=True)
+class Perplexity:
+    """Exponential of the mean loss, which must be a cross-entropy in nats."""
+
+    label: str = "perplexity"
+    larger_is_better: bool = False
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
+        """Return nothing: the task's own loss and count suffice."""
+        return {}
+
+    def value(self, sums: Mapping[str, Any]) -> float:
+        """Return the perplexity, >= 1; infinite beyond the range of floats."""
+        loss = float(sums["loss"] / sums["count"])
+        return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,49 @@
+"""Classification of text by encoders (BERT, MiniLM) and decoders with a head: one class for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlp.data.examples import DataInfo, Examples
+from fedlp.registry import register
+from fedlp.tasks.base import Inputs
+from fedlp.tasks.classification import Classification
+
+
+@register("task", "sequence_classification")
+@dataclass(frozen=True)
+class SequenceClassification(Classification):
+    """Cross-entropy over classes of token sequences; accuracy."""
+
+    reads_tokens: ClassVar[bool] = True
+    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+
+    def prepare(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
+        """Return token ids and attention mask, (n, longest of the batch); the model's own pad token fills the ids."""
+        tokens = inputs.to(device)
+        mask = tokens >= 0
+        longest = max(1, int(mask.sum(dim=1).max()))
+        return {"input_ids": tokens[:, :longest].clamp(min=0), "attention_mask": mask[:, :longest].to(torch.int64)}
+
+    def calibration_batches(self, examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of texts of one length each, the shortest first: all tokens of all examples, no padding."""
+        lengths = (examples.inputs >= 0).sum(dim=1)
+        for length in sorted({int(length) for length in lengths if length}):
+            for index in torch.split((lengths == length).nonzero().flatten(), batch_size):
+                yield examples.inputs[index, :length], examples.targets[index]
+
+    def prepare_whole(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Tensor:
+        """Return the token ids."""
+        return inputs.to(device)
+
+    def draw_examples(self, info: DataInfo, count: int, rng: np.random.Generator) -> Examples:
+        """Return random tokens without padding."""
+        tokens = rng.integers(0, info.vocabulary or info.num_classes, (count, *info.input_shape))
+        return Examples(torch.from_numpy(tokens), self.draw_targets(info, count, rng), None)
