@@ -88,7 +88,7 @@ def prune(
     with one_thread():
         dense = copy.deepcopy(model).eval()
         widths = trace_widths(dense, spec.example_inputs(1))
-        layers = find_layers(dense, widths, config.pruner.shared and spec.task == "classification")
+        layers = find_layers(dense, widths, config.pruner.shared and not spec.reads_tokens)
         subject = Subject(spec, dense, info, FederatedData(info, read, read), widths, layers)
         calibration = draw_calibration(config, subject)
         pruner = Pruner(dense, widths, layers, calibration, make_method(config.pruner))

@@ -23,10 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config.aliases import current_config
+from fedlp.config.aliases import current_config, is_current
 from fedlp.config.overrides import prepare_overrides
 from fedlp.config.parts import PartConfig
-from fedlp.config.reading import no_such_option, part_groups, read_config, schema_node
+from fedlp.config.reading import drop_unread, no_such_option, part_groups, read_config, schema_node
 from fedlp.config.schema import (
     AggregatorConfig,
     AllocatorConfig,
@@ -158,7 +158,8 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     if not isinstance(values, dict):
         raise ConfigError("the config is not one of fedlp's: it does not map names to values")
     values.pop("hydra", None)
-    config = read_config(schema, current_config(cast(dict[str, Any], values)))
+    found = cast(dict[str, Any], values)
+    config = read_config(schema, found if is_current(found) else drop_unread(schema, current_config(found)))
     match config:
         case RunConfig():
             validate(config)

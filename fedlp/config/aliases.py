@@ -45,10 +45,15 @@ def current_override(override: str) -> str:
     return f"{prefix}{name}{equals}{value}"
 
 
+def is_current(config: Mapping[str, Any]) -> bool:
+    """Return whether a stored config is in today's layout."""
+    strategy = config.get("strategy")
+    return not isinstance(strategy, Mapping) or "encoding" not in strategy
+
+
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored config in today's layout: one that an earlier version wrote is divided into today's groups."""
-    strategy = config.get("strategy")
-    if not isinstance(strategy, Mapping) or "encoding" not in strategy:
+    if is_current(config):
         return dict(config)
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     own = found["strategy"]

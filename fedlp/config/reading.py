@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
+from fedlp import registry
 from fedlp.config.parts import PartConfig, read_part
 from fedlp.errors import ConfigError
 
@@ -38,6 +39,18 @@ def read_config(schema: Callable[..., _Config], values: Mapping[str, Any]) -> _C
             raise ConfigError(f"{name}={node} is not allowed: it must be a choice of the group {name}")
         parts[name] = read_part(group, name, node or {})
     return schema(**vars(typed), **parts)
+
+
+def drop_unread(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of an earlier version, in which each group held the options of all parts, without those unread."""
+    found = dict(values)
+    for name, group in part_groups(schema).items():
+        node = found.get(name)
+        if isinstance(node, Mapping):
+            target = registry.lookup(group.kind, str(node.get(group.key)))
+            known = {f.name for f in fields(group)} | set(registry.options(group.kind, target))
+            found[name] = {key: value for key, value in node.items() if key in known}
+    return found
 
 
 def schema_node(schema: Any) -> dict[str, Any]:
