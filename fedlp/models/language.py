@@ -161,7 +161,7 @@ def load_hf(
     transformers = import_transformers()
     with quiet(), loading(path):
         sizes = transformers.AutoConfig.from_pretrained(path)
-    table = re.sub("(?<!^)(?=[A-Z])", "_", task.auto_model.removeprefix("Auto")).upper() + "_MAPPING"
+    table = re.sub("(?<=[a-z])(?=[A-Z])", "_", task.auto_model.removeprefix("Auto")).upper() + "_MAPPING"
     if type(sizes) not in getattr(transformers, table, ()):
         kind = "a sequence classifier" if task.exact_outputs else "a causal language model"
         raise ConfigError(f"model.path={path} is a {sizes.model_type}, not {kind}")
