@@ -31,7 +31,7 @@ from fedlp.federation.privacy import check_privacy
 from fedlp.federation.server.app import Grid, make_server_app
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.server.strategy import FedLPStrategy, Observer
+from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
 from fedlp.federation.strategies.oneshot import OneShot
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
@@ -126,20 +126,30 @@ class Federation:
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
                 )
-        return self.strategy.policy(
-            PolicyContext(
-                seed=config.seed,
-                num_clients=config.num_clients,
-                num_rounds=config.num_rounds,
-                submodels=submodels,
-                budgets=tuple(budgets),
-                fit=lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name),
-                layer_costs=lambda: layer_costs(submodels, config.local, encoding),
-                allocator=config.allocator.make(),
-                batch_norm=config.aggregator.batch_norm,
-                scores_units=bool(make_method(config.pruner).score.needs),
-            )
+        context = PolicyContext(
+            seed=config.seed,
+            num_clients=config.num_clients,
+            num_rounds=config.num_rounds,
+            submodels=submodels,
+            budgets=tuple(budgets),
+            fit=lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name),
+            layer_costs=lambda: layer_costs(submodels, config.local, encoding),
+            allocator=config.allocator.make(),
+            batch_norm=config.aggregator.batch_norm,
+            scores_units=bool(make_method(config.pruner).score.needs),
         )
+        return self._with_batch_norm(context)
+
+    def _with_batch_norm(self, context: PolicyContext) -> Policy:
+        """Return the strategy's policy; "auto" batch norms are static where some clients hold narrow sub-models."""
+        if context.batch_norm != "auto":
+            return self.strategy.policy(context)
+        policy = self.strategy.policy(replace(context, batch_norm="average"))
+        if not self.submodels.statistics:
+            return policy
+        if not any(case.submodel.widths for case in policy.cases(range(self.config.num_clients))):
+            return policy
+        return self.strategy.policy(replace(context, batch_norm="static"))
 
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
@@ -244,13 +254,30 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return plan.fit(brought)
 
+    upload = config.upload
+    settings = RoundSettings(
+        num_clients=config.num_clients,
+        clients_per_round=config.clients_per_round,
+        seed=config.seed,
+        min_clients=config.min_clients,
+        eval_every=config.eval_every,
+        eval_batch_size=config.eval_batch_size,
+        local_epochs=config.local.epochs,
+        weighting=config.aggregator.weighting,
+        measures_statistics=config.aggregator.batch_norm == "static",
+        sends_deltas=upload.values == "deltas",
+        entropy_coding=upload.entropy_coding,
+        timeout_s=config.simulation.round_timeout_s,
+    )
     strategy = FedLPStrategy(
-        config,
         plan.submodels,
         plan.policy,
+        settings,
+        encoding=upload.make(),
+        aggregator=config.aggregator.make(),
+        server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
         num_test=len(runtime.test),
-        macs=lambda submodel: plan.costs.macs(submodel).training,
         fit=fit,
         observers=(record, *observers),
         state=state,

@@ -93,8 +93,9 @@ class AggregatorConfig(PartConfig):
     kind: ClassVar[str] = "aggregator"
 
     weighting: str = "examples"  # "examples", "equal", or "held": examples times the fraction of the model that is held
-    batch_norm: str = "average"  # running statistics: "average" of all clients; of clients with the "whole" model; or
-    # "static": never sent, re-measured on three such clients' examples before each evaluation
+    batch_norm: str = "auto"  # running statistics: "average" of all clients; of clients with the "whole" model;
+    # "static": never sent, re-measured before each evaluation on three clients that hold the largest sub-model; "auto":
+    # "static" where some clients hold narrow sub-models of a model with batch norms, else "average"
 
     def __post_init__(self) -> None:
         for name, allowed in (("weighting", _WEIGHTINGS), ("batch_norm", _BATCH_NORMS)):
@@ -104,7 +105,7 @@ class AggregatorConfig(PartConfig):
                 )
 
 
-_WEIGHTINGS, _BATCH_NORMS = ("examples", "equal", "held"), ("average", "whole", "static")
+_WEIGHTINGS, _BATCH_NORMS = ("examples", "equal", "held"), ("auto", "average", "whole", "static")
 
 
 @dataclass

@@ -138,20 +138,25 @@ class ClientRuntime:
             upload.params,
         )
 
-    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int) -> Sums:
-        """Return the global model's evaluation sums on test examples ``start`` to ``stop``."""
-        model, state = self._skeleton(None, ())
+    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int, submodel: SubModel | None = None) -> Sums:
+        """Return the evaluation sums of a sub-model, or of the global model, on test examples ``start`` to ``stop``."""
+        model, state = self._shaped(submodel or SubModel())
         load_tensors(state, params)
         return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
 
-    def statistics(self, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
-        """Return the batch norm statistics of the global model on the client's examples."""
-        model, state = self._skeleton(None, ())
+    def statistics(self, submodel: SubModel, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
+        """Return the batch norm statistics of a sub-model on the client's examples."""
+        model, state = self._shaped(submodel)
         load_tensors(state, params)
         examples = whole_examples(self.shards.of(client_id), self.info)
         reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
         names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
         return ClientUpdate(0, client_id, len(examples), {}, params={name: state[name] for name in names})
+
+    def _shaped(self, submodel: SubModel) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of a sub-model's shapes, and its live tensors."""
+        counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
+        return self._skeleton(submodel.depth, counts)
 
     # ---- sub-models
     def _build_skeleton(
@@ -171,8 +176,7 @@ class ClientRuntime:
     def _load_submodel(self, instruction: TrainInstruction) -> tuple[nn.Module, Mapping[str, Tensor]]:
         """Return the sub-model with the instruction's values, and its live tensors."""
         submodel = instruction.submodel
-        counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
-        model, state = self._skeleton(submodel.depth, counts)
+        model, state = self._shaped(submodel)
         load_tensors(state, instruction.params)
         load_tensors(state, self._load_personal(instruction))
         return model, state
@@ -271,14 +275,15 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
     @app.query("statistics")
     def statistics(message: Message, context: Context) -> Message:
         runtime = load_runtime(message, context)
-        found = runtime.statistics(messages.decode_whole(message.content, runtime.submodels), client_id_of(context))
+        submodel, params = messages.decode_submodel(message.content, runtime.submodels)
+        found = runtime.statistics(submodel, params, client_id_of(context))
         return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
     @app.evaluate("central")
     def evaluate(message: Message, context: Context) -> Message:
         runtime = load_runtime(message, context)
-        params, start, stop = messages.decode_range(message.content, runtime.submodels)
-        return Message(messages.encode_sums(runtime.evaluate(params, start, stop)), reply_to=message)
+        submodel, params, start, stop = messages.decode_range(message.content, runtime.submodels)
+        return Message(messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message)
 
     return app
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedlp.federation.submodels import SubModelLayout
+
 _MEAN, _VAR = ".running_mean", ".running_var"
 
 Statistics = tuple[Mapping[str, Tensor], int]
@@ -35,4 +37,19 @@ def pool_statistics(parts: Sequence[Statistics]) -> dict[str, Tensor]:
         assert isinstance(mean, Tensor)
         found[name] = mean.to(parts[0][0][name])
         found[var_name] = torch.as_tensor(square - mean.square()).clamp(min=0.0).to(parts[0][0][var_name])
+    return found
+
+
+def merge_statistics(
+    params: Mapping[str, Tensor], measured: Mapping[str, Tensor], layout: SubModelLayout
+) -> dict[str, Tensor]:
+    """Return the global values with measured statistics at the units of a sub-model."""
+    found = dict(params)
+    for name, values in measured.items():
+        keeps = layout.keeps.get(name)
+        if keeps is None:
+            found[name] = values
+        else:
+            index = torch.from_numpy(keeps[0].indices())
+            found[name] = params[name].clone().index_copy_(0, index, values.to(params[name]))
     return found

@@ -28,6 +28,7 @@ class RoundUnderWay:
     failures: list[ClientFailure] = field(default_factory=list)
     coverage: Mapping[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    tested: dict[str, float] = field(default_factory=dict)
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""

@@ -15,8 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -24,12 +23,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedlp.config import RunConfig
-from fedlp.errors import AllocationError, FedLPError, ProtocolError
-from fedlp.federation.aggregation.aggregator import Aggregator
-from fedlp.federation.aggregation.server_optimizer import ServerOptimizer, apply_server_optimizer
+from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
+from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageRule
+from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer, apply_server_optimizer
+from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
-from fedlp.federation.server.batch_norm_statistics import Statistics, pool_statistics
+from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
@@ -39,6 +38,7 @@ from fedlp.federation.strategies.policy import Answer, Policy
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, add_sums
 from fedlp.training.evaluation import metrics_from_sums
@@ -46,8 +46,8 @@ from fedlp.types import Assignment, Budget, ClientCost, ClientFailure, ClientUpd
 
 log = logging.getLogger("fedlp")
 
-Evaluate = Callable[[Mapping[str, Tensor], int, int], Sums]
-"""Sums of the global model's metrics over test examples [start, stop)."""
+Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
+"""Sums of a sub-model's metrics over test examples [start, stop)."""
 
 Observer = Callable[[RoundRecord, ServerState], None]
 """Told of every finished round, and of the state that a checkpoint holds."""
@@ -55,55 +55,103 @@ Observer = Callable[[RoundRecord, ServerState], None]
 EVAL_BATCHES = 4  # batches per evaluation message
 
 
+@dataclass(frozen=True, slots=True)
+class RoundSettings:
+    """Settings of the rounds of one run.
+
+    Attributes
+    ----------
+    num_clients, clients_per_round : int
+        Clients of the federation, and those sampled in a round, >= 1.
+    seed : int
+        Seed of every draw, >= 0.
+    min_clients : int
+        Good updates without which a round leaves the model unchanged, >= 0.
+    eval_every : int
+        Rounds between evaluations, >= 1; the last round always is evaluated.
+    eval_batch_size : int
+        Test examples per batch, >= 1.
+    local_epochs : int
+        Passes of a client over its examples, for the count of its MACs.
+    weighting : "examples", "equal" or "held"
+        Weight of an update in the aggregate.
+    measures_statistics : bool
+        Whether batch norm statistics are measured on clients before each evaluation.
+    sends_deltas : bool
+        Whether updates are differences from the values sent down; integers never are.
+    entropy_coding : bool
+        Whether single bytes of uploads are Huffman codes.
+    timeout_s : float
+        Seconds that a round waits for its clients.
+    """
+
+    num_clients: int
+    clients_per_round: int
+    seed: int = 0
+    min_clients: int = 1
+    eval_every: int = 1
+    eval_batch_size: int = 500
+    local_epochs: int = 1
+    weighting: str = "examples"
+    measures_statistics: bool = False
+    sends_deltas: bool = False
+    entropy_coding: bool = False
+    timeout_s: float = 3600.0
+
+
 class FedLPStrategy(Strategy):
-    """FedAvg, FedLP, HeteroFL, FjORD and FedRolex: one strategy, the policy makes the difference.
+    """Flower strategy of all methods here: FedAvg, FedLP, HeteroFL, FjORD, FedRolex, FedLP-Plan. The policy differs.
 
     Parameters
     ----------
+    submodels : SubModels
+        Sub-models of the global model.
+    policy : Policy
+        Sub-model and upload set of each client in each round.
+    settings : RoundSettings
+        Settings of the rounds.
+    encoding, aggregator, server_optimizer
+        Parts; values as they are, the coverage average, and the plain average where absent.
     evaluate, num_test : callable, int
-        The global test metrics, summed over ranges of ``num_test`` examples.
-    macs : callable
-        MACs of one training step per example in a sub-model.
+        Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
     fit : callable, optional
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
-        Where to go on; ``start`` begins after its round.
+        State to go on from; ``start`` begins after its round.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         submodels: SubModels,
         policy: Policy,
+        settings: RoundSettings,
         *,
-        evaluate: Evaluate,
-        num_test: int,
-        macs: Callable[[SubModel], float],
+        encoding: Encoding | None = None,
+        aggregator: Aggregator | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        evaluate: Evaluate | None = None,
+        num_test: int = 0,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
-        self.config = config
-        self.submodels = submodels
-        self.policy = policy
-        self.macs = macs
-        self.state = state
-        self._evaluate = evaluate
-        self._fit = fit
-        self._num_test = num_test
-        self._observers = tuple(observers)
-        self._encoding: Encoding = config.upload.make()
-        self._aggregator: Aggregator = config.aggregator.make()
-        self._optimizer: ServerOptimizer = config.server_optimizer.make()
-        self._roster = Roster(config.num_clients, config.min_clients)
+        self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
+        self._costs = Costs(submodels)
+        self._encoding: Encoding = encoding or Float32()
+        self._aggregator: Aggregator = aggregator or CoverageAverageRule()
+        self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
+        self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
+        self._fit, self._observers = fit, tuple(observers)
+        self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
+        self._evaluated = SubModel()
 
     # ---- the run
     def summary(self) -> None:
         """Log one line about the strategy."""
-        log.info("strategy %s, %d clients a round", self.config.strategy.name, self.config.clients_per_round)
+        log.info("%s, %d clients a round", type(self.policy).__name__, self.settings.clients_per_round)
 
     def start(
         self,
@@ -123,9 +171,15 @@ class FedLPStrategy(Strategy):
             The packed initial model; not used where the strategy was given a state to go on from.
         timeout : float
             Seconds a round waits for its clients; an evaluation on own nodes takes the time it takes.
-        train_config, evaluate_config, evaluate_fn
-            Part of Flower's signature; the config and the evaluation were given at construction.
+        evaluate_fn : callable, optional
+            Returns further metrics of the global model after a round that is evaluated.
+        train_config, evaluate_config : ConfigRecord
+            Part of Flower's signature; ConfigError where they hold anything, since clients read the run's config.
         """
+        if train_config or evaluate_config:
+            raise ConfigError(
+                "train_config and evaluate_config are not sent to clients; set options of the run instead"
+            )
         if self.state is None:
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
@@ -140,18 +194,38 @@ class FedLPStrategy(Strategy):
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
-            if server_round % self.config.eval_every == 0 or server_round == num_rounds:
-                if self.config.aggregator.batch_norm == "static":
-                    arrays = self._measure_statistics(server_round, arrays, grid, timeout)
-                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-                evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
-                result.evaluate_metrics_serverapp[server_round] = evaluated
-                self._round.metrics.update({key: float(value) for key, value in evaluated.items()})  # type: ignore[arg-type]
+            if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
+                arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
+                result.evaluate_metrics_serverapp[server_round] = MetricRecord(dict(self._round.tested))
             record = self._round.finish(time.monotonic() - started)
             for observer in self._observers:
                 observer(record, self.state)
         result.arrays = arrays
         return result
+
+    def _evaluate_round(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        grid: Grid,
+        timeout: float,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> ArrayRecord:
+        """Measure the model after a round; return its arrays, with batch norm statistics where these are measured."""
+        self._evaluated = SubModel()
+        if self._measures_statistics:
+            arrays = self._measure_statistics(server_round, arrays, grid, timeout)
+        if self._num_test:
+            asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+            self._note(self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf)))
+        if evaluate_fn is not None:
+            self._note(evaluate_fn(server_round, arrays) or MetricRecord())
+        return arrays
+
+    def _note(self, metrics: MetricRecord) -> None:
+        found = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+        self._round.tested |= found
+        self._round.metrics.update(found)
 
     def _meet_budgets(self) -> None:
         """Let the policy meet the budgets that devices brought."""
@@ -177,17 +251,29 @@ class FedLPStrategy(Strategy):
                 submodel = self.policy.assign(1, client_id, self.state.memory, self.state.params).submodel
                 layouts.append(self.submodels.layout(submodel))
         returned = {name for layout in set(layouts) for name in layout.names}
+        self._warn_of_narrow_clients(set(layouts))
         starved = [layer.name for layer in self.submodels.spec.layers if returned.isdisjoint(layer.tensors)]
         if starved:
             names = ", ".join(starved if len(starved) < 4 else [*starved[:2], "...", starved[-1]])
             log.warning("no client trains %s (%d layers): their values stay as they are", names, len(starved))
+
+    def _warn_of_narrow_clients(self, layouts: set[SubModelLayout]) -> None:
+        """Say that no client holds the whole model, so that the largest sub-model is what can be measured."""
+        if layouts and not any(layout.is_whole for layout in layouts):
+            most = max(layout.num_params() for layout in layouts) / self.submodels.spec.num_params
+            measured = ", and is what is evaluated" if self._measures_statistics else ""
+            log.warning(
+                "no client holds the whole model: the largest sub-model has %.0f %% of it%s", 100 * most, measured
+            )
 
     # ---- down
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
-        cohort = sample_cohort(self.config.seed, server_round, self._roster.client_ids, self.config.clients_per_round)
+        cohort = sample_cohort(
+            self.settings.seed, server_round, self._roster.client_ids, self.settings.clients_per_round
+        )
         self._round = RoundUnderWay(server_round, cohort)
         encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
@@ -206,7 +292,7 @@ class FedLPStrategy(Strategy):
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
-            ttl = self.config.simulation.round_timeout_s
+            ttl = self.settings.timeout_s
             yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
 
     # ---- up
@@ -237,7 +323,7 @@ class FedLPStrategy(Strategy):
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
         good = len(self._round.cohort) - len(self._round.failures)
-        if good >= self.config.min_clients:
+        if good >= self.settings.min_clients:
             params, coverage = average.result()
             if not self._sends_weights:
                 for name, values in params.items():
@@ -253,7 +339,7 @@ class FedLPStrategy(Strategy):
                 "round %d: %d good updates, min_clients=%d: the model stays",
                 server_round,
                 good,
-                self.config.min_clients,
+                self.settings.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         self.state = guard.accept(
@@ -274,7 +360,7 @@ class FedLPStrategy(Strategy):
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
-            profile, coded = self._roster.profile(client_id), self.config.upload.entropy_coding
+            profile, coded = self._roster.profile(client_id), self.settings.entropy_coding
             decoded = messages.decode_update(reply.content, instruction, profile, self.submodels, self._encoding, coded)
             guard.admit(decoded, self.submodels.layout(SubModel(instruction.submodel.depth, decoded.widths)).keeps)
             update = decoded
@@ -290,7 +376,7 @@ class FedLPStrategy(Strategy):
                 bytes_up=bytes_up,
                 params_down=layout.num_params(),
                 params_up=self._num_returned(instruction, update) if update else 0,
-                macs=self.macs(instruction.submodel) * examples * self.config.local.epochs
+                macs=self._costs.macs(instruction.submodel).training * examples * self.settings.local_epochs
                 + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
             )
         )
@@ -298,7 +384,7 @@ class FedLPStrategy(Strategy):
 
     def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
         """Return what an update counts in the average."""
-        match self.config.aggregator.weighting:
+        match self.settings.weighting:
             case "examples":
                 return float(update.num_examples)
             case "held":
@@ -319,10 +405,15 @@ class FedLPStrategy(Strategy):
 
     # ---- static batch norms
     def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
-        """Ask clients that hold the whole model for its batch norm statistics; what they cost counts in the round."""
+        """Ask clients for the batch norm statistics of the sub-model that is evaluated; their costs are the round's.
+
+        That is the whole model where some client holds it, else the largest sub-model of this round.
+        """
         assert self.state is not None
-        asked = list(islice(self._whole_clients(server_round), _STATISTICS_CLIENTS))
-        content = messages.encode_whole(arrays)
+        self._evaluated, asked = self._largest_submodel(server_round)
+        layout, submodel = self.submodels.layout(self._evaluated), self._evaluated
+        record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
+        content = messages.encode_submodel(record, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
             for client_id in asked
@@ -333,17 +424,18 @@ class FedLPStrategy(Strategy):
             try:
                 if reply.has_error():
                     raise FedLPError(reason_of(reply))
-                parts.append(messages.decode_statistics(reply.content, self._roster.profile(client_id), self.submodels))
+                profile = self._roster.profile(client_id)
+                parts.append(messages.decode_statistics(reply.content, profile, submodel, self.submodels))
                 count = parts[-1][1]
             except FedLPError as error:
                 self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
             up = messages.count_bytes(reply.content) if reply.has_content() else 0
-            macs = self.macs(SubModel()) / _TRAINING_PASSES * count
+            macs = self._costs.macs(submodel).training / _TRAINING_PASSES * count
             self._round.costs.append(
-                ClientCost(client_id, 0, messages.count_bytes(content), up, self.submodels.spec.num_params, 0, macs)
+                ClientCost(client_id, 0, messages.count_bytes(content), up, layout.num_params(), 0, macs)
             )
         if parts:
-            measured = replace(self.state, params={**self.state.params, **pool_statistics(parts)})
+            measured = replace(self.state, params=merge_statistics(self.state.params, pool_statistics(parts), layout))
             if fault := find_fault(measured):
                 log.warning("round %d: batch norms keep their statistics: %s", server_round, fault.text)
             else:
@@ -351,44 +443,61 @@ class FedLPStrategy(Strategy):
                 arrays = self._encode_model(self.state)
         return arrays
 
-    def _whole_clients(self, server_round: int) -> Iterator[int]:
-        """Yield the clients that hold the whole model, in an order drawn for the round."""
+    def _largest_submodel(self, server_round: int) -> tuple[SubModel, list[int]]:
+        """Return the largest sub-model of a round, and some clients that hold it, in an order drawn for the round."""
         assert self.state is not None
-        rng = generator(self.config.seed, Stream.STATISTICS, server_round)
+        rng = generator(self.settings.seed, Stream.STATISTICS, server_round)
+        holders: dict[SubModelLayout, list[int]] = {}
+        submodels: dict[SubModelLayout, SubModel] = {}
         for client_id in rng.permutation(self._roster.client_ids).tolist():
             with suppress(AllocationError):
                 submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
-                if self.submodels.layout(submodel).is_whole:
-                    yield client_id
+                layout = self.submodels.layout(submodel)
+                if layout.is_whole and len(holders.get(layout, ())) == _STATISTICS_CLIENTS - 1:
+                    return SubModel(), [*holders[layout], client_id]
+                submodels.setdefault(layout, replace(submodel, nested_levels=()))
+                holders.setdefault(layout, []).append(client_id)
+        if not holders:
+            return SubModel(), []
+        largest = max(holders, key=lambda layout: layout.num_params())
+        return submodels[largest], holders[largest][:_STATISTICS_CLIENTS]
 
     # ---- evaluation
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield requests for the metrics of ranges of the test set, where the grid's nodes hold it; else none."""
+        assert self.state is not None
         if getattr(grid, "holds_test_set", False):
-            nodes = list(grid.get_node_ids())
+            layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
+            record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
             for i, (start, stop) in enumerate(self._ranges()):
-                content = messages.encode_range(arrays, start, stop)
+                content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
-        """Return the global model's test metrics; computed here where no node was asked."""
+        """Return the test metrics of the evaluated model; computed here where no node was asked."""
         assert self.state is not None
         parts = [_decode_sums(reply) for reply in replies]
-        if not parts:
-            parts = [self._evaluate(self.state.params, start, stop) for start, stop in self._ranges()]
+        if not parts and self._evaluate is not None:
+            params = self.submodels.layout(self._evaluated).slice(self.state.params)
+            parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
         return MetricRecord(dict(metrics_from_sums(add_sums(parts), self.submodels.spec.task)))
 
     def _ranges(self) -> list[tuple[int, int]]:
-        step = self.config.eval_batch_size * EVAL_BATCHES
+        step = self.settings.eval_batch_size * EVAL_BATCHES
         return [(start, min(start + step, self._num_test)) for start in range(0, self._num_test, step)]
 
     # ---- helpers
     @property
+    def _measures_statistics(self) -> bool:
+        """Whether batch norm statistics are measured before an evaluation."""
+        return self.settings.measures_statistics or bool(getattr(self.policy, "measures_statistics", False))
+
+    @property
     def _sends_weights(self) -> bool:
         """Whether updates hold weights; else differences from what was sent down, but for integers."""
-        return self.config.upload.values == "weights"
+        return not self.settings.sends_deltas
 
     @property
     def _trainable(self) -> frozenset[str]:

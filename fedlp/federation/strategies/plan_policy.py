@@ -94,6 +94,11 @@ class PlanPolicy:
         return PlanSolver(self.context, self.options.spread, self.options.width_multiple, self.costs)
 
     @property
+    def measures_statistics(self) -> bool:
+        """Whether batch norm statistics are measured before an evaluation, and never sent."""
+        return self.context.batch_norm == "static"
+
+    @property
     def _layers(self) -> tuple[PrunableLayer, ...]:
         return self.context.submodels.layers
 

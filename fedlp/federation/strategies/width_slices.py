@@ -87,6 +87,11 @@ class WidthSlices(StatelessPolicy):
     levels_by_client: tuple[float, ...] | None = None
     batch_norm: str = "average"
 
+    @property
+    def measures_statistics(self) -> bool:
+        """Whether batch norm statistics are measured before an evaluation, and never sent."""
+        return self.batch_norm == "static"
+
     def level(self, client_id: int) -> float:
         """Return the client's width in (0, 1]."""
         if self.levels_by_client is not None:

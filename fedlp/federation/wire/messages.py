@@ -85,13 +85,7 @@ def encode_instruction(instruction: Assignment, params: ArrayRecord, submodels: 
             "uploads": encode_names(instruction.uploads, submodels.names),
         }
     )
-    submodel = instruction.submodel
-    if submodel.depth is not None:
-        record["depth"] = submodel.depth
-    if submodel.widths:
-        record["widths"] = encode_widths(submodel.widths, tuple(submodels.widths.axes))
-    if submodel.nested_levels:
-        record["nested-levels"] = list(submodel.nested_levels)
+    _write_submodel(record, instruction.submodel, submodels)
     if instruction.kept:
         record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
     if instruction.returned:
@@ -99,6 +93,24 @@ def encode_instruction(instruction: Assignment, params: ArrayRecord, submodels: 
     for name in sorted(instruction.evidence):
         record[_EVIDENCE[name]] = True
     return RecordDict({PARAMS: params, INSTRUCTION: record})
+
+
+def _write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubModels) -> None:
+    if submodel.depth is not None:
+        record["depth"] = submodel.depth
+    if submodel.widths:
+        record["widths"] = encode_widths(submodel.widths, tuple(submodels.widths.axes))
+    if submodel.nested_levels:
+        record["nested-levels"] = list(submodel.nested_levels)
+
+
+def _read_submodel(record: ConfigRecord, submodels: SubModels) -> SubModel:
+    levels = record.get("nested-levels", [])
+    return SubModel(
+        depth=read_integer(record, "depth") if "depth" in record else None,
+        widths=decode_widths(read_bytes(record, "widths"), submodels.widths.axes) if "widths" in record else {},
+        nested_levels=tuple(float(level) for level in levels),  # type: ignore[union-attr]
+    )
 
 
 def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstruction:
@@ -112,18 +124,10 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
     try:
         record = read_config(content, INSTRUCTION)
         client_id = read_integer(record, "client-id")
-        widths = {}
-        if "widths" in record:
-            widths = decode_widths(read_bytes(record, "widths"), submodels.widths.axes)
         returned = {}
         if "returned" in record:
             returned = decode_widths(read_bytes(record, "returned"), submodels.widths.axes)
-        levels = record.get("nested-levels", [])
-        submodel = SubModel(
-            depth=read_integer(record, "depth") if "depth" in record else None,
-            widths=widths,
-            nested_levels=tuple(float(level) for level in levels),  # type: ignore[union-attr]
-        )
+        submodel = _read_submodel(record, submodels)
         layout = submodels.layout(submodel)
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
@@ -321,26 +325,32 @@ def decode_profile(content: RecordDict) -> ClientProfile:
     return profile
 
 
-def encode_range(params: ArrayRecord, start: int, stop: int) -> RecordDict:
-    """Return the records that ask for the metrics of test examples ``start`` to ``stop``."""
-    return RecordDict({PARAMS: params, RANGE: ConfigRecord({"start": start, "stop": stop})})
+def encode_range(params: ArrayRecord, start: int, stop: int, submodel: SubModel, submodels: SubModels) -> RecordDict:
+    """Return the records that ask for the metrics of a sub-model on test examples ``start`` to ``stop``."""
+    record = ConfigRecord({"start": start, "stop": stop})
+    _write_submodel(record, submodel, submodels)
+    return RecordDict({PARAMS: params, RANGE: record})
 
 
-def encode_whole(params: ArrayRecord) -> RecordDict:
-    """Return the records that hold the whole model and nothing else."""
-    return RecordDict({PARAMS: params})
+def encode_submodel(params: ArrayRecord, submodel: SubModel, submodels: SubModels) -> RecordDict:
+    """Return the records that hold a sub-model and nothing else."""
+    record = ConfigRecord()
+    _write_submodel(record, submodel, submodels)
+    return RecordDict({PARAMS: params, INSTRUCTION: record} if record else {PARAMS: params})
 
 
-def decode_whole(content: RecordDict, submodels: SubModels) -> dict[str, Tensor]:
-    """Return the tensors of the whole model."""
-    return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())
+def decode_submodel(content: RecordDict, submodels: SubModels) -> tuple[SubModel, dict[str, Tensor]]:
+    """Return a sub-model and its tensors."""
+    submodel = _read_submodel(read_config(content, INSTRUCTION), submodels) if INSTRUCTION in content else SubModel()
+    return submodel, read_tensors(content, PARAMS, submodels.layout(submodel).signature())
 
 
-def decode_range(content: RecordDict, submodels: SubModels) -> tuple[dict[str, Tensor], int, int]:
-    """Return the whole model and the range of test examples to evaluate."""
+def decode_range(content: RecordDict, submodels: SubModels) -> tuple[SubModel, dict[str, Tensor], int, int]:
+    """Return a sub-model, its tensors, and the range of test examples to evaluate."""
     record = read_config(content, RANGE)
-    params = decode_whole(content, submodels)
-    return params, read_integer(record, "start"), read_integer(record, "stop")
+    submodel = _read_submodel(record, submodels)
+    params = read_tensors(content, PARAMS, submodels.layout(submodel).signature())
+    return submodel, params, read_integer(record, "start"), read_integer(record, "stop")
 
 
 def encode_sums(sums: Mapping[str, float | list[float]]) -> RecordDict:
@@ -374,14 +384,14 @@ def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> Record
 
 
 def decode_statistics(
-    content: RecordDict, profile: ClientProfile, submodels: SubModels
+    content: RecordDict, profile: ClientProfile, submodel: SubModel, submodels: SubModels
 ) -> tuple[dict[str, Tensor], int]:
     """Return a client's statistics and of how many examples they are; ProtocolError where they cannot be right."""
     who = f"client {profile.client_id}"
     names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
     try:
         num_examples = check_count(read_metrics(content, METRICS)["num-examples"], profile.num_examples, who)
-        params = read_tensors(content, PARAMS, submodels.layout(SubModel()).signature(names))
+        params = read_tensors(content, PARAMS, submodels.layout(submodel).signature(names))
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"{who}: its statistics cannot be read: {say_why(error)}") from error
     variances = {name: tensor for name, tensor in params.items() if name.endswith("running_var")}
