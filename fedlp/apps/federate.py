@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
-from fedlp.apps.federated_prune import serve_oneshot
+from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
+from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
 from fedlp.errors import CheckpointError, ConfigError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
+from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.oneshot import costs as oneshot_costs
-from fedlp.federation.privacy import check_privacy
-from fedlp.federation.server.app import Grid, make_server_app
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
@@ -40,6 +40,7 @@ from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
+from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.training.calibration_data import make_method
@@ -84,7 +85,7 @@ class Federation:
         self.strategy: Strategy = config.strategy.make()
         self.is_oneshot = isinstance(self.strategy, OneShot)
         if self.is_oneshot:
-            config = replace(config, num_rounds=oneshot_costs.count_lines(config, self.submodels))
+            config = replace(config, num_rounds=oneshot_costs.count_lines(oneshot_settings(config), self.submodels))
         self.config = config
         self._data, self._parts = data, None if parts is None else tuple(parts)
         self._runtimes: dict[str, ClientRuntime] = {}
@@ -155,7 +156,7 @@ class Federation:
         """Return the expected cost of one client in one round."""
         config = self.config
         if self.is_oneshot:
-            return oneshot_costs.expected_costs(config, self.submodels)
+            return oneshot_costs.expected_costs(oneshot_settings(config), self.submodels)
         cases = self.policy.cases(range(config.num_clients))
         upload = config.upload
         return expected_costs(
@@ -169,9 +170,31 @@ class Federation:
             store = ClientStore(Path(state_dir), horizon=2 * self.config.checkpoint_every) if keeps else None
             shards = Shards(self.data.train, self.parts)
             self._runtimes = {
-                state_dir: ClientRuntime(self.config, self.info, self.submodels, shards, self.data.test, store)
+                state_dir: ClientRuntime(
+                    self.client_settings(), self.info, self.submodels, shards, self.data.test, store
+                )
             }
         return self._runtimes[state_dir]
+
+    def client_settings(self) -> ClientSettings:
+        """Return the settings of clients."""
+        config = self.config
+        return ClientSettings(
+            local=config.local,
+            seed=config.seed,
+            num_rounds=config.num_rounds,
+            device=config.device,
+            eval_batch_size=config.eval_batch_size,
+            encoding=config.upload.make(),
+            sends_deltas=config.upload.values == "deltas",
+            error_feedback=config.upload.error_feedback,
+            entropy_coding=config.upload.entropy_coding,
+            options=client_options(self.strategy),
+            method=make_method(config.pruner),
+            calibration=config.calibration,
+            privacy=config.privacy,
+            oneshot=oneshot_settings(config) if self.is_oneshot else None,
+        )
 
     # ---- running
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
@@ -190,8 +213,8 @@ class Federation:
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.is_oneshot:
-            size = max(size, oneshot_costs.largest_message(config, self.submodels))
-        app = make_client_app(lambda cfg, state_dir: self.runtime(state_dir))
+            size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
+        app = make_client_app(lambda cfg, state_dir: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
             num_clients=config.num_clients,
@@ -378,4 +401,4 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
 
 
 server_app = make_server_app(serve_run)
-client_app = make_client_app(make_runtime)
+client_app = make_client_app(make_runtime, settings_of)

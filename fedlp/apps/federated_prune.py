@@ -23,7 +23,7 @@ from fedlp.federation.oneshot.messages import Question
 from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.oneshot.pooled_pruner import PooledPruner, check_pooled
 from fedlp.federation.oneshot.server import ClientPool, tally
-from fedlp.federation.server.app import Grid
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState, write_atomically
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.run_directory import RunDirectory
@@ -36,6 +36,7 @@ from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Prune
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, torch_seed
+from fedlp.simulation.flower_apps import Grid
 from fedlp.training.calibration_data import make_method
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, RoundRecord
@@ -74,7 +75,8 @@ class FederatedOneshot:
         layers = find_layers(model, submodels.widths, shared)
         self.subject = oneshot.Subject(submodels.spec, model, data.info, data, submodels.widths, layers)
         self._observers = tuple(observers)
-        self._expected = expected_costs(config, submodels)
+        self._settings = oneshot_settings(config)
+        self._expected = expected_costs(self._settings, submodels)
         self._coverage = {layer.name: 1.0 for layer in layers}
         self._records: list[RoundRecord] = []
         self._since = time.monotonic()
@@ -88,7 +90,7 @@ class FederatedOneshot:
         roster.join(grid, config.simulation.round_timeout_s)
         example = subject.spec.example_inputs(1)
         macs = count_macs(subject.model, example).forward * (1 + make_method(config.pruner).corrects)
-        pool = ClientPool(grid, roster, config, tuple(subject.widths.axes), macs)
+        pool = ClientPool(grid, roster, self._settings, tuple(subject.widths.axes), macs)
         self._since = time.monotonic()
         pruned = (self._by_votes if config.strategy.unit_selection == "client" else self._by_moments)(pool, before)
         after = oneshot.evaluate(pruned.model, subject, self.plain)
@@ -194,6 +196,23 @@ def serve_oneshot(
         run = FederatedOneshot(config, submodels, data, directory, observers)
         directory.begin(to_yaml(config))
         return run.run(grid)
+
+
+def oneshot_settings(config: RunConfig) -> OneShotSettings:
+    """Return the settings of federated one-shot pruning that a config holds."""
+    return OneShotSettings(
+        method=make_method(config.pruner),
+        seed=config.seed,
+        device=config.device,
+        clients_per_round=config.clients_per_round,
+        min_clients=config.min_clients,
+        timeout_s=config.simulation.round_timeout_s,
+        examples=config.calibration.examples,
+        batch_size=config.calibration.batch_size,
+        votes=config.strategy.unit_selection == "client",
+        shared=config.pruner.shared,
+        wide_sums=config.strategy.sums == "float64",
+    )
 
 
 def prune_config(config: RunConfig) -> PruneConfig:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlp.errors import FedLPError
-from fedlp.federation.server.app import read_outcome
+from fedlp.simulation.outcome import read_outcome
 
 _APP = '''"""Stands for the installed fedlp in Flower's app bundle."""
 

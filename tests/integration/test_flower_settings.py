@@ -11,7 +11,7 @@ from flwr.app import Context, RecordDict
 
 from fedlp.apps import federate as assembly
 from fedlp.errors import ConfigError
-from fedlp.federation.server.app import read_settings
+from fedlp.simulation.flower_apps import read_settings
 from fedlp.simulation.local import LocalGrid
 from tests.integration.running import TINY, Finished, read
 from tests.integration.test_resume import assert_same

@@ -18,20 +18,18 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation.budgets import read_budget
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
+from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
-from fedlp.federation.server.app import read_settings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
-from fedlp.federation.wire.carried_config import read_carried
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
 from fedlp.pruning.batch_norms import reestimate_batch_norms
@@ -78,27 +76,29 @@ class ClientRuntime:
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: ClientSettings,
         info: DataInfo,
         submodels: SubModels,
         shards: Shards,
         test: Examples,
         store: ClientStore | None,
     ) -> None:
-        self.config = config
+        self.settings = settings
         self.info = info
         self.submodels = submodels
         self.shards = shards
         self.test = test
         self.store = store
-        self.device = torch.device(config.device)
-        self._uploads = Uploads(config, info, submodels)
+        self.device = torch.device(settings.device)
+        self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
 
     @cached_property
     def pooling(self) -> PoolingClient:
         """What answers the questions of one-shot pruning."""
-        return PoolingClient(self.config, self.info, self.submodels, self.shards.of)
+        if self.settings.oneshot is None:
+            raise DataError("this run prunes nothing in one shot")
+        return PoolingClient(self.settings.oneshot, self.info, self.submodels, self.shards.of)
 
     def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
         """Return what the client says of itself."""
@@ -106,15 +106,15 @@ class ClientRuntime:
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the tensors asked for."""
-        seed, client_id, server_round = self.config.seed, instruction.client_id, instruction.server_round
+        seed, client_id, server_round = self.settings.seed, instruction.client_id, instruction.server_round
         model, state = self._load_submodel(instruction)
         examples = self.shards.of(client_id)
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
         nested = self._nested(instruction.submodel, model)
         with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
-            moment = Moment(server_round, self.config.num_rounds)
+            moment = Moment(server_round, self.settings.num_rounds)
             result = train_locally(
-                model, examples, self.info, self.config.local, rng, nested, self._frozen(instruction), moment
+                model, examples, self.info, self.settings.local, rng, nested, self._frozen(instruction), moment
             )
         self._save_personal(instruction, state)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
@@ -142,7 +142,7 @@ class ClientRuntime:
         """Return the evaluation sums of a sub-model, or of the global model, on test examples ``start`` to ``stop``."""
         model, state = self._shaped(submodel or SubModel())
         load_tensors(state, params)
-        return evaluate_sums(model, self.test, self.info, self.config.eval_batch_size, start, stop)
+        return evaluate_sums(model, self.test, self.info, self.settings.eval_batch_size, start, stop)
 
     def statistics(self, submodel: SubModel, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
         """Return the batch norm statistics of a sub-model on the client's examples."""
@@ -164,7 +164,7 @@ class ClientRuntime:
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
         """Return a model of the sub-model's shapes and its live tensors; which units it holds changes no shape."""
         if depth is not None:
-            model = self.submodels.spec.build_depth(depth, self.config.seed, client_id=0)
+            model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
         else:
             model = self.submodels.skeleton()
         if counts:
@@ -199,18 +199,18 @@ class ClientRuntime:
             return {}
         if self.store is not None and (head := self.store.load(client_id, before_round=instruction.server_round)):
             return head
-        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.config.seed, client_id))
+        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.settings.seed, client_id))
         return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
 
     def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
         """Return the tensors that are not trained because neither they nor what lies before them is sent."""
-        if not self.config.local.skip_backward:
+        if not self.settings.local.skip_backward:
             return ()
         return leading_layers(self.submodels.spec, instruction.uploads)
 
     def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
         """Return what the client could not send before."""
-        if self.store is None or not self.config.upload.error_feedback:
+        if self.store is None or not self.settings.error_feedback:
             return {}
         return self.store.load(instruction.client_id, before_round=instruction.server_round)
 
@@ -226,18 +226,23 @@ def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> N
         state[name].copy_(tensor)
 
 
-def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> ClientApp:
+def make_client_app(
+    make_runtime: Callable[[str, str], ClientRuntime],
+    read_settings: Callable[[Message, Context], tuple[str, Path]],
+) -> ClientApp:
     """Return the Flower app around a runtime.
 
     Parameters
     ----------
     make_runtime : callable
-        Returns the runtime for a config (YAML) and the folder of what clients keep; expected to remember it.
+        Returns the runtime for a config (YAML) and the folder of clients' files; expected to remember it.
+    read_settings : callable
+        Returns the config (YAML) and the run directory that a message or the node's run config names.
     """
     app = ClientApp()
 
     def load_settings(message: Message, context: Context) -> tuple[str, Path]:
-        cfg, out = read_carried(message.content) or read_settings(context)
+        cfg, out = read_settings(message, context)
         return cfg, Path(str(context.node_config.get("state-dir", out / "clients")))
 
     def load_runtime(message: Message, context: Context) -> ClientRuntime:
@@ -259,9 +264,9 @@ def make_client_app(make_runtime: Callable[[str, str], ClientRuntime]) -> Client
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
         update = runtime.train(instruction)
         reply = Message(
-            messages.encode_update(update, runtime.submodels, runtime.config.upload.entropy_coding), reply_to=message
+            messages.encode_update(update, runtime.submodels, runtime.settings.entropy_coding), reply_to=message
         )
-        return protect_update(runtime.config, instruction, message, reply, context)
+        return protect_update(runtime.settings.privacy, runtime.settings.seed, instruction, message, reply, context)
 
     def answer(message: Message, context: Context) -> Message:
         runtime, client_id = load_runtime(message, context), client_id_of(context)

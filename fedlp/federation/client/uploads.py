@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.federation.client.input_norms import measure_input_norms
+from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.federation.costs import Costs
-from fedlp.federation.strategies.policy import client_options
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
 from fedlp.pruning.kernels.sampled_rows import DAMPING
@@ -24,7 +22,7 @@ from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstruction
 
 
@@ -57,16 +55,14 @@ class Upload:
 class Uploads:
     """Makes the uploads of all clients of one run."""
 
-    def __init__(self, config: RunConfig, info: DataInfo, submodels: SubModels) -> None:
-        self._config, self._info, self._submodels = config, info, submodels
-        self._upload, self._costs = config.upload, Costs(submodels)
-        self._encoding: Encoding = config.upload.make()
-        self._options = client_options(config.strategy.make())
+    def __init__(self, settings: ClientSettings, info: DataInfo, submodels: SubModels) -> None:
+        self._settings, self._info, self._submodels = settings, info, submodels
+        self._encoding, self._options, self._costs = settings.encoding, settings.options, Costs(submodels)
 
     def is_plain(self, assigned: Assignment) -> bool:
         """Return whether trained weights travel as they are, and nothing else."""
         asks = assigned.kept or assigned.returned or assigned.evidence
-        return not asks and self._upload.values == "weights" and is_plain(self._encoding)
+        return not asks and not self._settings.sends_deltas and is_plain(self._encoding)
 
     def gradient_masks(self, instruction: TrainInstruction, model: nn.Module) -> dict[str, Tensor]:
         """Return 1 for entries that the server will have back and 0 for others, where only those are to be trained."""
@@ -115,7 +111,7 @@ class Uploads:
         received = {name: tensor.to(trained[name].device) for name, tensor in instruction.params.items()}
         tracked = [name for name in layout.names if self._submodels.spec.tensors[name].trainable]
         updates = {name: trained[name] - received[name] for name in trained if trained[name].is_floating_point()}
-        if self._upload.error_feedback and residual:
+        if self._settings.error_feedback and residual:
             for name in tracked:
                 keeps = layout.keeps.get(name)
                 left = residual[name] if keeps is None else slice_tensor(residual[name], keeps)
@@ -128,12 +124,12 @@ class Uploads:
             updates |= {name: trained[name] - received[name] for name in updates}
         sent_names = [name for name in layout.names if name in instruction.uploads]
         keeps_of = {name: tensor_keeps(spec, name, trained[name].shape, local) for name in sent_names}
-        source = trained if self._upload.values == "weights" else {**trained, **updates}
+        source = trained if not self._settings.sends_deltas else {**trained, **updates}
         values = {name: slice_tensor(source[name], keeps_of[name]) for name in sent_names}
-        seed = torch_seed(self._config.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
+        seed = torch_seed(self._settings.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
         encoded = self._encoding.encode(values, torch.Generator().manual_seed(seed))
         kept_back: dict[str, Tensor] = {}
-        if self._upload.error_feedback:
+        if self._settings.error_feedback:
             signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
             sent = self._encoding.decode(encoded, signature, "")
             for name in tracked:
@@ -200,16 +196,16 @@ class Uploads:
         return [replace(layer, num_units=spec.axes[layer.name]) for layer in self._submodels.layers]
 
     def _calibration(self, instruction: TrainInstruction, examples: Examples) -> Calibration:
-        settings, key = self._config.calibration, (instruction.server_round, instruction.client_id)
+        wanted, key = self._settings.calibration, (instruction.server_round, instruction.client_id)
         whole = whole_examples(examples, self._info)
-        rng = generator(self._config.seed, Stream.CALIBRATION, *key)
-        chosen = whole.select(rng.permutation(len(whole))[: settings.examples])
-        seed = torch_seed(self._config.seed, Stream.UNITS, *key)
-        return batch_calibration(chosen, self._info, settings.batch_size, seed, torch.device(self._config.device))
+        rng = generator(self._settings.seed, Stream.CALIBRATION, *key)
+        chosen = whole.select(rng.permutation(len(whole))[: wanted.examples])
+        seed = torch_seed(self._settings.seed, Stream.UNITS, *key)
+        return batch_calibration(chosen, self._info, wanted.batch_size, seed, torch.device(self._settings.device))
 
     @property
     def _method(self) -> Method:
-        method = make_method(self._config.pruner)
+        method = self._settings.method
         return replace(method, correction=0.0, damping=DAMPING if method.damping is None else method.damping)
 
 

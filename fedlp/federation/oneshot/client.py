@@ -17,7 +17,6 @@ from flwr.app import RecordDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo
 from fedlp.data.examples import Examples
 from fedlp.errors import DataError, ProtocolError
@@ -32,6 +31,7 @@ from fedlp.federation.oneshot.model import (
     norm_statistics,
     split_reference,
 )
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.packing import Signature
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
@@ -43,7 +43,7 @@ from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, whole_examples
 
 _FILES = "layer-[0-9]*.safetensors"
 _MOST_CLIENTS = 16  # whose place in the model one process remembers
@@ -59,17 +59,17 @@ class PoolingClient:
     """
 
     def __init__(
-        self, config: RunConfig, info: DataInfo, submodels: SubModels, examples_of: Callable[[int], Examples]
+        self, settings: OneShotSettings, info: DataInfo, submodels: SubModels, examples_of: Callable[[int], Examples]
     ) -> None:
-        self._config, self._info, self._examples_of = config, info, examples_of
+        self._settings, self._info, self._examples_of = settings, info, examples_of
         self._spec = submodels.widths
-        self._device = torch.device(config.device)
-        self._initial = cut_model(submodels.spec.build(config.seed), self._spec, {}).eval().to(self._device)
-        shared = config.pruner.shared and not submodels.spec.reads_tokens
+        self._device = torch.device(settings.device)
+        self._initial = cut_model(submodels.spec.build(settings.seed), self._spec, {}).eval().to(self._device)
+        shared = settings.shared and not submodels.spec.reads_tokens
         self._layers = find_layers(self._initial, self._spec, shared)
         self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
-        self._method = make_method(config.pruner)
-        self._dtype = torch.float64 if config.strategy.sums == "float64" else torch.float32
+        self._method = settings.method
+        self._dtype = settings.dtype
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
         self._collectors: dict[int, tuple[int, Collector]] = {}
         self._states = self._first_state()
@@ -88,7 +88,7 @@ class PoolingClient:
         whole = whole_examples(self._examples_of(client_id), self._info)
         if not len(whole):
             raise DataError(f"client {client_id} has no window without padding; lower dataset.sequence_length")
-        seed, wanted = self._config.seed, self._config.calibration
+        seed, wanted = self._settings.seed, self._settings
         chosen = whole.select(
             generator(seed, Stream.CALIBRATION, 2, client_id).permutation(len(whole))[: wanted.examples]
         )

@@ -6,37 +6,36 @@ import math
 
 from torch import nn
 
-from fedlp.config import RunConfig
 from fedlp.federation.oneshot.model import ModelStates, fisher_parts, moment_parts, norm_parts
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.submodels import SubModels
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import following_batch_norms
 from fedlp.pruning.layer_statistics import make_readers
 from fedlp.pruning.tracing.units import find_layers
-from fedlp.training.calibration_data import make_method
 from fedlp.types import PrunableLayer
 
 
-def count_lines(config: RunConfig, submodels: SubModels) -> int:
+def count_lines(settings: OneShotSettings, submodels: SubModels) -> int:
     """Return how many lines of ``rounds.jsonl`` a run writes: one per layer, or one for votes."""
-    return 1 if config.strategy.unit_selection == "client" else len(_skeleton(config, submodels)[1])
+    return 1 if settings.votes else len(_skeleton(settings, submodels)[1])
 
 
-def largest_message(config: RunConfig, submodels: SubModels) -> int:
+def largest_message(settings: OneShotSettings, submodels: SubModels) -> int:
     """Return an upper bound of the bytes of one answer's arrays."""
-    return max(_answer_sizes(config, submodels)) * _itemsize(config)
+    return max(_answer_sizes(settings, submodels)) * _itemsize(settings)
 
 
-def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
+def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str, float]:
     """Return what one client costs in one line of ``rounds.jsonl``, on average: what it is sent and what it sends.
 
     An upper bound where layers keep all their units; record keys, some hundred bytes a message, are left out. The same
     keys as :func:`fedlp.federation.costs.expected_costs`; there is no training.
     """
-    model, layers = _skeleton(config, submodels)
-    method, lines = make_method(config.pruner), count_lines(config, submodels)
+    model, layers = _skeleton(settings, submodels)
+    method, lines = settings.method, count_lines(settings, submodels)
     down = {"params": 0, "bytes": 0}
-    if config.strategy.unit_selection == "server":
+    if not settings.votes:
         norms = following_batch_norms(model, submodels.spec.example_inputs(1))
         states = ModelStates(model, layers, norms, method)
         asks_norms = bool(norm_parts(model)) and not method.keeps_batch_norm
@@ -48,23 +47,23 @@ def expected_costs(config: RunConfig, submodels: SubModels) -> dict[str, float]:
             readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
             down["params"] += sum(len(reader.moments.total) for reader in readers)
             down["bytes"] += 4 * sum(len(reader.moments.total) for reader in readers)
-    up = sum(_answer_sizes(config, submodels))
+    up = sum(_answer_sizes(settings, submodels))
     return {
         "params_down_per_client": down["params"] / lines,
         "params_up_per_client": up / lines,
         "bytes_down_per_client": down["bytes"] / lines,
-        "bytes_up_per_client": up * _itemsize(config) / lines,
+        "bytes_up_per_client": up * _itemsize(settings) / lines,
         "macs_per_example": float(count_macs(model, submodels.spec.example_inputs(1)).forward),
         "training_macs_per_example": 0.0,
     }
 
 
-def _answer_sizes(config: RunConfig, submodels: SubModels) -> list[int]:
+def _answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
     """Return the numbers in each of a client's answers."""
-    model, layers = _skeleton(config, submodels)
-    if config.strategy.unit_selection == "client":
-        return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(config)))]  # bits
-    method = make_method(config.pruner)
+    model, layers = _skeleton(settings, submodels)
+    if settings.votes:
+        return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(settings)))]  # bits
+    method = settings.method
     answers = []
     if method.needs_inputs:
         answers += [moment_parts(make_readers(model, layer, {}, method.corrects), method) for layer in layers]
@@ -75,11 +74,11 @@ def _answer_sizes(config: RunConfig, submodels: SubModels) -> list[int]:
     return [sum(part.num_sent for part in parts) for parts in answers] or [0]
 
 
-def _skeleton(config: RunConfig, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
+def _skeleton(settings: OneShotSettings, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
     model = submodels.skeleton().eval()
-    shared = config.pruner.shared and not submodels.spec.reads_tokens
+    shared = settings.shared and not submodels.spec.reads_tokens
     return model, find_layers(model, submodels.widths, shared)
 
 
-def _itemsize(config: RunConfig) -> int:
-    return 8 if config.strategy.sums == "float64" else 4
+def _itemsize(settings: OneShotSettings) -> int:
+    return 8 if settings.wide_sums else 4

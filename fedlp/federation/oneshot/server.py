@@ -15,13 +15,13 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlp.config import RunConfig
 from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Part, Question, Request
 from fedlp.federation.oneshot.model import (
     ModelStates,
 )
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
@@ -49,13 +49,13 @@ class ClientPool:
         What one example costs a client per question, at most.
     """
 
-    def __init__(self, grid: Grid, roster: Roster, config: RunConfig, axes: Sequence[str], macs: float) -> None:
+    def __init__(self, grid: Grid, roster: Roster, settings: OneShotSettings, axes: Sequence[str], macs: float) -> None:
         self._axes = tuple(axes)
-        self.batch_size = config.calibration.batch_size
-        self._grid, self._roster, self._config, self._macs = grid, roster, config, macs
-        self.cohort = sample_cohort(config.seed, 1, roster.client_ids, config.clients_per_round)
+        self.batch_size = settings.batch_size
+        self._grid, self._roster, self._settings, self._macs = grid, roster, settings, macs
+        self.cohort = sample_cohort(settings.seed, 1, roster.client_ids, settings.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
-        self.dtype = torch.float64 if config.strategy.sums == "float64" else torch.float32
+        self.dtype = settings.dtype
         self.begin(1)
 
     # ---- rounds: one per layer
@@ -122,9 +122,7 @@ class ClientPool:
             if not asked:
                 break
             lacking: list[int] = []
-            replies = exchange(
-                self._grid, self._requests(question, states, asked), self._config.simulation.round_timeout_s
-            )
+            replies = exchange(self._grid, self._requests(question, states, asked), self._settings.timeout_s)
             for client_id, reply in zip(asked, replies, strict=True):
                 if reply.has_content() and wire.is_lack(reply.content) and not is_last:
                     self._spend(client_id, bytes_up=count_bytes(reply.content))
@@ -136,10 +134,10 @@ class ClientPool:
                     good += 1
                     yield answer
             asked = lacking
-        if good < max(1, self._config.min_clients):
+        if good < max(1, self._settings.min_clients):
             raise FedLPError(
                 f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "
-                f"min_clients={self._config.min_clients}; the lines above say why"
+                f"min_clients={self._settings.min_clients}; the lines above say why"
             )
 
     def _requests(self, question: Question, states: ModelStates, asked: Sequence[int]) -> Iterator[Message]:
@@ -156,7 +154,7 @@ class ClientPool:
             numbers = sum(tensor.numel() for tensor in request.tensors.values())
             numbers += 0 if question.reference is None else len(question.reference)
             self._spend(client_id, bytes_down=count_bytes(content), params_down=numbers)
-            ttl = self._config.simulation.round_timeout_s
+            ttl = self._settings.timeout_s
             group = str(self._round.server_round)
             yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
 
@@ -176,7 +174,7 @@ class ClientPool:
             self._spend(client_id, bytes_up=count_bytes(reply.content))
             if wire.is_lack(reply.content):
                 raise ProtocolError(f"{who}: it cannot reach the server's model; its initial model must be another")
-            most = min(self._roster.profile(client_id).num_examples, self._config.calibration.examples)
+            most = min(self._roster.profile(client_id).num_examples, self._settings.examples)
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")

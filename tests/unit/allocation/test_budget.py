@@ -7,9 +7,9 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
+from fedlp.allocation.rules.allocate import allocate_by_curves, allocate_by_depth, allocate_pooled, depth_shape
 
 from fedlp.allocation.budget.solve import Cost, round_units, solve_budget
-from fedlp.allocation.rules.allocate import allocate_by_curves, allocate_by_depth, allocate_pooled, depth_shape
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fedlp.federation.strategies.policies import build_policy
 
 from fedlp.config import ModelConfig, StrategyConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.strategies.policies import build_policy
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model, state_tensors
 from fedlp.types import Keep

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedlp.config import compose, from_yaml, to_yaml
 from fedlp.config.resuming import resumed_config
 from fedlp.errors import FedLPError
 from fedlp.federation.server.checkpoint import write_atomically
-from fedlp.federation.wire.carried_config import CarryingGrid
+from fedlp.simulation.carried_config import CarryingGrid, read_carried
 
-__all__ = ["Grid", "make_server_app", "read_outcome", "read_settings"]
+__all__ = ["Grid", "make_server_app", "read_settings", "settings_of"]
 
 
 def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
@@ -44,23 +44,6 @@ def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
     return app
 
 
-def read_outcome(path: Path) -> None:
-    """Raise what ended a run of the ServerApp, from the file that its run config named as ``outcome``.
-
-    Raises
-    ------
-    FedLPError
-        With the reason that the run ended for.
-    RuntimeError
-        With the traceback of any other error.
-    """
-    outcome: dict[str, str] = json.loads(path.read_text())
-    if "reason" in outcome:
-        raise FedLPError(outcome["reason"])
-    if "traceback" in outcome:
-        raise RuntimeError(f"the ServerApp failed on Flower:\n{outcome['traceback']}")
-
-
 def read_settings(context: Context) -> tuple[str, Path]:
     """Return the config (YAML) and the run directory from a Flower run config.
 
@@ -85,3 +68,8 @@ def read_settings(context: Context) -> tuple[str, Path]:
             overrides.append(f"out={out}")
         config, out = resumed_config(replace(config, resume=str(folder)), overrides), folder
     return to_yaml(config), out
+
+
+def settings_of(message: Message, context: Context) -> tuple[str, Path]:
+    """Return the config (YAML) and the run directory of a message that carries them, else of the run config."""
+    return read_carried(message.content) or read_settings(context)

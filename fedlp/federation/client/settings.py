@@ -1,0 +1,61 @@
+"""Settings of clients: values that a composition root takes from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedlp.config import CalibrationConfig, LocalConfig, PrivacyConfig
+from fedlp.federation.oneshot.settings import OneShotSettings
+from fedlp.federation.strategies.policy import ClientOptions
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.float32 import Float32
+from fedlp.pruning.reader_layers import Method
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Settings of all clients of one run.
+
+    Attributes
+    ----------
+    local : LocalConfig
+        Options of local training.
+    seed : int
+        Seed of every draw, >= 0.
+    num_rounds : int
+        Rounds of the run, for schedules.
+    device : str
+        Device that clients train on: "cpu", "cuda" or "cuda:NUMBER".
+    eval_batch_size : int
+        Test examples per batch, >= 1.
+    encoding : Encoding
+        Encoding of uploads.
+    sends_deltas, error_feedback, entropy_coding : bool
+        Whether updates are differences, whether the encoding's error is added to the next upload, and whether single
+        bytes travel as Huffman codes.
+    options : ClientOptions
+        Options of the strategy that clients read.
+    method : Method
+        Score of units, and recovery of the weights that stay.
+    calibration : CalibrationConfig
+        Examples that scores look at.
+    privacy : PrivacyConfig
+        Noise on uploads.
+    oneshot : OneShotSettings or None
+        Settings of federated one-shot pruning, where that is the run.
+    """
+
+    local: LocalConfig
+    seed: int = 0
+    num_rounds: int = 1
+    device: str = "cpu"
+    eval_batch_size: int = 500
+    encoding: Encoding = field(default_factory=Float32)
+    sends_deltas: bool = False
+    error_feedback: bool = False
+    entropy_coding: bool = False
+    options: ClientOptions = field(default_factory=ClientOptions)
+    method: Method = field(default_factory=Method)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    oneshot: OneShotSettings | None = None
