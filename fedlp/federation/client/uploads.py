@@ -1,20 +1,20 @@
-"""What a client sends after training: units chosen, values encoded, and the rest kept for the next time."""
+"""A client's upload after training: units chosen, values encoded, the residual kept for the next round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlp.data.datasets import DataInfo, Examples
+from fedlp.federation.client.error_feedback import Keeps, add_residual, keep_residual
 from fedlp.federation.client.input_norms import measure_input_norms
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.federation.costs import Costs
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
 from fedlp.pruning.kernels.sampled_rows import DAMPING
@@ -28,18 +28,18 @@ from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstru
 
 @dataclass(frozen=True)
 class Upload:
-    """What travels, and what stays.
+    """One upload, and what the client keeps of it.
 
     Attributes
     ----------
     params : mapping from name to Tensor
         Encoded.
     widths : mapping from axis name to Keep
-        The units that the client was asked to choose.
+        Units that the client was asked to choose, of the global model.
     scores : mapping from axis name to (units,)
     input_norms : mapping from module path to InputNorms
     residual : mapping from name to Tensor
-        What was not sent of the differences, in global shapes; empty without error feedback.
+        Part of the update that was not sent, in global shapes; empty without error feedback.
     macs : float
         Spent on choosing units.
     """
@@ -94,7 +94,7 @@ class Uploads:
     def make(
         self, instruction: TrainInstruction, model: nn.Module, examples: Examples, residual: Mapping[str, Tensor]
     ) -> Upload:
-        """Return what a client sends.
+        """Return a client's upload.
 
         Parameters
         ----------
@@ -103,52 +103,60 @@ class Uploads:
         examples : Examples
             The client's.
         residual : mapping from name to Tensor
-            What it could not send before, in global shapes; may be empty.
+            Residual of its earlier uploads, in global shapes; may be empty.
         """
-        held = instruction.submodel.widths
         layout = self._submodels.layout(instruction.submodel)
         trained = {name: tensor for name, tensor in state_tensors(model).items() if name in layout.name_set}
-        received = {name: tensor.to(trained[name].device) for name, tensor in instruction.params.items()}
-        tracked = [name for name in layout.names if self._submodels.spec.tensors[name].trainable]
-        updates = {name: trained[name] - received[name] for name in trained if trained[name].is_floating_point()}
-        if self._settings.error_feedback and residual:
-            for name in tracked:
-                keeps = layout.keeps.get(name)
-                left = residual[name] if keeps is None else slice_tensor(residual[name], keeps)
-                updates[name] = updates[name] + left.to(updates[name])
+        updates = _differences(trained, instruction.params)
+        if self._settings.error_feedback:
+            updates = add_residual(updates, residual, layout.keeps)
         spec = self._spec(instruction)
         scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
         local = self._returned(instruction) | chosen
         if chosen and self._options.compensate:
             trained |= self._compensate(instruction, model, local, spec, examples)
-            updates |= {name: trained[name] - received[name] for name in updates}
-        sent_names = [name for name in layout.names if name in instruction.uploads]
-        keeps_of = {name: tensor_keeps(spec, name, trained[name].shape, local) for name in sent_names}
-        source = trained if not self._settings.sends_deltas else {**trained, **updates}
-        values = {name: slice_tensor(source[name], keeps_of[name]) for name in sent_names}
+            updates = _differences(trained, instruction.params)
+        names = [name for name in layout.names if name in instruction.uploads]
+        keeps = {name: tensor_keeps(spec, name, trained[name].shape, local) for name in names}
+        source = trained if not self._settings.sends_deltas else trained | updates
+        values = {name: slice_tensor(source[name], kept) for name, kept in keeps.items()}
+        encoded = self._encode(instruction, values)
+        left = self._keep_residual(layout, updates, values, keeps, encoded, residual)
+        norms, norms_macs = self._measure_input_norms(instruction, model, examples)
+        return Upload(encoded, _global_units(instruction, chosen), scores, norms, left, macs + norms_macs)
+
+    def _encode(self, instruction: TrainInstruction, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values as they travel."""
         seed = torch_seed(self._settings.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
-        encoded = self._encoding.encode(values, torch.Generator().manual_seed(seed))
-        kept_back: dict[str, Tensor] = {}
-        if self._settings.error_feedback:
-            signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
-            sent = self._encoding.decode(encoded, signature, "")
-            for name in tracked:
-                left = updates[name].clone()
-                if name in sent:
-                    index = _index(keeps_of[name])
-                    left[index] -= sent[name].to(left)
-                shape = self._submodels.spec.tensors[name].shape
-                whole = residual[name].clone() if name in residual else torch.zeros(shape, dtype=left.dtype)
-                keeps = layout.keeps.get(name) or tuple(Keep.full(size) for size in shape)
-                whole[_index(keeps)] = left.cpu()
-                kept_back[name] = whole
-        widths = {axis: _globally(keep, held.get(axis, Keep.full(keep.size))) for axis, keep in chosen.items()}
-        norms: dict[str, InputNorms] = {}
-        if "input_norms" in instruction.evidence:
-            calibration = self._calibration(instruction, examples)
-            norms = measure_input_norms(model, list(self._submodels.reader_columns), calibration.batches)
-            macs += self._costs.macs(instruction.submodel).forward * sum(map(len, calibration.batches))
-        return Upload(encoded, widths, scores, norms, kept_back, macs)
+        return self._encoding.encode(values, torch.Generator().manual_seed(seed))
+
+    def _keep_residual(
+        self,
+        layout: SubModelLayout,
+        updates: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        keeps: Keeps,
+        encoded: Mapping[str, Tensor],
+        residual: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the residual of the trainable tensors after an upload; nothing without error feedback."""
+        if not self._settings.error_feedback:
+            return {}
+        signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
+        sent, tensors = self._encoding.decode(encoded, signature, ""), self._submodels.spec.tensors
+        trainable = {name: updates[name] for name in layout.names if tensors[name].trainable}
+        shapes = {name: tensors[name].shape for name in trainable}
+        return keep_residual(trainable, sent, keeps, residual, layout.keeps, shapes)
+
+    def _measure_input_norms(
+        self, instruction: TrainInstruction, model: nn.Module, examples: Examples
+    ) -> tuple[dict[str, InputNorms], float]:
+        """Return the input norms where they were asked for, and their compute cost in MACs."""
+        if "input_norms" not in instruction.evidence:
+            return {}, 0.0
+        data = self._calibration(instruction, examples)
+        norms = measure_input_norms(model, list(self._submodels.reader_columns), data.batches)
+        return norms, self._costs.macs(instruction.submodel).forward * data.num_examples
 
     def _choose(
         self,
@@ -158,21 +166,12 @@ class Uploads:
         spec: WidthSpec,
         examples: Examples,
     ) -> tuple[dict[str, Tensor], dict[str, Keep], float]:
-        """Return the scores that were asked for, the units chosen among those of the sub-model, and their price."""
+        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs."""
         if not (instruction.kept or "unit_scores" in instruction.evidence):
             return {}, {}, 0.0
-        layers = self._layers(spec)
-        method = self._method
-        scored = model
-        if self._options.criterion == "update":
-            scored = cut_model(model, spec, {})
-            for name, tensor in state_tensors(scored).items():
-                if name in updates:
-                    tensor.copy_(updates[name])
-        per_example = self._costs.macs(instruction.submodel)
-        scores, macs = score_units(
-            model, scored, spec, layers, self._calibration(instruction, examples), method, per_example
-        )
+        scored = _with_values(model, spec, updates) if self._options.criterion == "update" else model
+        data, per_example = self._calibration(instruction, examples), self._costs.macs(instruction.submodel)
+        scores, macs = score_units(model, scored, spec, self._layers(spec), data, self._method, per_example)
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
         return scores if "unit_scores" in instruction.evidence else {}, chosen, macs
 
@@ -184,7 +183,7 @@ class Uploads:
         spec: WidthSpec,
         data: Examples,
     ) -> dict[str, Tensor]:
-        """Return the trained tensors, those of readers made up for the units that are not sent."""
+        """Return the trained tensors; those of readers compensate for the units that are not sent."""
         layers = self._layers(spec)
         method = replace(self._method, centred=False, keeps_batch_norm=True)
         pruner = Pruner(model, spec, layers, self._calibration(instruction, data), method)
@@ -209,14 +208,29 @@ class Uploads:
         return replace(method, correction=0.0, damping=DAMPING if method.damping is None else method.damping)
 
 
-def _globally(keep: Keep, outer: Keep) -> Keep:
-    """Return positions among the units of ``outer`` as indices of the global axis."""
-    return Keep.from_indices(outer.indices()[keep.indices()], outer.size)
+def _differences(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return trained less received values of all floating-point tensors."""
+    floats = {name: tensor for name, tensor in trained.items() if tensor.is_floating_point()}
+    return {name: tensor - received[name].to(tensor.device) for name, tensor in floats.items()}
 
 
-def _index(keeps: tuple[Keep, ...]) -> tuple[Tensor, ...]:
-    """Return what picks the kept entries of a tensor, for reading and for writing."""
-    return tuple(torch.from_numpy(part) for part in np.ix_(*(keep.indices() for keep in keeps)))
+def _with_values(model: nn.Module, spec: WidthSpec, values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a model that holds other values."""
+    copied = cut_model(model, spec, {})
+    for name, tensor in state_tensors(copied).items():
+        if name in values:
+            tensor.copy_(values[name])
+    return copied
+
+
+def _global_units(instruction: TrainInstruction, chosen: Mapping[str, Keep]) -> dict[str, Keep]:
+    """Return units of the client's sub-model as units of the global model."""
+    held = instruction.submodel.widths
+    outer = {axis: held.get(axis, Keep.full(keep.size)) for axis, keep in chosen.items()}
+    return {
+        axis: Keep.from_indices(outer[axis].indices()[keep.indices()], outer[axis].size)
+        for axis, keep in chosen.items()
+    }
 
 
 def _mask(keeps: tuple[Keep, ...]) -> Tensor:
