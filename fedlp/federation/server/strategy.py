@@ -25,12 +25,12 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedlp.config import RunConfig
-from fedlp.errors import AllocationError, FedLPError, ProtocolError
+from fedlp.errors import AllocationError, EvaluationError, FedLPError, ProtocolError
 from fedlp.federation.aggregation.coverage_average import CoverageAverage
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.federation.server.batch_norm_statistics import Statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.exchange import exchange, reason_of
+from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.sampling import sample_cohort
@@ -139,7 +139,7 @@ class FedLPStrategy(Strategy):
                 if self.config.strategy.batch_norm == "static":
                     arrays = self._measure_statistics(server_round, arrays, grid, timeout)
                 asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-                evaluated = self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf))
+                evaluated = self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf))
                 result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._round.metrics.update({key: float(value) for key, value in evaluated.items()})  # type: ignore[arg-type]
             record = self._round.finish(time.monotonic() - started)
@@ -392,6 +392,8 @@ class FedLPStrategy(Strategy):
         for part in parts:
             for key, value in part.items():
                 sums[key] = sums.get(key, 0.0) + value
+        if not sums.get("count"):
+            raise EvaluationError("evaluation of the global model failed: there are no test examples")
         return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -419,7 +421,7 @@ _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 def _decode_sums(reply: Message) -> dict[str, float]:
     if reply.has_error():
-        raise FedLPError(f"evaluation of the global model failed: {reason_of(reply)}")
+        raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
     return messages.decode_sums(reply.content)
 
 
