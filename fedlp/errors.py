@@ -35,6 +35,10 @@ class CheckpointError(FedLPError):
     """A checkpoint is missing, damaged or of another run."""
 
 
+class EvaluationError(FedLPError):
+    """The global model could not be evaluated, wherever it was tried; the run can go on from its last checkpoint."""
+
+
 _NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
 
 

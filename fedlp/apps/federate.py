@@ -22,7 +22,7 @@ from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, describe_dataset, load_dataset
 from fedlp.data.partition import partition_examples, plot_partition
-from fedlp.errors import CheckpointError, ConfigError
+from fedlp.errors import CheckpointError, ConfigError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client.settings import ClientSettings
@@ -306,7 +306,10 @@ def _serve_rounds(
         state=state,
     )
     initial = messages.encode_params(plan.initial_params())
-    strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+    try:
+        strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+    except EvaluationError as error:
+        raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
     return directory.finish(strategy.state, to_plain(config), plan.expected())
 

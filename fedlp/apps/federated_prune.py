@@ -133,7 +133,7 @@ class FederatedOneshot:
         def decode(content: Any, most: int, who: str) -> tuple[dict[str, Keep], int]:
             return wire.decode_vote(content, kept, subject.widths.axes, most, who)
 
-        widths = tally([vote for vote, _ in pool.ask(Question(wire.VOTE, kept=kept), states, decode)], kept)
+        widths = tally([vote for _, vote, _ in pool.ask(Question(wire.VOTE, kept=kept), states, decode)], kept)
         reports = [LayerReport(layer.name, layer.num_units, kept[layer.name], float("nan")) for layer in subject.layers]
         self._coverage = {report.name: report.kept_units / report.num_units for report in reports}
         return Pruned(cut_model(subject.model, subject.widths, widths).eval(), widths, tuple(reports))

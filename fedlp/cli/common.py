@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -99,6 +102,39 @@ def end(guarded: Callable[[], int]) -> int:
 
     argparse.ArgumentParser.error = refuse  # type: ignore[method-assign, assignment] # Hydra's own parser would print its usage
     try:
-        return guarded()
+        with _stoppable():
+            return guarded()
+    except Stopped as stop:
+        return 128 + stop.number
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end, raised like Ctrl-C, so that it ends as orderly."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise :class:`Stopped` on SIGTERM and SIGHUP, once; where they are ignored, as under nohup, they stay so."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [getattr(signal, name) for name in names if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        heeded = []
+
+    def stop(number: int, _: object) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in heeded:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)

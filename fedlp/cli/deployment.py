@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from datetime import datetime
 from pathlib import Path
 
@@ -85,7 +84,6 @@ def demo_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Rehearse a deployment and print what it found; FedLPError where the models differ."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us, what we started ends too
     config = with_absolute_paths(compose((*_DEMO, *arguments.overrides)))
     set_up_logging()
     from fedlp.deployment import demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def run_job(composed: DictConfig) -> None:
         manifest = assembly.run(cfg, out, run_label)
     except KeyboardInterrupt:
         if (out / "config.yaml").is_file():
-            print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
         raise
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest["final_metrics"].items() if value is not None)
     totals = manifest["totals"]

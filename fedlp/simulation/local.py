@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import selectors
 import time
 from collections import deque
@@ -95,6 +96,7 @@ class LocalGrid(Grid):
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._selector = selectors.DefaultSelector()
+        self._lifeline = os.pipe()  # of which only this process keeps the end for writing
         gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
         self._workers = [self._start_worker(i) for i in range(num_workers)]
 
@@ -112,6 +114,8 @@ class LocalGrid(Grid):
             worker.process.join()
             worker.connection.close()
         self._selector.close()
+        for end in self._lifeline:
+            os.close(end)
         gc.unfreeze()
 
     # ---- Flower's interface
@@ -246,7 +250,7 @@ class LocalGrid(Grid):
         parent, child = self._fork.Pipe()
         process = self._fork.Process(
             target=_run_worker,
-            args=(parent, child, slots, self._load_app, self._run_config, self._num_clients),
+            args=(parent, child, slots, self._load_app, self._run_config, self._num_clients, self._lifeline),
             daemon=True,
         )
         process.start()
@@ -273,9 +277,11 @@ def _run_worker(
     load_app: Callable[[], ClientApp],
     run_config: dict[str, bool | float | int | str],
     num_partitions: int,
+    lifeline: tuple[int, int],
 ) -> None:
     parent.close()
-    serve(child, slots, load_app, run_config, num_partitions)
+    os.close(lifeline[1])
+    serve(child, slots, load_app, run_config, num_partitions, lifeline[0])
 
 
 def check_platform() -> None:

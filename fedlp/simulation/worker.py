@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
@@ -18,6 +20,7 @@ from fedlp.simulation.transport import Area, decode_frame, encode_frame
 STOP = b"\xff"
 RAISED = 2  # Flower's code for a ClientApp that raised
 
+_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -27,6 +30,7 @@ def serve(
     load_app: Callable[[], ClientApp],
     run_config: dict[str, bool | float | int | str],
     num_partitions: int,
+    lifeline: int,
 ) -> None:
     """Answer messages until the other end closes.
 
@@ -34,8 +38,11 @@ def serve(
     ----------
     slots : sequence of (down, up)
         Shared memory for the arrays of a message and of its reply.
+    lifeline : int
+        The end of a pipe for reading, whose other end only the parent holds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with_parent(lifeline)
+    heed_signals()
     settle_process()
     flower_compat.become_server()
     app = load_app()
@@ -81,6 +88,29 @@ def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordD
     except Exception as error:
         text = str(error).strip().splitlines()
         return None, [RAISED, f"{type(error).__name__}: {text[0] if text else 'no message'}"]
+
+
+def end_with_parent(lifeline: int) -> None:
+    """Let this process end at once when its parent does, however that happens and in the middle of whatever step.
+
+    Linux kills it; elsewhere, and where the parent was faster, a thread sees that the pipe is closed.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        os.read(lifeline, 1)  # nobody writes
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def heed_signals() -> None:
+    """Leave to the parent what a terminal sends to all processes of a command, and end at once when asked to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def settle_process() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from fedlp.apps import federate as assembly
 from fedlp.errors import FedLPError
 from fedlp.federation.wire import messages
 from fedlp.training.loop import train_locally
-from tests.integration.running import TINY, App, run
+from tests.integration.running import TINY, App, Finished, run
 from tests.reference import federated_loop
 
 BAD = {2, 5}  # clients that misbehave in every round
@@ -250,10 +252,31 @@ def test_an_evaluation_that_fails_ends_the_run_and_keeps_the_rounds_before(tmp_p
             raise RuntimeError("no test set")
         return HONEST(message, context)
 
-    with pytest.raises(FedLPError, match="evaluation of the global model failed: RuntimeError: no test set"):
+    words = f"evaluation of the global model failed: RuntimeError: no test set; go on with: fedlp resume={tmp_path}"
+    with pytest.raises(FedLPError, match=f"^{re.escape(words)}$"):
         run(tmp_path, *HOMO, app=app)
     assert (tmp_path / "checkpoint" / "round-000001.json").is_file()
     assert (tmp_path / "rounds.jsonl").read_bytes().count(b"\n") == 1
+
+
+def test_a_process_that_dies_while_it_evaluates_is_no_reason_to_stop(
+    tmp_path: Path, once: Callable[..., Finished], caplog: pytest.LogCaptureFixture
+) -> None:
+    marks = tmp_path / "killed"
+    marks.mkdir()
+
+    def app(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == messages.EVALUATE and len(list(marks.iterdir())) < 2:
+            (marks / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return HONEST(message, context)
+
+    done = run(tmp_path / "run", *HOMO, "eval_batch_size=4", app=app)
+    whole = once(*HOMO, "eval_batch_size=4")
+    assert len(list(marks.iterdir())) == 2
+    assert (done.model, done.untimed, done.failures) == (whole.model, whole.untimed, [])
+    assert "evaluate.central failed at node" in caplog.text
+    assert "exit code -9" in caplog.text
 
 
 def test_a_slow_evaluation_is_no_reason_to_stop(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_pooled_moments_are_sums(seed: int) -> None:
     changed = [{n: v + shift[n] for n, v in sent[0].items()}, {n: v - shift[n] for n, v in sent[1].items()}, sent[2]]
 
     def total(answers: list[dict[str, Tensor]], counts: list[int]) -> tuple[dict[str, Tensor], int]:
-        pool = SimpleNamespace(dtype=torch.float64, ask=lambda *_: zip(answers, counts, strict=True))
+        pool = SimpleNamespace(answers=lambda *_: zip(answers, counts, strict=True))
         sums, examples = ClientPool.total(pool, wire.Question(wire.MOMENTS), parts, None)  # type: ignore[arg-type]
         return sums, sum(examples)
 

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
+from fedlp.federation.oneshot.moment_check import check_diagonal, check_gram
 from fedlp.federation.wire.index_sets import decode_counts, decode_widths, encode_counts, encode_widths
 from fedlp.federation.wire.messages import encode_params
 from fedlp.federation.wire.packing import Signature, unpack_tensors
@@ -27,18 +28,29 @@ QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference
 MOMENTS, FISHER, NORMS, VOTE = "query.moments", "query.fisher", "query.norms", "query.vote"
 KINDS = (MOMENTS, FISHER, NORMS, VOTE)
 
-_TOLERANCE = 1e-4  # of Cauchy and Schwarz's inequality, after rounding to float32
-_UNDERFLOW = 1e-70
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of sums over examples."""
+    """One tensor of sums over examples.
+
+    Attributes
+    ----------
+    symmetric : bool
+        Whether it is symmetric and positive semi-definite, (n, n).
+    nonnegative : bool
+        Whether it has no negative entry.
+    total : str
+        The part that is the sum of the vectors whose second moments, or squares, these are; empty where none is.
+    vectors : int
+        How many vectors one example gives; 0 where unknown.
+    """
 
     name: str
     shape: tuple[int, ...]
-    symmetric: bool = False  # and positive semi-definite, (n, n)
+    symmetric: bool = False
     nonnegative: bool = False
+    total: str = ""
+    vectors: int = 0
 
     @property
     def num_sent(self) -> int:
@@ -158,9 +170,8 @@ def decode_sums(
     ------
     ProtocolError
         Another layer; an example count outside [1, ``most``]; a missing or misshapen tensor; an entry that is not
-        finite or beyond ``LARGEST_MOMENT``; a negative entry where there can be none; a symmetric one that no data
-        could give: an entry that is larger than those of the diagonal allow. (These may be 0: a unit may never be
-        active.)
+        finite or beyond ``LARGEST_MOMENT``; a negative entry where there can be none; second moments that no data
+        could give. (Their diagonal may have zeros: a unit may never be active.)
     """
     num_examples = _count(content, layer, most, who)
     try:
@@ -170,8 +181,11 @@ def decode_sums(
         raise ProtocolError(f"{who}: {say_why(error)}") from error
     check_values(sums, who, LARGEST_MOMENT)
     for part in parts:
+        total, vectors = sums.get(part.total), part.vectors * num_examples
         if part.symmetric:
-            _check_moments(sums[part.name], part, who)
+            check_gram(sums[part.name], part.shape[0], total, vectors, part.name, who)
+        elif part.nonnegative and total is not None:
+            check_diagonal(sums[part.name], total, vectors, part.name, who)
         elif part.nonnegative and bool((sums[part.name] < 0).any()):
             raise ProtocolError(f"{who}: {part.name} has a negative entry")
     return sums, num_examples
@@ -182,16 +196,6 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     matrix = packed.new_zeros(size, size)
     matrix[_lower(size)] = packed
     return matrix
-
-
-def _check_moments(packed: Tensor, part: Part, who: str) -> None:
-    rows = torch.arange(part.shape[0])
-    diagonal = packed[rows * (rows + 3) // 2]
-    if bool((diagonal < 0).any()):
-        raise ProtocolError(f"{who}: second moments {part.name} have a negative diagonal entry")
-    bound = torch.outer(diagonal, diagonal)[_lower(len(diagonal))]
-    if bool((packed.square() > bound * (1 + _TOLERANCE) + _UNDERFLOW).any()):
-        raise ProtocolError(f"{who}: second moments {part.name} have an entry that no data could give")
 
 
 def _lower(size: int) -> Tensor:

@@ -104,15 +104,22 @@ def count_positions(model: nn.Module, layers: Sequence[PrunableLayer], example: 
 
 
 # ---- what is summed
-def moment_parts(readers: Sequence[Reader], method: Method) -> list[Part]:
-    """Return the parts of the second moments of a layer's readers: of the matrix only the diagonal if it will do."""
+def moment_parts(readers: Sequence[Reader], method: Method, vectors: Mapping[str, int] | None = None) -> list[Part]:
+    """Return the parts of the second moments of a layer's readers: of the matrix only the diagonal if it will do.
+
+    Parameters
+    ----------
+    vectors : mapping from path to int, optional
+        Input vectors that one example gives each reader.
+    """
     parts = []
     for reader in readers:
         path, size = reader.path, len(reader.moments.total)
+        total, per_example = f"{path}.total", (vectors or {}).get(path, 0)
         gram = (
-            Part(f"{path}.gram", (size, size), symmetric=True)
+            Part(f"{path}.gram", (size, size), True, False, total, per_example)
             if method.needs_moments
-            else Part(f"{path}.diagonal", (size,), nonnegative=True)
+            else Part(f"{path}.diagonal", (size,), False, True, total, per_example)
         )
         parts += [Part(f"{path}.total", (size,)), gram]
         if reader.moments.cross is not None:

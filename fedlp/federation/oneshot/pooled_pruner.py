@@ -116,7 +116,7 @@ class PooledCollector:
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the clients' statistics added up."""
         pruner, readers = self._pruner, self.readers(layer)
-        parts = moment_parts(readers, pruner.method)
+        parts = moment_parts(readers, pruner.method, pruner.positions[0])
         reference = torch.cat([reader.moments.mean for reader in self._example.collect(layer)]).float()
         if not any(part.symmetric for part in parts):
             reference.zero_()  # a diagonal needs no digits to spare, and must not become negative

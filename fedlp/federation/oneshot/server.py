@@ -18,9 +18,8 @@ from torch import Tensor
 from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Part, Question, Request
-from fedlp.federation.oneshot.model import (
-    ModelStates,
-)
+from fedlp.federation.oneshot.model import ModelStates
+from fedlp.federation.oneshot.outliers import drop_outliers
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import exchange, reason_of
@@ -85,19 +84,34 @@ class ClientPool:
         Raises
         ------
         FedLPError
-            If fewer than ``min_clients`` answer, or nobody.
+            If fewer than ``min_clients`` give a good answer, or nobody.
         """
+        sums: dict[str, Tensor] = {}
+        counts = []
+        for values, count in self.answers(question, parts, states):
+            sums = {name: sums[name] + value for name, value in values.items()} if sums else dict(values)
+            counts.append(count)
+        full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
+        return {**sums, **full}, counts
+
+    def answers(
+        self, question: Question, parts: Sequence[Part], states: ModelStates
+    ) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+        """Yield the sums and number of examples of each good client; see :meth:`total`."""
 
         def decode(content: RecordDict, most: int, who: str) -> tuple[dict[str, Tensor], int]:
             return wire.decode_sums(content, parts, question.layer, most, self.dtype, who)
 
-        sums: dict[str, Tensor] = {}
-        counts = []
-        for values, count in self.ask(question, states, decode, sum(part.num_sent for part in parts)):
-            sums = {name: sums[name] + value for name, value in values.items()} if sums else values
-            counts.append(count)
-        full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
-        return {**sums, **full}, counts
+        def reject(client_id: int, error: ProtocolError) -> None:
+            who = f"client {client_id}, {self._describe(question, states)}"
+            self._fail(client_id, "rejected", ProtocolError(f"{who}: {error}"))
+
+        asked = self.ask(question, states, decode, sum(part.num_sent for part in parts))
+        good = 0
+        for answer in drop_outliers(asked, question.kind, parts, reject):
+            good += 1
+            yield answer
+        self._require(good, question, states)
 
     def ask(
         self,
@@ -105,8 +119,8 @@ class ClientPool:
         states: ModelStates,
         decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
         params_up: int = 0,
-    ) -> Iterator[tuple[_Answer, int]]:
-        """Yield each client's answer and number of examples, in the order of ids; failures are counted and named.
+    ) -> Iterator[tuple[int, _Answer, int]]:
+        """Yield each client's id, answer and number of examples, in order; failures are counted and named.
 
         Clients that lack the state they were thought to have are sent all changes at the end.
 
@@ -132,8 +146,12 @@ class ClientPool:
                     self._has[client_id] = len(states.changed)
                     self._spend(client_id, params_up=params_up)
                     good += 1
-                    yield answer
+                    yield client_id, *answer
             asked = lacking
+        self._require(good, question, states)
+
+    def _require(self, good: int, question: Question, states: ModelStates) -> None:
+        """Raise FedLPError where too few answers are good."""
         if good < max(1, self._settings.min_clients):
             raise FedLPError(
                 f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "
@@ -178,11 +196,14 @@ class ClientPool:
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
-            self._round.failures.append(ClientFailure(client_id, reason, str(error)))
-            log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+            self._fail(client_id, reason, error)
             return None
         self._spend(client_id, num_examples=num_examples)
         return answer, num_examples
+
+    def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
+        self._round.failures.append(ClientFailure(client_id, reason, str(error)))
+        log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
     @staticmethod
     def _describe(question: Question, states: ModelStates) -> str:

@@ -6,6 +6,7 @@ always adds in the same order. Whoever stays silent until the deadline is answer
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
@@ -16,8 +17,11 @@ from flwr.serverapp import Grid
 from fedlp.errors import printable
 from fedlp.federation.server.reply_polling import Puller
 
+log = logging.getLogger("fedlp")
+
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
 _POLL_S = 0.2
+_ATTEMPTS = 3
 
 
 @runtime_checkable
@@ -83,6 +87,35 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
             if id(message) not in arrived:
                 time.sleep(_POLL_S)
         yield arrived.pop(id(message)) if id(message) in arrived else no_reply(message, timeout)
+
+
+def exchange_again(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Yield one reply per message, in the order of ``messages``; what fails is sent again, up to twice, to other nodes.
+
+    For what any node can do. A reply that is an error is the last one's.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds that each attempt may take.
+    """
+    sent, nodes = list(messages), list(grid.get_node_ids())
+    replies = list(exchange(grid, sent, timeout))
+    for attempt in range(1, _ATTEMPTS):
+        failed = [number for number, reply in enumerate(replies) if reply.has_error()]
+        for number in failed:
+            was, sent[number] = sent[number], _address(sent[number], nodes[(number + attempt) % len(nodes)])
+            about, reason = was.metadata, reason_of(replies[number])
+            log.warning("%s failed at node %d (%s); it is tried again", about.message_type, about.dst_node_id, reason)
+        for number, reply in zip(failed, exchange(grid, [sent[number] for number in failed], timeout), strict=True):
+            replies[number] = reply
+    yield from replies
+
+
+def _address(message: Message, node_id: int) -> Message:
+    """Return a message of the same content to another node."""
+    about = message.metadata
+    return Message(message.content, node_id, about.message_type, ttl=about.ttl, group_id=about.group_id)
 
 
 def reason_of(reply: Message) -> str:

@@ -23,14 +23,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
+from fedlp.errors import AllocationError, ConfigError, EvaluationError, FedLPError, ProtocolError
 from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageRule
 from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer, apply_server_optimizer
 from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.exchange import exchange, reason_of
+from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
@@ -217,7 +217,7 @@ class FedLPStrategy(Strategy):
             arrays = self._measure_statistics(server_round, arrays, grid, timeout)
         if self._num_test:
             asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-            self._note(self.aggregate_evaluate(server_round, exchange(grid, asked, math.inf)))
+            self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
         if evaluate_fn is not None:
             self._note(evaluate_fn(server_round, arrays) or MetricRecord())
         return arrays
@@ -482,7 +482,10 @@ class FedLPStrategy(Strategy):
         if not parts and self._evaluate is not None:
             params = self.submodels.layout(self._evaluated).slice(self.state.params)
             parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
-        return MetricRecord(dict(metrics_from_sums(add_sums(parts), self.submodels.spec.task)))
+        sums = add_sums(parts)
+        if not sums.get("count"):
+            raise EvaluationError("evaluation of the global model failed: there are no test examples")
+        return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
 
     def _ranges(self) -> list[tuple[int, int]]:
         step = self.settings.eval_batch_size * EVAL_BATCHES
@@ -514,7 +517,7 @@ _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 def _decode_sums(reply: Message) -> Sums:
     if reply.has_error():
-        raise FedLPError(f"evaluation of the global model failed: {reason_of(reply)}")
+        raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
     return messages.decode_sums(reply.content)
 
 

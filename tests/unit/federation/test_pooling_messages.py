@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot import outliers
 from fedlp.federation.oneshot.messages import Part, Question, Request
+from fedlp.federation.oneshot.outliers import drop_outliers
 from fedlp.federation.oneshot.server import tally
 from fedlp.federation.wire import messages
 from fedlp.pruning.kernels.hessian import Moments
@@ -152,6 +154,78 @@ def test_what_no_honest_client_sends_is_refused(fault: Fault, words: str) -> Non
     fault(content)
     with pytest.raises(ProtocolError, match=f"^client 4: .*{words}"):
         decode(content)
+
+
+def indefinite() -> Tensor:
+    """Return a matrix whose every entry is in bounds, but which is not positive semi-definite."""
+    gram = torch.full((5, 5), -0.9)
+    return gram.fill_diagonal_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        ({"gram": indefinite(), "total": torch.zeros(5)}, "are not positive semi-definite"),
+        ({"total": 30 * sums()["total"]}, "are too small for the sum of the inputs"),
+        ({"gram": torch.eye(5), "total": torch.full((5,), 4.0)}, "are not positive semi-definite"),  # 5 x 16 / 21 > 1
+    ],
+)
+def test_moments_that_no_data_could_give_are_refused(spoilt: dict[str, Tensor], words: str) -> None:
+    parts = [Part("total", (5,)), Part("gram", (5, 5), symmetric=True, total="total", vectors=3)]
+    honest, bad = (wire.encode_sums(sent, parts, 2, 7, torch.float32) for sent in (sums(), {**sums(), **spoilt}))
+    wire.decode_sums(honest, parts, 2, 9, torch.float32, "client 4")
+    with pytest.raises(ProtocolError, match=f"client 4: .*{words}"):
+        wire.decode_sums(bad, parts, 2, 9, torch.float32, "client 4")
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 400])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+def test_moments_of_any_data_pass_after_rounding(tokens: int, mean: float, scale: float) -> None:
+    torch.manual_seed(0)
+    x = scale * (mean + torch.randn(tokens, 60, dtype=torch.float64))
+    parts = [
+        Part("total", (60,)),
+        Part("gram", (60, 60), symmetric=True, total="total", vectors=tokens),
+        Part("squares", (60,), nonnegative=True, total="total", vectors=tokens),
+    ]
+    sent = {"total": x.sum(0), "gram": x.T @ x, "squares": x.square().sum(0)}
+    wire.decode_sums(wire.encode_sums(sent, parts, 2, 1, torch.float32), parts, 2, 1, torch.float32, "client 4")
+
+
+# ---- outliers
+def kept(sizes: list[float], parts: list[Part] | None = None, kind: str = wire.MOMENTS) -> list[int]:
+    """Return which clients' answers are used, from the factors that their sums are multiplied by."""
+    rejected: list[int] = []
+    packed = {**sums(), "gram": sums()["gram"][torch.ones(5, 5, dtype=torch.bool).tril()]}
+    answers = [(number, {name: value * size for name, value in packed.items()}, 7) for number, size in enumerate(sizes)]
+    used = list(drop_outliers(iter(answers), kind, parts or PARTS, lambda client_id, _: rejected.append(client_id)))
+    assert len(used) + len(rejected) == len(sizes)
+    return [number for number in range(len(sizes)) if number not in rejected]
+
+
+def test_sums_out_of_proportion_are_left_out() -> None:
+    assert kept([1.0, 2.0, 0.5, 99.0]) == [0, 1, 2, 3]
+    assert kept([150.0, 1.0, 2.0, 0.5]) == [1, 2, 3]
+    assert kept([1e12, 1.0, 0.5]) == [1, 2]
+    assert kept([1e3, 1.0, 2.0, 0.5], kind=wire.FISHER) == [0, 1, 2, 3], "gradients vanish where a model is right"
+    assert kept([1e7, 1.0, 2.0, 0.5], kind=wire.FISHER) == [1, 2, 3]
+    assert kept([0.0, 0.0, 0.0, 5.0]) == [0, 1, 2, 3], "the median tells nothing"
+    assert kept([1.0, 1e12]) == [0, 1], "of two, nobody knows which is wrong"
+
+
+def test_answers_are_held_back_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outliers, "HELD_BYTES", 1)
+    held: list[int] = []
+
+    def answers() -> Iterator[tuple[int, dict[str, Tensor], int]]:
+        for number in range(50):
+            held.append(number)
+            yield number, {"total": torch.ones(5)}, 7
+
+    used = drop_outliers(answers(), wire.MOMENTS, PARTS[:1], lambda *_: None)
+    for number, _ in enumerate(used):
+        assert len(held) - number <= 4
 
 
 def test_votes_are_checked_and_counted() -> None:
