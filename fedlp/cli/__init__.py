@@ -5,74 +5,127 @@ Heavy imports (torch, Flower, matplotlib) happen only in the branch that needs t
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from fedlp.cli.common import end, guard, run_hydra
-from fedlp.cli.deployment import certs_parser, demo_parser, export, export_parser, make_certs, run_demo
-from fedlp.cli.run import report, run_dir, run_job
-from fedlp.cli.tools import profile_job, prune_job, search_job
+from fedlp.cli.help import help_text
 
 
 def main() -> None:
     """Run one federated run, a sweep (``-m``), a dry run, or go on with a stopped one."""
+    if sys.argv[1:2] == ["options"]:
+        _list_options()
+    _answer("fedlp")
+    from omegaconf import OmegaConf
+
+    from fedlp.cli.run import run_dir, run_job
+
     OmegaConf.register_new_resolver("fedlp.run_dir", run_dir, use_cache=True, replace=True)
-    run_hydra("config", run_job)
+    _run("config", run_job)
 
 
 def prune_main() -> None:
     """Prune one trained model and write it so that its own ecosystem loads it; ``-m`` for sweeps."""
+    _answer("fedlp-prune")
+    from fedlp.cli.tools import prune_job
+
     _name_folder("pruned")
-    run_hydra("prune", prune_job)
+    _run("prune", prune_job)
 
 
 def search_main() -> None:
     """Search for an allocation function on one trained model and write it as a file that ``allocator=dsa`` takes."""
+    _answer("fedlp-search")
+    from fedlp.cli.tools import search_job
+
     _name_folder("searched")
-    run_hydra("search", search_job)
+    _run("search", search_job)
 
 
 def profile_main() -> None:
     """Measure what training a model costs on this device, and write its budget file; ``-m`` for sweeps."""
+    _answer("fedlp-profile")
+    from fedlp.cli.tools import profile_job
+
     _name_folder("profiles")
-    run_hydra("profile", profile_job)
+    _run("profile", profile_job)
+
+
+def _run(root: str, job: Callable[..., None]) -> None:
+    from fedlp.cli.common import run_hydra
+
+    run_hydra(root, job)
+
+
+def _answer(command: str) -> None:
+    """Answer ``--help`` and ``--version`` without Hydra, and exit."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(command))
+        sys.exit(0)
+    _answer_version()
+
+
+def _answer_version() -> None:
+    if "--version" in sys.argv[1:]:
+        from fedlp import __version__
+
+        print(f"fedlp {__version__}")
+        sys.exit(0)
+
+
+def _list_options() -> None:
+    """Print the options of a group, and exit."""
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.options import describe_group
+
+    groups = sys.argv[2:] or ["strategy"]
+    sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))
 
 
 def _name_folder(kind: str) -> None:
     """Let configs name a folder by the time."""
+    from omegaconf import OmegaConf
+
     stamp = datetime.now().strftime(f"{kind}/%Y-%m-%d/%H-%M-%S.%f")
     OmegaConf.register_new_resolver("fedlp.tool_dir", lambda: stamp, replace=True)
 
 
 def report_main() -> None:
     """Turn one or many runs into a table, plots and one HTML page."""
-    parser = argparse.ArgumentParser(prog="fedlp-report", description=report_main.__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, a folder of runs (a sweep), or a *.runs.jsonl.xz"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
-    )
+    _answer_version()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.run import report, report_parser
+
+    parser = report_parser(report_main.__doc__)
     sys.exit(end(lambda: guard(lambda: report(parser.parse_args()))))
 
 
 def export_main() -> None:
     """Write the sub-models of a run's clients as files that devices run without fedlp: safetensors and ONNX."""
+    _answer_version()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.deployment import export, export_parser
+
     parser = export_parser(export_main.__doc__)
     sys.exit(end(lambda: guard(lambda: export(parser.parse_args()))))
 
 
 def certs_main() -> None:
     """Make a development CA, the SuperLink's certificate and the SuperNodes' keys."""
+    _answer_version()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.deployment import certs_parser, make_certs
+
     parser = certs_parser(certs_main.__doc__)
     sys.exit(end(lambda: guard(lambda: make_certs(parser.parse_args()))))
 
 
 def deploy_demo_main() -> None:
     """Rehearse a deployment here: SuperLink, TLS, one SuperNode with its own key per client; compare, count bytes."""
+    _answer_version()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.deployment import demo_parser, run_demo
+
     parser = demo_parser(deploy_demo_main.__doc__)
     sys.exit(end(lambda: guard(lambda: run_demo(parser.parse_args()))))

@@ -70,6 +70,25 @@ def _print_costs(manifest: dict[str, dict[str, float]], out: Path) -> None:
     )
 
 
+def report_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the command line of ``fedlp-report``."""
+    parser = argparse.ArgumentParser(
+        prog="fedlp-report",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  fedlp-report runs/2026-11-29/10-00-00.0     one run\n"
+        "  fedlp-report multirun/DATE/TIME              a sweep: seeds of one config are one curve with a band\n"
+        "  fedlp-report a b --out compared              two runs on one page",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, a folder of runs (a sweep), or a *.runs.jsonl.xz"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
+    )
+    return parser
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the report of some runs and print its table."""
     from fedlp.report import default_report_dir, find_runs, group_runs, summary_table, write_report

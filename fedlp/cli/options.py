@@ -1,0 +1,65 @@
+"""``fedlp options GROUP``: the options of a config group with meaning, type and default."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+from fedlp import registry
+from fedlp.cli.help import choices
+from fedlp.config import RunConfig
+from fedlp.config.reading import part_groups
+from fedlp.errors import ConfigError
+
+
+def describe_group(group: str) -> str:
+    """Return the options of a group, choice by choice; ConfigError where there is no such group."""
+    groups = part_groups(RunConfig)
+    made = {f.name: f.default_factory for f in fields(RunConfig)}
+    if group not in made:
+        raise ConfigError(f"there is no group {group}; choose one of {', '.join(sorted(made))}")
+    schema: Any = made[group]
+    lines = [_source_options(schema)] if isinstance(schema, type) else []
+    if group in groups:
+        kind = groups[group].kind
+        for name in registry.names(kind):
+            lines.append(_describe_part(group, kind, name))
+    elif found := choices(group):
+        lines.append(f"choices: {' '.join(found)}")
+    return "\n\n".join(line for line in lines if line)
+
+
+def _source_options(schema: type) -> str:
+    """Return a schema's docstring and its fields with their comments, as its source has them."""
+    source = inspect.getsource(schema).splitlines()
+    body = [line.strip() for line in source if ":" in line or line.strip().startswith("#")]
+    kept = [line for line in body if not line.startswith(('"""', "class ", "@", "def ", "kind", "key", "raise", "if "))]
+    head = (inspect.getdoc(schema) or "").partition("\n")[0]
+    return "\n".join([head, *(f"  {line}" for line in kept if not line.startswith(("for ", "return ", 'f"')))])
+
+
+def _describe_part(group: str, kind: str, name: str) -> str:
+    target = registry.lookup(kind, name)
+    lines = [f"{group}={name}: {registry.summary(target)}"]
+    meanings = _meanings(inspect.getdoc(target) or "")
+    for option in registry.options(kind, target).values():
+        kind_of = getattr(option.annotation, "__name__", str(option.annotation))
+        default = "required" if option.default is inspect.Parameter.empty else f"default {option.default}"
+        lines.append(f"  {group}.{option.name} ({kind_of}, {default}): {meanings.get(option.name, '')}".rstrip(": "))
+    return "\n".join(lines)
+
+
+def _meanings(doc: str) -> dict[str, str]:
+    """Return the meaning of each attribute or parameter in a numpydoc docstring, in one line."""
+    found: dict[str, str] = {}
+    current: list[str] = []
+    for line in doc.splitlines():
+        if line and not line.startswith(" ") and " : " in line:
+            current = [name.strip() for name in line.partition(" : ")[0].split(",")]
+            found |= dict.fromkeys(current, "")
+        elif line.startswith("    ") and current:
+            found |= {name: f"{found[name]} {line.strip()}".strip() for name in current}
+        elif line and not line.startswith(" "):
+            current = []
+    return found
