@@ -88,6 +88,8 @@ def guard(action: Callable[[], object], name: str = "") -> int:
     """Run an action; turn what a user can cause into one line and an exit code."""
     try:
         action()
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FedLPError, HydraException, OmegaConfBaseException, OSError) as error:
         print(f"fedlp: {name}{explain(error)}", file=sys.stderr)
         return BAD_INPUT

@@ -32,17 +32,21 @@ def describe_group(group: str) -> str:
 
 def _source_options(schema: type) -> str:
     """Return a schema's docstring and its fields with their comments, as its source has them."""
-    source = inspect.getsource(schema).splitlines()
-    body = [line.strip() for line in source if ":" in line or line.strip().startswith("#")]
-    kept = [line for line in body if not line.startswith(('"""', "class ", "@", "def ", "kind", "key", "raise", "if "))]
-    head = (inspect.getdoc(schema) or "").partition("\n")[0]
-    return "\n".join([head, *(f"  {line}" for line in kept if not line.startswith(("for ", "return ", 'f"')))])
+    body = [line.strip() for line in inspect.getsource(schema).splitlines()]
+    names = {f.name for f in fields(schema)} - {"name", "options"}
+    kept, ours = [], False
+    for line in body:
+        ours = line.partition(":")[0] in names or (ours and line.startswith("#"))
+        kept += [f"  {line}"] if ours else []
+    return "\n".join([(inspect.getdoc(schema) or "").partition("\n")[0], *kept])
 
 
 def _describe_part(group: str, kind: str, name: str) -> str:
     target = registry.lookup(kind, name)
     lines = [f"{group}={name}: {registry.summary(target)}"]
-    meanings = _meanings(inspect.getdoc(target) or "")
+    meanings: dict[str, str] = {}
+    for base in reversed(target.__mro__) if isinstance(target, type) else (target,):
+        meanings |= _meanings(inspect.cleandoc(base.__doc__ or ""))
     for option in registry.options(kind, target).values():
         kind_of = getattr(option.annotation, "__name__", str(option.annotation))
         default = "required" if option.default is inspect.Parameter.empty else f"default {option.default}"
