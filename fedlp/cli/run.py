@@ -12,13 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.config import RunConfig, from_omegaconf, to_yaml, with_absolute_paths
+from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
 
 def run_job(composed: DictConfig) -> None:
     """Run what a composed config says."""
     config = from_omegaconf(composed, RunConfig)
+    refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     if config.resume is not None:
         overrides, out = HydraConfig.get().overrides, Path(config.resume)

@@ -46,6 +46,7 @@ from fedlp.config.schema import (
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
+from fedlp.config.unread import refuse_unread
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 
@@ -81,6 +82,7 @@ __all__ = [
     "from_omegaconf",
     "from_yaml",
     "prepare",
+    "refuse_unread",
     "register_schema",
     "to_plain",
     "to_yaml",
@@ -147,7 +149,10 @@ def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return from_omegaconf(hydra_compose(root, overrides=prepare(root, overrides)), schema)
+            config = from_omegaconf(hydra_compose(root, overrides=prepare(root, overrides)), schema)
+            if isinstance(config, RunConfig):
+                refuse_unread(config, overrides)
+            return config
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, schema)) from error
 

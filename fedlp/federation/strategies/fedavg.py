@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlp.federation.strategies.fedlp_homo import LayerUploads
 from fedlp.federation.strategies.policy import Policy, PolicyContext
@@ -13,6 +14,8 @@ from fedlp.registry import register
 @dataclass(frozen=True)
 class FedAvg:
     """The whole model down, all layers up (McMahan et al., 2017)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def policy(self, context: PolicyContext) -> Policy:
         """Return the policy."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedlp.errors import ConfigError
 from fedlp.federation.sampling import depth_probabilities, sample_level
@@ -30,6 +30,8 @@ class FedLPHetero:
 
     depths: Any = "u"
     persist_heads: bool = True
+
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         depths = self.depths

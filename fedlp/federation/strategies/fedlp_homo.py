@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedlp.errors import ConfigError
 from fedlp.federation.sampling import sample_uploads
@@ -29,6 +29,8 @@ class FedLPHomo:
 
     layer_preserving_rate: Any = 0.5
     upload_unit: str = "layer"
+
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_rates(self.layer_preserving_rate, self.upload_unit)

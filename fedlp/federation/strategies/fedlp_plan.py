@@ -8,7 +8,7 @@ server or by the client, by the pruner's score.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fedlp.allocation.evidence import needs_of
 from fedlp.errors import ConfigError
@@ -72,6 +72,8 @@ class FedLPPlan:
     width_multiple: int = 1
     regrow: float | None = None
     train_sent: bool = True
+
+    reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
 
     def __post_init__(self) -> None:
         check_rates(self.layer_preserving_rate, self.upload_unit)

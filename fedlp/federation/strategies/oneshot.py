@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlp.allocation.evidence import needs_of
 from fedlp.errors import ConfigError
@@ -28,6 +29,8 @@ class OneShot:
     sparsity: float = 0.33
     unit_selection: str = "server"
     sums: str = "float32"
+
+    reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:

@@ -39,6 +39,7 @@ class WidthStrategy:
     widths: list[float] = field(default_factory=lambda: [1.0])
     width_probabilities: list[float] | None = None
 
+    reads: ClassVar[frozenset[str]] = frozenset()
     rolls: ClassVar[bool] = False
     nests: ClassVar[bool] = False
 
