@@ -42,7 +42,7 @@ def read_config(schema: Callable[..., _Config], values: Mapping[str, Any]) -> _C
 
 
 def drop_unread(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config of an earlier version, in which each group held the options of all parts, without those unread."""
+    """Return a config of an earlier version, whose groups held the options of all parts, without those unread."""
     found = dict(values)
     for name, group in part_groups(schema).items():
         node = found.get(name)

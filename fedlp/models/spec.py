@@ -67,7 +67,7 @@ class Blueprint(ABC):
     num_depths: int = 1
     is_language: ClassVar[bool | None] = False  # whether it models tokens; None where data of either kind may fit
 
-    def check_inputs(self) -> None:
+    def check_inputs(self) -> None:  # noqa: B027 # most families have nothing to check
         """Raise ConfigError where the model cannot take inputs of the data's shape; called before a build."""
 
     @abstractmethod

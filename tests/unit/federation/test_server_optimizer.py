@@ -170,7 +170,7 @@ def test_the_variance_of_yogi_falls_by_the_square_and_that_of_adagrad_never() ->
 
 
 def test_an_unknown_optimiser_is_refused() -> None:
-    with pytest.raises(ConfigError, match="server_optimizer.*adamw"):
+    with pytest.raises(ConfigError, match=r"server_optimizer.*adamw"):
         compose(["server_optimizer=adamw"])
 
 
