@@ -1,8 +1,8 @@
 """What it costs a client to score its units: ``python experiments/bench/scoring.py [--quick] [--json FILE]``.
 
 CIFAR-10 shapes, one thread. In turn, call by call: OBS scores of every unit of a model from 32 images, as
-``strategy=fedlp_plan`` asks for every ten rounds, and a client's local epoch: 200 images in batches of 16. Beside the ratio
-of times stands that of multiply-accumulates.
+``strategy=fedlp_plan`` asks for every ten rounds, and a client's local epoch: 200 images in batches of 16. Beside the
+ratio of times stands that of multiply-accumulates.
 """
 
 from __future__ import annotations

@@ -59,15 +59,13 @@ def run_fedlp(
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
-    from fedlp.federation.strategies.policies import build_policy
-
+    from fedlp.apps.federate import Federation
     from fedlp.config import compose, to_yaml
     from fedlp.data.datasets import DataInfo, Examples
-    from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
+    from fedlp.data.examples import FederatedData
+    from fedlp.federation.client.app import make_client_app
     from fedlp.federation.server.strategy import FedLPStrategy
-    from fedlp.federation.submodels import SubModels
     from fedlp.federation.wire import messages
-    from fedlp.models import describe_model, state_tensors
     from fedlp.simulation.local import LocalGrid
 
     overrides = [f"model={work.model}", "strategy=fedavg", f"num_clients={num_clients}", f"clients_per_round={cohort}"]
@@ -78,18 +76,18 @@ def run_fedlp(
     info = DataInfo(
         "synthetic", "classification", work.input_shape, NUM_CLASSES, count, 1, (MEAN,) * channels, (STD,) * channels
     )
-    spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
-    submodels = SubModels(spec)
     images, targets = make_images(work, num_clients)
     parts = np.split(np.arange(count), num_clients)
     test = Examples(images[:1], targets[:1], None)
-    runtime = ClientRuntime(config, info, submodels, Shards(Examples(images, targets, None), parts), test, None)
+    data = FederatedData(info, Examples(images, targets, None), test)
+    federation = Federation(config, data=data, parts=parts)
+    runtime = federation.runtime("unused")
     app = make_client_app(lambda cfg, state_dir: runtime)
-    params = state_tensors(spec.build(config.seed))
+    params = federation.initial_params()
     strategy = FedLPStrategy(
         config,
-        submodels,
-        build_policy(config.strategy, config.seed, num_clients, submodels),
+        federation.submodels,
+        federation.policy,
         evaluate=runtime.evaluate,
         num_test=1,
         macs=lambda submodel: 0.0,

@@ -194,7 +194,7 @@ class Runner:
 
     @staticmethod
     def _data(config: RunConfig) -> FederatedData:
-        return assembly.load_parts(to_yaml(config))[0]
+        return assembly.make_plan(to_yaml(config)).data
 
 
 def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

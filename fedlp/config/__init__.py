@@ -7,7 +7,7 @@ ranges. Past this package a config is a plain dataclass.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -86,6 +86,7 @@ __all__ = [
     "register_schema",
     "to_plain",
     "to_yaml",
+    "todays_config",
     "validate",
     "with_absolute_paths",
 ]
@@ -163,8 +164,7 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     if not isinstance(values, dict):
         raise ConfigError("the config is not one of fedlp's: it does not map names to values")
     values.pop("hydra", None)
-    found = cast(dict[str, Any], values)
-    config = read_config(schema, found if is_current(found) else drop_unread(schema, current_config(found)))
+    config = read_config(schema, todays_config(cast(dict[str, Any], values), schema))
     match config:
         case RunConfig():
             validate(config)
@@ -175,6 +175,11 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
         case SearchConfig():
             validate_search(config)
     return config
+
+
+def todays_config(values: Mapping[str, Any], schema: type = RunConfig) -> dict[str, Any]:
+    """Return plain values in today's layout; of a config that an earlier version wrote, those that are read."""
+    return dict(values) if is_current(values) else drop_unread(schema, current_config(values))
 
 
 def to_yaml(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> str:

@@ -17,14 +17,18 @@ from fedlp.config.reading import part_groups
 def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> list[str]:
     """Return overrides as Hydra is to see them.
 
-    An option of a part is added by force, since the part's own schema checks it later. A choice that has no YAML in
-    the config tree, such as ``module:object``, becomes known to Hydra.
+    An option of a part is added by force, since the part's own schema checks it later. A part's name by its own option,
+    such as ``strategy.name=heterofl``, is the choice ``strategy=heterofl``. A choice that has no YAML in the config
+    tree, such as ``module:object``, becomes known to Hydra.
     """
     groups = part_groups(schema)
-    prepared = []
-    for override in map(current_override, overrides):
-        key = override.partition("=")[0]
+    prepared, todays = [], [current_override(override) for override in overrides]
+    chosen = {override.partition("=")[0] for override in todays}
+    for override in todays:
+        key, _, value = override.partition("=")
         group, _, option = key.lstrip("+").partition(".")
+        if group in groups and option == groups[group].key and value and group not in chosen:
+            override, option = f"{group}={value}", ""  # the choice of a part, without the options of another
         if group in groups and option and "=" in override:
             override = f"++{override.lstrip('+')}"
         elif group in groups and "=" in override:

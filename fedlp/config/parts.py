@@ -62,7 +62,7 @@ class PartConfig:
             Values for ``registry.GIVEN``; without any, a function is returned with its options filled in.
         """
         target = self.target
-        chosen = {name: getattr(self, name) for name in registry.options(self.kind, target)}
+        chosen = {name: getattr(self, name) for name in registry.options(self.kind, target) if hasattr(self, name)}
         if not given and not isinstance(target, type):
             return partial(target, **chosen)
         taken = registry.given_to(self.kind, target)

@@ -82,6 +82,9 @@ class CifarResNetBlueprint(Blueprint):
     def __post_init__(self) -> None:
         if self.name not in DEPTHS:
             raise ConfigError(f"model.name={self.name} is none of {', '.join(DEPTHS)}")
+
+    def check_inputs(self) -> None:
+        """Raise ConfigError for images that are too small, or other data."""
         require_images(self.name, self.input_shape, 4)
 
     def build(self) -> nn.Module:

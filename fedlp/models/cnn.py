@@ -122,7 +122,8 @@ class FedLPCNNBlueprint(Blueprint):
     name: str = "fedlp_cnn"
     num_depths: int = _CONV_DEPTHS
 
-    def __post_init__(self) -> None:
+    def check_inputs(self) -> None:
+        """Raise ConfigError for images that are too small, or other data."""
         require_images(self.name, self.input_shape, _MIN_PIXELS)
 
     def build(self) -> nn.Module:
@@ -168,7 +169,8 @@ class SmallCNNBlueprint(Blueprint):
     num_classes: int
     name: str = "small_cnn"
 
-    def __post_init__(self) -> None:
+    def check_inputs(self) -> None:
+        """Raise ConfigError for images that are too small, or other data."""
         require_images(self.name, self.input_shape, 6)
 
     def build(self) -> nn.Module:

@@ -181,7 +181,7 @@ def load_hf(
 
 def _sequence_length(name: str, input_shape: tuple[int, ...]) -> int:
     if len(input_shape) != 1:
-        raise ConfigError(f"model {name} reads sequences of tokens, but the data set has shape {input_shape}")
+        raise ConfigError(f"model {name} is a language model, but the data set needs a classifier")
     return input_shape[0]
 
 

@@ -67,6 +67,9 @@ class Blueprint(ABC):
     num_depths: int = 1
     is_language: ClassVar[bool | None] = False  # whether it models tokens; None where data of either kind may fit
 
+    def check_inputs(self) -> None:  # noqa: B027 # most families have nothing to check
+        """Raise ConfigError where the model cannot take inputs of the data's shape; called before a build."""
+
     @abstractmethod
     def build(self) -> nn.Module:
         """Return the global architecture with fresh parameters."""
@@ -222,6 +225,7 @@ def describe_blueprint(
         name that is to be frozen.
     """
     task = find_task(task)
+    blueprint.check_inputs()
     try:
         model = _build_shapes(blueprint, blueprint.num_depths)
     except (ValueError, AssertionError, RuntimeError) as error:

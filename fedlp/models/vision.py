@@ -74,6 +74,9 @@ class TorchvisionBlueprint(Blueprint):
         if self.name not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4)
             raise ConfigError(f"torchvision has no classifier {self.name!r}; close names: {', '.join(close) or 'none'}")
+
+    def check_inputs(self) -> None:
+        """Raise ConfigError for images that are too small, or other data."""
         require_images(self.name, self.input_shape, 1)
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
+from fedlp import registry
+from fedlp.errors import ConfigError
 from fedlp.report.runs import Run
 
 ABSENT = "–"
@@ -82,8 +85,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     whatever else tells groups of the same name apart.
     """
     grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        key = json.dumps([run.config.get("label"), _compared(run.config)], sort_keys=True, default=str)
+    for run, compared in zip(runs, _compared([run.config for run in runs]), strict=True):
+        key = json.dumps([run.config.get("label"), compared], sort_keys=True, default=str)
         grouped.setdefault(key, []).append(run)
     members = list(grouped.values())
     labels = _distinct_labels([group[0].config for group in members])
@@ -92,7 +95,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Return the config keys (dotted) in which the groups differ, each with one value a group."""
-    flat = [_compared(group.config) for group in groups]
+    flat = _compared([group.config for group in groups])
     keys = dict.fromkeys(key for config in flat for key in config)
     table = {key: [show(config[key]) if key in config else ABSENT for config in flat] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
@@ -133,12 +136,41 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells runs apart; a run that is older than an option had its default."""
+def _compared(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what tells each run apart; a run that is older than an option had its default."""
+    from fedlp.config import RunConfig
     from fedlp.config.aliases import current_config
+    from fedlp.config.reading import part_groups
 
-    found = _defaults() | flatten(current_config(config))
-    return {key: value for key, value in found.items() if key not in _NOT_COMPARED}
+    flat = [_defaults() | flatten(current_config(config)) for config in configs]
+    for name, group in part_groups(RunConfig).items():
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for one in flat:
+            alike.setdefault(str(one.get(f"{name}.{group.key}")), []).append(one)
+        for part, members in alike.items():
+            keys = {key for one in members for key in one if key.startswith(f"{name}.")}
+            if any(not keys <= one.keys() for one in members):  # seldom: the part is imported for its defaults
+                defaults = {f"{name}.{key}": value for key, value in _part_defaults(group.kind, part).items()}
+                for one in members:
+                    one |= {key: defaults[key] for key in keys & defaults.keys() if key not in one}
+    order = [f.name for f in fields(RunConfig)]
+    return [_ordered(one, order) for one in flat]
+
+
+def _ordered(flat: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """Return what is compared, in the order of the config's groups."""
+    rank = {name: index for index, name in enumerate(groups)}
+    keys = sorted(flat, key=lambda key: rank.get(key.partition(".")[0], len(rank)))
+    return {key: flat[key] for key in keys if key not in _NOT_COMPARED}
+
+
+def _part_defaults(kind: str, part: str) -> dict[str, Any]:
+    """Return the defaults of a part's own options; none where it cannot be imported here."""
+    try:
+        found = registry.options(kind, registry.lookup(kind, part)).values()
+    except ConfigError:
+        return {}
+    return {option.name: option.default for option in found if option.default is not inspect.Parameter.empty}
 
 
 @cache
@@ -175,7 +207,7 @@ def _distinct_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _tags(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Tell configs of one label apart by what they differ in; by number where that is too long or too little."""
-    flat = [_compared(config) for config in configs]
+    flat = _compared(configs)
     keys = [
         key
         for key in dict.fromkeys(key for one in flat for key in one)

@@ -15,9 +15,12 @@ _LEFT_OUT = {"seed", "resume"}
 
 def command(group: Group) -> str:
     """Return a shell command that spells out every value of the config, one a line, so that no default matters."""
+    from fedlp.config import todays_config  # loads Hydra, which a report's readers do without
+
+    config = todays_config(group.config)
     seeds = sorted({run.seed for run in group.runs})
     words = ["fedlp" if len(seeds) == 1 else "fedlp -m", f"seed={','.join(map(str, seeds))}"]
-    words += [_word(key, value) for key, value in flatten(group.config).items() if key not in _LEFT_OUT]
+    words += [_word(key, value) for key, value in flatten(config).items() if key not in _LEFT_OUT]
     return " \\\n  ".join(words)
 
 

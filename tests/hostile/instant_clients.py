@@ -72,8 +72,8 @@ class InstantClient:
             instruction.server_round,
             instruction.client_id,
             20,
-            sent,
             {"train-loss": 1.0},
             widths,
-            scores if instruction.scored else {},
+            scores if "unit_scores" in instruction.evidence else {},
+            params=sent,
         )

@@ -68,7 +68,7 @@ def run_elsewhere(model: Path, inputs: Tensor) -> Tensor:
     return torch.from_numpy(np.load(files[1]))
 
 
-def left_by(done: Finished) -> tuple[assembly.Plan, ServerState]:
+def left_by(done: Finished) -> tuple[assembly.Federation, ServerState]:
     state = load_checkpoint(done.path / "checkpoint")
     assert state is not None
     return assembly.make_plan(to_yaml(done.config)), state

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.strategies.fedlp_plan import PrunedSlices
+from fedlp.federation.strategies.plan_policy import PlanPolicy
 from fedlp.pruning.scores.view import LayerView
 from fedlp.types import Keep, SubModel, TrainInstruction
 from tests.integration.running import TINY_CNN, Finished, run
@@ -32,9 +32,9 @@ PLAIN = ("upload=float32", "upload.error_feedback=false")
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.3,0.1]")
 
 
-def plan_of(done: Finished) -> tuple[assembly.Plan, PrunedSlices]:
+def plan_of(done: Finished) -> tuple[assembly.Federation, PlanPolicy]:
     plan = assembly.make_plan(to_yaml(done.config))
-    assert isinstance(plan.policy, PrunedSlices)
+    assert isinstance(plan.policy, PlanPolicy)
     return plan, plan.policy
 
 
@@ -118,7 +118,7 @@ def test_every_budget_is_met_and_every_layer_trained(masks: str, once: Once) -> 
     assert done.failures == []
     for line in done.rounds:
         for client in line["clients"]:
-            budget = policy.budgets[client["client_id"]]
+            budget = policy.context.budgets[client["client_id"]]
             assert budget is not None
             assert budget.params is not None
             assert client["params_up"] <= client["params_down"] <= budget.params
@@ -138,7 +138,7 @@ def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
     done = once(*OURS, *TIERS, "strategy.unit_selection=server", "allocator=uniform", "clients_per_round=6")
     _, policy = plan_of(done)
     memory = RunDirectory(done.path).resume().memory
-    kinds = {policy.budgets[client]: policy.assign(9, client, memory).submodel.widths for client in range(6)}
+    kinds = {policy.context.budgets[client]: policy.assign(9, client, memory).submodel.widths for client in range(6)}
     ordered = sorted(kinds.items(), key=lambda item: item[0].params)
     for (_, small), (_, large) in pairwise(ordered):
         for axis, keep in small.items():
@@ -207,7 +207,7 @@ def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
     plan, runtime = assembly.make_plan(cfg), assembly.make_runtime(cfg, str(tmp_path))
     params = plan.initial_params()
     assigned = plan.policy.assign(1, 2, {})
-    instruction = TrainInstruction(1, 2, params, assigned.submodel, assigned.uploads, {}, assigned.returned)
+    instruction = TrainInstruction(1, 2, assigned.submodel, assigned.uploads, {}, assigned.returned, params=params)
     update = runtime.train(instruction)
     sent = plan.submodels.layout(SubModel(widths=assigned.returned))
     _, state = runtime._skeleton(None, ())

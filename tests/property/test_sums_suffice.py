@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fedlp.federation.strategies.policies import Returned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +18,9 @@ from fedlp.config import compose, to_yaml
 from fedlp.federation.aggregation.coverage_average import coverage_average
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.server import ClientPool
-from fedlp.federation.strategies.fedlp_plan import PrunedSlices
-from fedlp.types import Keep
+from fedlp.federation.strategies.plan_policy import PlanPolicy
+from fedlp.federation.strategies.policy import Answer
+from fedlp.types import Assignment, ClientReport, Keep, SubModel
 
 check = settings(deadline=None, derandomize=True, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
@@ -74,19 +75,20 @@ def test_with_index_sets_of_their_own_sums_do_not_suffice() -> None:
 
 # ---- index sets
 @lru_cache
-def policy(*overrides: str) -> PrunedSlices:
+def policy(*overrides: str) -> PlanPolicy:
     tiers = ("fleet=tiers", "fleet.fractions=[1.0,0.3]", "num_clients=6", "clients_per_round=6")
     found = assembly.make_plan(to_yaml(compose(["strategy=fedlp_plan", "model=fedlp_cnn", *tiers, *overrides]))).policy
-    assert isinstance(found, PrunedSlices)
+    assert isinstance(found, PlanPolicy)
     return found
 
 
-def returned(found: PrunedSlices, scores: dict[str, Tensor], client_id: int, examples: int) -> Returned:
-    return Returned(client_id, examples, {}, {}, scores)
+def returned(found: PlanPolicy, scores: dict[str, Tensor], client_id: int, examples: int) -> Answer:
+    report = ClientReport(1, client_id, examples, {}, scores=scores)
+    return Assignment(1, client_id, SubModel(), frozenset()), report
 
 
-def random_scores(found: PrunedSlices, rng: np.random.Generator) -> dict[str, Tensor]:
-    return {layer.name: torch.from_numpy(rng.random(layer.num_units)) for layer in found.submodels.layers}
+def random_scores(found: PlanPolicy, rng: np.random.Generator) -> dict[str, Tensor]:
+    return {layer.name: torch.from_numpy(rng.random(layer.num_units)) for layer in found.context.submodels.layers}
 
 
 @pytest.mark.parametrize("more", ["allocator=dp", "strategy.regrow=0.4", "pruner=random", "allocator=flap"])
@@ -94,12 +96,12 @@ def test_clients_of_one_budget_return_one_index_set_where_the_server_chooses(mor
     found = policy("strategy.unit_selection=server", more)
     memory = found.remember({}, 1, [returned(found, random_scores(found, np.random.default_rng(0)), 0, 5)])
     for server_round, past in ((1, {}), (2, memory)):
-        for budget in set(found.budgets):
-            members = [i for i, other in enumerate(found.budgets) if other == budget]
+        for budget in set(found.context.budgets):
+            members = [i for i, other in enumerate(found.context.budgets) if other == budget]
             assigned = [found.assign(server_round, client_id, past) for client_id in members]
             assert len(members) == 3
             assert assigned[0].returned or assigned[0].submodel.widths, "something is left out"
-            assert all(one == assigned[0] and not one.kept for one in assigned)
+            assert all(replace(one, client_id=members[0]) == assigned[0] and not one.kept for one in assigned)
 
 
 def test_clients_that_choose_return_sets_of_their_own() -> None:
@@ -114,7 +116,7 @@ def test_pooled_scores_of_units_are_a_function_of_two_sums(seed: int) -> None:
     scores, weights = [random_scores(found, rng) for _ in range(2)], [3, 8]
     fixed = returned(found, random_scores(found, rng), 2, 7)
     changed: list[dict[str, Tensor]] = [{}, {}]
-    for layer in found.submodels.layers:
+    for layer in found.context.submodels.layers:
         pair = [scores[0][layer.name], scores[1][layer.name]]
         (changed[0][layer.name], changed[1][layer.name]), new = others(pair, weights, np.random.default_rng(seed))
     before = found.remember({}, 1, [*(returned(found, scores[i], i, weights[i]) for i in (0, 1)), fixed])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fedlp.federation.strategies.policies import build_policy
 from torch import Tensor, nn
 
 from fedlp.config import LocalConfig, RunConfig
@@ -21,6 +20,7 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model
 from fedlp.rng import Stream, generator
+from tests.reference.policies import unlimited_policy
 
 Train = Callable[[nn.Module, Examples, DataInfo, LocalConfig, np.random.Generator], object]
 
@@ -50,7 +50,7 @@ def run(config: RunConfig, train: Train = train_plainly, absent: Collection[tupl
     data = load_dataset(config.dataset, config.seed)
     parts = partition_examples(config.partition, data.train, config.num_clients, config.seed)
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task)
-    policy = build_policy(config.strategy, config.seed, config.num_clients, SubModels(spec))
+    policy = unlimited_policy(config.strategy.make(), config.seed, config.num_clients, SubModels(spec))
     params = {name: tensor.clone() for name, tensor in spec.build(config.seed).state_dict().items()}
     heads: dict[int, Mapping[str, Tensor]] = {}
     for server_round in range(1, config.num_rounds + 1):
@@ -67,7 +67,7 @@ def run(config: RunConfig, train: Train = train_plainly, absent: Collection[tupl
                 model, examples, info, config.local, generator(config.seed, Stream.LOCAL_TRAINING, server_round, client)
             )
             trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if config.strategy.persist_heads:
+            if config.strategy.options.get("persist_heads", True):
                 heads[client] = {name: tensor for name, tensor in trained.items() if name not in params}
             if (server_round, client) not in absent:
                 uploads = policy.uploads(server_round, client, submodel)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedlp.errors import printable
 from fedlp.federation.server.exchange import reason_of
+from fedlp.simulation.flower_compat import become_server
 
 
 @given(st.text(st.characters()), st.integers(1, 300))
@@ -27,5 +28,6 @@ def test_what_is_harmless_stays() -> None:
 
 @pytest.mark.parametrize("reason", ["", " ", "\n", "\r\n \t", "\x0b\x0c", "\u2028"])
 def test_an_error_without_a_reason_says_so(reason: str) -> None:
+    become_server()
     reply = Message(Error(2, reason), reply_to=Message(RecordDict(), 1, "train"))
     assert reason_of(reply) == "no reason given"

@@ -7,9 +7,14 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from fedlp.allocation.rules.allocate import allocate_by_curves, allocate_by_depth, allocate_pooled, depth_shape
 
 from fedlp.allocation.budget.solve import Cost, round_units, solve_budget
+from fedlp.allocation.evidence import Evidence
+from fedlp.allocation.rules.depth_line import DepthLine
+from fedlp.allocation.rules.dp import allocate_by_curves
+from fedlp.allocation.rules.flap import allocate_pooled
+from fedlp.allocation.rules.log_depth import LogDepth
+from fedlp.allocation.rules.uniform import Uniform
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 
@@ -70,7 +75,8 @@ def test_every_rule_ends_within_the_budget_and_wastes_less_than_a_unit(seed: int
     limit = least + 0.5 * (most - least)
     curves = {layer.name: np.cumsum(rng.uniform(0, 1, layer.num_units - 1)).tolist() for layer in layers}
     scores = {layer.name: rng.uniform(size=layer.num_units) for layer in layers}
-    found = {rule: allocate_by_depth(layers, rule, 0.5, cost, limit) for rule in ("uniform", "depth_line", "log_depth")}
+    bare = Evidence(layers, 0.5)
+    found = {str(rule): rule(layers, bare, cost, limit) for rule in (Uniform(), DepthLine(), LogDepth())}
     found["dp"] = allocate_by_curves(layers, curves, cost, limit)
     found["flap"] = allocate_pooled(layers, scores, cost, limit)
     for kept in found.values():
@@ -127,21 +133,22 @@ def test_a_cost_that_the_first_units_do_not_change_is_met() -> None:
 def test_log_depth_rises_as_slimgpt_published_it() -> None:
     layers = [PrunableLayer(f"l{i}", 1000, 1, 1000, (), (f"r{i}",), i / 31) for i in range(32)]
     for sparsity, first, last in ((0.2004, 0.0625, 0.25), (0.5157, 0.125, 0.65625)):
-        kept = allocate_by_depth(layers, "log_depth", sparsity, lambda k: sum(k.values()), (1 - sparsity) * 32_000)
+        kept = LogDepth()(layers, Evidence(layers, sparsity), lambda k: sum(k.values()), (1 - sparsity) * 32_000)
         assert 1 - kept["l0"] / 1000 == pytest.approx(first, abs=0.02)
         assert 1 - kept["l31"] / 1000 == pytest.approx(last, abs=0.02)
 
 
 def test_uniform_is_flat_and_one_layer_has_no_depth() -> None:
-    layers, _, _ = make_problem(1)
-    assert set(depth_shape(layers, "uniform").values()) == {0.0}
-    assert depth_shape(layers[:1], "log_depth") == {"l0": 0.0}
+    layers = [PrunableLayer(f"l{i}", 1000, 1, 1000, (), (f"r{i}",), i / 3) for i in range(4)]
+    cost = lambda kept: sum(kept.values())  # noqa: E731
+    assert set(Uniform()(layers, Evidence(layers, 0.4), cost, 2400).values()) == {600}
+    assert LogDepth()(layers[:1], Evidence(layers[:1], 0.4), cost, 600) == {"l0": 600}
 
 
 def test_what_cannot_be_met_says_what_can() -> None:
     layers, cost, _ = make_problem(2)
     least, _ = bounds(layers, cost)
     with pytest.raises(AllocationError, match="out of reach"):
-        solve_budget(layers, depth_shape(layers, "uniform"), 0.0, cost, least - 1)
+        solve_budget(layers, dict.fromkeys((x.name for x in layers), 0.0), 0.0, cost, least - 1)
     with pytest.raises(AllocationError, match=r"layer l0: its score is nan"):
         solve_budget(layers, {layer.name: float("nan") for layer in layers}, 1.0, cost, least + 1)

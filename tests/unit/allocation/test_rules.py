@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from fedlp.allocation.rules.hand_rules import HAND_RULES, Evidence, erk_densities, hand_rule, hill_exponent
 
-from fedlp.allocation.budget.solve import solve_budget
 from fedlp.allocation.dsa_chains import PUBLISHED, chain_shape, parse_chain
-from fedlp.allocation.layer_metrics import compute_statistics
-from fedlp.errors import AllocationError
+from fedlp.allocation.evidence import NEEDS, Evidence, needs_of
+from fedlp.allocation.rules.alphapruning import hill_exponent
+from fedlp.allocation.rules.erk import erk_densities
+from fedlp.errors import AllocationError, ConfigError
+from fedlp.registry import lookup, names
 from fedlp.types import PrunableLayer
 
 RNG = np.random.default_rng(0)
 SHAPES = [(8, 12), (6, 40), (5, 30, 3, 3), (10, 64), (7, 20)]
 WEIGHTS = {f"l{i}": [RNG.normal(size=shape) ** (1 + 2 * (i % 2))] for i, shape in enumerate(SHAPES)}
-ELEMENTS = {name: np.abs(w[0].reshape(len(w[0]), -1)) * RNG.lognormal(0, 0.8) for name, w in WEIGHTS.items()}
+NORMS = {name: [RNG.lognormal(0, 1.6) * RNG.lognormal(0, 0.3, w[0][0].size)] for name, w in WEIGHTS.items()}
+ELEMENTS = {name: np.abs(w[0].reshape(len(w[0]), -1)) * np.sqrt(NORMS[name][0]) for name, w in WEIGHTS.items()}
 LAYERS = [
-    PrunableLayer(name, 10**6, 1, w[0].size, (), (f"{name}.reader",), i / 4)
+    PrunableLayer(name, 10**12, 1, w[0].size, (), (f"{name}.reader",), i / 4)  # so many units that rounding is nothing
     for i, (name, w) in enumerate(WEIGHTS.items())
 ]
-EVIDENCE = Evidence(
-    compute_statistics(LAYERS, {name: {"wanda": array} for name, array in ELEMENTS.items()}), WEIGHTS, ELEMENTS
-)
+HAND_RULES = ("owl", "dlp", "alphapruning", "erk", "dsa")
 SIZES = np.array([layer.num_params for layer in LAYERS], dtype=float)
 
 
@@ -32,15 +33,24 @@ def normalised(values: list[float]) -> np.ndarray:
     return (np.array(values) - min(values)) / (max(values) - min(values))
 
 
-def solved(rule: str, sparsity: float) -> np.ndarray:
+def cost(kept: Mapping[str, float]) -> float:
+    return sum(layer.num_params * kept[layer.name] / layer.num_units for layer in LAYERS)
+
+
+def evidence(
+    sparsity: float,
+    weights: Mapping[str, Sequence[np.ndarray]] = WEIGHTS,
+    norms: Mapping[str, Sequence[np.ndarray]] = NORMS,
+) -> Evidence:
+    return Evidence(LAYERS, sparsity, weights=lambda: weights, input_norms=lambda: norms)
+
+
+def solved(rule: str, sparsity: float, given: Evidence | None = None, **options: float) -> np.ndarray:
     """The sparsities that a budget on parameters makes of a rule."""
-    shape, amplitude = hand_rule(rule, EVIDENCE, sparsity)
-
-    def cost(kept: dict[str, float]) -> float:
-        return sum(layer.num_params * kept[layer.name] / layer.num_units for layer in LAYERS)
-
-    found = solve_budget(LAYERS, shape, amplitude, cost, (1 - sparsity) * SIZES.sum())  # type: ignore[arg-type]
-    return np.array([found[layer.name] for layer in LAYERS])
+    part = lookup("allocator", rule)(**options)
+    kept = part(LAYERS, given or evidence(sparsity), cost, (1 - sparsity) * SIZES.sum())
+    assert cost(kept) <= (1 - sparsity) * SIZES.sum()
+    return np.array([1 - kept[layer.name] / layer.num_units for layer in LAYERS])
 
 
 def centred(values: np.ndarray, sparsity: float) -> np.ndarray:
@@ -100,32 +110,102 @@ def test_erk_of_everything_is_everything() -> None:
 
 def test_dsa_is_the_published_chain() -> None:
     wanted = chain_shape(parse_chain(PUBLISHED), ELEMENTS)
-    shape, amplitude = hand_rule("dsa", EVIDENCE, 0.7)
-    assert shape == pytest.approx(wanted)
-    assert amplitude == 0.16
+    shape = np.array([wanted[layer.name] for layer in LAYERS])
+    np.testing.assert_allclose(solved("dsa", 0.7), centred(0.16 * shape, 0.7), atol=1e-9)
+
+
+def test_depth_alone_gives_a_line_or_a_logarithm() -> None:
+    depth = np.array([layer.depth for layer in LAYERS])
+    np.testing.assert_allclose(solved("uniform", 0.4), np.full(5, 0.4), atol=1e-9)
+    np.testing.assert_allclose(solved("depth_line", 0.4), centred(0.6 * 0.4 * depth, 0.4), atol=1e-9)
+    logarithm = np.log(depth * 4 + 1) / np.log(5)
+    np.testing.assert_allclose(solved("log_depth", 0.4), centred(1.16 * 0.4**1.134 * logarithm, 0.4), atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["depth_line", "log_depth", *HAND_RULES])
+@pytest.mark.parametrize("amplitude", [0.0, 0.25])
+def test_an_amplitude_of_ones_own_is_the_range_of_the_sparsities(rule: str, amplitude: float) -> None:
+    assert np.ptp(solved(rule, 0.5, amplitude=amplitude)) == pytest.approx(amplitude, abs=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["depth_line", "log_depth", *HAND_RULES])
+@pytest.mark.parametrize("amplitude", [-0.1, 2.5])
+def test_an_amplitude_that_cannot_be_is_refused(rule: str, amplitude: float) -> None:
+    with pytest.raises(ConfigError, match=rf"allocator\.amplitude={amplitude} is not allowed: it must be in \[0, 2\]"):
+        lookup("allocator", rule)(amplitude=amplitude)
 
 
 def test_layers_that_score_alike_are_pruned_alike() -> None:
-    same = dict.fromkeys(ELEMENTS, ELEMENTS["l0"])
-    alike = compute_statistics(LAYERS, {name: {"wanda": array} for name, array in same.items()})
-    evidence = Evidence(alike, dict.fromkeys(WEIGHTS, WEIGHTS["l0"]), same)
+    alike = evidence(0.5, dict.fromkeys(WEIGHTS, WEIGHTS["l0"]), dict.fromkeys(NORMS, NORMS["l0"]))
     for rule in HAND_RULES:
-        assert set(hand_rule(rule, evidence, 0.5)[0].values()) == {0.0}
+        np.testing.assert_allclose(solved(rule, 0.5, alike), np.full(5, 0.5), atol=1e-9)
+
+
+# ---- evidence
+def test_wandas_elements_are_those_of_all_readers_of_a_layer() -> None:
+    layer = PrunableLayer("a", 2, 1, 10, (), ("one", "other"), 0.0)
+    weights = [np.array([[1.0, -2.0]]), np.array([[3.0, 4.0], [0.0, -1.0]])]
+    norms = [np.array([4.0, 9.0]), np.array([1.0, 25.0])]
+    found = Evidence([layer], 0.5, weights=lambda: {"a": weights}, input_norms=lambda: {"a": norms})
+    np.testing.assert_array_equal(found.wanda["a"], [2, 6, 3, 20, 0, 5])
+
+
+def test_evidence_is_measured_once_and_only_where_it_is_asked_for() -> None:
+    calls: list[str] = []
+
+    def weights() -> Mapping[str, Sequence[np.ndarray]]:
+        calls.append("weights")
+        return WEIGHTS
+
+    given = Evidence(LAYERS, 0.5, weights=weights, input_norms=lambda: calls.append("input_norms"))
+    solved("uniform", 0.5, given)
+    assert calls == []
+    solved("erk", 0.5, given)
+    solved("alphapruning", 0.5, given)
+    assert calls == ["weights"]
+    assert given.at(0.7).sparsity == 0.7
+    assert given.has("weights")
+    assert not given.has("unit_scores")
+
+
+@pytest.mark.parametrize("rule", [name for name in names("allocator") if name != "plan"])
+def test_a_rule_says_which_evidence_it_reads(rule: str) -> None:
+    """With what it says a rule gives an allocation; without any one of these it says what is missing."""
+    layers = [PrunableLayer(x.name, 7, 1, x.num_params, (), x.readers, x.depth) for x in LAYERS]
+    scores = {x.name: np.linspace(1, 2, 7) for x in layers}
+    suppliers = {
+        "weights": lambda: WEIGHTS,
+        "input_norms": lambda: NORMS,
+        "unit_scores": lambda: scores,
+        "error_curves": lambda: {name: np.cumsum(found)[:-1].tolist() for name, found in scores.items()},
+    }
+    part = lookup("allocator", rule)()
+    needed = needs_of(part)
+    assert needed <= set(NEEDS)
+
+    def units(kept: Mapping[str, float]) -> float:
+        return sum(kept.values())
+
+    kept = part(layers, Evidence(layers, 0.5, **{need: suppliers[need] for need in needed}), units, 20.0)
+    assert set(kept) == {x.name for x in layers}
+    assert units(kept) <= 20
+    for missing in needed:
+        bare = Evidence(layers, 0.5, **{need: suppliers[need] for need in needed - {missing}})
+        with pytest.raises(AllocationError, match=f"there are no {missing.replace('_', ' ')} here"):
+            part(layers, bare, units, 20.0)
+
+
+def test_a_need_that_does_not_exist_is_refused() -> None:
+    class Mine:
+        needs = frozenset({"gut_feeling"})
+
+    with pytest.raises(AllocationError, match="needs gut_feeling, which is none of weights"):
+        needs_of(Mine())
+    assert needs_of(lambda: None) == frozenset()
 
 
 def test_what_a_rule_cannot_see_is_told() -> None:
-    bare = Evidence(compute_statistics(LAYERS, {layer.name: {} for layer in LAYERS}))
-    for rule, message in [
-        ("owl", r"rule owl: layer l0 has no wanda\.id\.outlier"),
-        ("dlp", r"rule dlp: layer l0 has no wanda\.id\.median"),
-        ("alphapruning", "rule alphapruning: layer l0 came without weights"),
-        ("erk", "rule erk: layer l0 came without weights"),
-        ("dsa", "rule dsa: layer l0 came without Wanda elements"),
-        ("best", "there is no allocation rule 'best'"),
-    ]:
-        with pytest.raises(AllocationError, match=message):
-            hand_rule(rule, bare, 0.5)
-    with pytest.raises(AllocationError, match="rule owl: there are no layers"):
-        hand_rule("owl", Evidence(()), 0.5)
+    with pytest.raises(ConfigError, match="there is no allocator best"):
+        lookup("allocator", "best")
     with pytest.raises(AllocationError, match="the spectrum of its weights has no tail"):
         hill_exponent(np.eye(3))

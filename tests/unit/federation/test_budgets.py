@@ -14,18 +14,18 @@ from fedlp.apps import federate as assembly
 from fedlp.config import LocalConfig, compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.budgets import layer_costs
-from fedlp.federation.wire.encodings import BITS, encode_values
+from fedlp.registry import lookup
 from fedlp.types import Keep, SubModel
 
 CNN = ("model=fedlp_cnn", "dataset=cifar10", "num_clients=8", "clients_per_round=4")
 TIERS = ("fleet=tiers", "fleet.limited=[params]")
 
 
-def plan_of(*overrides: str) -> assembly.Plan:
+def plan_of(*overrides: str) -> assembly.Federation:
     return assembly.make_plan(to_yaml(compose([*CNN, *overrides])))
 
 
-def params_of(plan: assembly.Plan) -> list[int]:
+def params_of(plan: assembly.Federation) -> list[int]:
     return sorted(plan.submodels.layout(plan.policy.submodel(1, client_id)).num_params() for client_id in range(8))
 
 
@@ -54,7 +54,7 @@ def test_expected_costs_are_those_of_the_clients(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", BITS)
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
 def test_bytes_of_an_upload_are_those_of_what_is_encoded(model: str, encoding: str) -> None:
     submodels = plan_of("strategy=fedlp_plan", f"model={model}", f"upload={encoding}").submodels
@@ -64,8 +64,9 @@ def test_bytes_of_an_upload_are_those_of_what_is_encoded(model: str, encoding: s
     trainable = [name for name in layout.names if submodels.spec.tensors[name].trainable]
     signature = layout.signature(frozenset(trainable))
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in signature}
-    sent = encode_values(tensors, encoding, torch.Generator())
-    costs = layer_costs(submodels, LocalConfig(), encoding)
+    written = lookup("encoding", encoding)()
+    sent = written.encode(tensors, torch.Generator())
+    costs = layer_costs(submodels, LocalConfig(), written)
     expected = costs.evaluate(np.array(units, dtype=np.float64))[COSTS.index("upload_bytes")]
     assert 0 <= sum(tensor.nbytes for tensor in sent.values()) - expected < len(sent)  # whole bytes of each tensor
 

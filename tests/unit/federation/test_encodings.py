@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedlp.errors import ProtocolError
-from fedlp.federation.wire.encodings import decode_values, encode_values, encoded_signature
-from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.packing import Signature, pack_tensors, unpack_tensors
 from fedlp.federation.wire.ranges import LARGEST_VALUE
+from fedlp.registry import lookup
 
 VALUES = {
     "weight": torch.linspace(-3.0, 2.0, 60).view(4, 3, 5) ** 3,
@@ -22,12 +24,26 @@ SIGNATURE = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in VALUE
 QUANTISED = pytest.mark.parametrize(("encoding", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
 
 
+def made(encoding: str, **options: float) -> Encoding:
+    found = lookup("encoding", encoding)(**options)
+    assert isinstance(found, Encoding)
+    return found
+
+
+def encode_values(
+    values: dict[str, Tensor], encoding: str, generator: torch.Generator, **options: float
+) -> dict[str, Tensor]:
+    return made(encoding, **options).encode(values, generator)
+
+
+def decode_values(encoded: dict[str, Tensor], signature: Signature, encoding: str, who: str) -> dict[str, Tensor]:
+    return made(encoding).decode(encoded, signature, who)
+
+
 def there_and_back(encoding: str, seed: int = 0) -> dict[str, torch.Tensor]:
     encoded = encode_values(VALUES, encoding, torch.Generator().manual_seed(seed))
     images = {name: image for name, (_, image) in pack_tensors(encoded).items()}
-    return decode_values(
-        unpack_tensors(images, encoded_signature(SIGNATURE, encoding)), SIGNATURE, encoding, "client 1"
-    )
+    return decode_values(unpack_tensors(images, made(encoding).signature(SIGNATURE)), SIGNATURE, encoding, "client 1")
 
 
 def test_float32_is_exact() -> None:
@@ -66,7 +82,7 @@ def test_coarse_steps_are_right_on_average_and_mostly_zero(encoding: str, bits: 
         drawn = []
         for seed in range(100):
             rng = torch.Generator().manual_seed(seed)
-            encoded = encode_values({"w": values}, encoding, rng, coarseness)
+            encoded = encode_values({"w": values}, encoding, rng, coarseness=coarseness)
             drawn.append(decode_values(encoded, signature, encoding, "client 1")["w"])
         step = coarseness * values.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
         assert float(((torch.stack(drawn).mean(dim=0) - values) / step).abs().max()) < 5 * 0.5 / 100**0.5

@@ -37,7 +37,7 @@ def params(submodels: SubModels) -> dict[str, torch.Tensor]:
 
 def assign(submodels: SubModels, submodel: SubModel, names: frozenset[str] | None = None) -> TrainInstruction:
     layout = submodels.layout(submodel)
-    return TrainInstruction(3, 4, {}, submodel, frozenset(layout.names) if names is None else names)
+    return TrainInstruction(3, 4, submodel, frozenset(layout.names) if names is None else names)
 
 
 def slices(submodels: SubModels) -> list[SubModel]:
@@ -73,7 +73,7 @@ def test_an_update_goes_there_and_back_and_costs_what_its_numbers_cost(
     names = frozenset(layout.names[::3])
     assigned = assign(submodels, submodel, names)
     sent = {name: tensor for name, tensor in layout.slice(params).items() if name in names}
-    update = ClientUpdate(3, 4, 17, sent, {"train-loss": 0.25})
+    update = ClientUpdate(3, 4, 17, {"train-loss": 0.25}, params=sent)
     content = messages.encode_update(update, submodels)
     got = messages.decode_update(content, assigned, PROFILE, submodels)
     assert (got.num_examples, got.metrics) == (17, {"train-loss": 0.25})
@@ -83,7 +83,7 @@ def test_an_update_goes_there_and_back_and_costs_what_its_numbers_cost(
 
 
 def good_update(submodels: SubModels, params: dict[str, torch.Tensor]) -> RecordDict:
-    return messages.encode_update(ClientUpdate(3, 4, 17, dict(params), {"train-loss": 0.25}), submodels)
+    return messages.encode_update(ClientUpdate(3, 4, 17, {"train-loss": 0.25}, params=dict(params)), submodels)
 
 
 def change(record: str, key: str, value: object) -> Callable[[RecordDict], None]:

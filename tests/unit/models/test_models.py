@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedlp.config import ModelConfig
+from fedlp.config.parts import read_part
 from fedlp.errors import ConfigError
 from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
 from fedlp.models.cost import count_macs
@@ -22,14 +23,13 @@ CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
 
 
 def classifier(source: str, shape: tuple[int, ...] = DIGITS, **fields: object) -> ModelSpec:
-    config = ModelConfig(**{"name": source, "source": source, **fields})
+    config = read_part(ModelConfig, "model", {"name": source, "source": source, **fields})
     return describe_model(config, shape, 10, "classification")
 
 
 def language(vocabulary: int = 40, length: int = 12, **fields: object) -> ModelSpec:
-    config = ModelConfig(
-        **{"name": "llama_tiny", "source": "llama", "hidden_size": 16, "intermediate_size": 20, **fields}
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 20} if fields.get("source", "llama") == "llama" else {}
+    config = read_part(ModelConfig, "model", {"name": "llama_tiny", "source": "llama", **sizes, **fields})
     return describe_model(config, (length,), vocabulary, "language")
 
 
@@ -43,7 +43,7 @@ def make(name: str) -> ModelSpec:
     source, _, variant = name.partition(":")
     if source == "torchvision":
         return classifier(source, name=variant)
-    return classifier(source, variant=variant or "plain")
+    return classifier(source, **({"variant": variant} if variant else {}))
 
 
 ALL = [
@@ -244,15 +244,14 @@ def test_pretrained_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch)
         ({"source": "llama", "num_heads": 3}, (12,), "language", "num_heads"),
         ({"source": "hf"}, (12,), "language", "model.path"),
         ({"source": "hf", "path": "./absent"}, (12,), "language", "not a folder"),
-        ({"source": "nonsense"}, DIGITS, "classification", "none of fedlp_cnn"),
+        ({"source": "nonsense"}, DIGITS, "classification", "no model nonsense; .*fedlp_cnn"),
     ],
 )
 def test_mismatches_are_one_line(
     fields: dict, shape: tuple[int, ...], task: str, message: str, capfd: pytest.CaptureFixture
 ) -> None:
-    config = ModelConfig(**{"name": "m", **fields})
     with pytest.raises(ConfigError, match=message) as caught:
-        describe_model(config, shape, 10, task)
+        describe_model(read_part(ModelConfig, "model", {"name": "m", **fields}), shape, 10, task)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -328,20 +327,19 @@ def test_prefixes_of_other_decoder_styles(family: str, tmp_path: Path) -> None:
 
 def test_hf_checks_vocabulary_length_and_kind(tmp_path: Path) -> None:
     transformers = import_transformers()
-    config = ModelConfig(name="hf", source="hf", path=str(tmp_path))
+    path = str(tmp_path)
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_hf(config, 10, 10)
+        load_hf((10,), 10, path)
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not a causal language model"):
-        load_hf(config, 10, 10)
+        load_hf((10,), 10, path)
     transformers.LlamaConfig(vocab_size=30, max_position_embeddings=20).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="30 tokens"):
-        load_hf(config, 31, 10)
+        load_hf((10,), 31, path)
     with pytest.raises(ConfigError, match="at most"):
-        load_hf(config, 30, 21)
-    config.pretrained = True
+        load_hf((21,), 30, path)
     with pytest.raises(ConfigError, match="safetensors") as caught:
-        load_hf(config, 30, 20).build_initial()
+        load_hf((20,), 30, path, pretrained=True).build_initial()
     assert "\n" not in str(caught.value)
 
 

@@ -20,7 +20,8 @@ CLASSIFIERS = ["fedlp_cnn", "small_cnn", "fedlp_mlp", "resnet18", "mobilenet_v2"
 
 def classifier(name: str) -> ModelSpec:
     source = "torchvision" if name in ("resnet18", "mobilenet_v2") else name
-    config = ModelConfig(name=name, source=source, variant="deep" if name == "fedlp_mlp" else "plain")
+    options = {"variant": "deep"} if name == "fedlp_mlp" else {}
+    config = ModelConfig(name=name, source=source, options=options)
     return describe_model(config, (3, 32, 32), 10, "classification")
 
 

@@ -207,7 +207,7 @@ def test_native_files_where_a_config_describes_the_model(
 
 
 def load_exported(folder: Path) -> nn.Module:
-    config = ModelConfig("hf", "hf", path=str(folder), pretrained=True)
+    config = ModelConfig("hf", source="hf", options={"path": str(folder), "pretrained": True})
     return describe_model(config, TOKENS.shape[1:], int(TOKENS.max()) + 1, "language").build(0).eval()
 
 

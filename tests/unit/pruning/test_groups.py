@@ -23,13 +23,13 @@ from fedlp.types import Keep
 
 CLASSIFIERS = {
     "fedlp_cnn": ModelConfig(name="fedlp_cnn", source="fedlp_cnn"),
-    "fedlp_mlp": ModelConfig(name="fedlp_mlp", source="fedlp_mlp", variant="deep"),
+    "fedlp_mlp": ModelConfig(name="fedlp_mlp", source="fedlp_mlp", options={"variant": "deep"}),
     "small_cnn": ModelConfig(name="small_cnn", source="small_cnn"),
     "resnet18": ModelConfig(name="resnet18", source="torchvision"),
-    "resnet18-group": ModelConfig(name="resnet18", source="torchvision", norm="group"),
+    "resnet18-group": ModelConfig(name="resnet18", source="torchvision", options={"norm": "group"}),
     "vgg11_bn": ModelConfig(name="vgg11_bn", source="torchvision"),
     "mobilenet_v2": ModelConfig(name="mobilenet_v2", source="torchvision"),
-    "mobilenet_v2-group": ModelConfig(name="mobilenet_v2", source="torchvision", norm="group"),
+    "mobilenet_v2-group": ModelConfig(name="mobilenet_v2", source="torchvision", options={"norm": "group"}),
     "mobilenet_v3_small": ModelConfig(name="mobilenet_v3_small", source="torchvision"),  # squeeze and excitation
     "regnet_y_400mf": ModelConfig(name="regnet_y_400mf", source="torchvision"),  # grouped convolutions
 }

@@ -69,9 +69,9 @@ def test_labels_tell_groups_apart(write_run: WriteRun, tmp_path: Path) -> None:
 
 
 def test_a_run_older_than_an_option_had_its_default(write_run: WriteRun, tmp_path: Path) -> None:
-    write_run("runs/old", seed=0)
-    write_run("runs/new", seed=1, strategy__ramp_from=0.0)
-    write_run("runs/other", seed=0, strategy__ramp_from=0.9)
+    write_run("runs/old", seed=0, strategy__name="fedlp_plan")
+    write_run("runs/new", seed=1, strategy__name="fedlp_plan", strategy__ramp_from=0.0)
+    write_run("runs/other", seed=0, strategy__name="fedlp_plan", strategy__ramp_from=0.9)
     groups = group_runs(find_runs([tmp_path / "runs"]))
     assert sorted(len(group.runs) for group in groups) == [1, 2]
     assert differences(groups).keys() == {"strategy.ramp_from"}
