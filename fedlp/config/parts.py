@@ -62,7 +62,8 @@ class PartConfig:
             Values for ``registry.GIVEN``; without any, a function is returned with its options filled in.
         """
         target = self.target
-        chosen = {name: getattr(self, name) for name in registry.options(self.kind, target)}
+        known, own = registry.options(self.kind, target), self.options  # an own option may be called "target"
+        chosen = {name: own[name] if name in own else getattr(self, name) for name in known}
         if not given and not isinstance(target, type):
             return partial(target, **chosen)
         taken = registry.given_to(self.kind, target)
