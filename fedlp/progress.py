@@ -63,3 +63,43 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+class Counter:
+    """Shows how many of many things are done: in a terminal on one line, elsewhere every ten seconds.
+
+    Parameters
+    ----------
+    label : str
+        Heads the line.
+    total : int
+        Number of things.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
+        self._label, self._total = label, total
+        self._stream = sys.stderr if stream is None else stream
+        self._done = 0
+        self._started = self._shown = time.monotonic()
+        self._every = 0.2 if self._stream.isatty() else 10.0
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown > self._started and self._stream.isatty():
+            self._stream.write("\n")
+
+    def advance(self, count: int = 1) -> None:
+        """Count things that are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown < self._every:
+            return
+        self._shown = now
+        left = (now - self._started) / self._done * (self._total - self._done)
+        line = f"{self._label}: {self._done:,} of {self._total:,}, {_duration(left)} left"
+        self._stream.write(f"\r{line:<79}" if self._stream.isatty() else line + "\n")
+        self._stream.flush()

@@ -50,8 +50,7 @@ HOMES: Mapping[str, str] = {
 
 GIVEN: Mapping[str, frozenset[str]] = {
     "model": frozenset({"input_shape", "num_classes", "in_channels", "in_features", "task", "vocabulary"}),
-    "dataset": frozenset({"seed"}),
-    "partition": frozenset({"train", "num_clients", "seed", "kinds"}),
+    "partition": frozenset({"train", "num_clients", "seed", "rng", "kinds"}),
     "allocator": frozenset({"layers", "evidence", "cost", "limit"}),
     "score": frozenset({"view"}),
     "metric": frozenset({"outputs", "targets"}),

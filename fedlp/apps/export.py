@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedlp.apps.federate import Federation, check_fits
 from fedlp.apps.prune import save_model
 from fedlp.config import from_yaml
-from fedlp.data.datasets import FederatedData, load_dataset
+from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, one_line
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
@@ -187,7 +187,7 @@ def _load_head(run: _Run, submodel: SubModel, client_id: int) -> Mapping[str, Te
 
 def _load_data(plan: Federation) -> FederatedData | None:
     try:
-        return load_dataset(plan.config.dataset, plan.config.seed)
+        return plan.data
     except DataError as error:
         log.warning("no metrics, and batch norms stay the global model's: %s", error)
         return None
@@ -213,7 +213,7 @@ def _write(
             evaluate_sums(model, data.test, plan.info, config.eval_batch_size), task_of(plan.info)
         )
     axes = submodels.widths if submodel.widths else WidthSpec({}, {})
-    save_model(model, spec, axes, submodel.widths, config.dataset.tokenizer, folder, onnx)
+    save_model(model, spec, axes, submodel.widths, tokenizer_of(config.dataset), folder, onnx)
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "macs": count_macs(model, spec.example_inputs(1)).forward,
@@ -238,7 +238,7 @@ def _index(
         "model": run.plan.submodels.spec.blueprint.name,
         "strategy": config.strategy.name,
         "server_round": run.state.server_round,
-        "inputs": task_of(run.plan.info).describe_inputs(run.plan.info, config.dataset.tokenizer),
+        "inputs": task_of(run.plan.info).describe_inputs(run.plan.info, tokenizer_of(config.dataset)),
         "clients": {str(client): folders[client] for client in sorted(folders)},
         "skipped": {str(client): reason for client, reason in skipped.items()},
         "artefacts": dict(entries),

@@ -20,8 +20,9 @@ from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
-from fedlp.data.datasets import FederatedData, describe_dataset, load_dataset
-from fedlp.data.partition import partition_examples, plot_partition
+from fedlp.data.datasets import FederatedData, Loaded, make_reader
+from fedlp.data.partition import partition_examples
+from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import CheckpointError, ConfigError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
@@ -43,6 +44,7 @@ from fedlp.progress import Progress
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
+from fedlp.tasks import with_task
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -71,7 +73,8 @@ class Federation:
         data: FederatedData | None = None,
         parts: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
-        self.info = describe_dataset(config.dataset) if data is None else data.info
+        self._read = make_reader(config.dataset) if data is None else Loaded(data)
+        self.info = with_task(self._read.describe(), config.task.make())
         info = self.info
         if blueprint is None:
             spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
@@ -87,7 +90,7 @@ class Federation:
         if self.is_oneshot:
             config = replace(config, num_rounds=oneshot_costs.count_lines(oneshot_settings(config), self.submodels))
         self.config = config
-        self._data, self._parts = data, None if parts is None else tuple(parts)
+        self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[str, ClientRuntime] = {}
         self.policy = self.fit({})
 
@@ -98,7 +101,7 @@ class Federation:
     @cached_property
     def data(self) -> FederatedData:
         """The data set."""
-        return self._data or load_dataset(self.config.dataset, self.config.seed)
+        return replace(self._read.load(self.config.seed), info=self.info)
 
     @cached_property
     def parts(self) -> tuple[NDArray[np.int64], ...]:

@@ -223,6 +223,7 @@ def prune_config(config: RunConfig) -> PruneConfig:
         eval_batch_size=config.eval_batch_size,
         model=config.model,
         dataset=config.dataset,
+        task=config.task,
         pruner=config.pruner,
         allocator=config.allocator,
         calibration=config.calibration,

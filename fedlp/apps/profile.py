@@ -29,7 +29,7 @@ from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.tasks import task_of
+from fedlp.tasks import task_of, with_task
 from fedlp.training.loop import check_loss, train_locally
 from fedlp.types import Budget, Keep, PrunableLayer
 
@@ -126,7 +126,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 def _load_subject(config: ProfileConfig) -> Subject:
-    info = describe_dataset(config.dataset)
+    info = with_task(describe_dataset(config.dataset), config.task.make())
     spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
     check_loss(config.local, info)
     model = spec.build(config.seed)

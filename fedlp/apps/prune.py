@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
 from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
-from fedlp.data.datasets import DataInfo, FederatedData, describe_dataset, load_dataset
+from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
@@ -29,7 +29,7 @@ from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Prune
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.tasks import task_of
+from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
 from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
@@ -93,24 +93,25 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- parts
 def load_subject(config: PruneConfig) -> Subject:
     """Return the trained model that the config names, its data and what can be pruned of it."""
-    model_config, dataset = config.model, config.dataset
+    model_config, dataset, task = config.model, config.dataset, config.task
     if config.run is not None:
         run = Path(config.run)
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"run={config.run}: that is not a run directory (it has no config.yaml)")
         stored = from_yaml((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
-        model_config, dataset = stored.model, stored.dataset
+        model_config, dataset, task = stored.model, stored.dataset, stored.task
     elif not model_config.options.get("pretrained") and model_config.options.get("path") is None:
         raise ConfigError(
             f"model {model_config.name} has no trained weights; give model=hf model.path=DIR, model.pretrained=true, "
             "or run=RUN_DIR for the model of a federated run"
         )
-    info = describe_dataset(dataset)
+    reader = make_reader(dataset)
+    info = with_task(reader.describe(), task.make())
     spec = describe_model(model_config, info.input_shape, info.num_classes, info.task, info.vocabulary)
     model = spec.build(config.seed).eval().to(config.device)
     if config.run is not None:
         _load_run(model, Path(config.run) / "model.safetensors")
-    data = load_dataset(dataset, config.seed)
+    data = replace(reader.load(config.seed), info=info)
     widths = trace_widths(model, spec.example_inputs(1))
     shared = config.pruner.shared and not spec.reads_tokens
     return Subject(spec, model, info, data, widths, find_layers(model, widths, shared))
@@ -204,7 +205,7 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
     """Write a pruned model as the config says."""
-    tokenizer, onnx = config.dataset.tokenizer, config.onnx
+    tokenizer, onnx = tokenizer_of(config.dataset), config.onnx
     save_model(pruned.model, subject.spec, subject.widths, pruned.widths, tokenizer, folder, onnx)
 
 

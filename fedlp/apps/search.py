@@ -76,6 +76,7 @@ def _set_scene(config: SearchConfig) -> _Scene:
         device="cpu",
         model=config.model,
         dataset=config.dataset,
+        task=config.task,
         pruner=config.pruner,
     )
     prune_config.calibration.examples, prune_config.calibration.batch_size = wanted, settings.batch_size

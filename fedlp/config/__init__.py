@@ -43,6 +43,7 @@ from fedlp.config.schema import (
     ServerOptimizerConfig,
     SimulationConfig,
     StrategyConfig,
+    TaskConfig,
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
@@ -72,6 +73,7 @@ __all__ = [
     "ServerOptimizerConfig",
     "SimulationConfig",
     "StrategyConfig",
+    "TaskConfig",
     "UploadConfig",
     "compose",
     "compose_profile",
@@ -201,9 +203,11 @@ def from_yaml(text: str) -> RunConfig:
 def with_absolute_paths(config: _Config) -> _Config:
     """Return the config with its local files named so that they are found from any working folder."""
     dataset, model = config.dataset, config.model
-    root = dataset.root and str(Path(dataset.root).expanduser().absolute())
-    tokenizer = dataset.tokenizer if dataset.tokenizer == "bytes" else _absolute(dataset.tokenizer)
-    dataset = replace(dataset, root=root, path=dataset.path and _absolute(dataset.path), tokenizer=tokenizer)
+    paths = {key: dataset.options.get(key) for key in ("root", "path", "test_path", "tokenizer")}
+    found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
+    if paths["root"]:  # a folder that is downloaded to need not exist yet
+        found["root"] = str(Path(paths["root"]).expanduser().absolute())
+    dataset = replace(dataset, options=dataset.options | found)
     if isinstance(path := model.options.get("path"), str):
         model = replace(model, options={**model.options, "path": _absolute(path)})
     return replace(config, dataset=dataset, model=model)

@@ -66,6 +66,8 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(target, dict):
                 target[name or "name"] = own.pop(option)
     found.setdefault("aggregator", {})["name"] = "coverage_average"
+    if isinstance(dataset := found.get("dataset"), dict):
+        dataset.setdefault("label_column", None)  # text was for language modelling alone
     return found
 
 

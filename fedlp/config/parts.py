@@ -48,6 +48,9 @@ class PartConfig:
             return options[name]
         raise AttributeError(f"{type(self).__name__} {self.__dict__.get(self.key)} has no option {name}")
 
+    def _has(self, name: str) -> bool:
+        return name in self.options or hasattr(self, name)
+
     @property
     def target(self) -> Callable[..., Any]:
         """The class or function that the name stands for."""
@@ -62,7 +65,8 @@ class PartConfig:
             Values for ``registry.GIVEN``; without any, a function is returned with its options filled in.
         """
         target = self.target
-        chosen = {name: getattr(self, name) for name in registry.options(self.kind, target) if hasattr(self, name)}
+        known, own = registry.options(self.kind, target), self.options  # an own option may be called "target"
+        chosen = {name: own[name] if name in own else getattr(self, name) for name in known if self._has(name)}
         if not given and not isinstance(target, type):
             return partial(target, **chosen)
         taken = registry.given_to(self.kind, target)

@@ -28,36 +28,38 @@ class ModelConfig(PartConfig):
 
 
 @dataclass
-class DatasetConfig:
-    """Which examples there are. ``root`` is where they lie or are downloaded to."""
+class DatasetConfig(PartConfig):
+    """Data set; its own options are those of the reader in ``fedlp/data``.
 
-    name: str = MISSING
-    root: str | None = None
-    download: bool = True
-    path: str | None = None  # hf: data set name on the Hugging Face hub, or a local folder
-    subset: str | None = None  # hf: configuration name
-    split: str = "train"  # hf
-    text_column: str = "text"  # hf
-    tokenizer: str = "bytes"  # text: "bytes", or a Hugging Face tokenizer's name or folder
-    documents: str = "auto"  # text: "file", "line", "paragraph", "separator", "speaker"; "auto" looks at the text
-    sequence_length: int = 128  # text: tokens of context per example
-    test_fraction: float = 0.1  # data sets without a test split of their own, in (0, 1)
-    max_train_examples: int | None = None  # use only the first so many (after a seeded shuffle)
+    Data of one's own are ``dataset=MODULE:OBJECT``: a function that returns training and test data, or a reader.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    max_train_examples: int | None = None  # a random subset of so many; all where null
     max_test_examples: int | None = None
-    augment: bool = False  # images: random crop with padding 4 and horizontal flip while training
-    mean: list[float] | None = None  # images: what a pretrained model takes off each channel, on a [0, 1] scale
-    std: list[float] | None = None  # images: what it then divides by; both are the data set's own where absent
 
 
 @dataclass
-class PartitionConfig:
-    """How the training examples are spread over clients."""
+class TaskConfig(PartConfig):
+    """Task: loss, metrics and their options; "auto" is the one that the data set's targets are for."""
 
-    name: str = MISSING
-    alpha: float = 1.0  # dirichlet: concentration, > 0
-    shards_per_client: int = 2  # shards, mixed
-    mixrate: float = 0.95  # mixed, devices: fraction of the examples that are sorted by class, in [0, 1]
-    min_examples: int = 1  # smallest number of examples a client may get; dirichlet draws again until it is met
+    kind: ClassVar[str] = "task"
+
+    name: str = "auto"
+
+
+@dataclass
+class PartitionConfig(PartConfig):
+    """Division of the training examples among clients; the method's own options are those of the part."""
+
+    kind: ClassVar[str] = "partition"
+
+    min_examples: int = 1  # smallest number of examples of a client, at least 0; dirichlet draws again until it is met
+
+    def __post_init__(self) -> None:
+        if self.min_examples < 0:
+            raise ConfigError(f"partition.min_examples={self.min_examples} is not allowed: it must be at least 0")
 
 
 @dataclass
@@ -163,6 +165,7 @@ class LocalConfig:
     # share of each class (Menon et al., ICLR 2021): classes that a client lacks are left alone; at least 0
     proximal: float = 0.0  # FedProx: mu of the penalty mu / 2 x squared distance from the received weights, at least 0
     accumulation: int = 1  # batches whose gradients make one step; their mean loss is that of one large batch
+    optimizer_options: dict[str, Any] = field(default_factory=dict)  # further ones, such as {beta2: 0.99} of adam
     precision: str = "float32"  # of forward and backward passes: "float32", or "bfloat16" (autocast)
     schedule: Any = "constant"  # of the learning rate: "constant", "cosine", "step", "warmup", MODULE:OBJECT, or
     # a mapping of name and options, such as {name: cosine, floor: 0.1}
@@ -234,6 +237,7 @@ class RunConfig:
     label: str | None = None  # what reports call the run; a name is made from the config where absent
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)

@@ -13,6 +13,7 @@ from fedlp.config.schema import (
     LocalConfig,
     ModelConfig,
     PrunerConfig,
+    TaskConfig,
 )
 
 
@@ -45,6 +46,7 @@ class PruneConfig:
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -64,6 +66,7 @@ class ProfileConfig:
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
 
 
@@ -90,6 +93,7 @@ class SearchConfig:
     run: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     search: SearchSettings = field(default_factory=SearchSettings)

@@ -1,33 +1,67 @@
-"""One door to every data set: what it is, without loading it, and its examples."""
+"""One door to every data set: its facts, without loading it, and its examples."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedlp.data import text, vision
 from fedlp.data.examples import IGNORE_INDEX, DataInfo, Examples, FederatedData
+from fedlp.data.own_data import Loaded, OwnData
+from fedlp.data.reader import Reader
+from fedlp.data.tokenizers import BYTES
 from fedlp.errors import ConfigError
+from fedlp.registry import lookup
 
 if TYPE_CHECKING:
     from fedlp.config import DatasetConfig
 
-__all__ = ["IGNORE_INDEX", "DataInfo", "Examples", "FederatedData", "describe_dataset", "load_dataset"]
+__all__ = [
+    "IGNORE_INDEX",
+    "DataInfo",
+    "Examples",
+    "FederatedData",
+    "Loaded",
+    "Reader",
+    "describe_dataset",
+    "load_dataset",
+    "make_reader",
+    "tokenizer_of",
+]
+
+
+def make_reader(config: DatasetConfig) -> Reader:
+    """Return the reader of a config; a function of a user's own is called when its data are needed.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown or a value is out of range.
+    """
+    part = config.make()
+    if isinstance(part, Reader):
+        return part
+    if isinstance(lookup("dataset", config.name), type):
+        raise ConfigError(f"dataset={config.name} is a class without describe() and load(seed)")
+    limits = {key: getattr(config, key) for key in ("max_train_examples", "max_test_examples")}
+    return OwnData(source=config.name.rpartition(":")[2], make=part, **limits)
+
+
+def tokenizer_of(config: DatasetConfig) -> str:
+    """Return the tokenizer of a data set of text; "bytes" for any other."""
+    name = config.options.get("tokenizer", "bytes")
+    return "bytes" if name in BYTES else str(name)
 
 
 def describe_dataset(config: DatasetConfig) -> DataInfo:
-    """Return what a model needs to know of a data set; reads no examples.
-
-    Only a Hugging Face tokenizer is loaded, for its vocabulary's size.
+    """Return the facts that a model needs; reads as few examples as they ask for.
 
     Raises
     ------
     ConfigError
         If the name is unknown or a value is out of range.
     DataError
-        If the tokenizer cannot be loaded.
+        If files or a tokenizer cannot be read.
     """
-    _check(config)
-    return vision.describe_vision(config) if config.name in vision.SETS else text.describe_language(config)
+    return make_reader(config).describe()
 
 
 def load_dataset(config: DatasetConfig, seed: int) -> FederatedData:
@@ -43,19 +77,4 @@ def load_dataset(config: DatasetConfig, seed: int) -> FederatedData:
     DataError
         If files are absent, damaged, unreadable or too few; says where it looked and how to get them.
     """
-    _check(config)
-    return vision.load_vision(config, seed) if config.name in vision.SETS else text.load_language(config, seed)
-
-
-def _check(config: DatasetConfig) -> None:
-    names = (*vision.SETS, *text.SETS)
-    if config.name not in names:
-        raise ConfigError(f"dataset.name is {config.name!r}; choose one of {', '.join(names)}")
-    if not 0 < config.test_fraction < 1:
-        raise ConfigError(f"dataset.test_fraction is {config.test_fraction}; it must be in (0, 1)")
-    if config.augment and config.name in text.SETS:
-        raise ConfigError(f"dataset.augment is for images; dataset.name is {config.name!r}, so leave it false")
-    for key in ("max_train_examples", "max_test_examples"):
-        limit = getattr(config, key)
-        if limit is not None and limit < 1:
-            raise ConfigError(f"dataset.{key} is {limit}; it must be at least 1, or null for all")
+    return make_reader(config).load(seed)

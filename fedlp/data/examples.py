@@ -1,15 +1,15 @@
-"""What a data set is once it is loaded: whole tensors, and what a model and a trainer must know of them."""
+"""A loaded data set: its examples as whole tensors, and the facts that a model and a trainer must know."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 IGNORE_INDEX: Final = -100
 """Pads the end of token sequences; the cross-entropy of torch leaves it out."""
@@ -21,8 +21,8 @@ class DataInfo:
 
     Attributes
     ----------
-    task : str
-        Name of the task that the targets are for; see :mod:`fedlp.tasks`.
+    task : str or Task
+        Task that the targets are for, or its name; see :func:`fedlp.tasks.task_of`.
     input_shape : tuple of int
         (C, H, W) of an image, (sequence_length,) of a text, any shape of an array.
     num_classes : int
@@ -44,7 +44,7 @@ class DataInfo:
     """
 
     name: str
-    task: str
+    task: Any
     input_shape: tuple[int, ...]
     num_classes: int
     num_train: int | None
@@ -58,6 +58,55 @@ class DataInfo:
     labels: tuple[str, ...] = ()
 
 
+class Rows:
+    """Chosen rows of a large tensor, such as a memory-mapped file, copied only when they are indexed.
+
+    Parameters
+    ----------
+    whole : Tensor
+        (m, ...).
+    index : Tensor
+        int64 (n,): its row behind each row here.
+    """
+
+    def __init__(self, whole: Tensor, index: Tensor) -> None:
+        self._whole, self._index = whole, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._whole.index_select(0, self._index[rows])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, ...)."""
+        return (len(self), *self._whole.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self._whole.ndim
+
+    @property
+    def dtype(self) -> dtype:
+        """Type of the values."""
+        return self._whole.dtype
+
+    def is_floating_point(self) -> bool:
+        """Whether values are floats."""
+        return self._whole.is_floating_point()
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return copies of rows; ``dim`` must be 0."""
+        assert dim == 0
+        return self._whole.index_select(0, self._index.index_select(0, index))
+
+    def choose(self, index: Tensor) -> Rows:
+        """Return rows of these rows, without a copy."""
+        return Rows(self._whole, self._index.index_select(0, index))
+
+
 @dataclass(frozen=True, slots=True)
 class Examples:
     """``n`` examples as whole tensors.
@@ -65,8 +114,9 @@ class Examples:
     Attributes
     ----------
     inputs : Tensor
-        Images: uint8 (n, C, H, W). Arrays: float32 (n, ...). Text: int64 (n, tokens), padded at the end with
-        ``IGNORE_INDEX``; for language modelling sequence_length + 1 of them, where position ``i`` predicts ``i + 1``.
+        Images: uint8 (n, C, H, W); they may be :class:`Rows` of a memory-mapped file. Arrays: float32 (n, ...). Text:
+        int64 (n, tokens), padded at the end with ``IGNORE_INDEX``; for language modelling sequence_length + 1 of them,
+        where position ``i`` predicts ``i + 1``.
     targets : Tensor
         int64 (n,): the class; for language modelling the document's number. float32 (n,) or (n, k): values. uint8
         (n, k): whether the example has each label.
@@ -86,12 +136,14 @@ class Examples:
         return self.inputs[start:stop], self.targets[start:stop]
 
     def select(self, indices: NDArray[np.int64]) -> Examples:
-        """Return copies of the examples at ``indices``, in their order."""
+        """Return the examples at ``indices``, in their order: copies, but for inputs that are :class:`Rows`."""
         import torch
 
         index = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
         groups = None if self.groups is None else self.groups[indices]
-        return Examples(self.inputs.index_select(0, index), self.targets.index_select(0, index), groups)
+        inputs: Any = self.inputs
+        chosen: Any = inputs.choose(index) if isinstance(inputs, Rows) else inputs.index_select(0, index)
+        return Examples(chosen, self.targets.index_select(0, index), groups)
 
 
 @dataclass(frozen=True, slots=True)

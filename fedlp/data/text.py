@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.data.documents import read_documents
 from fedlp.data.examples import IGNORE_INDEX, DataInfo, Examples, FederatedData
+from fedlp.data.reader import HeldOut
+from fedlp.data.tokenizers import encode_documents, vocabulary_size
 from fedlp.errors import ConfigError, DataError
 from fedlp.rng import Stream, generator
 
-if TYPE_CHECKING:
-    from fedlp.config import DatasetConfig
 
-SETS: Final = ("topics", "text", "hf")
-_BYTES: Final = "bytes"
-_ENCODE_BATCH: Final = 1000
+@dataclass(frozen=True, kw_only=True)
+class LanguageData(HeldOut, ABC):
+    """Documents for language modelling.
 
-
-def describe_language(config: DatasetConfig) -> DataInfo:
-    """Return what a language model needs to know; ``num_classes`` is the vocabulary's size, 256 for bytes."""
-    if config.sequence_length < 2:
-        raise ConfigError(f"dataset.sequence_length is {config.sequence_length}; it must be at least 2")
-    vocabulary = 256 if config.tokenizer == _BYTES else len(_load_tokenizer(config.tokenizer))
-    return DataInfo(config.name, "causal_lm", (config.sequence_length,), vocabulary, None, None)
-
-
-def load_language(config: DatasetConfig, seed: int) -> FederatedData:
-    """Return windows of ``sequence_length + 1`` tokens, each one token into the next, cut document by document.
-
-    No token of a test window is in a training window (see :func:`split_lengths`). A remainder of fewer than two tokens
-    predicts nothing and is dropped. Documents that are wholly held out leave their number unused among the owners.
-
-    Raises
-    ------
-    DataError
-        If there are fewer than two windows, or the text cannot be had.
+    Attributes
+    ----------
+    tokenizer : str
+        "bytes", or a Hugging Face tokenizer's name or folder; "auto" is the model's own for ``model=hf``, else bytes.
+    sequence_length : int
+        Tokens of context per example, >= 2.
     """
-    info = describe_language(config)
-    tokens, lengths = _encode(read_documents(config), config)
-    stops = np.cumsum(lengths)
-    starts = stops - lengths
-    cuts = starts + split_lengths(
-        lengths, config.sequence_length, config.test_fraction, generator(seed, Stream.DATA, 0)
-    )
-    train = _windows(tokens, starts, cuts, config.sequence_length, config.max_train_examples, (seed, 1))
-    test = _windows(tokens, cuts, stops, config.sequence_length, config.max_test_examples, (seed, 2))
-    return FederatedData(info, train, test)
+
+    tokenizer: str = "auto"
+    sequence_length: int = 128
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length < 2:
+            raise ConfigError(f"dataset.sequence_length is {self.sequence_length}; it must be at least 2")
+
+    @abstractmethod
+    def read_documents(self) -> list[str]:
+        """Return the documents in a fixed order; DataError where the text is absent, unreadable or empty."""
+
+    def describe(self) -> DataInfo:
+        """Return the facts; only a Hugging Face tokenizer is loaded, for its vocabulary's size."""
+        return DataInfo(
+            name=self.name,
+            task="causal_lm",
+            input_shape=(self.sequence_length,),
+            num_classes=vocabulary_size(self.tokenizer),
+            num_train=None,
+            num_test=None,
+        )
+
+    def load(self, seed: int) -> FederatedData:
+        """Return windows of ``sequence_length + 1`` tokens, each one token into the next, cut document by document.
+
+        No token of a test window is in a training window (see :func:`split_lengths`). A remainder of fewer than two
+        tokens predicts nothing and is dropped. Documents that are wholly held out leave their number unused among the
+        owners.
+
+        Raises
+        ------
+        DataError
+            If there are fewer than two windows, or the text cannot be had.
+        """
+        info = self.describe()
+        tokens, lengths = encode_documents(self.read_documents(), self.tokenizer, self.name)
+        stops = np.cumsum(lengths)
+        starts = stops - lengths
+        length, rng = self.sequence_length, generator(seed, Stream.DATA, 0)
+        cuts = starts + split_lengths(lengths, length, self.test_fraction, rng)
+        train = _windows(tokens, starts, cuts, length, self.max_train_examples, (seed, 1))
+        test = _windows(tokens, cuts, stops, length, self.max_test_examples, (seed, 2))
+        return FederatedData(info, train, test)
 
 
 def count_windows(lengths: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
@@ -111,36 +136,3 @@ def _windows(
     inputs = tokens[np.minimum(position, len(tokens) - 1, out=position)]
     inputs[padding] = IGNORE_INDEX
     return Examples(torch.from_numpy(inputs), torch.from_numpy(document), document)
-
-
-def _encode(documents: list[str], config: DatasetConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all tokens in a row and each document's length; documents of fewer than two tokens are left out.
-
-    A Hugging Face tokenizer adds the special tokens it adds to any text, such as LLaMA's at the beginning.
-    """
-    if config.tokenizer == _BYTES:
-        parts = [np.frombuffer(document.encode(), dtype=np.uint8) for document in documents]
-    else:
-        tokenizer = _load_tokenizer(config.tokenizer)
-        parts = []
-        for begin in range(0, len(documents), _ENCODE_BATCH):
-            batch = documents[begin : begin + _ENCODE_BATCH]
-            encoded = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-            parts.extend(np.array(ids, dtype=np.int64) for ids in encoded["input_ids"])
-    parts = [part for part in parts if len(part) > 1]
-    if not parts:
-        raise DataError(f"{config.name}: no document has two tokens; give more text")
-    return np.concatenate(parts, dtype=np.int64), np.array([len(part) for part in parts], dtype=np.int64)
-
-
-def _load_tokenizer(name: str) -> Any:
-    from fedlp.models.torchvision_compat import import_torchvision
-
-    import_torchvision()
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the library lets anything through, from OSError to its hub client's own errors
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot load dataset.tokenizer={name} ({reason}); give 'bytes', a folder or a name") from error

@@ -37,6 +37,8 @@ class Task(ABC):
         Whether inputs are int64 token ids, (n, tokens); else they are images or arrays.
     exact_outputs : bool
         Whether a model must have just as many outputs as the data set asks for; else it may have more.
+    targets : str
+        Kind of the targets, in words; empty where any will do. A data set of another kind is refused.
     has_classes : bool
         Whether targets are numbers of classes, (n,), so that shares of classes are defined.
     auto_model : str
@@ -49,6 +51,7 @@ class Task(ABC):
 
     reads_tokens: ClassVar[bool] = False
     exact_outputs: ClassVar[bool] = True
+    targets: ClassVar[str] = ""
     has_classes: ClassVar[bool] = False
     auto_model: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""

@@ -31,6 +31,7 @@ class CausalLM(Task):
     label_smoothing: float = 0.0
     metrics: tuple[str, ...] = ("perplexity",)
 
+    targets: ClassVar[str] = "tokens to predict"
     reads_tokens: ClassVar[bool] = True
     exact_outputs: ClassVar[bool] = False
     auto_model: ClassVar[str] = "AutoModelForCausalLM"

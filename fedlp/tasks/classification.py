@@ -32,6 +32,7 @@ class Classification(Task):
     class_weights: Any = None
     metrics: tuple[str, ...] = ("accuracy",)
 
+    targets: ClassVar[str] = "a class for each example"
     has_classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class MultiLabel(Task):
 
     positive_weights: tuple[float, ...] | None = None
     metrics: tuple[str, ...] = ("macro_f1", "accuracy")
+
+    targets: ClassVar[str] = "indicators of labels"
 
     def __post_init__(self) -> None:
         if self.positive_weights is not None:

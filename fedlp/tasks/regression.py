@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Regression(Task):
 
     huber: float | None = None
     metrics: tuple[str, ...] = ("rmse", "mae", "r2")
+
+    targets: ClassVar[str] = "values"
 
     def __post_init__(self) -> None:
         if self.huber is not None and not 0 < self.huber < float("inf"):

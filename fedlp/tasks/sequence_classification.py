@@ -21,6 +21,7 @@ from fedlp.tasks.classification import Classification
 class SequenceClassification(Classification):
     """Cross-entropy over classes of token sequences; accuracy."""
 
+    targets: ClassVar[str] = "a class for each text"
     reads_tokens: ClassVar[bool] = True
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"

@@ -93,7 +93,13 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: LocalConfig) -> S
     """
     target = lookup("optimizer", config.optimizer)
     known = inspect.signature(target).parameters
-    chosen = {name: getattr(config, name) for name in known if name != "params" and hasattr(config, name)}
+    shared = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay")}
+    for name, value in (shared | config.optimizer_options).items():
+        if value and name not in known:
+            raise ConfigError(
+                f"local.optimizer={config.optimizer} has no option {name}; it has {', '.join(list(known)[1:])}"
+            )
+    chosen = {name: value for name, value in (shared | config.optimizer_options).items() if name in known}
     try:
         made: Any = target(parameters, **chosen)
     except (TypeError, ValueError) as error:

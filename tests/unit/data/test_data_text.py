@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlp.config import DatasetConfig, PartitionConfig
-from fedlp.data.datasets import IGNORE_INDEX, Examples, FederatedData, describe_dataset, load_dataset
-from fedlp.data.documents import read_documents, split_documents
+from fedlp.config.parts import read_part
+from fedlp.data.datasets import IGNORE_INDEX, Examples, FederatedData, describe_dataset, load_dataset, make_reader
+from fedlp.data.documents import split_documents
 from fedlp.data.partition import partition_examples
 from fedlp.data.text import count_windows, split_lengths
 from fedlp.errors import ConfigError, DataError
 from fedlp.rng import Stream, generator
 
 PLAY = "ANNA:\nOne.\n\nBen:\nTwo.\nThree.\n\nAside.\n\nANNA:\nFour."
+
+
+def dataset(**options: object) -> DatasetConfig:
+    return read_part(DatasetConfig, "dataset", options)
+
+
+def read_documents(config: DatasetConfig) -> list[str]:
+    return make_reader(config).read_documents()  # type: ignore[attr-defined, no-any-return]
 
 
 def rebuild(examples: Examples, document: int) -> list[int]:
@@ -37,7 +46,7 @@ def write(path: Path, text: str) -> str:
 
 def load_file(path: Path, text: str, seed: int = 0, **change: object) -> FederatedData:
     root = write(path, text)
-    return load_dataset(DatasetConfig(name="text", root=root, **change), seed)  # type: ignore[arg-type]
+    return load_dataset(dataset(name="text", root=root, **change), seed)
 
 
 def test_windows_rebuild_the_documents(tmp_path: Path) -> None:
@@ -111,7 +120,7 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     write(tmp_path / "d.md", "dee")
 
     def read(root: Path) -> list[str]:
-        return read_documents(DatasetConfig(name="text", root=str(root)))
+        return read_documents(dataset(name="text", root=str(root)))
 
     assert read(tmp_path / "b.txt") == ["bee"]
     assert read(tmp_path / "c[1].txt") == ["see"]
@@ -125,7 +134,7 @@ def test_unusable_files_are_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     write(tmp_path / "blank.txt", " \n\n")
     with pytest.raises(DataError) as error:
-        load_dataset(DatasetConfig(name="text", root=str(tmp_path / name)), 0)
+        load_dataset(dataset(name="text", root=str(tmp_path / name)), 0)
     assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -140,18 +149,18 @@ def test_too_little_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["text", "hf"])
 def test_a_source_is_needed(name: str) -> None:
     with pytest.raises(ConfigError, match=f"dataset={name} needs dataset"):
-        load_dataset(DatasetConfig(name=name), 0)
+        load_dataset(dataset(name=name), 0)
 
 
 def test_topics_need_nothing_and_give_every_topic_an_owner() -> None:
-    config = DatasetConfig(name="topics")
+    config = dataset(name="topics")
     info = describe_dataset(config)
     assert (info.task, info.input_shape, info.num_classes) == ("causal_lm", (128,), 256)
     assert (info.num_train, info.num_test, info.mean, info.std) == (None, None, (), ())
     data = load_dataset(config, 0)
     assert data.info == info
     num_topics = len(read_documents(config))
-    parts = partition_examples(PartitionConfig(name="natural"), data.train, num_topics, 0)
+    parts = partition_examples(read_part(PartitionConfig, "partition", {"name": "natural"}), data.train, num_topics, 0)
     assert all(len(set(data.train.targets[part].tolist())) == 1 for part in parts)
     assert len(data.test) / (len(data.test) + len(data.train)) == pytest.approx(0.1, abs=0.02)
 
@@ -170,12 +179,12 @@ def test_truncation_keeps_a_seeded_subset_in_order(tmp_path: Path) -> None:
 def test_bad_values() -> None:
     for change in ({"sequence_length": 1}, {"augment": True}, {"max_test_examples": 0}, {"test_fraction": 1.0}):
         with pytest.raises(ConfigError, match=f"dataset.{next(iter(change))}"):
-            describe_dataset(DatasetConfig(name="topics", **change))
+            dataset(name="topics", **change)
 
 
 def test_an_absent_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot load dataset\.tokenizer=") as error:
-        describe_dataset(DatasetConfig(name="topics", tokenizer=str(tmp_path / "none")))
+        describe_dataset(dataset(name="topics", tokenizer=str(tmp_path / "none")))
     assert "\n" not in str(error.value)
 
 
@@ -198,7 +207,7 @@ def test_hub_folders(hub_cache: Path) -> None:
     table.save_to_disk(hub_cache / "saved")
     datasets.DatasetDict({"train": table, "rest": table.select([0])}).save_to_disk(hub_cache / "splits")
     for name in ("files", "saved", "splits"):
-        config = DatasetConfig(name="hf", path=str(hub_cache / name), text_column="story", sequence_length=16)
+        config = dataset(name="hf", path=str(hub_cache / name), text_column="story", sequence_length=16)
         assert read_documents(config) == [texts[0], texts[2]]
     data = load_dataset(config, 0)
     assert len(np.unique(data.train.groups)) == 2
@@ -210,12 +219,12 @@ def test_hub_failures_are_one_line(hub_cache: Path) -> None:
     datasets.Dataset.from_dict({"story": ["a b c"], "n": [1]}).save_to_disk(hub_cache / "saved")
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [" "]})}).save_to_disk(hub_cache / "splits")
     for change, message in (
-        ({"path": "saved"}, "has no column 'text'; set dataset.text_column to one of story, n"),
+        ({"path": "saved", "text_column": "text"}, "has no column 'text'; set dataset.text_column to one of story, n"),
         ({"path": "saved", "text_column": "n"}, "holds no text"),
         ({"path": "splits", "split": "dev"}, "cannot load .*splits .*dev"),
         ({"path": "none"}, "cannot load .*none"),
     ):
-        config = DatasetConfig(name="hf", **(change | {"path": str(hub_cache / change["path"])}))
+        config = dataset(name="hf", **(change | {"path": str(hub_cache / change["path"])}))
         with pytest.raises(DataError, match=message) as error:
             load_dataset(config, 0)
         assert "\n" not in str(error.value)
@@ -224,20 +233,22 @@ def test_hub_failures_are_one_line(hub_cache: Path) -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
-        load_dataset(DatasetConfig(name="hf", path="anything"), 0)
+        load_dataset(dataset(name="hf", path="anything"), 0)
 
 
 @pytest.mark.shared
 def test_shakespeare_has_299_speakers(shared: Path) -> None:
-    data = load_dataset(DatasetConfig(name="text", root=str(shared / "text/tinyshakespeare.txt")), 0)
+    data = load_dataset(dataset(name="text", root=str(shared / "text/tinyshakespeare.txt")), 0)
     assert len(np.unique(data.train.groups)) == 299
-    assert len(partition_examples(PartitionConfig(name="natural"), data.train, 299, 0)) == 299
+    assert (
+        len(partition_examples(read_part(PartitionConfig, "partition", {"name": "natural"}), data.train, 299, 0)) == 299
+    )
     assert len(data.train) + len(data.test) > 8000
 
 
 @pytest.mark.shared
 def test_stories_and_their_tokenizer(shared: Path) -> None:
-    config = DatasetConfig(
+    config = dataset(
         name="text", root=str(shared / "text/tinystories.txt"), tokenizer=str(shared / "models/stories260K")
     )
     assert describe_dataset(config).num_classes == 512
@@ -257,6 +268,6 @@ def test_stories_and_their_tokenizer(shared: Path) -> None:
 
 @pytest.mark.shared
 def test_wikitext_falls_into_paragraphs(shared: Path) -> None:
-    documents = read_documents(DatasetConfig(name="text", root=str(shared / "text/wikitext2-valid.txt")))
+    documents = read_documents(dataset(name="text", root=str(shared / "text/wikitext2-valid.txt")))
     assert documents[0] == "= Homarus gammarus = "
     assert len(documents) == 1160

@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from fedlp.config import DatasetConfig
-from fedlp.data import vision
+from fedlp.config.parts import read_part
 from fedlp.data.datasets import describe_dataset, load_dataset
 from fedlp.errors import ConfigError, DataError
+from fedlp.registry import lookup
+
+SETS = ("digits", "cifar10", "cifar100", "mnist", "fashion_mnist")
+
+
+def dataset(**options: object) -> DatasetConfig:
+    return read_part(DatasetConfig, "dataset", options)
 
 
 def write_idx(path: Path, values: np.ndarray, packed: bool = False) -> None:
@@ -35,9 +42,10 @@ def write_mnist(root: Path, packed: bool = False) -> None:
         write_idx(root / "MNIST/raw" / f"{part}-labels-idx1-ubyte{suffix}", values % 10, packed)
 
 
-@pytest.mark.parametrize("name", vision.SETS)
+@pytest.mark.parametrize("name", SETS)
 def test_named_sets_are_described_without_data(name: str, tmp_path: Path) -> None:
-    info = describe_dataset(DatasetConfig(name=name, root=str(tmp_path / "absent"), download=False, augment=True))
+    absent = {} if name == "digits" else {"root": str(tmp_path / "absent"), "download": False}
+    info = describe_dataset(dataset(name=name, augment=True, **absent))
     assert info.name == name
     assert info.task == "classification"
     assert len(info.mean) == len(info.std) == info.input_shape[0]
@@ -49,26 +57,27 @@ def test_named_sets_are_described_without_data(name: str, tmp_path: Path) -> Non
 
 
 def test_truncation_is_described() -> None:
-    info = describe_dataset(DatasetConfig(name="mnist", max_train_examples=100, max_test_examples=10**9))
+    info = describe_dataset(dataset(name="mnist", max_train_examples=100, max_test_examples=10**9))
     assert (info.num_train, info.num_test) == (100, 10_000)
 
 
 def test_describing_imports_no_large_library() -> None:
     code = (
         "import sys; from fedlp.config import DatasetConfig; from fedlp.data.datasets import describe_dataset\n"
-        "describe_dataset(DatasetConfig(name='cifar10'))\n"
+        "from fedlp.config.parts import read_part\n"
+        "describe_dataset(read_part(DatasetConfig, 'dataset', {'name': 'cifar10'}))\n"
         "assert not {'torch', 'torchvision', 'sklearn', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_names_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"dataset.name is 'mnits'; choose one of digits, cifar10"):
-        load_dataset(DatasetConfig(name="mnits"), 0)
+    with pytest.raises(ConfigError, match="there is no dataset mnits; did you mean mnist"):
+        dataset(name="mnits")
 
 
 def test_digits() -> None:
-    config = DatasetConfig(name="digits", test_fraction=0.2)
+    config = dataset(name="digits", test_fraction=0.2)
     data = load_dataset(config, 0)
     assert (len(data.train), len(data.test)) == (data.info.num_train, data.info.num_test) == (1438, 359)
     assert data.train.inputs.shape == (1438, 1, 8, 8)
@@ -84,7 +93,7 @@ def test_digits() -> None:
 
 
 def test_digits_split_follows_the_seed_alone() -> None:
-    config = DatasetConfig(name="digits", test_fraction=0.3, max_train_examples=200, max_test_examples=50)
+    config = dataset(name="digits", test_fraction=0.3, max_train_examples=200, max_test_examples=50)
     first, again, other = (load_dataset(config, seed) for seed in (4, 4, 5))
     assert (len(first.train), len(first.test)) == (200, 50)
     assert torch.equal(first.train.inputs, again.train.inputs)
@@ -93,7 +102,7 @@ def test_digits_split_follows_the_seed_alone() -> None:
 
 
 def test_select() -> None:
-    data = load_dataset(DatasetConfig(name="digits"), 0)
+    data = load_dataset(dataset(name="digits"), 0)
     chosen = data.train.select(np.array([5, 2]))
     assert len(chosen) == 2
     assert torch.equal(chosen.inputs[0], data.train.inputs[5])
@@ -105,15 +114,21 @@ def check_failure(config: DatasetConfig, *words: str) -> None:
         load_dataset(config, 0)
     message = str(error.value)
     assert "\n" not in message
-    for word in (config.name, "dataset.root=PATH", "dataset.download=true", vision.SETS[config.name].source, *words):
+    for word in (
+        config.name,
+        "dataset.root=PATH",
+        "dataset.download=true",
+        lookup("dataset", config.name).source,
+        *words,
+    ):
         assert word in message
 
 
-@pytest.mark.parametrize("name", [name for name in vision.SETS if name != "digits"])
+@pytest.mark.parametrize("name", [name for name in SETS if name != "digits"])
 def test_absent_files_are_one_line(name: str, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    check_failure(DatasetConfig(name=name, root=str(absent), download=False), f"no folder {absent}")
-    check_failure(DatasetConfig(name=name, root=str(tmp_path), download=False), f"cannot read {tmp_path}")
+    check_failure(dataset(name=name, root=str(absent), download=False), f"no folder {absent}")
+    check_failure(dataset(name=name, root=str(tmp_path), download=False), f"cannot read {tmp_path}")
     assert not absent.exists()
 
 
@@ -123,20 +138,20 @@ def test_no_network_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.M
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    check_failure(DatasetConfig(name=name, root=str(tmp_path)), "no route to host")
+    check_failure(dataset(name=name, root=str(tmp_path)), "no route to host")
 
 
 def test_default_root_is_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    check_failure(DatasetConfig(name="cifar10", download=False), str(tmp_path / "xdg" / "fedlp" / "cifar10"))
+    check_failure(dataset(name="cifar10", download=False), str(tmp_path / "xdg" / "fedlp" / "cifar10"))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    check_failure(DatasetConfig(name="cifar10", download=False), str(tmp_path / ".cache" / "fedlp" / "cifar10"))
+    check_failure(dataset(name="cifar10", download=False), str(tmp_path / ".cache" / "fedlp" / "cifar10"))
 
 
 def test_mnist_files(tmp_path: Path) -> None:
     write_mnist(tmp_path)
-    data = load_dataset(DatasetConfig(name="mnist", root=str(tmp_path), download=False, max_test_examples=7), 0)
+    data = load_dataset(dataset(name="mnist", root=str(tmp_path), download=False, max_test_examples=7), 0)
     assert data.train.inputs.shape == (60_000, 1, 28, 28)
     assert data.train.inputs.dtype == torch.uint8
     assert data.train.inputs[777].unique().tolist() == [777 % 251]
@@ -147,10 +162,10 @@ def test_mnist_files(tmp_path: Path) -> None:
 def test_packed_mnist_files_are_read_and_left_alone(tmp_path: Path) -> None:
     write_mnist(tmp_path, packed=True)
     (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte.gz").unlink()
-    check_failure(DatasetConfig(name="mnist", root=str(tmp_path), download=False))
+    check_failure(dataset(name="mnist", root=str(tmp_path), download=False))
     write_idx(tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte", np.arange(10_000) % 10)
     before = sorted(tmp_path.rglob("*"))
-    data = load_dataset(DatasetConfig(name="mnist", root=str(tmp_path), download=False), 0)
+    data = load_dataset(dataset(name="mnist", root=str(tmp_path), download=False), 0)
     assert data.train.inputs[777].unique().tolist() == [777 % 251]
     assert data.test.targets[:3].tolist() == [0, 1, 2]
     assert sorted(tmp_path.rglob("*")) == before
@@ -174,7 +189,7 @@ def test_damaged_mnist_files_are_one_line(damage: str, tmp_path: Path) -> None:
     else:
         images.rename(images.with_name(images.name + ".gz"))
         word = "gzip"
-    check_failure(DatasetConfig(name="mnist", root=str(tmp_path)), str(tmp_path), word)
+    check_failure(dataset(name="mnist", root=str(tmp_path)), str(tmp_path), word)
 
 
 def test_foreign_cifar_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
@@ -182,12 +197,12 @@ def test_foreign_cifar_files_are_refused_before_they_are_read(tmp_path: Path) ->
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (folder / name).write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
-    check_failure(DatasetConfig(name="cifar10", root=str(tmp_path), download=False), "corrupted")
+    check_failure(dataset(name="cifar10", root=str(tmp_path), download=False), "corrupted")
 
 
 @pytest.mark.shared
 def test_real_mnist(shared: Path) -> None:
-    data = load_dataset(DatasetConfig(name="mnist", root=str(shared / "mnist"), download=False), 0)
+    data = load_dataset(dataset(name="mnist", root=str(shared / "mnist"), download=False), 0)
     pixels = data.train.inputs.numpy() / 255
     assert pixels.mean() == pytest.approx(data.info.mean[0], abs=5e-5)
     assert pixels.std() == pytest.approx(data.info.std[0], abs=5e-5)
@@ -202,7 +217,7 @@ def test_real_cifar10(shared: Path, tmp_path: Path) -> None:
     from fedlp.models.torchvision_compat import import_torchvision
 
     import_torchvision()
-    data = load_dataset(DatasetConfig(name="cifar10", root=str(tmp_path), download=False), 0)  # torchvision checks MD5
+    data = load_dataset(dataset(name="cifar10", root=str(tmp_path), download=False), 0)  # torchvision checks MD5
     assert data.train.inputs.shape == (50_000, 3, 32, 32)
     assert data.test.inputs.shape == (10_000, 3, 32, 32)
     assert data.train.inputs.is_contiguous()

@@ -1,0 +1,280 @@
+"""Tables: CSV and Parquet files with a column for the target."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedlp.data.examples import DataInfo, Examples, FederatedData
+from fedlp.data.reader import HeldOut, held_out_rows
+from fedlp.data.table_columns import Columns, encode_labels, find_columns, group_numbers, looks_like_classes
+from fedlp.errors import ConfigError, DataError, one_line
+from fedlp.registry import register
+from fedlp.rng import Stream, generator
+
+log = logging.getLogger("fedlp")
+
+_TASKS = ("auto", "classification", "regression", "multi_label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(HeldOut, ABC):
+    """A table whose rows are examples.
+
+    Attributes
+    ----------
+    path : str
+        The file, or a folder of such files.
+    test_path : str or None
+        Another file that is the test part; a share of the rows where None.
+    target : str or list of str
+        Column of the class or value; several columns for several values or labels.
+    client : str or None
+        Column that names the client that owns a row, for ``partition=column`` and ``partition=natural``.
+    columns : list of str or None
+        Columns that are inputs; all others where None.
+    exclude : list of str
+        Columns that are left out.
+    categorical : list of str or None
+        Columns whose values are categories; those without numbers where None.
+    categories : mapping from column to list
+        Categories that are known beforehand, in their order; those of the file where a column is absent.
+    task : str
+        "classification", "regression", "multi_label", or "auto" for what the target looks like.
+    labels : list or None
+        Classes in their order; those of the file, sorted, where None.
+    standardize : bool
+        Whether the mean of each numeric column is taken off, and its deviation divided by.
+    mean, std : list of float or None
+        Normalisation of every input, indicators among them; measured on the file where None.
+    """
+
+    path: str | None = None
+    test_path: str | None = None
+    target: Any = None
+    client: str | None = None
+    columns: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    categorical: list[str] | None = None
+    categories: dict[str, Any] = field(default_factory=dict)
+    task: str = "auto"
+    labels: list[Any] | None = None
+    standardize: bool = True
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    name: ClassVar[str]
+    pattern: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in _TASKS:
+            raise ConfigError(f"dataset.task={self.task} is not allowed: it must be one of {', '.join(_TASKS)}")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("dataset.mean and dataset.std are given together, one number for each input")
+        if self.std is not None and not all(0 < value < np.inf for value in self.std):
+            raise ConfigError(f"dataset.std={self.std} is not allowed: it must be finite numbers above 0")
+
+    @abstractmethod
+    def read_file(self, path: Path) -> Any:
+        """Return one file as a pandas table."""
+
+    def describe(self) -> DataInfo:
+        """Return the facts; reads the file for its categories, classes and normalisation."""
+        return self._encode(self._read())[0]
+
+    def load(self, seed: int) -> FederatedData:
+        """Return the rows, split by the seed where there is no test file; classes are held out in proportion.
+
+        Raises
+        ------
+        DataError
+            If a file or column is absent, a value is of the wrong kind, or a label is unknown; names it.
+        """
+        table = self._read()
+        info, whole = self._encode(table)
+        if "__test__" in table:
+            held_out = table["__test__"].to_numpy()
+        else:
+            strata = whole.targets.numpy() if whole.targets.dtype.is_floating_point is False else np.zeros(len(whole))
+            strata = strata if strata.ndim == 1 else np.zeros(len(whole))
+            held_out = held_out_rows(strata.astype(np.int64), self.test_fraction, generator(seed, Stream.DATA, 0))
+        train, test = (whole.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
+        return FederatedData(info, *self.limit(train, test, seed))
+
+    # ---- reading
+    def _read(self) -> Any:
+        """Return all rows that have a target; ``__test__`` marks those of a test file."""
+        import pandas
+
+        if self.path is None or self.target is None:
+            raise ConfigError(f"dataset={self.name} needs dataset.path=FILE and dataset.target=COLUMN")
+        table = self._read_files(self.path)
+        if self.test_path is not None:
+            test = self._read_files(self.test_path)
+            table["__test__"], test["__test__"] = False, True
+            table = pandas.concat([table, test], ignore_index=True)
+        for column in (*self._targets, *self._named()):
+            if column not in table:
+                known = ", ".join(str(name) for name in table.columns if name != "__test__")
+                raise DataError(f"{self.path} has no column {column!r}; it has {known}")
+        complete = table[list(self._targets)].notna().all(axis=1)
+        if dropped := int((~complete).sum()):
+            log.warning("%s: %d rows without a target are left out", self.path, dropped)
+            table = table[complete].reset_index(drop=True)
+        if len(table) < 2:
+            raise DataError(f"{self.path} has {len(table)} rows with a target; give at least 2")
+        return table
+
+    def _read_files(self, path: str) -> Any:
+        import pandas
+
+        place = Path(path).expanduser()
+        files = sorted(place.glob(self.pattern)) if place.is_dir() else [place]
+        if not files or not files[0].is_file():
+            raise DataError(f"{self.name}: no file {place}; set dataset.path to a file or a folder of {self.pattern}")
+        tables = []
+        for file in files:
+            try:
+                tables.append(self.read_file(file))
+            except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
+                raise DataError(f"{file} cannot be read as {self.name}: {one_line(error)}") from error
+        return pandas.concat(tables, ignore_index=True)
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+
+    def _named(self) -> tuple[str, ...]:
+        return (
+            *(self.columns or ()),
+            *self.exclude,
+            *(self.categorical or ()),
+            *self.categories,
+            *([self.client] if self.client else []),
+        )
+
+    # ---- encoding
+    def _encode(self, table: Any) -> tuple[DataInfo, Examples]:
+        import torch
+
+        left_out = {*self._targets, *self.exclude, self.client, "__test__"}
+        names = [name for name in (self.columns or table.columns) if name not in left_out]
+        columns = find_columns(table, names, self.categorical, self.categories, str(self.path))
+        inputs = columns.encode(table)
+        mean, std = self._normalisation(inputs, columns)
+        missing = np.isnan(inputs)
+        if missing.any():
+            inputs = np.where(missing, np.asarray(mean or np.nanmean(inputs, axis=0), dtype=np.float32), inputs)
+        targets, task, labels, outputs = self._encode_target(table)
+        groups = None if self.client is None else group_numbers(table[self.client])
+        if groups is not None and int(groups.min()) < 0:
+            raise DataError(f"{self.path}: {int((groups < 0).sum())} rows have no client in column {self.client}")
+        info = DataInfo(
+            name=self.name,
+            task=task,
+            input_shape=(inputs.shape[1],),
+            num_classes=outputs,
+            num_train=None,
+            num_test=None,
+            mean=mean,
+            std=std,
+            labels=labels,
+        )
+        return info, Examples(torch.from_numpy(inputs), torch.from_numpy(targets), groups)
+
+    def _normalisation(self, inputs: Any, columns: Columns) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and deviation of every input; 0 and 1 for indicators, empty where nothing is standardised."""
+        if self.mean is not None and self.std is not None:
+            if not len(self.mean) == len(self.std) == len(columns.names):
+                raise ConfigError(
+                    f"dataset.mean and dataset.std have {len(self.mean)} and {len(self.std)} numbers, but there are "
+                    f"{len(columns.names)} inputs: {', '.join(columns.names[:20])}"
+                )
+            return tuple(self.mean), tuple(self.std)
+        if not self.standardize or not columns.numeric:
+            return (), ()
+        numbers = inputs[:, : len(columns.numeric)].astype(np.float64)
+        if not np.isfinite(numbers[~np.isnan(numbers)]).all() or np.isnan(numbers).all(axis=0).any():
+            raise DataError(f"{self.path}: a numeric column is empty or holds infinite values; clean or exclude it")
+        rest = len(columns.names) - len(columns.numeric)
+        mean, std = np.nanmean(numbers, axis=0), np.nanstd(numbers, axis=0)
+        std[std < 1e-12] = 1.0  # of a column that never changes
+        return (*map(float, mean), *[0.0] * rest), (*map(float, std), *[1.0] * rest)
+
+    def _encode_target(self, table: Any) -> tuple[Any, str, tuple[str, ...], int]:
+        """Return targets, task, names of the classes or labels and the number of outputs."""
+        columns = [table[name] for name in self._targets]
+        task = self.task
+        if task == "auto":
+            classes = all(map(looks_like_classes, columns))
+            task = "regression" if not classes else "classification" if len(columns) == 1 else "multi_label"
+        if task == "classification":
+            if len(columns) > 1:
+                raise ConfigError(
+                    "dataset.target names several columns; one class is in one, or dataset.task=multi_label"
+                )
+            codes, labels = encode_labels(columns[0], self.labels, str(self.path))
+            return codes, task, labels, len(labels)
+        values = np.stack([self._numbers(column) for column in columns], axis=1)
+        if task == "multi_label":
+            if not np.isin(values, (0, 1)).all():
+                raise DataError(f"{self.path}: the columns of a multi-label target hold 0 and 1 alone")
+            return values.astype(np.uint8), task, self._targets, len(columns)
+        return (values[:, 0] if len(columns) == 1 else values), task, (), len(columns)
+
+    def _numbers(self, column: Any) -> Any:
+        if column.dtype.kind not in "biuf":
+            raise DataError(f"{self.path}: target {column.name} holds no numbers; set dataset.task=classification")
+        return column.to_numpy(dtype=np.float32)
+
+
+@register("dataset", "csv")
+@dataclass(frozen=True, kw_only=True)
+class Csv(Table):
+    """CSV table: numeric and categorical columns, a target column, a column of clients if there is one.
+
+    Attributes
+    ----------
+    separator : str
+        Between columns; "auto" looks at the first line.
+    """
+
+    separator: str = ","
+
+    name = "csv"
+    pattern = "*.csv"
+
+    def read_file(self, path: Path) -> Any:
+        """Return one file; a first line of names is expected."""
+        import pandas
+
+        automatic = self.separator == "auto"
+        return pandas.read_csv(path, sep=None if automatic else self.separator, engine="python" if automatic else "c")
+
+
+@register("dataset", "parquet")
+@dataclass(frozen=True, kw_only=True)
+class Parquet(Table):
+    """Parquet table: numeric and categorical columns, a target column, a column of clients if there is one."""
+
+    name = "parquet"
+    pattern = "*.parquet"
+
+    def read_file(self, path: Path) -> Any:
+        """Return the columns that are needed of one file."""
+        import pandas
+
+        return pandas.read_parquet(path, columns=self._needed())
+
+    def _needed(self) -> Sequence[str] | None:
+        if self.columns is None:
+            return None
+        chosen: Mapping[str, None] = dict.fromkeys((*self.columns, *self._targets))
+        return [*chosen, *([self.client] if self.client and self.client not in chosen else [])]
