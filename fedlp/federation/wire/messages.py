@@ -321,7 +321,8 @@ def decode_profile(content: RecordDict) -> ClientProfile:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0:
         raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
-    check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
+    if profile.num_examples:  # a client may have none
+        check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
