@@ -277,8 +277,9 @@ def _serve_rounds(
             directory.save_state(round_state)
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
+        policy = plan.fit(brought)
         directory.add_budgets(brought)
-        return plan.fit(brought)
+        return policy
 
     upload = config.upload
     settings = RoundSettings(

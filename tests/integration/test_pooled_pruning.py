@@ -265,6 +265,21 @@ def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
     assert not wire.is_lack(server.ask(fresh_process(done), layer=2, has=2))
 
 
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+def test_damaged_states_are_asked_for_again(
+    once: Once, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    server = Halving(done, tmp_path)
+    server.halve(0, 1)
+    assert not wire.is_lack(server.ask(fresh_process(done), layer=2, has=0))
+    path = tmp_path / "layer-000001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage is None else damage)
+    assert wire.is_lack(server.ask(fresh_process(done), layer=2, has=2))
+    assert (str(path) in caplog.text) == (damage is not None)
+
+
 def test_a_process_that_is_asked_again_goes_on_where_it_was(
     once: Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
