@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from flwr.app import Context, Message
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from experiments.robustness.tables import RULES, SEEDS, SETTINGS, regenerate  # noqa: E402
 from fedlp.apps.federate import Federation  # noqa: E402
 from fedlp.config import compose, to_yaml  # noqa: E402
 from fedlp.federation.client.app import make_client_app  # noqa: E402
@@ -31,25 +31,7 @@ from fedlp.simulation.local import LocalGrid  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "runs.jsonl"
-RULES = {
-    "coverage average": "coverage_average",
-    "norm clipping": "norm_clipping",
-    "norm filter": "norm_filter",
-    "trimmed mean (0.3)": "trimmed_mean aggregator.fraction=0.3",
-    "median": "median",
-    "multi-Krum (0.3)": "krum aggregator.hostile=0.3",
-    "centred clipping": "centred_clipping",
-}
-SETTINGS = {
-    "iid": "",
-    "Dirichlet(0.3)": "partition=dirichlet partition.alpha=0.3",
-    "tiers": "strategy=fedlp_plan fleet=tiers fleet.fractions=[1.0,0.5]",
-    "sign flip, 1 of 10": "",
-    "sign flip, 3 of 10": "",
-    "sign flip, 10^6 examples": "",
-}
 HOSTILE = {"sign flip, 1 of 10": 1, "sign flip, 3 of 10": 3, "sign flip, 10^6 examples": 1}
-SEEDS = (0, 1, 2)
 COMMON = "model=fedlp_mlp num_clients=10 clients_per_round=10 num_rounds=10 eval_every=10 local.lr=0.1 strategy=fedavg"
 
 
@@ -96,31 +78,6 @@ def run(setting: str, rule: str, seed: int) -> float:
         ) as grid:
             manifest = federation.serve(grid, out)
     return float(manifest["final_metrics"]["accuracy"])
-
-
-def table(lines: list[dict[str, object]]) -> str:
-    """Return the table of mean accuracies, in %, with the sample standard deviation over seeds."""
-    rows = [
-        "# Hostile clients",
-        "",
-        f"Accuracy in %, mean and standard deviation over seeds {', '.join(map(str, SEEDS))}.",
-        "",
-    ]
-    rows += ["| aggregator | " + " | ".join(SETTINGS) + " |", "|---|" + "---|" * len(SETTINGS)]
-    for rule in RULES:
-        cells = []
-        for setting in SETTINGS:
-            found = [100 * float(x["accuracy"]) for x in lines if (x["rule"], x["setting"]) == (rule, setting)]  # type: ignore[arg-type]
-            spread = statistics.stdev(found) if len(found) > 1 else 0.0
-            cells.append(f"{statistics.mean(found):.1f} ± {spread:.1f}" if found else "")
-        rows.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def regenerate(results: Path, out: Path) -> None:
-    """Write the table from the committed runs."""
-    lines = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
-    (out / "tables.md").write_text(table(lines))
 
 
 def main() -> None:
