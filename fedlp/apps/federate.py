@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
@@ -29,6 +28,7 @@ from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
+from fedlp.federation.fleet import fleet_budgets, fleet_kinds
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
