@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from fedlp.errors import ConfigError, one_line
 
@@ -156,15 +156,23 @@ def options(kind: str, target: Callable[..., Any]) -> dict[str, Option]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     items = fields(target) if isinstance(target, type) and is_dataclass(target) else ()
     made = {f.name: f.default_factory for f in items if f.default_factory is not MISSING}
+    hints = _hints(target) if items else {}  # of inherited fields too, which their own modules resolve
     return {
         p.name: Option(
             p.name,
-            Any if p.annotation is p.empty else p.annotation,
+            hints.get(p.name, Any if p.annotation is p.empty or isinstance(p.annotation, str) else p.annotation),
             made[p.name]() if p.name in made else p.default,
         )
         for p in signature.parameters.values()
         if p.kind in kinds and p.name not in given
     }
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(target)
+    except NameError:  # an annotation that only type checkers can see
+        return {}
 
 
 def given_to(kind: str, target: Callable[..., Any]) -> frozenset[str]:

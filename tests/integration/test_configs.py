@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fedlp.apps import federate as assembly
-from fedlp.config import PruneConfig, RunConfig, compose, compose_prune, config_dir, from_yaml, to_yaml
+from fedlp.config import PruneConfig, RunConfig, compose, compose_prune, config_dir, from_yaml, to_plain, to_yaml
 
 FILES = sorted(config_dir().glob("*/*.yaml"))
 PROMISED = {
     "model": "fedlp_cnn fedlp_mlp resnet18 vgg11_bn mobilenet_v2 llama_tiny hf",
-    "dataset": "digits cifar10 cifar100 mnist fashion_mnist topics text hf",
-    "partition": "iid dirichlet shards mixed natural",
-    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp oneshot",
-    "local": "sgd adam",
+    "dataset": "digits cifar10 cifar100 mnist fashion_mnist topics text hf imagefolder csv parquet arrays",
+    "task": "auto classification causal_lm regression multi_label sequence_classification",
+    "partition": "iid dirichlet shards mixed natural devices column",
+    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp_plan oneshot",
+    "local": "sgd adam adamw",
     "simulation": "local ray",
     "experiment": "demo",
     "pruner": "obs slimgpt magnitude wanda flap taylor random",
@@ -43,7 +43,7 @@ def test_every_file_composes_and_survives_its_own_yaml(path: Path) -> None:
     if group != "experiment":
         values = yaml.safe_load(path.read_text())
         values.pop("defaults", None)
-        chosen = asdict(getattr(config, group))
+        chosen = to_plain(config)[group]
         assert {name: chosen[name] for name in values} == values
 
 
