@@ -60,6 +60,14 @@ GIVEN: Mapping[str, frozenset[str]] = {
 }
 """Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
 
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "strategy": ("policy",),
+    "encoding": ("encode", "signature", "decode"),
+    "aggregator": ("begin",),
+    "server_optimizer": ("step",),
+}
+"""Methods that a class must have to be a part of some kinds."""
+
 _T = TypeVar("_T", bound=Callable[..., Any])
 _PARTS: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -121,7 +129,7 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
         if point.name == name:
             return _import_object(kind, point.value)
     close = get_close_matches(name, names(kind))
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}."
     raise ConfigError(f"there is no {kind} {name}; {hint} One of your own is given as MODULE:OBJECT")
 
 
@@ -136,6 +144,13 @@ def name_of(kind: str, target: Callable[..., Any]) -> str:
     name = next(name for name in (own, *(f"{own}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
     _PARTS[kind, name] = target
     return name
+
+
+def check_methods(kind: str, name: str, target: Callable[..., Any]) -> None:
+    """Raise ConfigError for a class without a method that parts of the kind have."""
+    missing = [method for method in METHODS.get(kind, ()) if not hasattr(target, method)]
+    if isinstance(target, type) and missing:
+        raise ConfigError(f"{kind} {name} has no method {missing[0]}, so it is no part of this kind")
 
 
 def names(kind: str) -> tuple[str, ...]:

@@ -35,7 +35,10 @@ def current_override(override: str) -> str:
     """Return a command line override in today's names; says on stderr, once, that an old one was used."""
     key, equals, value = override.partition("=")
     prefix, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
-    if name in RENAMED:
+    if name == "strategy.encoding" and value == "float64":  # of sums, which one-shot pruning sends
+        _tell(name, "strategy.sums")
+        name = "strategy.sums"
+    elif name in RENAMED:
         _tell(name, RENAMED[name])
         name, prefix = RENAMED[name], prefix if "." in RENAMED[name] else ""
     for (group, old), new in RENAMED_CHOICES.items():
@@ -58,6 +61,9 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     own = found["strategy"]
     own["name"] = RENAMED_CHOICES.get(("strategy", str(own.get("name"))), own.get("name"))
+    if own["name"] == "oneshot":
+        own["sums"] = own["encoding"]
+        own["encoding"] = "float32"
     for old, new in RENAMED.items():
         option = old.removeprefix("strategy.")
         if option in own:

@@ -26,7 +26,7 @@ TRAINED = frozenset({"conv.weight"})
 
 def update(client_id: int, **changed: Tensor) -> ClientUpdate:
     renamed = {name.replace("__", "."): tensor for name, tensor in changed.items()}
-    return ClientUpdate(4, client_id, 10, {**PARAMS, **renamed}, {})
+    return ClientUpdate(4, client_id, 10, {}, params={**PARAMS, **renamed})
 
 
 def guard(state: ServerState = STATE, holds_weights: bool = True) -> RoundGuard:
@@ -54,12 +54,12 @@ def test_what_no_training_gives_is_rejected(changed: Mapping[str, Tensor], words
 
 
 def test_differences_may_be_negative_but_not_the_variance_that_they_give() -> None:
-    falls = ClientUpdate(4, 1, 10, {"bn.running_var": torch.tensor([-0.25])}, {})
+    falls = ClientUpdate(4, 1, 10, {}, params={"bn.running_var": torch.tensor([-0.25])})
     keeps = {"bn.running_var": (Keep(2, ((1, 2),)),)}
     guard(holds_weights=False).admit(falls, keeps)
     with pytest.raises(ProtocolError, match="negative variances"):
         guard(holds_weights=True).admit(falls, keeps)
-    below = ClientUpdate(4, 1, 10, {"bn.running_var": torch.tensor([-0.26])}, {})
+    below = ClientUpdate(4, 1, 10, {}, params={"bn.running_var": torch.tensor([-0.26])})
     with pytest.raises(ProtocolError, match="negative variances"):
         guard(holds_weights=False).admit(below, keeps)
 
