@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedlp.federation.wire import messages
 from fedlp.types import RoundRecord
 from tests.hostile.instant_clients import InstantClient, InstantGrid
 from tests.hostile.mutations import TEXTS, mutate, pick
+from tests.hostile.test_soak import resident
 from tests.integration.running import read
 
 PLAIN = (
@@ -51,11 +53,14 @@ class Mutant(InstantClient):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_client_of_mutated_replies_harms_nobody(case: str, num_cases: int, tmp_path: Path) -> None:
+def test_a_client_of_mutated_replies_harms_nobody(
+    case: str, num_cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     num_rounds = max(20, num_cases // 100)
+    monkeypatch.setattr(logging.getLogger("fedlp"), "disabled", True)  # pytest keeps whatever is logged
     config = compose((*PLAIN, *CASES[case], f"num_rounds={num_rounds}"))
     cfg = to_yaml(config)
-    refused = 0
+    refused, before = 0, []
 
     def judge(record: RoundRecord, state: ServerState) -> None:
         nonlocal refused
@@ -65,11 +70,14 @@ def test_a_client_of_mutated_replies_harms_nobody(case: str, num_cases: int, tmp
         assert state.suspects in ((), (ATTACKER,))
         check_bounds(state)
         refused += len(record.failures)
+        if record.server_round == 10:
+            before.append(resident())
         if record.failures and case == "fedavg":
             assert all(bool((tensor == honest(tensor)).all()) for tensor in state.params.values())
 
     assembly.serve_run(InstantGrid(config.num_clients, Mutant(cfg)), cfg, tmp_path, [judge])
     assert refused > num_rounds // 3
+    assert resident() - before[0] < 128e6, f"{(resident() - before[0]) / 1e6:.0f} MB more after {num_rounds} rounds"
     totals: dict[str, Any] = read(tmp_path).manifest["totals"]
     assert all(isinstance(value, int | float) for value in totals.values())
 
