@@ -17,13 +17,17 @@ from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
-from fedlp.federation.wire.encodings import encode_values
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.float32 import Float32
+from fedlp.federation.wire.encodings.quantised import Int4, Int8
+from fedlp.federation.wire.encodings.topk import TopK
 from fedlp.federation.wire.ranges import LARGEST_METRIC, LARGEST_MOMENT, LARGEST_VALUE, MOST_EXAMPLES
 from fedlp.models import describe_model, state_tensors
-from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel
 
 WHO = "client 4"
 PROFILE = ClientProfile(4, 50)
+FLOAT32 = Float32()
 
 
 @dataclass(frozen=True)
@@ -61,31 +65,51 @@ class Updates:
         trainable = (name for name, info in self.submodels.spec.tensors.items() if info.trainable)
         self.trainable = frozenset(trainable)
 
-    def target(self, name: str, widths: bool, encoding: str = "float32", coded: bool = False) -> Target:
+    def target(
+        self, name: str, widths: bool, encoding: Encoding = FLOAT32, coded: bool = False, normed: bool = False
+    ) -> Target:
         submodels, layers = self.submodels, self.submodels.layers
         held = {axis: Keep.first(size // 2, size) for axis, size in submodels.widths.axes.items()} if widths else {}
         chosen = {x.name: held[x.name].count // 2 for x in layers} if widths else {}
         layout = submodels.layout(SubModel(widths=held))
-        assigned = TrainInstruction(3, 4, {}, SubModel(widths=held), layout.name_set, chosen, scored=widths)
+        evidence = frozenset({"unit_scores"} if widths else ()) | ({"input_norms"} if normed else set())
+        assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set, chosen, evidence=evidence)
         sent = {x.name: Keep.window(1, chosen[x.name], held[x.name].size) for x in layers} if widths else {}
         values = submodels.layout(SubModel(widths={**held, **sent})).slice(self.params)
-        encoded = encode_values(values, encoding, torch.Generator().manual_seed(0))
-        scores = {x.name: torch.rand(held[x.name].count) for x in layers} if widths else {}
-        update = ClientUpdate(3, 4, 17, encoded, {"train-loss": 0.5, "pruning-macs": 1e6}, sent, scores)
+        update = ClientUpdate(
+            server_round=3,
+            client_id=4,
+            num_examples=17,
+            params=encoding.encode(values, torch.Generator().manual_seed(0)),
+            metrics={"train-loss": 0.5, "pruning-macs": 1e6},
+            widths=sent,
+            scores={x.name: torch.rand(held[x.name].count) for x in layers} if widths else {},
+            input_norms=self.norms(held) if normed else {},
+        )
 
         def decode(content: RecordDict) -> None:
             found = messages.decode_update(content, assigned, PROFILE, submodels, encoding, coded)
-            guard = RoundGuard(ServerState(2, self.params), self.trainable, encoding == "float32")
+            guard = RoundGuard(ServerState(2, self.params), self.trainable, isinstance(encoding, Float32))
             keeps = submodels.layout(SubModel(widths=found.widths)).keeps
             guard.admit(found, keeps)
             in_range(dict(found.params), LARGEST_VALUE)
             in_range(dict(found.scores), LARGEST_METRIC)
             assert 1 <= found.num_examples <= PROFILE.num_examples
             assert all(abs(value) <= LARGEST_METRIC for value in found.metrics.values())
+            assert all(bool(torch.isfinite(norms.total).all()) for norms in found.input_norms.values())
             shapes = {name: tuple(tensor.shape) for name, tensor in found.params.items()}
             assert shapes == {n: s for n, s, _ in submodels.layout(SubModel(widths=found.widths)).signature()}
 
         return Target(name, messages.encode_update(update, submodels, coded), decode)
+
+    def norms(self, held: dict[str, Keep]) -> dict[str, InputNorms]:
+        found = {}
+        for layer in self.submodels.layers:
+            count = held[layer.name].count if layer.name in held else layer.num_units
+            for path in layer.readers:
+                columns = self.submodels.reader_columns[path] // layer.num_units * count
+                found[path] = InputNorms(torch.rand(columns, dtype=torch.float64), 40)
+        return found
 
     def statistics(self) -> Target:
         names = [name for name in self.submodels.statistics if self.params[name].is_floating_point()]
@@ -93,7 +117,7 @@ class Updates:
         honest = messages.encode_statistics({name: self.params[name] for name in names}, 20)
 
         def decode(content: RecordDict) -> None:
-            found, count = messages.decode_statistics(content, PROFILE, self.submodels)
+            found, count = messages.decode_statistics(content, PROFILE, SubModel(), self.submodels)
             in_range(found, LARGEST_MOMENT)
             assert 1 <= count <= 50
 
@@ -144,9 +168,9 @@ def profile() -> Target:
 def evaluation() -> Target:
     def decode(content: RecordDict) -> None:
         found = messages.decode_sums(content)
-        assert all(isinstance(found[key], float) for key in ("loss", "correct", "count"))
+        assert all(isinstance(found[key], float) for key in ("loss", "count"))
 
-    honest = messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0})
+    honest = messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
     return Target("evaluation sums", honest, decode, named="evaluation sums")
 
 
@@ -154,8 +178,9 @@ def all_targets() -> Iterator[Target]:
     """Yield every kind of message that a client sends."""
     updates = Updates()
     yield updates.target("update", widths=False)
-    yield updates.target("update of chosen units, 8 bits, coded", widths=True, encoding="int8", coded=True)
-    yield updates.target("update of chosen units, 4 bits", widths=True, encoding="int4")
+    yield updates.target("update of chosen units, 8 bits, coded", widths=True, encoding=Int8(), coded=True)
+    yield updates.target("update of chosen units, 4 bits, input norms", widths=True, encoding=Int4(), normed=True)
+    yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
     yield updates.statistics()
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)

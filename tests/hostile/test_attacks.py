@@ -18,13 +18,18 @@ from tests.hostile.attacks import Attack, absent, attacked
 from tests.integration.running import TINY, Finished, run
 
 ATTACKERS = (1, 4)
-NORMED = (*TINY, "model=fedlp_cnn", "model.variant=batchnorm", "clients_per_round=6", "strategy=fedavg")
-ADAM = ("strategy.server_optimizer=adam", "strategy.server_lr=0.01")
-MOMENTUM = ("strategy.server_optimizer=momentum",)
+NORMED = (
+    *(word for word in TINY if "variant" not in word),
+    "model=fedlp_cnn",
+    "clients_per_round=6",
+    "strategy=fedavg",
+)
+ADAM = ("server_optimizer=adam", "server_optimizer.lr=0.01")
+MOMENTUM = ("server_optimizer=momentum",)
 ONESHOT = (
     *("strategy=oneshot", "model=small_cnn", "dataset=digits", "dataset.max_train_examples=120", "num_clients=4"),
     *("dataset.max_test_examples=30", "clients_per_round=4", "strategy.sparsity=0.4", "simulation.workers=2"),
-    *("calibration.examples=30", "pruner=slimgpt", "allocator=log_depth", "strategy.encoding=float64"),
+    *("calibration.examples=30", "pruner=slimgpt", "allocator=log_depth", "strategy.sums=float64"),
 )
 Absent = Callable[..., Finished]
 
@@ -89,7 +94,7 @@ def variances() -> tuple[int, int]:
 def test_a_negative_variance_is_refused(values: str, without: Absent, tmp_path: Path) -> None:
     """One client once: before, 95 % accuracy fell to 10 %, for good."""
     start, stop = variances()
-    overrides = (*NORMED, f"strategy.values={values}")
+    overrides = (*NORMED, f"upload.values={values}")
     attack = attacks.set_entries("float32", -50.0, start, stop)
     done = run(tmp_path, *overrides, app=attacked(attack, ATTACKERS))
     assert {failure["client_id"] for line in done.rounds for failure in line["failures"]} == set(ATTACKERS)
@@ -101,7 +106,7 @@ def test_a_round_that_breaks_the_model_is_undone_and_the_run_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The attacker's weights are in proportion; the server's learning rate carries them out of range."""
-    overrides = (*NORMED, *MOMENTUM, "strategy.server_lr=1e13")
+    overrides = (*NORMED, *MOMENTUM, "server_optimizer.lr=1e13")
     done = run(tmp_path, *overrides, app=attacked(attacks.set_entries("float32", 9e3, 0, 1), (4,)))
     assert done.failures[0] == (1, 4, "suspected")
     assert "with its update, conv1.weight would hold values beyond ±1e+15" in done.rounds[0]["failures"][0]["message"]

@@ -28,13 +28,19 @@ PLAIN = (
 )
 CASES = {
     "fedavg": ("strategy=fedavg",),
-    "adam": ("strategy=fedavg", "strategy.server_optimizer=adam", "strategy.server_lr=0.01"),
-    "deltas": ("strategy=fedavg", "strategy.values=deltas"),
+    "adam": ("strategy=fedavg", "server_optimizer=adam", "server_optimizer.lr=0.01"),
+    "deltas": ("strategy=fedavg", "upload.values=deltas"),
     "clients choose units": (
-        *("strategy=fedlp", "strategy.masks=client", "strategy.sparsity=0.5", "strategy.refresh_every=1"),
-        *("strategy.encoding=float32", "strategy.values=weights"),
+        *("strategy=fedlp_plan", "strategy.unit_selection=client", "strategy.sparsity=0.5", "strategy.refresh_every=1"),
+        *("upload=float32", "upload.values=weights"),
     ),
-    "momentum": ("strategy=heterofl", "strategy.server_optimizer=momentum", "strategy.server_lr=0.01"),
+    "statistics, momentum": (
+        "strategy=heterofl",
+        "aggregator.batch_norm=static",
+        "eval_every=1",
+        "server_optimizer=momentum",
+        "server_optimizer.lr=0.01",
+    ),
 }
 ATTACKER = 1
 
@@ -44,7 +50,7 @@ class Mutant(InstantClient):
 
     def __call__(self, message: Message, client_id: int) -> Message:
         reply = super().__call__(message, client_id)
-        if client_id != ATTACKER or message.metadata.message_type != messages.TRAIN:
+        if client_id != ATTACKER or message.metadata.message_type not in (messages.TRAIN, messages.STATISTICS):
             return reply
         rng = np.random.default_rng((int(message.metadata.group_id), 9))
         if rng.random() < 0.1:

@@ -117,7 +117,7 @@ class RoundGuard:
         if fault is None:
             return new
         suspects = self._suspects(fault)
-        advice = "" if suspects else "; no update stands out: lower strategy.server_lr or local.lr"
+        advice = "" if suspects else "; no update stands out: lower server_optimizer.lr or local.lr"
         log.warning("round %d is undone: %s%s", new.server_round, fault.text, advice)
         for client_id in suspects:
             text = f"client {client_id}, round {new.server_round}: with its update, {fault.text}; the round is undone"
@@ -148,7 +148,8 @@ def find_fault(state: ServerState) -> Fault | None:
     for whose, tensors, largest in parts:
         for name, tensor in tensors.items():
             if text := _fault_of(name, tensor, largest):
-                return Fault(name.removeprefix("momentum.").removeprefix("variance."), f"{whose}{name} {text}")
+                of = name.partition(".")[2] if tensors is state.optimizer else name  # slot.NAME
+                return Fault(of, f"{whose}{name} {text}")
     return None
 
 

@@ -113,7 +113,7 @@ def test_the_round_is_undone_and_who_stands_out_is_named(caplog: pytest.LogCaptu
 def test_nobody_is_named_where_nobody_stands_out(caplog: pytest.LogCaptureFixture) -> None:
     state, accused = judge({1: 2.0, 2: 150.0, 3: 2e2}, BROKEN)
     assert (accused, state.suspects) == ([], ())
-    assert "lower strategy.server_lr" in caplog.text
+    assert "lower server_optimizer.lr" in caplog.text
 
 
 def test_the_only_one_is_the_suspect() -> None:
