@@ -146,7 +146,7 @@ def _known_type(annotation: Any, default: Any) -> Any:
     try:
         probe = make_dataclass("Probe", [("value", annotation, field(default_factory=lambda: plain))])
         OmegaConf.structured(probe)
-    except (OmegaConfBaseException, TypeError, ValueError):
+    except (OmegaConfBaseException, NameError, TypeError, ValueError):
         return Any
     return annotation
 
