@@ -22,7 +22,8 @@ from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.scores.criterion import UnitScore, removal_order
-from fedlp.pruning.scores.view import Evidence, LayerView
+from fedlp.pruning.scores.evidence import Evidence
+from fedlp.pruning.scores.view import LayerView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model

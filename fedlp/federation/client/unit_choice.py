@@ -17,7 +17,8 @@ from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import sample_inputs
 from fedlp.pruning.scores.criterion import saliencies, scoring_macs
-from fedlp.pruning.scores.view import COARSE, Evidence, LayerView, ReaderView
+from fedlp.pruning.scores.evidence import COARSE, Evidence
+from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec
