@@ -233,8 +233,7 @@ def test_models_of_tables_are_pruned(target: str, pruner: str, table: Path, once
     assert report["metrics_before"][name] > 0.8
     assert report["metrics_after"][name] > report["metrics_before"][name] - 0.1
     assert report["params_after"] < 0.6 * report["params_before"]
-    code, _, err = call(
-        f"run={done.path}", "sparsity=0.5", "finetune=newton", "hydra.run.dir=other", main=cli.prune_main
-    )
-    assert (code == 2) == (target == "price")
+    newton = (*options[:3], "finetune=newton", "hydra.run.dir=other")
+    code, _, err = call(f"run={done.path}", *newton, main=cli.prune_main)
+    assert (code == 2) == (target == "price"), err
     assert ("finetune=newton is for classifiers" in err) == (target == "price")
