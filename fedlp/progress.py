@@ -36,7 +36,8 @@ class Progress:
         done = line["server_round"]
         self._bytes_up += line["bytes_up"]
         metrics, failures = line["metrics"], line["failures"]
-        shown = [f"{name} {metrics[name]:.4g}" for name in ("accuracy", "perplexity") if metrics.get(name) is not None]
+        names = [name for name in metrics if name not in ("train_loss", "loss")]  # that of the task first
+        shown = [f"{name} {metrics[name]:.4g}" for name in names if metrics[name] is not None]
         self._metrics = shown[0] if shown else self._metrics
         elapsed = time.monotonic() - self._started
         left = elapsed / (done - self._first) * (self._num_rounds - done)

@@ -63,6 +63,8 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     with one_thread():
         subject = load_subject(config)
+        if config.finetune.name == "newton":
+            task_of(subject.info).require_softmax("finetune=newton", subject.info)
         before = evaluate(subject.model, subject, config)
         calibration = draw_calibration(config, subject)
         method = make_method(config.pruner)

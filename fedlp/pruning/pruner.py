@@ -89,7 +89,7 @@ class Pruner:
             self._fisher = self.output_fisher([path for layer in layers for path in layer.readers])
         gradients = None
         if "gradients" in method.score.needs:
-            gradients = loss_gradients(self.model, data.batches, data.labels)
+            gradients = loss_gradients(self.model, data.batches, data.labels, data.loss)
         self._evidence = Evidence(self.model, spec, data, self._rng, gradients)
 
     def num_added_params(self) -> int:
@@ -160,7 +160,8 @@ class Pruner:
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
-        return output_fisher(self.model, paths, self.data.batches, self._rng, logits_only)
+        data = self.data
+        return output_fisher(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
         """Return the model with the removed units cut out and its batch norms' statistics estimated anew."""

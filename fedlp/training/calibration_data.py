@@ -41,4 +41,6 @@ def batch_calibration(
     for inputs, targets in task.calibration_batches(chosen, batch_size):
         batches.append(task.prepare_whole(inputs, info, device))
         labels.append(task.labels(inputs, targets).to(device))
-    return Calibration(batches, labels, seed)
+    if task.is_softmax:
+        return Calibration(batches, labels, seed)
+    return Calibration(batches, labels, seed, lambda outputs, wanted: task.loss(outputs, outputs, wanted), False)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedlp import cli
 from fedlp.models.transformers_loading import import_transformers
 from tests.integration.running import Call, Finished, run
 
@@ -217,3 +218,22 @@ def test_what_is_wrong_is_one_line(override: str, words: str, call: Call) -> Non
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("pruner", ["obs", "taylor"])
+@pytest.mark.parametrize("target", ["price", "risk"])
+def test_models_of_tables_are_pruned(target: str, pruner: str, table: Path, once: Once, call: Call) -> None:
+    rate = "local.lr=0.01" if target == "price" else "local.lr=0.1"
+    done = once(*of_table(table, target, "strategy=fedavg", rate, "num_rounds=12", "eval_every=12"))
+    options = ("sparsity=0.5", f"pruner={pruner}", "pruner.damping=0.01", "hydra.run.dir=pruned")
+    code, _, err = call(f"run={done.path}", *options, main=cli.prune_main)
+    assert code == 0, err
+    report = json.loads(Path("pruned/prune.json").read_text())
+    name = {"price": "r2", "risk": "accuracy"}[target]
+    assert report["metrics_before"][name] > 0.8
+    assert report["metrics_after"][name] > report["metrics_before"][name] - 0.1
+    assert report["params_after"] < 0.6 * report["params_before"]
+    newton = (*options[:3], "finetune=newton", "hydra.run.dir=other")
+    code, _, err = call(f"run={done.path}", *newton, main=cli.prune_main)
+    assert (code == 2) == (target == "price"), err
+    assert ("finetune=newton is for classifiers" in err) == (target == "price")

@@ -137,7 +137,8 @@ class PoolingClient:
                 rng = torch.Generator().manual_seed(data.seed)
                 parts = fisher_parts(model, self._layers)
                 paths = [part.name for part in parts]
-                return parts, fisher_sums(model, paths, data.batches, rng, not is_language_model(model))[0]
+                logits_only = not is_language_model(model)
+                return parts, fisher_sums(model, paths, data.batches, rng, logits_only, data.shift_invariant)[0]
             case _:
                 model = copy.deepcopy(model)
                 reestimate_batch_norms(model, data.batches)
