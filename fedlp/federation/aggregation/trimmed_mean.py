@@ -98,7 +98,7 @@ class _TrimmedMean:
         """Return the mean of each column's values but for the trimmed ones; NaN where there are none."""
         count = (~torch.isnan(stack)).sum(dim=0)
         ordered = stack.sort(dim=0).values  # NaN last
-        cut = (self._fraction * count.to(torch.float64)).floor().to(torch.int64)
+        cut = (self._fraction * count.to(torch.float64) + 1e-9).floor().to(torch.int64)  # plus what rounding takes off
         place = torch.arange(len(stack))[:, None]
         inside = (place >= cut) & (place < count - cut)
         total = torch.where(inside, ordered, 0.0).sum(dim=0)
