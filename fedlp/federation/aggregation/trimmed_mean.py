@@ -57,7 +57,7 @@ class _TrimmedMean(HeldUpdates):
         """Return the mean of each column's values but for the trimmed ones."""
         count = (~torch.isnan(stack)).sum(dim=0)
         ordered = stack.sort(dim=0).values  # NaN last
-        cut = (self._fraction * count.to(torch.float64)).floor().to(torch.int64)
+        cut = (self._fraction * count.to(torch.float64) + 1e-9).floor().to(torch.int64)  # plus what rounding takes off
         place = torch.arange(len(stack))[:, None]
         inside = (place >= cut) & (place < count - cut)
         return torch.where(inside, ordered, 0.0).sum(dim=0) / inside.sum(dim=0).to(torch.float64)
