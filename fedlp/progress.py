@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+_SHOWN = ("accuracy", "perplexity", "client_accuracy", "client_perplexity")  # the first that a round has
+
 
 class Progress:
     """Shows every finished round: its number, test metrics, uplink so far and the time that is left.
@@ -36,7 +38,7 @@ class Progress:
         done = line["server_round"]
         self._bytes_up += line["bytes_up"]
         metrics, failures = line["metrics"], line["failures"]
-        shown = [f"{name} {metrics[name]:.4g}" for name in ("accuracy", "perplexity") if metrics.get(name) is not None]
+        shown = [f"{name} {metrics[name]:.4g}" for name in _SHOWN if metrics.get(name) is not None]
         self._metrics = shown[0] if shown else self._metrics
         elapsed = time.monotonic() - self._started
         left = elapsed / (done - self._first) * (self._num_rounds - done)

@@ -30,7 +30,14 @@ class Metric:
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
 
-METRICS = (Metric("accuracy", "%", 100.0, True), Metric("perplexity", "", 1.0, False), Metric("loss", "", 1.0, False))
+METRICS = (
+    Metric("accuracy", "%", 100.0, True),
+    Metric("perplexity", "", 1.0, False),
+    Metric("loss", "", 1.0, False),
+    Metric("client_accuracy", "%", 100.0, True),  # of runs that evaluate on clients alone
+    Metric("client_perplexity", "", 1.0, False),
+    Metric("client_loss", "", 1.0, False),
+)
 
 
 @dataclass(frozen=True, slots=True)
