@@ -53,7 +53,8 @@ class PrunableLayer:
     coupled : tuple of str
         Tensors that lose entries with a unit.
     readers : tuple of str
-        Modules whose inputs the units are, in the order of the model.
+        Paths of the layer's *readers*, the linear layers or convolutions whose inputs are the units, in the order of
+        the model. They compensate for removed units.
     depth : float
         Where in the network it lies, in [0, 1]; the layers of one transformer block lie at the same depth.
     """

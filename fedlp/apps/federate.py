@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.apps.evaluation_check import check_evaluation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
@@ -31,6 +30,7 @@ from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
+from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -298,8 +298,9 @@ def _serve_rounds(
             directory.save_state(round_state)
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
+        policy = plan.fit(brought)
         directory.add_budgets(brought)
-        return plan.fit(brought)
+        return policy
 
     upload = config.upload
     settings = RoundSettings(

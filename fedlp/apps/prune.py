@@ -73,7 +73,9 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
             paths = [path for layer in subject.layers for path in layer.readers]
             newton_steps(pruned.model, paths, calibration, config.finetune.steps, _show_step)
         else:
-            finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
+            finetune(
+                pruned.model, subject.info, subject.data.train, config.finetune, generator(config.seed, Stream.FINETUNE)
+            )
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()

@@ -97,7 +97,7 @@ def _search_modes(config: SearchConfig, out: Path, allocator: Allocator, scene: 
     space: Space[Any] = FunctionSpace(allocator, ratios) if settings.space == "trees" else ChainSpace(allocator, ratios)
     partial = max(1, -(-settings.fitness_examples // settings.batch_size) // 4)
     fitness = Fitness(
-        allocator.stitcher.on(scene.fitness),
+        allocator.precomputed.on(scene.fitness),
         rules["uniform"],
         partial,
         out / "search.jsonl",

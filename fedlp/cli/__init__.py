@@ -77,7 +77,7 @@ def _answer_version() -> None:
 def _list_options() -> None:
     """Print the options of a group, and exit."""
     from fedlp.cli.common import end, guard
-    from fedlp.cli.options import describe_group
+    from fedlp.config.option_help import describe_group
 
     groups = sys.argv[2:] or ["strategy"]
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))

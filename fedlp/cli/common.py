@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config import config_dir, explain, prepare, register_schema
+from fedlp.config import RunConfig, config_dir, explain, prepare, register_schema, schema_of
 from fedlp.errors import ConfigError, FedLPError, printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -31,6 +31,7 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
     """Run Hydra's command line on one of the config tree's roots, and exit."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schema(config_name)
+    schema = schema_of(config_name)
     is_override = {word: "=" in word and not word.startswith("-") for word in sys.argv[1:]}
     flags = [word for word in sys.argv[1:] if not is_override[word]]  # first: argparse takes no words between flags
     sys.argv[1:] = flags + prepare(config_name, [word for word in sys.argv[1:] if is_override[word]])
@@ -38,7 +39,7 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
 
     def guarded(composed: DictConfig) -> None:
         codes.append(0)
-        codes[-1] = guard(lambda: job(composed), _job_name())  # here, so that the rest of a sweep still runs
+        codes[-1] = guard(lambda: job(composed), _job_name(), schema)  # here, so that the rest of a sweep still runs
 
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(guarded)
 
@@ -48,9 +49,9 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
         except ValueError as error:  # what Hydra raises about some overrides and flags, before there is a job
             if codes:
                 raise
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(explain(error, schema)) from error
 
-    sys.exit(end(lambda: max(guard(compose_and_run), *codes, 0)))
+    sys.exit(end(lambda: max(guard(compose_and_run, schema=schema), *codes, 0)))
 
 
 def output_dir() -> Path:
@@ -84,14 +85,14 @@ def _job_name() -> str:
     return f"job {config.job.num} ({', '.join(word.lstrip('+') for word in config.overrides.task)}): "
 
 
-def guard(action: Callable[[], object], name: str = "") -> int:
+def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig) -> int:
     """Run an action; turn what a user can cause into one line and an exit code."""
     try:
         action()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FedLPError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"fedlp: {name}{explain(error)}", file=sys.stderr)
+        print(f"fedlp: {name}{explain(error, schema)}", file=sys.stderr)
         return BAD_INPUT
     return 0
 

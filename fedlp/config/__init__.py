@@ -48,7 +48,7 @@ from fedlp.config.schema import (
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
-from fedlp.config.unread import refuse_unread
+from fedlp.config.unread import refuse_unread, unread_groups
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 
@@ -88,9 +88,11 @@ __all__ = [
     "prepare",
     "refuse_unread",
     "register_schema",
+    "schema_of",
     "to_plain",
     "to_yaml",
     "todays_config",
+    "unread_groups",
     "validate",
     "with_absolute_paths",
 ]
@@ -244,9 +246,9 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
     if missing := re.search(r"Could not find '(\w+)/([^']+)'", str(error)):
         choices = sorted(path.stem for path in (config_dir() / missing[1]).glob("*.yaml"))
         close = get_close_matches(missing[2], choices)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}."
         own = " One of your own is MODULE:OBJECT." if missing[1] in part_groups(schema) else ""
-        return f"there is no {missing[1]}={missing[2]}; {hint}{own}"
+        return f"there is no {missing[1]}={missing[2]}; {hint}{own}".removesuffix(".")
     if str(error).startswith("Error merging override") and error.__cause__ is not None:
         return f"{one_line(error)}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))

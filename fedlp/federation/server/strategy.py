@@ -196,7 +196,7 @@ class FedLPStrategy(Strategy):
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
         self._roster.join(grid, timeout)
-        self._meet_budgets()
+        self._meet_or_dismiss()
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
@@ -247,6 +247,21 @@ class FedLPStrategy(Strategy):
         """Let the policy meet the budgets that devices brought."""
         if (brought := self._roster.budgets) and self._fit is not None:
             self.policy = self._fit(brought)
+
+    def _meet_or_dismiss(self) -> None:
+        """Let the policy meet the budgets that devices brought; a client whose budget cannot be met stays out."""
+        try:
+            self._meet_budgets()
+        except FedLPError:
+            assert self._fit is not None
+            for client_id, budget in self._roster.budgets.items():
+                try:
+                    self._fit({client_id: budget})
+                except FedLPError as error:
+                    self._roster.dismiss(client_id, error)
+            if not self._roster.client_ids:
+                raise
+            self._meet_budgets()
 
     def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
         """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""

@@ -332,7 +332,8 @@ def decode_profile(content: RecordDict) -> ClientProfile:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0:
         raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
-    check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
+    if profile.num_examples:  # a client may have none
+        check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
@@ -378,11 +379,12 @@ def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
             raise ValueError(f"{len(record)} sums came, more than {MOST_METRICS}")
         for key in (*_SUMS, *(key for key in record if key not in _SUMS)):
             value = record[key]
-            if not isinstance(value, float) and not (isinstance(value, list) and len(value) <= _LONGEST_SUM):
+            is_list = isinstance(value, list) and len(value) <= _LONGEST_SUM and key not in _SUMS
+            if not (isinstance(value, float) or is_list):
                 raise ValueError(f"{printable(key, 40)} is {show(value)}, not a float or a list of floats")
-            sums[key] = [float(item) for item in value] if isinstance(value, list) else value
-        if not 0 <= record["count"] <= MOST_STEPS:  # type: ignore[operator]
-            raise ValueError(f"they are of {show(record['count'])} predictions")
+            sums[key] = [float(item) for item in value] if isinstance(value, list) else float(value)
+        if not 0 <= (count := record["count"]) <= MOST_STEPS:  # type: ignore[operator]
+            raise ValueError(f"they are of {show(count)} predictions")
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"evaluation sums cannot be read: {say_why(error)}") from error
     return sums
