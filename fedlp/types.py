@@ -320,6 +320,45 @@ class ClientCost:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """Request for the metrics of a client's sub-model on its own test examples.
+
+    Attributes
+    ----------
+    params : mapping from tensor name to Tensor
+        Shared tensors of the sub-model, sliced.
+    measures_statistics : bool
+        Whether batch norm statistics are measured on the client's training examples first.
+    """
+
+    server_round: int
+    client_id: int
+    submodel: SubModel
+    params: Mapping[str, Tensor]
+    measures_statistics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEvaluation:
+    """Metrics of one client's sub-model on its own test examples.
+
+    Attributes
+    ----------
+    tier : str
+        Tier or device class of the fleet; share of the parameters that the sub-model has where there is no fleet.
+    num_examples : int
+        Test examples, >= 1.
+    metrics : mapping from name to float
+        ``loss`` and the task's metrics.
+    """
+
+    client_id: int
+    tier: str
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
     """One line of ``rounds.jsonl``.
 
@@ -329,7 +368,10 @@ class RoundRecord:
         Fraction of the layer's entries that at least one client returned, in [0, 1].
     metrics : mapping
         Global test metrics: ``accuracy`` and ``loss``, or ``perplexity`` and ``loss``; ``train_loss`` where clients
-        report it. Empty test metrics where the round was not evaluated.
+        report it. Empty test metrics where the round was not evaluated. ``client_accuracy`` and so on where clients
+        evaluate; see :mod:`fedlp.federation.server.client_evaluation`.
+    evaluations : tuple of ClientEvaluation
+        By client; the file leaves it out where empty.
     """
 
     server_round: int
@@ -344,3 +386,4 @@ class RoundRecord:
     clients: tuple[ClientCost, ...]
     metrics: Mapping[str, float]
     wall_time_s: float
+    evaluations: tuple[ClientEvaluation, ...] = ()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlp.apps.evaluation_check import check_evaluation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
@@ -24,13 +25,15 @@ from fedlp.data.partition import partition_examples
 from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import CheckpointError, ConfigError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
-from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
+from fedlp.federation.client.app import ClientRuntime, make_client_app
 from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.fleet import fleet_budgets, fleet_kinds
+from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
 from fedlp.federation.strategies.oneshot import OneShot
@@ -44,7 +47,7 @@ from fedlp.progress import Progress
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
-from fedlp.tasks import with_task
+from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -84,6 +87,7 @@ class Federation:
         check_loss(config.local, info)
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)
+        check_evaluation(config)
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()
         self.is_oneshot = isinstance(self.strategy, OneShot)
@@ -169,9 +173,10 @@ class Federation:
     def runtime(self, state_dir: str) -> ClientRuntime:
         """Return the parts of a client process: data, partition, models. The local engine's workers inherit them."""
         if state_dir not in self._runtimes:
-            keeps = client_options(self.strategy).keeps_heads or self.config.upload.error_feedback
-            store = ClientStore(Path(state_dir), horizon=2 * self.config.checkpoint_every) if keeps else None
-            shards = Shards(self.data.train, self.parts)
+            config = self.config
+            keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
+            store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps else None
+            shards = Shards(self.data.train, self.parts, config.dataset.client_test_fraction, config.seed)
             self._runtimes = {
                 state_dir: ClientRuntime(
                     self.client_settings(), self.info, self.submodels, shards, self.data.test, store
@@ -188,6 +193,7 @@ class Federation:
             num_rounds=config.num_rounds,
             device=config.device,
             eval_batch_size=config.eval_batch_size,
+            personal_steps=config.evaluation.personal_steps,
             encoding=config.upload.make(),
             sends_deltas=config.upload.values == "deltas",
             error_feedback=config.upload.error_feedback,
@@ -197,6 +203,21 @@ class Federation:
             calibration=config.calibration,
             privacy=config.privacy,
             oneshot=oneshot_settings(config) if self.is_oneshot else None,
+        )
+
+    def client_evaluation(self) -> ClientEvaluationSettings | None:
+        """Return the settings of evaluations on clients; None where there are none."""
+        config = self.config
+        if config.evaluation.name == "central":
+            return None
+        local = config.local
+        return ClientEvaluationSettings(
+            task=task_of(self.info),
+            lengths=sum_lengths(self.submodels.skeleton(), self.info),
+            seed=config.seed,
+            num_clients=config.evaluation.clients,
+            steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
+            is_private=config.privacy.name != "none",
         )
 
     # ---- running
@@ -295,6 +316,7 @@ def _serve_rounds(
         sends_deltas=upload.values == "deltas",
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
+        evaluates_tiers=config.evaluation.tiers,
     )
     strategy = FedLPStrategy(
         plan.submodels,
@@ -304,7 +326,9 @@ def _serve_rounds(
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
-        num_test=len(runtime.test),
+        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
+        client_evaluation=plan.client_evaluation(),
+        tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         observers=(record, *observers),
         state=state,

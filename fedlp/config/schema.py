@@ -38,6 +38,13 @@ class DatasetConfig(PartConfig):
 
     max_train_examples: int | None = None  # a random subset of so many; all where null
     max_test_examples: int | None = None
+    client_test_fraction: float = 0.0  # of each client's examples, held out for evaluation=clients; in [0, 1)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.client_test_fraction < 1:
+            raise ConfigError(
+                f"dataset.client_test_fraction={self.client_test_fraction} is not allowed: it must be in [0, 1)"
+            )
 
 
 @dataclass
@@ -205,6 +212,20 @@ class FleetConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Where models are evaluated.
+
+    ``name`` is "central" (the global model on the server's test set), "clients" (each client's sub-model, with its
+    personal head where it has one, on the client's own test examples), or "both".
+    """
+
+    name: str = "central"
+    clients: int | None = None  # clients that an evaluation asks, drawn by the seed; all where null
+    personal_steps: int = 0  # local steps that a client trains before it evaluates; none of them is kept
+    tiers: bool = False  # after the last round, the sub-model of each tier on the server's test set
+
+
+@dataclass
 class PrivacyConfig:
     """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
 
@@ -250,3 +271,4 @@ class RunConfig:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -39,6 +39,9 @@ METRICS = (
     Metric("mae", "", 1.0, False),
     Metric("r2", "", 1.0, True),
     Metric("loss", "", 1.0, False),
+    Metric("client_accuracy", "%", 100.0, True),  # of runs that evaluate on clients alone
+    Metric("client_perplexity", "", 1.0, False),
+    Metric("client_loss", "", 1.0, False),
 )
 
 

@@ -38,6 +38,7 @@ log = logging.getLogger("fedlp")
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+_OPTIONAL = ("evaluations",)  # left out where empty
 _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
@@ -159,8 +160,9 @@ class RunDirectory:
 
     def append_round(self, record: RoundRecord) -> None:
         """Add one line to ``rounds.jsonl``."""
+        line = {key: value for key, value in asdict(record).items() if value or key not in _OPTIONAL}
         with self._writing(), self._rounds.open("ab") as file:
-            file.write(_json_line(asdict(record)))
+            file.write(_json_line(line))
 
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint; before it, what is on record of its rounds becomes as durable as it."""

@@ -30,7 +30,8 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
+from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
+from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
@@ -83,6 +84,8 @@ class RoundSettings:
         Whether single bytes of uploads are Huffman codes.
     timeout_s : float
         Seconds that a round waits for its clients.
+    evaluates_tiers : bool
+        Whether the sub-model of each tier is evaluated after the last round.
     """
 
     num_clients: int
@@ -97,6 +100,7 @@ class RoundSettings:
     sends_deltas: bool = False
     entropy_coding: bool = False
     timeout_s: float = 3600.0
+    evaluates_tiers: bool = False
 
 
 class FedLPStrategy(Strategy):
@@ -114,6 +118,10 @@ class FedLPStrategy(Strategy):
         Parts; values as they are, the coverage average, and the plain average where absent.
     evaluate, num_test : callable, int
         Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
+    client_evaluation : ClientEvaluationSettings, optional
+        Settings of evaluations on clients; none without.
+    tiers : mapping from client id to str, optional
+        Tier or device class of each client; the share of the parameters that it holds where absent.
     fit : callable, optional
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
     observers : callables
@@ -133,6 +141,8 @@ class FedLPStrategy(Strategy):
         server_optimizer: ServerOptimizer | None = None,
         evaluate: Evaluate | None = None,
         num_test: int = 0,
+        client_evaluation: ClientEvaluationSettings | None = None,
+        tiers: Mapping[int, str] | None = None,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
@@ -143,6 +153,8 @@ class FedLPStrategy(Strategy):
         self._aggregator: Aggregator = aggregator or CoverageAverageRule()
         self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
+        self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
+        self._tiers = tiers or {}
         self._fit, self._observers = fit, tuple(observers)
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
@@ -196,6 +208,8 @@ class FedLPStrategy(Strategy):
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
+                if server_round == num_rounds and self.settings.evaluates_tiers and self._num_test:
+                    self._evaluate_tiers(server_round, grid, timeout)
                 result.evaluate_metrics_serverapp[server_round] = MetricRecord(dict(self._round.tested))
             record = self._round.finish(time.monotonic() - started)
             for observer in self._observers:
@@ -218,12 +232,14 @@ class FedLPStrategy(Strategy):
         if self._num_test:
             asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
             self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+        if self._clients is not None:
+            self._note(MetricRecord(dict(self._evaluate_on_clients(server_round, arrays, grid, timeout))))
         if evaluate_fn is not None:
             self._note(evaluate_fn(server_round, arrays) or MetricRecord())
         return arrays
 
     def _note(self, metrics: MetricRecord) -> None:
-        found = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+        found = _numbers(metrics)
         self._round.tested |= found
         self._round.metrics.update(found)
 
@@ -381,7 +397,7 @@ class FedLPStrategy(Strategy):
             update = decoded
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
-            self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
+            self._fail(client_id, "rejected" if rejected else ERROR_KINDS.get(reply.error.code, "error"), error)
         examples = update.num_examples if update else 0
         self._round.costs.append(
             ClientCost(
@@ -424,9 +440,21 @@ class FedLPStrategy(Strategy):
 
         That is the whole model where some client holds it, else the largest sub-model of this round.
         """
-        assert self.state is not None
         self._evaluated, asked = self._largest_submodel(server_round)
-        layout, submodel = self.submodels.layout(self._evaluated), self._evaluated
+        return self._measure(server_round, self._evaluated, asked, arrays, grid, timeout)
+
+    def _measure(
+        self,
+        server_round: int,
+        submodel: SubModel,
+        asked: Iterable[int],
+        arrays: ArrayRecord,
+        grid: Grid,
+        timeout: float,
+    ) -> ArrayRecord:
+        """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
+        assert self.state is not None
+        layout, asked = self.submodels.layout(submodel), list(asked)
         record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
         content = messages.encode_submodel(record, submodel, self.submodels)
         requests = [
@@ -476,6 +504,74 @@ class FedLPStrategy(Strategy):
             return SubModel(), []
         largest = max(holders, key=lambda layout: layout.num_params())
         return submodels[largest], holders[largest][:_STATISTICS_CLIENTS]
+
+    # ---- evaluation on clients, and of tiers
+    def _evaluate_on_clients(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> Mapping[str, float]:
+        """Return the distribution over clients of the metrics of their sub-models on their own test examples.
+
+        Where batch norms are static, a client whose sub-model is not the one that was measured measures its own.
+        """
+        assert self.state is not None
+        assert self._clients is not None
+        chosen = self._clients.choose(server_round, self._roster.client_ids)
+        measured = self.submodels.layout(self._evaluated)
+        asked = [
+            Asked(
+                client_id,
+                self._roster.node(client_id),
+                submodel,
+                self._tier(client_id, submodel),
+                self._measures_statistics and self.submodels.layout(submodel) is not measured,
+            )
+            for client_id, submodel in self._held(server_round, chosen)
+        ]
+        return self._clients.run(grid, asked, self.state.params, arrays, self._round, self._fail, timeout)
+
+    def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
+        """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
+        assert self.state is not None
+        for client_id in client_ids:
+            with suppress(AllocationError):
+                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
+                yield client_id, replace(submodel, nested_levels=())
+
+    def _tier(self, client_id: int, submodel: SubModel) -> str:
+        """Return the tier that a client counts in."""
+        held = self.submodels.layout(submodel).num_params() / self.submodels.spec.num_params
+        return self._tiers.get(client_id) or f"{held:.3g}"
+
+    def _evaluate_tiers(self, server_round: int, grid: Grid, timeout: float) -> None:
+        """Note the metrics of each tier's sub-model on the test set, with batch norm statistics of its own.
+
+        Sub-models with a personal head cannot be evaluated here. The model keeps the statistics that it has.
+        """
+        assert self.state is not None
+        state, evaluated = self.state, self._evaluated
+        for tier, (submodel, holders) in self._tier_submodels(server_round).items():
+            metrics = {name: value for name, value in self._round.tested.items() if not name.startswith(PREFIX)}
+            if self.submodels.layout(submodel) is not self.submodels.layout(evaluated):
+                arrays = self._encode_model(state)
+                if self._measures_statistics:
+                    arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
+                self._evaluated = submodel
+                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+                metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+                self.state = state
+            self._round.metrics.update({f"tier_{tier}_{name}": value for name, value in metrics.items()})
+        self._evaluated = evaluated
+
+    def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
+        """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
+        found: dict[str, tuple[SubModel, list[int]]] = {}
+        for client_id, submodel in self._held(server_round, self._roster.client_ids):
+            if submodel.depth in (None, len(self.submodels.spec.depths)):
+                first, holders = found.setdefault(self._tier(client_id, submodel), (submodel, []))
+                same = self.submodels.layout(first) is self.submodels.layout(submodel)
+                if same and len(holders) < _STATISTICS_CLIENTS:
+                    holders.append(client_id)
+        return found
 
     # ---- evaluation
     def configure_evaluate(
@@ -527,7 +623,10 @@ class FedLPStrategy(Strategy):
 
 _STATISTICS_CLIENTS = 3
 _TRAINING_PASSES = 3  # of a training step, in forward passes
-_ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
+
+
+def _numbers(metrics: MetricRecord) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
 
 
 def _decode_sums(reply: Message) -> Sums:
