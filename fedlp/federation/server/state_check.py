@@ -45,7 +45,7 @@ class Fault:
     tensor : str
         Its name in the model.
     text : str
-        The tensor, in the server optimizer's state or the policy's memory too, and what it holds.
+        The tensor, or its slot in the server optimizer's state, and what it would hold.
     """
 
     tensor: str
@@ -139,11 +139,13 @@ class RoundGuard:
 
 
 def find_fault(state: ServerState) -> Fault | None:
-    """Return the first tensor that is not finite or out of range, or a negative variance; None where all is well."""
+    """Return the first tensor that is not finite or out of range, or a negative variance; None where all is well.
+
+    A policy's memory is its own: it may hold infinities on purpose, and is made of numbers that were checked.
+    """
     parts = (
         ("", state.params, LARGEST_VALUE),  # what no update may hold, no client could train on
         ("the server optimizer's ", state.optimizer, math.inf),
-        ("the policy's ", state.memory, math.inf),
     )
     for whose, tensors, largest in parts:
         for name, tensor in tensors.items():

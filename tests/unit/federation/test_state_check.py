@@ -78,7 +78,6 @@ def test_differences_may_be_negative_but_not_the_variance_that_they_give() -> No
         ("params", "bn.num_batches_tracked", torch.tensor(-(2**63)), "would hold a count outside [0, "),
         ("optimizer", "momentum.conv.weight", torch.full((2, 2), math.nan), "the server optimizer's momentum.conv"),
         ("optimizer", "variance.conv.weight", torch.full((2, 2), -1.0), "variance.conv.weight would hold negative"),
-        ("memory", "score.a", torch.tensor([0.0, math.inf]), "the policy's score.a"),
     ],
 )
 def test_a_broken_state_is_found(part: str, name: str, value: Tensor, words: str) -> None:
