@@ -12,6 +12,42 @@ import yaml
 from fedlp import registry
 from fedlp.apps import federate as assembly
 from fedlp.config import PruneConfig, RunConfig, compose, compose_prune, config_dir, from_yaml, to_plain, to_yaml
+from fedlp.config.reading import part_groups
+
+FILES = sorted(config_dir().glob("*/*.yaml"))
+PROMISED = {
+    "model": "fedlp_cnn fedlp_mlp resnet18 vgg11_bn mobilenet_v2 llama_tiny hf",
+    "dataset": "digits cifar10 cifar100 mnist fashion_mnist topics text hf imagefolder csv parquet arrays",
+    "task": "auto classification causal_lm regression multi_label sequence_classification",
+    "partition": "iid dirichlet shards mixed natural devices column",
+    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp_plan oneshot",
+    "upload": "float32 bfloat16 int8 int4 int2 topk",
+    "aggregator": "coverage_average trimmed_mean",
+    "server_optimizer": "none momentum adam yogi adagrad",
+    "local": "sgd adam adamw",
+    "simulation": "local ray",
+    "experiment": "demo",
+    "pruner": "obs slimgpt magnitude wanda flap taylor random",
+    "allocator": "uniform depth_line log_depth owl alphapruning dlp flap erk dp dsa plan",
+    "finetune": "none newton lora full",
+    "fleet": "full tiers mixed",
+    "privacy": "none local_dp",
+}
+PRUNING = ("pruner", "allocator", "finetune")  # groups of fedlp-prune
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_file_composes_and_survives_its_own_yaml(path: Path) -> None:
+    group, option = path.parent.name, path.stem
+    if group in PRUNING:
+        needed = ["allocator.path=plan.yaml"] if option == "plan" else []
+        config: RunConfig | PruneConfig = compose_prune([f"{group}={option}", "sparsity=0.5", *needed])
+    else:
+        config = compose([f"{group}={option}"])
+        assert from_yaml(to_yaml(config)) == config
+    if group != "experiment":
+        values = yaml.safe_load(path.read_text())
+        values.pop("defaults", None)
         is_global = "# @package _global_" in path.read_text()
         for name, node in (values if is_global else {group: values}).items():
             chosen = to_plain(config)[name]
