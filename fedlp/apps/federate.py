@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlp.apps.evaluation_check import check_evaluation
+from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
-from fedlp.data.datasets import FederatedData, Loaded, make_reader
+from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
+from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
+from fedlp.data.examples import no_examples
 from fedlp.data.partition import partition_examples
 from fedlp.data.partition_plot import plot_partition
-from fedlp.errors import CheckpointError, ConfigError, EvaluationError
+from fedlp.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, make_client_app
 from fedlp.federation.client.settings import ClientSettings
@@ -76,8 +78,9 @@ class Federation:
         data: FederatedData | None = None,
         parts: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
-        self._read = make_reader(config.dataset) if data is None else Loaded(data)
-        self.info = with_task(self._read.describe(), config.task.make())
+        self._read = _reader(config) if data is None else Loaded(data)
+        self._facts = describe_for_devices(config.dataset) if config.dataset.on_devices else self._read.describe()
+        self.info = with_task(self._facts, config.task.make())
         info = self.info
         if blueprint is None:
             spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
@@ -95,7 +98,7 @@ class Federation:
             config = replace(config, num_rounds=oneshot_costs.count_lines(oneshot_settings(config), self.submodels))
         self.config = config
         self._parts = None if parts is None else tuple(parts)
-        self._runtimes: dict[str, ClientRuntime] = {}
+        self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self.policy = self.fit({})
 
     def initial_params(self) -> dict[str, Any]:
@@ -104,8 +107,20 @@ class Federation:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The data set."""
+        """The data set; DataError where devices hold it."""
+        if self.config.dataset.on_devices:
+            raise DataError("dataset.on_devices=true: the training data are on the devices")
         return replace(self._read.load(self.config.seed), info=self.info)
+
+    @cached_property
+    def server_data(self) -> FederatedData:
+        """The data that the server needs: no training data where devices bring their own, and its own test set."""
+        if not self.config.dataset.on_devices:
+            return self.data
+        place, test = self.config.dataset.server, no_examples()
+        if place is not None:
+            test = load_at(self.config.dataset, place, self._facts, self.config.seed)
+        return FederatedData(self.info, no_examples(), test)
 
     @cached_property
     def parts(self) -> tuple[NDArray[np.int64], ...]:
@@ -170,19 +185,45 @@ class Federation:
             cases, self.submodels, self.costs, self.initial_params(), upload.make(), upload.entropy_coding
         )
 
-    def runtime(self, state_dir: str) -> ClientRuntime:
-        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them."""
-        if state_dir not in self._runtimes:
-            config = self.config
+    def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
+        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them.
+
+        Parameters
+        ----------
+        own : OwnPlace, optional
+            Where the device keeps its examples; read where ``dataset.on_devices`` is set.
+        """
+        config = self.config
+        key = state_dir, own if config.dataset.on_devices else None
+        if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
             store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps else None
-            shards = Shards(self.data.train, self.parts, config.dataset.client_test_fraction, config.seed)
-            self._runtimes = {
-                state_dir: ClientRuntime(
-                    self.client_settings(), self.info, self.submodels, shards, self.data.test, store
-                )
-            }
-        return self._runtimes[state_dir]
+            if config.dataset.on_devices:
+                shards, test = self._own_shards(own), no_examples()
+            else:
+                fraction = config.dataset.client_test_fraction
+                shards, test = Shards(self.data.train, self.parts, fraction, config.seed), self.data.test
+            made = ClientRuntime(self.client_settings(), self.info, self.submodels, shards, test, store)
+            self._runtimes = {key: made}
+        return self._runtimes[key]
+
+    def _own_shards(self, own: OwnPlace | None) -> Shards:
+        """Return the one client's examples that a device holds."""
+        config = self.config
+        if own is None:
+            raise DataError(
+                "dataset.on_devices=true, but the node has no data; start it with --node-config 'data=\"/srv/images\"'"
+            )
+        examples = load_at(config.dataset, own.path, self._facts, config.seed)
+        part = np.arange(len(examples), dtype=np.int64)
+        return Shards(examples, {own.client_id: part}, config.dataset.client_test_fraction, config.seed)
+
+    def server_runtime(self, state_dir: str) -> ClientRuntime:
+        """Return what the server evaluates with; where devices bring their own data, it holds no training data."""
+        if not self.config.dataset.on_devices:
+            return self.runtime(state_dir)
+        nobody = Shards(no_examples(), {})
+        return ClientRuntime(self.client_settings(), self.info, self.submodels, nobody, self.server_data.test, None)
 
     def client_settings(self) -> ClientSettings:
         """Return the settings of clients."""
@@ -224,21 +265,22 @@ class Federation:
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
-        runtime = self.runtime(str(directory.clients))  # where data is missing, nothing has been written yet
+        runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
             if self.is_oneshot:
                 config = replace(self.config, resume=None)
-                return serve_oneshot(grid, config, self.submodels, self.data, directory, observers)
+                return serve_oneshot(grid, config, self.submodels, self.server_data, directory, observers)
             return _serve_rounds(grid, self, directory, runtime, observers)
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
         config, out = self.config, out.absolute()
+        refuse_simulation(config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.is_oneshot:
             size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
-        app = make_client_app(lambda cfg, state_dir: self.runtime(state_dir), settings_of)
+        app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
             num_clients=config.num_clients,
@@ -271,9 +313,9 @@ def make_plan(cfg: str) -> Federation:
     return _APP.of(cfg)
 
 
-def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
+def make_runtime(cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
     """Return the client runtime of this process's apps."""
-    return _APP.of(cfg).runtime(state_dir)
+    return _APP.of(cfg).runtime(state_dir, own)
 
 
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
@@ -356,6 +398,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
         Names a run from its plain config.
     """
     config = from_yaml(cfg)
+    refuse_simulation(config)
     _check_device(config.device)
     directory = RunDirectory(out)
     state = None
@@ -373,6 +416,10 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         return directory.read_manifest()
     return federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
+
+
+def _reader(config: RunConfig) -> Reader:
+    return reader_at(config.dataset, None) if config.dataset.on_devices else make_reader(config.dataset)
 
 
 def _plot_partition(federation: Federation, out: Path) -> None:

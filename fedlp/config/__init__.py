@@ -211,7 +211,8 @@ def with_absolute_paths(config: _Config) -> _Config:
     found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
     if paths["root"]:  # a folder that is downloaded to need not exist yet
         found["root"] = str(Path(paths["root"]).expanduser().absolute())
-    dataset = replace(dataset, options=dataset.options | found)
+    server = None if dataset.server is None else _absolute(dataset.server)
+    dataset = replace(dataset, options=dataset.options | found, server=server)
     if isinstance(path := model.options.get("path"), str):
         model = replace(model, options={**model.options, "path": _absolute(path)})
     return replace(config, dataset=dataset, model=model)

@@ -39,11 +39,17 @@ class DatasetConfig(PartConfig):
     max_train_examples: int | None = None  # a random subset of so many; all where null
     max_test_examples: int | None = None
     client_test_fraction: float = 0.0  # of each client's examples, held out for evaluation=clients; in [0, 1)
+    on_devices: bool = False  # devices bring their own examples: --node-config 'data="/srv/images"' of each SuperNode
+    server: str | None = None  # on_devices: file or folder of the server's test set; no central evaluation where null
 
     def __post_init__(self) -> None:
         if not 0 <= self.client_test_fraction < 1:
             raise ConfigError(
                 f"dataset.client_test_fraction={self.client_test_fraction} is not allowed: it must be in [0, 1)"
+            )
+        if self.server is not None and not self.on_devices:
+            raise ConfigError(
+                "dataset.server is the test set of a server without training data: set dataset.on_devices=true too"
             )
 
 

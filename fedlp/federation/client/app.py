@@ -6,18 +6,21 @@ partition id of the node's config.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedlp.data.datasets import DataInfo, Examples
-from fedlp.errors import DataError
+from fedlp.data.device_data import OwnPlace
+from fedlp.errors import DataError, FedLPError
 from fedlp.federation.budgets import read_budget
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
@@ -41,6 +44,10 @@ from fedlp.training.evaluation import evaluate_sums
 from fedlp.training.loop import train_locally
 from fedlp.training.schedules import Moment
 from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
+
+log = logging.getLogger("fedlp")
+
+RAISED = 2  # Flower's code for a ClientApp that raised
 
 
 class ClientRuntime:
@@ -222,8 +229,14 @@ def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> N
         state[name].copy_(tensor)
 
 
+class MakeRuntime(Protocol):
+    """Returns the runtime for a config (YAML), the folder of clients' files and the place of a device's own data."""
+
+    def __call__(self, cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime: ...  # noqa: D102
+
+
 def make_client_app(
-    make_runtime: Callable[[str, str], ClientRuntime],
+    make_runtime: MakeRuntime,
     read_settings: Callable[[Message, Context], tuple[str, Path]],
 ) -> ClientApp:
     """Return the Flower app around a runtime.
@@ -231,7 +244,7 @@ def make_client_app(
     Parameters
     ----------
     make_runtime : callable
-        Returns the runtime for a config (YAML) and the folder of clients' files; expected to remember it.
+        Returns a runtime; expected to remember it.
     read_settings : callable
         Returns the config (YAML) and the run directory that a message or the node's run config names.
     """
@@ -243,14 +256,21 @@ def make_client_app(
 
     def load_runtime(message: Message, context: Context) -> ClientRuntime:
         cfg, state_dir = load_settings(message, context)
-        return make_runtime(cfg, str(state_dir))
+        place = context.node_config.get("data")
+        own = None if place is None else OwnPlace(client_id_of(context), str(place))
+        return make_runtime(cfg, str(state_dir), own) if own else make_runtime(cfg, str(state_dir))
 
     @app.query("capabilities")
     def query(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
-        path = context.node_config.get("budget")
-        budget = None if path is None else read_budget(Path(str(path)))
-        return Message(messages.encode_profile(runtime.profile(client_id_of(context), budget)), reply_to=message)
+        client_id = client_id_of(context)
+        try:
+            path = context.node_config.get("budget")
+            budget = None if path is None else read_budget(Path(str(path)))
+            profile = load_runtime(message, context).profile(client_id, budget)
+        except FedLPError as error:  # one line in the device's log, and the client's name in the server's
+            log.error("client %d cannot take part: %s", client_id, error)
+            return Message(Error(RAISED, f"client {client_id}: {error}"), reply_to=message)
+        return Message(messages.encode_profile(profile), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
