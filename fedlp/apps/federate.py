@@ -45,6 +45,7 @@ from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.tasks import with_task
+from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -205,10 +206,17 @@ class Federation:
         directory = RunDirectory(out)
         runtime = self.runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
-            if self.is_oneshot:
-                config = replace(self.config, resume=None)
-                return serve_oneshot(grid, config, self.submodels, self.data, directory, observers)
-            return _serve_rounds(grid, self, directory, runtime, observers)
+            if not self.config.resume:
+                directory.refuse_if_used()
+            config = replace(self.config, resume=None)
+            with tracking(config.tracker.name, config.tracker.make, to_plain(config), directory.path) as tracker:
+                told = (*observers, lambda record, _: tracker.round(record))
+                if self.is_oneshot:
+                    manifest = serve_oneshot(grid, config, self.submodels, self.data, directory, told)
+                else:
+                    manifest = _serve_rounds(grid, self, directory, runtime, told)
+                tracker.end(manifest)
+        return manifest
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""

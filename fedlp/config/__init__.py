@@ -44,6 +44,7 @@ from fedlp.config.schema import (
     SimulationConfig,
     StrategyConfig,
     TaskConfig,
+    TrackerConfig,
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
@@ -74,6 +75,7 @@ __all__ = [
     "SimulationConfig",
     "StrategyConfig",
     "TaskConfig",
+    "TrackerConfig",
     "UploadConfig",
     "compose",
     "compose_profile",

@@ -205,6 +205,18 @@ class FleetConfig:
 
 
 @dataclass
+class TrackerConfig(PartConfig):
+    """Tracker that follows the run where the server runs; options are those of the part in ``fedlp/trackers``.
+
+    A tracker of one's own is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
+    """
+
+    kind: ClassVar[str] = "tracker"
+
+    name: str = "none"
+
+
+@dataclass
 class PrivacyConfig:
     """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
 
@@ -250,3 +262,4 @@ class RunConfig:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

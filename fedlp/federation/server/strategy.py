@@ -378,6 +378,7 @@ class FedLPStrategy(Strategy):
                 params_up=self._num_returned(instruction, update) if update else 0,
                 macs=self._costs.macs(instruction.submodel).training * examples * self.settings.local_epochs
                 + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
+                train_loss=update.metrics.get("train-loss") if update else None,
             )
         )
         return update
