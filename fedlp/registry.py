@@ -56,7 +56,7 @@ GIVEN: Mapping[str, frozenset[str]] = {
     "metric": frozenset({"outputs", "targets"}),
     "optimizer": frozenset({"params"}),
     "schedule": frozenset({"server_round", "num_rounds", "progress"}),
-    "callback": frozenset({"record", "state"}),
+    "callback": frozenset({"record", "state", "task"}),
 }
 """Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
 
@@ -121,7 +121,7 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
         if point.name == name:
             return _import_object(kind, point.value)
     close = get_close_matches(name, names(kind))
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}."
     raise ConfigError(f"there is no {kind} {name}; {hint} One of your own is given as MODULE:OBJECT")
 
 

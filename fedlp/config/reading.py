@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
@@ -73,9 +74,22 @@ def no_such_option(schema: Any, name: str) -> str:
     last = name.rpartition(".")[2]
     same = sorted(option for option in known if option.rpartition(".")[2] == last and option != name)
     close = same or get_close_matches(name, known, 1)
+    if not close and "." not in name and (owners := _owners(schema, name)):
+        return f"there is no option {name}; it is an option of {' and '.join(owners[:3])}"
     return f"there is no option {name}; " + (
         f"did you mean {' or '.join(close[:3])}?" if close else "fedlp --cfg job lists the options"
     )
+
+
+def _owners(schema: Any, name: str) -> list[str]:
+    """Return the parts that have an option of this name: ``strategy=fedlp_plan strategy.sparsity``, ..."""
+    found = []
+    for group, part in part_groups(schema).items():
+        for choice in registry.names(part.kind):
+            with suppress(ConfigError):
+                if name in registry.options(part.kind, registry.lookup(part.kind, choice)):
+                    found.append(f"{group}={choice} ({group}.{name}=...)")
+    return found
 
 
 @cache

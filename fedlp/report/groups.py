@@ -15,7 +15,7 @@ from fedlp.errors import ConfigError
 from fedlp.report.runs import Run
 
 ABSENT = "–"
-_NOT_COMPARED = {"seed", "resume", "label", "dataset.root", "dataset.download"}
+_NOT_COMPARED = {"seed", "resume", "label", "dataset.root", "dataset.download", "keep_best", "objective"}
 _METHODS = {
     "fedavg": "FedAvg",
     "fedlp_homo": "FedLP-Homo",

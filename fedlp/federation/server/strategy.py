@@ -49,8 +49,8 @@ log = logging.getLogger("fedlp")
 Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 """Sums of a sub-model's metrics over test examples [start, stop)."""
 
-Observer = Callable[[RoundRecord, ServerState], None]
-"""Told of every finished round, and of the state that a checkpoint holds."""
+Observer = Callable[[RoundRecord, ServerState], object]
+"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
 
 EVAL_BATCHES = 4  # batches per evaluation message
 
@@ -198,8 +198,9 @@ class FedLPStrategy(Strategy):
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
                 result.evaluate_metrics_serverapp[server_round] = MetricRecord(dict(self._round.tested))
             record = self._round.finish(time.monotonic() - started)
-            for observer in self._observers:
-                observer(record, self.state)
+            answers = [observer(record, self.state) for observer in self._observers]
+            if any(answer is True for answer in answers):
+                break
         result.arrays = arrays
         return result
 
