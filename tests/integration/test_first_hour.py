@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -129,11 +128,10 @@ def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
 def test_the_first_words_come_before_heavy_imports(tmp_path: Path) -> None:
     code = (
         "import sys; from fedlp import cli; from fedlp.cli import run as job\n"
-        "def stop(*_): raise SystemExit(' '.join(sorted({'torch', 'flwr'} & set(sys.modules))) or 0)\n"
+        "def stop(*_): raise SystemExit(' '.join(sorted({'flwr', 'transformers', 'datasets', 'fedlp.apps'} & set(sys.modules))) or 0)\n"
         "job._first_words = stop\ncli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *TINY], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"imported before: {done.stderr}"
-    assert json.dumps(done.stdout) == '""'
