@@ -56,7 +56,7 @@ GIVEN: Mapping[str, frozenset[str]] = {
     "metric": frozenset({"outputs", "targets"}),
     "optimizer": frozenset({"params"}),
     "schedule": frozenset({"server_round", "num_rounds", "progress"}),
-    "callback": frozenset({"record", "state"}),
+    "callback": frozenset({"record", "state", "task"}),
 }
 """Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
 

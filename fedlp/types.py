@@ -308,7 +308,13 @@ class ClientFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClientCost:
-    """What one client cost in one round; bytes are those of the encoded records."""
+    """Cost of one client in one round; bytes are those of the encoded records.
+
+    Attributes
+    ----------
+    train_loss : float or None
+        Mean training loss that the client sent; None where it sent none.
+    """
 
     client_id: int
     num_examples: int
@@ -317,6 +323,7 @@ class ClientCost:
     params_down: int
     params_up: int
     macs: float
+    train_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
@@ -50,6 +51,7 @@ from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
 from fedlp.tasks import task_of, with_task
+from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -88,6 +90,7 @@ class Federation:
             frozen, shape = config.model.frozen, info.input_shape
             spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
+        check_metrics(config, task_of(info))
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)
         check_evaluation(config)
@@ -267,10 +270,17 @@ class Federation:
         directory = RunDirectory(out)
         runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
-            if self.is_oneshot:
-                config = replace(self.config, resume=None)
-                return serve_oneshot(grid, config, self.submodels, self.server_data, directory, observers)
-            return _serve_rounds(grid, self, directory, runtime, observers)
+            if not self.config.resume:
+                directory.refuse_if_used()
+            config = replace(self.config, resume=None)
+            with tracking(config.tracker.name, config.tracker.make, to_plain(config), directory.path) as tracker:
+                told = (*observers, lambda record, _: tracker.round(record))
+                if self.is_oneshot:
+                    manifest = serve_oneshot(grid, config, self.submodels, self.server_data, directory, told)
+                else:
+                    manifest = _serve_rounds(grid, self, directory, runtime, told)
+                tracker.end(manifest)
+        return manifest
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
@@ -334,10 +344,8 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    def record(round_record: Any, round_state: ServerState) -> None:
-        directory.append_round(round_record)
-        if round_state.server_round % config.checkpoint_every == 0 or round_state.server_round == config.num_rounds:
-            directory.save_state(round_state)
+    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
         policy = plan.fit(brought)
@@ -372,16 +380,19 @@ def _serve_rounds(
         client_evaluation=plan.client_evaluation(),
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
-        observers=(record, *observers),
+        observers=(keeper, *observers),
         state=state,
     )
     initial = messages.encode_params(plan.initial_params())
     try:
-        strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+        if not is_over:
+            strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
-    return directory.finish(strategy.state, to_plain(config), plan.expected())
+    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
+    check_trained(manifest, directory.path)
+    return manifest
 
 
 def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
@@ -414,8 +425,13 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
-        return directory.read_manifest()
-    return federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
+        progress.close()
+        manifest = directory.read_manifest()
+        check_trained(manifest, out)
+        return manifest
+    manifest = federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
+    progress.close()
+    return manifest
 
 
 def _reader(config: RunConfig) -> Reader:

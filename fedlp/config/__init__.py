@@ -31,6 +31,7 @@ from fedlp.config.schema import (
     AggregatorConfig,
     AllocatorConfig,
     CalibrationConfig,
+    CallbackConfig,
     DatasetConfig,
     DeviceConfig,
     EvaluationConfig,
@@ -45,6 +46,7 @@ from fedlp.config.schema import (
     SimulationConfig,
     StrategyConfig,
     TaskConfig,
+    TrackerConfig,
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
@@ -57,6 +59,7 @@ __all__ = [
     "AggregatorConfig",
     "AllocatorConfig",
     "CalibrationConfig",
+    "CallbackConfig",
     "DatasetConfig",
     "DeviceConfig",
     "EvaluationConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "SimulationConfig",
     "StrategyConfig",
     "TaskConfig",
+    "TrackerConfig",
     "UploadConfig",
     "compose",
     "compose_profile",
@@ -86,6 +90,7 @@ __all__ = [
     "from_omegaconf",
     "from_yaml",
     "prepare",
+    "read_run_config",
     "refuse_unread",
     "register_schema",
     "schema_of",
@@ -160,7 +165,7 @@ def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
             if isinstance(config, RunConfig):
                 refuse_unread(config, overrides)
             return config
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(explain(error, schema)) from error
 
 
@@ -204,6 +209,16 @@ def from_yaml(text: str) -> RunConfig:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
 
+def read_run_config(path: Path) -> RunConfig:
+    """Return the validated config of a run's file; ConfigError, which names the file, where it cannot be read."""
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the run's config cannot be read: {explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def with_absolute_paths(config: _Config) -> _Config:
     """Return the config with its local files named so that they are found from any working folder."""
     dataset, model = config.dataset, config.model
@@ -242,6 +257,10 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
         if isinstance(cause, FedLPError):
             return str(cause)
         cause = cause.__cause__
+    if isinstance(error, yaml.MarkedYAMLError):
+        return _explain_yaml(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return no_such_option(schema, unknown[1])
     if missing := re.search(r"Could not find '(\w+)/([^']+)'", str(error)):
@@ -253,3 +272,12 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
     if str(error).startswith("Error merging override") and error.__cause__ is not None:
         return f"{one_line(error)}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
+
+
+def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
+    """Return in one line where and why YAML cannot be read."""
+    mark, problem = error.problem_mark, error.problem or "it is not YAML"
+    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    file = f"{mark.name}, " if mark is not None and not mark.name.startswith("<") else ""
+    advice = "; indent with spaces, not with tabs" if r"'\t'" in problem else ""
+    return f"{file}{where}{problem}{advice}"

@@ -232,6 +232,25 @@ class EvaluationConfig:
 
 
 @dataclass
+class TrackerConfig(PartConfig):
+    """Tracker that follows the run where the server runs; options are those of the part in ``fedlp/trackers``.
+
+    A tracker of one's own is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
+    """
+
+    kind: ClassVar[str] = "tracker"
+
+    name: str = "none"
+
+
+@dataclass
+class CallbackConfig(PartConfig):
+    """Function that is called after each round; options are those of the part."""
+
+    kind: ClassVar[str] = "callback"
+
+
+@dataclass
 class PrivacyConfig:
     """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
 
@@ -261,6 +280,10 @@ class RunConfig:
     dry_run: bool = False
     resume: str | None = None  # a run directory
     plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
+    keep_best: str | None = None  # metric; the model with its best value is written as model-best.safetensors too
+    callbacks: list[Any] = field(default_factory=list)  # called after each round: names, MODULE:OBJECT, or mappings of
+    # name and options, such as {name: early_stopping, patience: 3}
+    objective: str | None = None  # metric that a job of a sweep returns; the task's first one where absent
     label: str | None = None  # what reports call the run; a name is made from the config where absent
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -278,3 +301,4 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

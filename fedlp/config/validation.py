@@ -36,6 +36,9 @@ def validate(config: RunConfig) -> None:
         config.min_clients,
         f"in [0, clients_per_round={config.clients_per_round}]",
     )
+    for chosen in config.callbacks:
+        named = isinstance(chosen, str) or (isinstance(chosen, dict) and isinstance(chosen.get("name"), str))
+        _require(named, "callbacks", config.callbacks, "a list of names, or of mappings with name and options")
     _validate_local(config.local)
     _validate_fleet(config.fleet)
     _validate_pruning(config.pruner, config.calibration)

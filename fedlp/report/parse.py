@@ -59,7 +59,10 @@ def _failure(item: Mapping[str, Any], where: str) -> ClientFailure:
 
 def _cost(item: Mapping[str, Any], where: str) -> ClientCost:
     counts = {name: _count(item, name, where) for name in ("client_id", "num_examples", *COUNTERS[:4])}
-    return ClientCost(**counts, macs=_amount(item, "macs", where))
+    loss = item.get("train_loss")  # None of a client that sent none, and in files of fedlp 0.1
+    if loss is not None:
+        loss = numbers({"train_loss": loss}, where)["train_loss"]
+    return ClientCost(**counts, macs=_amount(item, "macs", where), train_loss=loss)
 
 
 def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:

@@ -38,6 +38,8 @@ def spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(spell(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{spell(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     if _BARE.fullmatch(value) and value.lower() not in _NOT_TEXT:

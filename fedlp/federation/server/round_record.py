@@ -45,7 +45,7 @@ class RoundUnderWay:
             coverage=self.coverage,
             failures=tuple(self.failures),
             clients=tuple(costs),
-            metrics=self.metrics,
+            metrics={**self.tested, **self.metrics},  # the task's first metric stands first
             wall_time_s=wall_time_s,
             evaluations=tuple(self.evaluations),
         )

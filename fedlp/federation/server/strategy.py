@@ -50,8 +50,8 @@ log = logging.getLogger("fedlp")
 Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 """Sums of a sub-model's metrics over test examples [start, stop)."""
 
-Observer = Callable[[RoundRecord, ServerState], None]
-"""Told of every finished round, and of the state that a checkpoint holds."""
+Observer = Callable[[RoundRecord, ServerState], object]
+"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
 
 EVAL_BATCHES = 4  # batches per evaluation message
 
@@ -212,8 +212,9 @@ class FedLPStrategy(Strategy):
                     self._evaluate_tiers(server_round, grid, timeout)
                 result.evaluate_metrics_serverapp[server_round] = MetricRecord(dict(self._round.tested))
             record = self._round.finish(time.monotonic() - started)
-            for observer in self._observers:
-                observer(record, self.state)
+            answers = [observer(record, self.state) for observer in self._observers]
+            if any(answer is True for answer in answers):
+                break
         result.arrays = arrays
         return result
 
@@ -409,6 +410,7 @@ class FedLPStrategy(Strategy):
                 params_up=self._num_returned(instruction, update) if update else 0,
                 macs=self._costs.macs(instruction.submodel).training * examples * self.settings.local_epochs
                 + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
+                train_loss=update.metrics.get("train-loss") if update else None,
             )
         )
         return update
