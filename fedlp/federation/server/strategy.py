@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -28,10 +28,11 @@ from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageR
 from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer, apply_server_optimizer
 from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.server.availability import Availability, draw_dropouts
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
-from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, reason_of
+from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, exchange_first, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
@@ -86,6 +87,12 @@ class RoundSettings:
         Seconds that a round waits for its clients.
     evaluates_tiers : bool
         Whether the sub-model of each tier is evaluated after the last round.
+    availability : Availability
+        Which clients are there in a round.
+    dropout : float
+        Probability that a client drops out after it got its sub-model, in [0, 1).
+    extra_clients : int
+        Clients asked beyond ``clients_per_round``; as many answers fewer are taken, the first ones.
     """
 
     num_clients: int
@@ -101,6 +108,9 @@ class RoundSettings:
     entropy_coding: bool = False
     timeout_s: float = 3600.0
     evaluates_tiers: bool = False
+    availability: Availability = field(default_factory=Availability)
+    dropout: float = 0.0
+    extra_clients: int = 0
 
 
 class FedLPStrategy(Strategy):
@@ -204,7 +214,7 @@ class FedLPStrategy(Strategy):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-            arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
+            arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
@@ -303,10 +313,11 @@ class FedLPStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
-        cohort = sample_cohort(
-            self.settings.seed, server_round, self._roster.client_ids, self.settings.clients_per_round
-        )
-        self._round = RoundUnderWay(server_round, cohort)
+        settings, present = self.settings, self._present(server_round)
+        wanted = settings.clients_per_round + settings.extra_clients
+        cohort = sample_cohort(settings.seed, server_round, present, wanted)
+        self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
+        dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
         encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
         assert self.state is not None
         params = self.state.params
@@ -323,9 +334,44 @@ class FedLPStrategy(Strategy):
                 record = encoded[layout] = messages.encode_params(layout.slice(params))
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels)
+            if client_id in dropped:
+                self._drop(instruction, messages.count_bytes(content))
+                continue
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.settings.timeout_s
             yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
+
+    def _present(self, server_round: int) -> list[int]:
+        """Return the clients that are there in a round and have data, sorted."""
+        return self.settings.availability.present(server_round, self._roster.client_ids)
+
+    def _absent(self, present: Iterable[int]) -> dict[str, tuple[int, ...]]:
+        """Return the clients that could not be sampled, by reason."""
+        found = {
+            "unavailable": tuple(sorted({*self._roster.client_ids} - {*present})),
+            "no_data": tuple(self._roster.idle_ids),
+        }
+        return {reason: client_ids for reason, client_ids in found.items() if client_ids}
+
+    def _drop(self, instruction: Assignment, bytes_down: int) -> None:
+        """Count a client that got its sub-model and was not heard of again."""
+        client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
+        self._round.costs.append(ClientCost(client_id, 0, bytes_down, 0, layout.num_params(), 0, 0.0))
+        self._fail(client_id, "dropped_out", FedLPError("it dropped out, as fleet.dropout has it"))
+
+    def _exchange(
+        self, server_round: int, grid: Grid, requests: Iterable[Message], timeout: float
+    ) -> Iterator[Message]:
+        """Yield the replies to instructions, in their order; with extra clients the first ones, then errors."""
+        settings = self.settings
+        if not settings.extra_clients:
+            return exchange(grid, requests, timeout)
+
+        def order(count: int) -> list[int]:
+            found: list[int] = generator(settings.seed, Stream.ARRIVAL, server_round).permutation(count).tolist()
+            return found
+
+        return exchange_first(grid, requests, timeout, settings.clients_per_round, order)
 
     # ---- up
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -434,7 +480,8 @@ class FedLPStrategy(Strategy):
     def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
         """Count and name a client whose part in the round is lost."""
         self._round.failures.append(ClientFailure(client_id, reason, str(error)))
-        log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+        level = logging.INFO if reason in _EXPECTED else logging.WARNING
+        log.log(level, "round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
     # ---- static batch norms
     def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
@@ -494,7 +541,7 @@ class FedLPStrategy(Strategy):
         rng = generator(self.settings.seed, Stream.STATISTICS, server_round)
         holders: dict[SubModelLayout, list[int]] = {}
         submodels: dict[SubModelLayout, SubModel] = {}
-        for client_id in rng.permutation(self._roster.client_ids).tolist():
+        for client_id in rng.permutation(self._present(server_round)).tolist():
             with suppress(AllocationError):
                 submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
                 layout = self.submodels.layout(submodel)
@@ -517,7 +564,7 @@ class FedLPStrategy(Strategy):
         """
         assert self.state is not None
         assert self._clients is not None
-        chosen = self._clients.choose(server_round, self._roster.client_ids)
+        chosen = self._clients.choose(server_round, self._present(server_round))
         measured = self.submodels.layout(self._evaluated)
         asked = [
             Asked(
@@ -567,7 +614,7 @@ class FedLPStrategy(Strategy):
     def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
         """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
         found: dict[str, tuple[SubModel, list[int]]] = {}
-        for client_id, submodel in self._held(server_round, self._roster.client_ids):
+        for client_id, submodel in self._held(server_round, self._present(server_round)):
             if submodel.depth in (None, len(self.submodels.spec.depths)):
                 first, holders = found.setdefault(self._tier(client_id, submodel), (submodel, []))
                 same = self.submodels.layout(first) is self.submodels.layout(submodel)
@@ -624,6 +671,7 @@ class FedLPStrategy(Strategy):
 
 
 _STATISTICS_CLIENTS = 3
+_EXPECTED = ("dropped_out", "surplus")  # on record, but nothing to warn of
 _TRAINING_PASSES = 3  # of a training step, in forward passes
 
 
