@@ -28,7 +28,7 @@ from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, on
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.strategies.policy import settled
+from fedlp.federation.strategies.policy import Policy, offset_of, settled
 from fedlp.models import state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import reestimate_batch_norms
@@ -54,6 +54,7 @@ class _Run:
     path: Path
     plan: Federation
     state: ServerState
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _open_run(path: Path) -> _Run:
         raise CheckpointError(f"{path} has no checkpoint yet, so there is no model to export")
     plan = Federation(config)
     check_fits(state, plan.submodels)
-    return _Run(path, plan, state)
+    return _Run(path, plan, state, plan.fit(RunDirectory(path).read_budgets()))
 
 
 def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact], dict[int, str]]:
@@ -141,7 +142,7 @@ def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact],
     unknown = next((client for client in clients or () if not 0 <= client < count), None)
     if unknown is not None:
         raise ConfigError(f"--clients {unknown}: the run has clients 0 to {count - 1}")
-    policy = settled(run.plan.fit(RunDirectory(run.path).read_budgets()))
+    policy = settled(run.policy)
     found: dict[object, _Artefact] = {}
     skipped: dict[int, str] = {}
     for client_id in range(count) if clients is None else sorted(set(clients)):
@@ -202,6 +203,8 @@ def _write(
     layout = submodels.layout(submodel)
     model = plan.costs.model(submodel).eval()
     values = {**layout.slice(run.state.params), **artefact.head}
+    for name, offset in offset_of(run.policy, artefact.clients[0], run.state.memory).values.items():
+        values[name] = values[name] + offset
     for name, tensor in state_tensors(model).items():
         tensor.copy_(values[name])
     measured = data is not None and examples > 0 and bool(layout.keeps) and not submodels.statistics.isdisjoint(values)

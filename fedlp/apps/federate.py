@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.submodel_pruning import CalibratedPruner, first_examples
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, make_reader
 from fedlp.data.partition import partition_examples
@@ -41,6 +42,7 @@ from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
+from fedlp.pruning.pruner import Calibration
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
@@ -112,6 +114,18 @@ class Federation:
         kinds = fleet_kinds(config.fleet, config.num_clients, config.seed)
         return partition_examples(config.partition, self.data.train, config.num_clients, config.seed, kinds)
 
+    @cached_property
+    def pruner(self) -> CalibratedPruner:
+        """Pruning of sub-models on the server's copy of the data set, which is read when the first one is pruned."""
+        config, wanted = self.config, self.config.calibration
+
+        def calibration() -> Calibration:
+            train = self.data.train
+            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device)
+
+        method = make_method(config.pruner)
+        return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
+
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
         """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet."""
         config, submodels = self.config, self.submodels
@@ -131,6 +145,8 @@ class Federation:
                     "back; take upload_bytes out of its budget"
                 )
         context = PolicyContext(
+            sends_deltas=config.upload.values == "deltas",
+            pruner=self.pruner,
             seed=config.seed,
             num_clients=config.num_clients,
             num_rounds=config.num_rounds,

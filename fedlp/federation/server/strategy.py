@@ -34,7 +34,7 @@ from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
-from fedlp.federation.strategies.policy import Answer, Policy
+from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
@@ -146,7 +146,7 @@ class FedLPStrategy(Strategy):
         self._fit, self._observers = fit, tuple(observers)
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
-        self._evaluated = SubModel()
+        self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
 
     # ---- the run
     def summary(self) -> None:
@@ -185,12 +185,14 @@ class FedLPStrategy(Strategy):
         self.summary()
         self._roster.join(grid, timeout)
         self._meet_budgets()
+        self._prepare(self.state.server_round + 1)
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
+            self._prepare(server_round)
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
             arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
@@ -231,6 +233,21 @@ class FedLPStrategy(Strategy):
         """Let the policy meet the budgets that devices brought."""
         if (brought := self._roster.budgets) and self._fit is not None:
             self.policy = self._fit(brought)
+
+    def _prepare(self, server_round: int) -> None:
+        """Let the policy measure what it needs before a round, where it does so on the server."""
+        assert self.state is not None
+        memory = prepared(self.policy, self.state.memory, server_round, self.state.params)
+        if memory is not self.state.memory:
+            self.state = replace(self.state, memory=memory)
+
+    def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
+        """Return the values that a client receives: its slice of the global model, and its offset."""
+        assert self.state is not None
+        values = layout.slice(self.state.params)
+        for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
+            values[name] = values[name] + offset
+        return values
 
     def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
         """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""
@@ -275,9 +292,8 @@ class FedLPStrategy(Strategy):
             self.settings.seed, server_round, self._roster.client_ids, self.settings.clients_per_round
         )
         self._round = RoundUnderWay(server_round, cohort)
-        encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
+        encoded: dict[tuple[SubModelLayout, str], ArrayRecord] = {}  # what several clients share is encoded once
         assert self.state is not None
-        params = self.state.params
         for client_id in cohort:
             try:
                 assigned = self.policy.assign(server_round, client_id, self.state.memory, self.state.params)
@@ -285,10 +301,11 @@ class FedLPStrategy(Strategy):
                 self._fail(client_id, "refused", error)
                 continue
             layout = self.submodels.layout(assigned.submodel)
-            record = arrays if layout.is_whole else encoded.get(layout)
+            key = layout, offset_of(self.policy, client_id, self.state.memory).kind
+            record = arrays if layout.is_whole else encoded.get(key)
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
-                record = encoded[layout] = messages.encode_params(layout.slice(params))
+                record = encoded[key] = messages.encode_params(self._received(layout, client_id))
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels)
             self._round.assigned.append((instruction, messages.count_bytes(content)))
@@ -411,8 +428,9 @@ class FedLPStrategy(Strategy):
         """
         assert self.state is not None
         self._evaluated, asked = self._largest_submodel(server_round)
+        self._like = asked[0] if asked else 0
         layout, submodel = self.submodels.layout(self._evaluated), self._evaluated
-        record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
+        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
         content = messages.encode_submodel(record, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
@@ -470,7 +488,7 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         if getattr(grid, "holds_test_set", False):
             layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
-            record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
+            record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
             for i, (start, stop) in enumerate(self._ranges()):
                 content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
@@ -480,7 +498,8 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         parts = [_decode_sums(reply) for reply in replies]
         if not parts and self._evaluate is not None:
-            params = self.submodels.layout(self._evaluated).slice(self.state.params)
+            layout = self.submodels.layout(self._evaluated)
+            params = layout.slice(self.state.params) if layout.is_whole else self._received(layout, self._like)
             parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
         sums = add_sums(parts)
         if not sums.get("count"):
