@@ -29,7 +29,8 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.strategies.policy import Policy, offset_of, settled
-from fedlp.models import state_tensors
+from fedlp.models import lora_options, state_tensors
+from fedlp.models.adapters import has_adapters, save_peft, without_adapters
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import WidthSpec
@@ -216,6 +217,11 @@ def _write(
             evaluate_sums(model, data.test, plan.info, config.eval_batch_size), task_of(plan.info)
         )
     axes = submodels.widths if submodel.widths else WidthSpec({}, {})
+    adapter = folder.with_name(f"{folder.name}-adapter")
+    if layout.is_whole and config.adapter.name != "none":  # of a sub-model the base is another one
+        save_peft(model, lora_options(config.adapter), str(config.model.options.get("path")), adapter)
+    if has_adapters(model):
+        model = without_adapters(model)
     save_model(model, spec, axes, submodel.widths, tokenizer_of(config.dataset), folder, onnx)
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),

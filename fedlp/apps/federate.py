@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlp.allocation.budget.costs import given_limits
 from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
@@ -39,7 +40,7 @@ from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, 
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
-from fedlp.models import describe_model, state_tensors
+from fedlp.models import adapted, describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
 from fedlp.pruning.pruner import Calibration
@@ -79,13 +80,21 @@ class Federation:
         self.info = with_task(self._read.describe(), config.task.make())
         info = self.info
         if blueprint is None:
-            spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
+            shape = info.input_shape
+            spec = describe_model(config.model, shape, info.num_classes, info.task, info.vocabulary, config.adapter)
         else:
             frozen, shape = config.model.frozen, info.input_shape
+            blueprint = adapted(blueprint, config.adapter)
             spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)
+        _check_adapters(config)
+        if config.evaluate_tiers and self.submodels.statistics:
+            raise ConfigError(
+                "evaluate_tiers=true does not go with batch norms, whose statistics are not a narrow model's; "
+                "fedlp-export measures them for each tier"
+            )
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()
         self.is_oneshot = isinstance(self.strategy, OneShot)
@@ -94,6 +103,7 @@ class Federation:
         self.config = config
         self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[str, ClientRuntime] = {}
+        self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
 
     def initial_params(self) -> dict[str, Any]:
@@ -144,6 +154,12 @@ class Federation:
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
                 )
+        whole = cost(SubModel()) if config.fleet.only_whole else {}
+        limits = [given_limits(budget) if config.fleet.only_whole else [] for budget in budgets]
+        self._apart = {i for i, found in enumerate(limits) if any(whole[name] > limit for name, limit in found)}
+        if len(self._apart) == config.num_clients:
+            raise ConfigError("fleet.only_whole=true, but no client's budget holds the whole model")
+        taking_part = [None if i in self._apart else budget for i, budget in enumerate(budgets)]
         context = PolicyContext(
             sends_deltas=config.upload.values == "deltas",
             pruner=self.pruner,
@@ -152,13 +168,17 @@ class Federation:
             num_rounds=config.num_rounds,
             submodels=submodels,
             budgets=tuple(budgets),
-            fit=lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name),
+            fit=lambda offers: fit_submodels(taking_part, offers, cost, config.strategy.name),
             layer_costs=lambda: layer_costs(submodels, config.local, encoding),
             allocator=config.allocator.make(),
             batch_norm=config.aggregator.batch_norm,
             scores_units=bool(make_method(config.pruner).score.needs),
         )
         return self._with_batch_norm(context)
+
+    def takes_part(self, client_id: int) -> bool:
+        """Return whether a client may be sampled."""
+        return client_id not in self._apart
 
     def _with_batch_norm(self, context: PolicyContext) -> Policy:
         """Return the strategy's policy; "auto" batch norms are static where some clients hold narrow sub-models."""
@@ -186,11 +206,13 @@ class Federation:
         """Return the parts of a client process: data, partition, models. The local engine's workers inherit them."""
         if state_dir not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or self.config.upload.error_feedback
-            store = ClientStore(Path(state_dir), horizon=2 * self.config.checkpoint_every) if keeps else None
+            horizon = 2 * self.config.checkpoint_every
+            store = ClientStore(Path(state_dir), horizon) if keeps else None
+            frozen = ClientStore(Path(state_dir) / "frozen", horizon) if self.submodels.spec.frozen else None
             shards = Shards(self.data.train, self.parts)
             self._runtimes = {
                 state_dir: ClientRuntime(
-                    self.client_settings(), self.info, self.submodels, shards, self.data.test, store
+                    self.client_settings(), self.info, self.submodels, shards, self.data.test, store, frozen
                 )
             }
         return self._runtimes[state_dir]
@@ -310,6 +332,7 @@ def _serve_rounds(
         sends_deltas=upload.values == "deltas",
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
+        evaluates_tiers=config.evaluate_tiers,
     )
     strategy = FedLPStrategy(
         plan.submodels,
@@ -321,6 +344,7 @@ def _serve_rounds(
         evaluate=runtime.evaluate,
         num_test=len(runtime.test),
         fit=fit,
+        takes_part=plan.takes_part,
         observers=(record, *observers),
         state=state,
     )
@@ -392,6 +416,17 @@ def check_fits(state: ServerState, submodels: SubModels) -> None:
                 f"the checkpoint of round {state.server_round} does not fit the model of config.yaml (tensor {name}); "
                 f"restore the config.yaml that the run began with"
             )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    """Raise ConfigError for options that look at the weights that clients train, which adapters leave as they are."""
+    if config.adapter.name == "none":
+        return
+    options = config.strategy.options
+    if options.get("compensate") or options.get("criterion") == "update":
+        raise ConfigError("adapter=lora does not go with strategy.compensate=true or strategy.criterion=update")
+    if config.strategy.name == "oneshot":
+        raise ConfigError("adapter=lora does not go with strategy=oneshot, which trains nothing")
 
 
 def _check_device(name: str) -> None:

@@ -17,12 +17,13 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation.submodels import SubModels
 from fedlp.models import state_tensors
+from fedlp.models.adapters import merge_adapters
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.rng import Stream, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.threads import one_thread
-from fedlp.types import Keep
+from fedlp.types import Keep, SubModel
 
 log = logging.getLogger("fedlp")
 
@@ -76,24 +77,31 @@ class CalibratedPruner:
     def prune(
         self, params: Mapping[str, Tensor], kept: Mapping[str, int]
     ) -> tuple[Mapping[str, Keep], Mapping[str, Tensor]]:
-        """Return the units that stay of each layer, and the values of the pruned and refitted sub-model."""
+        """Return the units that stay of each layer, and what refitted values differ by from the global ones."""
         with one_thread():
-            pruner = self._pruner(self._model(params), self._method)
+            model = self._model(params)
+            pruner = self._pruner(model, self._method)
             if pruner.num_added_params():
-                pruner = self._pruner(self._model(params), replace(self._method, centred=False))
+                pruner = self._pruner(model, replace(self._method, centred=False))
             pruned = pruner.prune(kept)
-        log.info("sub-model with %s of %s units", sum(kept.values()), sum(x.num_units for x in pruner.layers))
-        return pruned.widths, {name: tensor.cpu() for name, tensor in state_tensors(pruned.model).items()}
+        narrow = {axis: keep for axis, keep in pruned.widths.items() if not keep.is_full}
+        plain = self._submodels.layout(SubModel(widths=narrow)).slice(state_tensors(model))
+        statistics = self._submodels.statistics
+        return pruned.widths, {
+            name: (tensor - plain[name]).cpu()
+            for name, tensor in state_tensors(pruned.model).items()
+            if tensor.is_floating_point() and name not in statistics
+        }
 
     def _pruner(self, model: nn.Module, method: Method) -> Pruner:
         return Pruner(model, self._submodels.widths, self._submodels.layers, self._calibration(), method)
 
     def _model(self, params: Mapping[str, Tensor]) -> nn.Module:
-        """Return the global model with its values."""
+        """Return the global model with its values, adapters merged into them."""
         model = self._submodels.skeleton()
         for name, tensor in state_tensors(model).items():
             tensor.copy_(params[name])
-        return model.eval().to(self._device)
+        return merge_adapters(model).eval().to(self._device)
 
 
 def first_examples(train: Examples, info: DataInfo, count: int, batch_size: int, seed: int, device: str) -> Calibration:

@@ -172,6 +172,18 @@ class LocalConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Adapters of a language model, which alone are trained and sent back: "none" or "lora"."""
+
+    name: str = "none"
+    rank: int = 8
+    alpha: float = 16.0  # the product of both matrices is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["*_proj"])  # linear layers, by name or pattern
+    dropout: float = 0.0  # of adapters' inputs, in training
+    freeze_a: bool = False  # train B alone (FFA-LoRA)
+
+
+@dataclass
 class SimulationConfig:
     """Which engine carries the messages."""
 
@@ -202,6 +214,7 @@ class FleetConfig:
     memory_share: float = 0.5  # devices: of their memory that training may use, in (0, 1]
     seconds_per_example: float = 0.05  # devices: time that one example may take in training
     upload_s: float = 60.0  # devices: time that one upload may take
+    only_whole: bool = False  # only clients whose budget holds the whole model take part in rounds
 
 
 @dataclass
@@ -229,6 +242,7 @@ class RunConfig:
     min_clients: int = 1  # a round with fewer good updates leaves the model unchanged
     eval_every: int = 1  # rounds between evaluations of the global model; the last round always is
     eval_batch_size: int = 500
+    evaluate_tiers: bool = False  # evaluate each kind of client's own sub-model too: metrics tier1_..., largest first
     checkpoint_every: int = 1
     device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
     dry_run: bool = False
@@ -244,6 +258,7 @@ class RunConfig:
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)

@@ -40,6 +40,7 @@ def validate(config: RunConfig) -> None:
     _validate_fleet(config.fleet)
     _validate_pruning(config.pruner, config.calibration)
     _validate_privacy(config.privacy)
+    _choice("adapter.name", config.adapter.name, ("none", "lora"))
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     if simulation.workers is not None:

@@ -31,12 +31,14 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
+from fedlp.federation.server.frozen_tensors import holds, note_holders
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
-from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared
+from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared, settled
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.rng import Stream, generator
@@ -83,6 +85,8 @@ class RoundSettings:
         Whether single bytes of uploads are Huffman codes.
     timeout_s : float
         Seconds that a round waits for its clients.
+    evaluates_tiers : bool
+        Whether evaluations measure every kind of client's own sub-model too.
     """
 
     num_clients: int
@@ -97,6 +101,7 @@ class RoundSettings:
     sends_deltas: bool = False
     entropy_coding: bool = False
     timeout_s: float = 3600.0
+    evaluates_tiers: bool = False
 
 
 class FedLPStrategy(Strategy):
@@ -116,6 +121,8 @@ class FedLPStrategy(Strategy):
         Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
     fit : callable, optional
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
+    takes_part : callable, optional
+        Returns whether a client may be sampled; all may where absent.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
@@ -134,6 +141,7 @@ class FedLPStrategy(Strategy):
         evaluate: Evaluate | None = None,
         num_test: int = 0,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
+        takes_part: Callable[[int], bool] = lambda client_id: True,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
@@ -143,7 +151,7 @@ class FedLPStrategy(Strategy):
         self._aggregator: Aggregator = aggregator or CoverageAverageRule()
         self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
-        self._fit, self._observers = fit, tuple(observers)
+        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
@@ -220,6 +228,8 @@ class FedLPStrategy(Strategy):
         if self._num_test:
             asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
             self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+            if self.settings.evaluates_tiers:
+                self._evaluate_tiers(server_round, arrays, grid)
         if evaluate_fn is not None:
             self._note(evaluate_fn(server_round, arrays) or MetricRecord())
         return arrays
@@ -248,6 +258,14 @@ class FedLPStrategy(Strategy):
         for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
             values[name] = values[name] + offset
         return values
+
+    def _frozen_digest(self, layout: SubModelLayout, client_id: int) -> bytes:
+        """Return the digest of the frozen tensors that a client's sub-model has; empty where it has none."""
+        frozen = layout.name_set & self.submodels.spec.frozen
+        if not frozen:
+            return b""
+        values = self._received(layout, client_id)
+        return digest_tensors({name: values[name] for name in frozen})
 
     def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
         """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""
@@ -288,11 +306,11 @@ class FedLPStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
-        cohort = sample_cohort(
-            self.settings.seed, server_round, self._roster.client_ids, self.settings.clients_per_round
-        )
+        candidates = [client_id for client_id in self._roster.client_ids if self._takes_part(client_id)]
+        cohort = sample_cohort(self.settings.seed, server_round, candidates, self.settings.clients_per_round)
         self._round = RoundUnderWay(server_round, cohort)
-        encoded: dict[tuple[SubModelLayout, str], ArrayRecord] = {}  # what several clients share is encoded once
+        encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
+        digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
         for client_id in cohort:
             try:
@@ -301,13 +319,21 @@ class FedLPStrategy(Strategy):
                 self._fail(client_id, "refused", error)
                 continue
             layout = self.submodels.layout(assigned.submodel)
-            key = layout, offset_of(self.policy, client_id, self.state.memory).kind
-            record = arrays if layout.is_whole else encoded.get(key)
+            kind = layout, offset_of(self.policy, client_id, self.state.memory).kind
+            if kind not in digests:
+                digests[kind] = self._frozen_digest(layout, client_id)
+            digest = digests[kind]
+            held = bool(digest) and holds(self.state.memory, client_id, digest)
+            record = arrays if layout.is_whole and not held else encoded.get((*kind, held))
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
-                record = encoded[key] = messages.encode_params(self._received(layout, client_id))
+                values = self._received(layout, client_id)
+                names = [name for name in values if not (held and name in self.submodels.spec.frozen)]
+                record = encoded[*kind, held] = messages.encode_params({name: values[name] for name in names})
+            if digest:
+                self._round.frozen[client_id] = digest
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
-            content = messages.encode_instruction(instruction, record, self.submodels)
+            content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.settings.timeout_s
             yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
@@ -359,6 +385,8 @@ class FedLPStrategy(Strategy):
                 self.settings.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
+        lost = frozenset(failure.client_id for failure in self._round.failures)
+        memory = note_holders(memory, self._round.frozen, lost)
         self.state = guard.accept(
             replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory), self._fail
         )
@@ -505,6 +533,30 @@ class FedLPStrategy(Strategy):
         if not sums.get("count"):
             raise EvaluationError("evaluation of the global model failed: there are no test examples")
         return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
+
+    def _evaluate_tiers(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
+        """Measure every kind of client's own sub-model, the largest first."""
+        for number, (submodel, client_id) in enumerate(self._tiers(server_round), start=1):
+            self._evaluated, self._like = submodel, client_id
+            asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+            found = self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf))
+            size = float(self.submodels.layout(submodel).num_params())
+            self._note(MetricRecord({f"tier{number}_{key}": value for key, value in found.items()}))
+            self._note(MetricRecord({f"tier{number}_params": size}))
+        self._evaluated = SubModel()
+
+    def _tiers(self, server_round: int) -> list[tuple[SubModel, int]]:
+        """Return each kind of client's best sub-model and a client that holds it, by falling size."""
+        assert self.state is not None
+        policy, memory = settled(self.policy), self.state.memory
+        found: dict[tuple[SubModelLayout, str], tuple[SubModel, int]] = {}
+        for client_id in self._roster.client_ids:
+            with suppress(AllocationError):
+                submodel = policy.assign(server_round, client_id, memory, self.state.params).submodel
+                key = self.submodels.layout(submodel), offset_of(policy, client_id, memory).kind
+                found.setdefault(key, (replace(submodel, nested_levels=()), client_id))
+        ordered = sorted(found, key=lambda key: -key[0].num_params())
+        return [found[key] for key in ordered if found[key][0].depth is None]  # a prefix's head is its client's
 
     def _ranges(self) -> list[tuple[int, int]]:
         step = self.settings.eval_batch_size * EVAL_BATCHES

@@ -96,7 +96,7 @@ class ServerPruner(Protocol):
     def prune(
         self, params: Mapping[str, Tensor], kept: Mapping[str, int]
     ) -> tuple[Mapping[str, Keep], Mapping[str, Tensor]]:
-        """Return the units that stay of each layer, and the values of the pruned and refitted sub-model."""
+        """Return the units that stay of each layer, and what refitted values differ by from the global ones."""
 
 
 @dataclass(frozen=True)

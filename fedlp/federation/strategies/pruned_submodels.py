@@ -6,6 +6,8 @@ that kind receives :math:`w_S + o` with the constant offset :math:`o = \hat w - 
 added to the global model at :math:`S`. The global model so stays one value for all kinds. Units and offsets are part of
 the policy's memory, hence of every checkpoint.
 
+With adapters :math:`w` is the base, and what is pruned is the model with adapters merged into it.
+
 Running statistics of batch norms get no offset: they are measured anew where they are used.
 """
 
@@ -24,7 +26,7 @@ from fedlp.allocation.evidence import Evidence
 from fedlp.errors import AllocationError
 from fedlp.federation.strategies.plan_solver import PlanSolver
 from fedlp.federation.strategies.policy import Memory, Offset, PolicyContext
-from fedlp.types import Budget, SubModel
+from fedlp.types import Budget
 
 _UNIT, _OFFSET, _ROUND = "unit", "offset", "pruned"  # first part of the names of remembered tensors
 
@@ -92,22 +94,19 @@ class PrunedSubModels:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what is remembered of a kind."""
         yield f"{_ROUND}.{kind}", torch.tensor(server_round)
-        layers, submodels = self._context.submodels.layers, self._context.submodels
+        layers = self._context.submodels.layers
         kept = self._solver.held(client_id, evidence)
         if all(kept[layer.name] == layer.num_units for layer in layers):
             return
         assert self._context.pruner is not None
-        widths, values = self._context.pruner.prune(params, kept)
+        widths, offset = self._context.pruner.prune(params, kept)
         for axis, keep in widths.items():
             held = torch.zeros(keep.size, dtype=torch.bool)
             held[torch.from_numpy(keep.indices())] = True
             yield f"{_UNIT}.{kind}.{axis}", held
-        narrow = {axis: keep for axis, keep in widths.items() if not keep.is_full}
-        for name, plain in submodels.layout(SubModel(widths=narrow)).slice(params).items():
-            if plain.is_floating_point() and name not in submodels.statistics:
-                offset = values[name] - plain
-                if bool(offset.any()):
-                    yield f"{_OFFSET}.{kind}.{name}", offset
+        for name, values in offset.items():
+            if bool(values.any()):
+                yield f"{_OFFSET}.{kind}.{name}", values
 
 
 def kind_of(budget: Budget | None) -> str:
