@@ -1,6 +1,7 @@
 # make demo   set up, train FedAvg, FedLP-Homo, FedLP-Hetero and plans with pruning on the embedded data, print and plot the result
 # make test   set up, run the tests but for what takes long
 # make test-slow   run that: real language models, stops and resumes, Flower's own engine
+# make test-hostile   attack it: 100,000 mutated replies of every kind, whole runs with attackers, memory over many rounds
 # make check  format, lint, types, all these tests
 # make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
 # make test-deploy   test that, and what clients, server and network do wrong (as root: on hosts of their own); half an hour
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint format types clean deploy-demo test-slow test-deploy docker-test
+.PHONY: demo test check lint format types clean deploy-demo test-slow test-hostile test-deploy docker-test
 
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp_plan hydra.sweep.dir=$(DEMO)
@@ -23,6 +24,9 @@ test: $(VENV)/.ready-dev
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-hostile: $(VENV)/.ready-dev
+	FEDLP_HOSTILE_CASES=100000 $(BIN)/python -m pytest -m "not deploy" tests/hostile
 
 deploy-demo: $(VENV)/.ready
 	$(BIN)/fedlp-deploy-demo

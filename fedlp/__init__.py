@@ -23,6 +23,8 @@ _API = {
     "Assignment": "fedlp.types",
     "Budget": "fedlp.types",
     "AllocationRule": "fedlp.allocation.evidence",
+    "UnitScore": "fedlp.pruning.scores.criterion",
+    "LayerView": "fedlp.pruning.scores.view",
     "Evidence": "fedlp.allocation.evidence",
     "Aggregator": "fedlp.federation.aggregation.aggregator",
     "ServerOptimizer": "fedlp.federation.aggregation.server_optimizer",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from fedlp.federation.server.strategy import FedLPStrategy
     from fedlp.federation.strategies.policy import FixedPolicy, Policy, PolicyContext, StatelessPolicy, Strategy
     from fedlp.federation.wire.encodings.base import Encoding
+    from fedlp.pruning.scores.criterion import UnitScore
+    from fedlp.pruning.scores.view import LayerView
     from fedlp.registry import register
     from fedlp.types import Assignment, Budget, Keep, SubModel
 

@@ -35,6 +35,10 @@ class CheckpointError(FedLPError):
     """A checkpoint is missing, damaged or of another run."""
 
 
+class TrainingError(FedLPError):
+    """A run ended, but no round changed the model."""
+
+
 class EvaluationError(FedLPError):
     """The global model could not be evaluated, wherever it was tried; the run can go on from its last checkpoint."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -29,34 +30,71 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._bytes_up = 0
         self._metrics = ""
-        self._width = 0
+        self._open = False
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Show one finished round, given as its line of ``rounds.jsonl``."""
         done = line["server_round"]
         self._bytes_up += line["bytes_up"]
         metrics, failures = line["metrics"], line["failures"]
-        shown = [f"{name} {metrics[name]:.4g}" for name in ("accuracy", "perplexity") if metrics.get(name) is not None]
-        self._metrics = shown[0] if shown else self._metrics
+        shown = [name for name, value in metrics.items() if value is not None and name != "train_loss"]
+        shown = [name for name in shown if name != "loss"] or shown  # the task's first metric
+        self._metrics = f"{shown[0]} {metrics[shown[0]]:.4g}" if shown else self._metrics
         elapsed = time.monotonic() - self._started
         left = elapsed / (done - self._first) * (self._num_rounds - done)
         parts = [
-            f"{self._label}: round {done}/{self._num_rounds}",
+            f"round {done}/{self._num_rounds}",
             self._metrics,
             f"up {self._bytes_up / 1e6:.2f} MB",
             f"{len(failures)} failed" if failures else "",
             f"{_duration(left)} left" if done < self._num_rounds else f"done in {_duration(elapsed)}",
         ]
-        self._print("  ".join(part for part in parts if part), last=done == self._num_rounds)
+        self._print([part for part in parts if part], last=done == self._num_rounds)
 
-    def _print(self, line: str, last: bool) -> None:
+    def close(self) -> None:
+        """End the line of a run that ended before its last round."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open = False
+
+    def _print(self, parts: list[str], last: bool) -> None:
         if self._stream.isatty():
-            padded = line.ljust(self._width)
-            self._width = len(line)
-            self._stream.write(f"\r{padded}" + ("\n" if last else ""))
+            self._stream.write(f"\r{fit_line(self._label, parts, width_of(self._stream) - 1)}{ERASE_REST}")
+            self._stream.write("\n" if last else "")
+            self._open = not last
         else:
-            self._stream.write(line + "\n")
+            self._stream.write(f"{self._label}: {'  '.join(parts)}\n")
         self._stream.flush()
+
+
+ERASE_REST = "\x1b[K"  # of a terminal's line
+
+
+def width_of(stream: TextIO) -> int:
+    """Return the columns of a terminal; 80 where it does not tell."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def fit_line(label: str, parts: list[str], width: int) -> str:
+    """Return a line of at most ``width`` characters: a long label is cut, then parts after the second go, from left."""
+    kept = list(parts)
+    while True:
+        rest = "  ".join(kept)
+        room = width - len(rest) - 2
+        if len(label) <= room:
+            return f"{label}: {rest}"
+        if room >= _SHORTEST_LABEL:
+            return f"{label[: room - 1]}…: {rest}"
+        if len(kept) <= _MOST_KEPT:
+            return rest[:width]
+        del kept[_MOST_KEPT]
+
+
+_SHORTEST_LABEL, _MOST_KEPT = 8, 2
 
 
 def _duration(seconds: float) -> str:

@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from fedlp.errors import ConfigError, one_line
 
@@ -56,9 +56,17 @@ GIVEN: Mapping[str, frozenset[str]] = {
     "metric": frozenset({"outputs", "targets"}),
     "optimizer": frozenset({"params"}),
     "schedule": frozenset({"server_round", "num_rounds", "progress"}),
-    "callback": frozenset({"record", "state"}),
+    "callback": frozenset({"record", "state", "task"}),
 }
 """Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "strategy": ("policy",),
+    "encoding": ("encode", "signature", "decode"),
+    "aggregator": ("begin",),
+    "server_optimizer": ("step",),
+}
+"""Methods that a class must have to be a part of some kinds."""
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 _PARTS: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -121,7 +129,7 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
         if point.name == name:
             return _import_object(kind, point.value)
     close = get_close_matches(name, names(kind))
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names(kind))}."
     raise ConfigError(f"there is no {kind} {name}; {hint} One of your own is given as MODULE:OBJECT")
 
 
@@ -136,6 +144,13 @@ def name_of(kind: str, target: Callable[..., Any]) -> str:
     name = next(name for name in (own, *(f"{own}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
     _PARTS[kind, name] = target
     return name
+
+
+def check_methods(kind: str, name: str, target: Callable[..., Any]) -> None:
+    """Raise ConfigError for a class without a method that parts of the kind have."""
+    missing = [method for method in METHODS.get(kind, ()) if not hasattr(target, method)]
+    if isinstance(target, type) and missing:
+        raise ConfigError(f"{kind} {name} has no method {missing[0]}, so it is no part of this kind")
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -156,15 +171,23 @@ def options(kind: str, target: Callable[..., Any]) -> dict[str, Option]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     items = fields(target) if isinstance(target, type) and is_dataclass(target) else ()
     made = {f.name: f.default_factory for f in items if f.default_factory is not MISSING}
+    hints = _hints(target) if items else {}  # of inherited fields too, which their own modules resolve
     return {
         p.name: Option(
             p.name,
-            Any if p.annotation is p.empty else p.annotation,
+            hints.get(p.name, Any if p.annotation is p.empty or isinstance(p.annotation, str) else p.annotation),
             made[p.name]() if p.name in made else p.default,
         )
         for p in signature.parameters.values()
         if p.kind in kinds and p.name not in given
     }
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(target)
+    except NameError:  # an annotation that only type checkers can see
+        return {}
 
 
 def given_to(kind: str, target: Callable[..., Any]) -> frozenset[str]:

@@ -33,6 +33,9 @@ class Stream(IntEnum):
     ENCODING = 16
     PRIVACY = 17
     STATISTICS = 18
+    CLIENT_TEST = 20
+    EVALUATION = 21
+    PERSONAL_STEPS = 22
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -53,7 +53,8 @@ class PrunableLayer:
     coupled : tuple of str
         Tensors that lose entries with a unit.
     readers : tuple of str
-        Modules whose inputs the units are, in the order of the model.
+        Paths of the layer's *readers*, the linear layers or convolutions whose inputs are the units, in the order of
+        the model. They compensate for removed units.
     depth : float
         Where in the network it lies, in [0, 1]; the layers of one transformer block lie at the same depth.
     """
@@ -310,7 +311,13 @@ class ClientFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClientCost:
-    """What one client cost in one round; bytes are those of the encoded records."""
+    """Cost of one client in one round; bytes are those of the encoded records.
+
+    Attributes
+    ----------
+    train_loss : float or None
+        Mean training loss that the client sent; None where it sent none.
+    """
 
     client_id: int
     num_examples: int
@@ -319,6 +326,46 @@ class ClientCost:
     params_down: int
     params_up: int
     macs: float
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """Request for the metrics of a client's sub-model on its own test examples.
+
+    Attributes
+    ----------
+    params : mapping from tensor name to Tensor
+        Shared tensors of the sub-model, sliced.
+    measures_statistics : bool
+        Whether batch norm statistics are measured on the client's training examples first.
+    """
+
+    server_round: int
+    client_id: int
+    submodel: SubModel
+    params: Mapping[str, Tensor]
+    measures_statistics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEvaluation:
+    """Metrics of one client's sub-model on its own test examples.
+
+    Attributes
+    ----------
+    tier : str
+        Tier or device class of the fleet; share of the parameters that the sub-model has where there is no fleet.
+    num_examples : int
+        Test examples, >= 1.
+    metrics : mapping from name to float
+        ``loss`` and the task's metrics.
+    """
+
+    client_id: int
+    tier: str
+    num_examples: int
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +378,10 @@ class RoundRecord:
         Fraction of the layer's entries that at least one client returned, in [0, 1].
     metrics : mapping
         Global test metrics: ``accuracy`` and ``loss``, or ``perplexity`` and ``loss``; ``train_loss`` where clients
-        report it. Empty test metrics where the round was not evaluated.
+        report it. Empty test metrics where the round was not evaluated. ``client_accuracy`` and so on where clients
+        evaluate; see :mod:`fedlp.federation.server.client_evaluation`.
+    evaluations : tuple of ClientEvaluation
+        By client; the file leaves it out where empty.
     """
 
     server_round: int
@@ -346,3 +396,4 @@ class RoundRecord:
     clients: tuple[ClientCost, ...]
     metrics: Mapping[str, float]
     wall_time_s: float
+    evaluations: tuple[ClientEvaluation, ...] = ()

@@ -63,7 +63,7 @@ OPTIONS = (("pruner=slimgpt",), ("pruner=obs", "pruner.fisher=false"), ("pruner=
 METHODS = dict(zip(METHOD_NAMES, OPTIONS, strict=True))
 OVERRIDES = {
     "pooled, float32": (),
-    "pooled, float64": ("upload=float64",),
+    "pooled, float64": ("strategy.sums=float64",),
     "votes": ("strategy.unit_selection=client",),
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedlp.apps.federate import Federation, check_fits
 from fedlp.apps.prune import save_model
-from fedlp.config import from_yaml
+from fedlp.config import read_run_config
 from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, one_line
 from fedlp.federation.client.store import ClientStore
@@ -126,7 +126,7 @@ def table(index: Mapping[str, Any]) -> str:
 def _open_run(path: Path) -> _Run:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path} is not a run directory (it has no config.yaml)")
-    config = from_yaml((path / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+    config = read_run_config(path / "config.yaml")
     if config.strategy.name == "oneshot":
         raise ConfigError(f"{path} is a run of strategy=oneshot, whose one model is in {path / 'model'} already")
     state = load_checkpoint(path / "checkpoint")

@@ -17,22 +17,28 @@ import torch
 from numpy.typing import NDArray
 
 from fedlp.allocation.budget.costs import given_limits
-from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds
+from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
-from fedlp.apps.submodel_pruning import CalibratedPruner, first_examples
+from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
-from fedlp.data.datasets import FederatedData, Loaded, make_reader
+from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
+from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
+from fedlp.data.examples import no_examples
 from fedlp.data.partition import partition_examples
 from fedlp.data.partition_plot import plot_partition
-from fedlp.errors import CheckpointError, ConfigError, EvaluationError
+from fedlp.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
-from fedlp.federation.client.app import ClientRuntime, Shards, make_client_app
+from fedlp.federation.client.app import ClientRuntime, make_client_app
 from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
+from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
 from fedlp.federation.strategies.oneshot import OneShot
@@ -47,7 +53,8 @@ from fedlp.pruning.pruner import Calibration
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
-from fedlp.tasks import with_task
+from fedlp.tasks import task_of, with_task
+from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -76,8 +83,9 @@ class Federation:
         data: FederatedData | None = None,
         parts: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
-        self._read = make_reader(config.dataset) if data is None else Loaded(data)
-        self.info = with_task(self._read.describe(), config.task.make())
+        self._read = _reader(config) if data is None else Loaded(data)
+        self._facts = describe_for_devices(config.dataset) if config.dataset.on_devices else self._read.describe()
+        self.info = with_task(self._facts, config.task.make())
         info = self.info
         if blueprint is None:
             shape = info.input_shape
@@ -87,14 +95,11 @@ class Federation:
             blueprint = adapted(blueprint, config.adapter)
             spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
+        check_metrics(config, task_of(info))
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)
-        _check_adapters(config)
-        if config.evaluate_tiers and self.submodels.statistics:
-            raise ConfigError(
-                "evaluate_tiers=true does not go with batch norms, whose statistics are not a narrow model's; "
-                "fedlp-export measures them for each tier"
-            )
+        check_adapters(config)
+        check_evaluation(config)
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()
         self.is_oneshot = isinstance(self.strategy, OneShot)
@@ -102,7 +107,7 @@ class Federation:
             config = replace(config, num_rounds=oneshot_costs.count_lines(oneshot_settings(config), self.submodels))
         self.config = config
         self._parts = None if parts is None else tuple(parts)
-        self._runtimes: dict[str, ClientRuntime] = {}
+        self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
 
@@ -112,8 +117,20 @@ class Federation:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The data set."""
+        """The data set; DataError where devices hold it."""
+        if self.config.dataset.on_devices:
+            raise DataError("dataset.on_devices=true: the training data are on the devices")
         return replace(self._read.load(self.config.seed), info=self.info)
+
+    @cached_property
+    def server_data(self) -> FederatedData:
+        """The data that the server needs: no training data where devices bring their own, and its own test set."""
+        if not self.config.dataset.on_devices:
+            return self.data
+        place, test = self.config.dataset.server, no_examples()
+        if place is not None:
+            test = load_at(self.config.dataset, place, self._facts, self.config.seed)
+        return FederatedData(self.info, no_examples(), test)
 
     @cached_property
     def parts(self) -> tuple[NDArray[np.int64], ...]:
@@ -202,20 +219,47 @@ class Federation:
             cases, self.submodels, self.costs, self.initial_params(), upload.make(), upload.entropy_coding
         )
 
-    def runtime(self, state_dir: str) -> ClientRuntime:
-        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them."""
-        if state_dir not in self._runtimes:
-            keeps = client_options(self.strategy).keeps_heads or self.config.upload.error_feedback
-            horizon = 2 * self.config.checkpoint_every
+    def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
+        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them.
+
+        Parameters
+        ----------
+        own : OwnPlace, optional
+            Where the device keeps its examples; read where ``dataset.on_devices`` is set.
+        """
+        config = self.config
+        key = state_dir, own if config.dataset.on_devices else None
+        if key not in self._runtimes:
+            keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
+            horizon = 2 * config.checkpoint_every
             store = ClientStore(Path(state_dir), horizon) if keeps else None
             frozen = ClientStore(Path(state_dir) / "frozen", horizon) if self.submodels.spec.frozen else None
-            shards = Shards(self.data.train, self.parts)
-            self._runtimes = {
-                state_dir: ClientRuntime(
-                    self.client_settings(), self.info, self.submodels, shards, self.data.test, store, frozen
-                )
-            }
-        return self._runtimes[state_dir]
+            if config.dataset.on_devices:
+                shards, test = self._own_shards(own), no_examples()
+            else:
+                fraction = config.dataset.client_test_fraction
+                shards, test = Shards(self.data.train, self.parts, fraction, config.seed), self.data.test
+            made = ClientRuntime(self.client_settings(), self.info, self.submodels, shards, test, store, frozen)
+            self._runtimes = {key: made}
+        return self._runtimes[key]
+
+    def _own_shards(self, own: OwnPlace | None) -> Shards:
+        """Return the one client's examples that a device holds."""
+        config = self.config
+        if own is None:
+            raise DataError(
+                "dataset.on_devices=true, but the node has no data; start it with --node-config 'data=\"/srv/images\"'"
+            )
+        examples = load_at(config.dataset, own.path, self._facts, config.seed)
+        part = np.arange(len(examples), dtype=np.int64)
+        return Shards(examples, {own.client_id: part}, config.dataset.client_test_fraction, config.seed)
+
+    def server_runtime(self, state_dir: str) -> ClientRuntime:
+        """Return what the server evaluates with; where devices bring their own data, it holds no training data."""
+        if not self.config.dataset.on_devices:
+            return self.runtime(state_dir)
+        nobody = Shards(no_examples(), {})
+        return ClientRuntime(self.client_settings(), self.info, self.submodels, nobody, self.server_data.test, None)
 
     def client_settings(self) -> ClientSettings:
         """Return the settings of clients."""
@@ -226,6 +270,7 @@ class Federation:
             num_rounds=config.num_rounds,
             device=config.device,
             eval_batch_size=config.eval_batch_size,
+            personal_steps=config.evaluation.personal_steps,
             encoding=config.upload.make(),
             sends_deltas=config.upload.values == "deltas",
             error_feedback=config.upload.error_feedback,
@@ -237,25 +282,48 @@ class Federation:
             oneshot=oneshot_settings(config) if self.is_oneshot else None,
         )
 
+    def client_evaluation(self) -> ClientEvaluationSettings | None:
+        """Return the settings of evaluations on clients; None where there are none."""
+        config = self.config
+        if config.evaluation.name == "central":
+            return None
+        local = config.local
+        return ClientEvaluationSettings(
+            task=task_of(self.info),
+            lengths=sum_lengths(self.submodels.skeleton(), self.info),
+            seed=config.seed,
+            num_clients=config.evaluation.clients,
+            steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
+            is_private=config.privacy.name != "none",
+        )
+
     # ---- running
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
-        runtime = self.runtime(str(directory.clients))  # where data is missing, nothing has been written yet
+        runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
-            if self.is_oneshot:
-                config = replace(self.config, resume=None)
-                return serve_oneshot(grid, config, self.submodels, self.data, directory, observers)
-            return _serve_rounds(grid, self, directory, runtime, observers)
+            if not self.config.resume:
+                directory.refuse_if_used()
+            config = replace(self.config, resume=None)
+            with tracking(config.tracker.name, config.tracker.make, to_plain(config), directory.path) as tracker:
+                told = (*observers, lambda record, _: tracker.round(record))
+                if self.is_oneshot:
+                    manifest = serve_oneshot(grid, config, self.submodels, self.server_data, directory, told)
+                else:
+                    manifest = _serve_rounds(grid, self, directory, runtime, told)
+                tracker.end(manifest)
+        return manifest
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
         config, out = self.config, out.absolute()
+        refuse_simulation(config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.is_oneshot:
             size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
-        app = make_client_app(lambda cfg, state_dir: self.runtime(state_dir), settings_of)
+        app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
             num_clients=config.num_clients,
@@ -288,9 +356,9 @@ def make_plan(cfg: str) -> Federation:
     return _APP.of(cfg)
 
 
-def make_runtime(cfg: str, state_dir: str) -> ClientRuntime:
+def make_runtime(cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
     """Return the client runtime of this process's apps."""
-    return _APP.of(cfg).runtime(state_dir)
+    return _APP.of(cfg).runtime(state_dir, own)
 
 
 def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
@@ -309,14 +377,13 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    def record(round_record: Any, round_state: ServerState) -> None:
-        directory.append_round(round_record)
-        if round_state.server_round % config.checkpoint_every == 0 or round_state.server_round == config.num_rounds:
-            directory.save_state(round_state)
+    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
+        policy = plan.fit(brought)
         directory.add_budgets(brought)
-        return plan.fit(brought)
+        return policy
 
     upload = config.upload
     settings = RoundSettings(
@@ -332,7 +399,7 @@ def _serve_rounds(
         sends_deltas=upload.values == "deltas",
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
-        evaluates_tiers=config.evaluate_tiers,
+        evaluates_tiers=config.evaluation.tiers,
     )
     strategy = FedLPStrategy(
         plan.submodels,
@@ -342,19 +409,24 @@ def _serve_rounds(
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
-        num_test=len(runtime.test),
+        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
+        client_evaluation=plan.client_evaluation(),
+        tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
-        observers=(record, *observers),
+        observers=(keeper, *observers),
         state=state,
     )
     initial = messages.encode_params(plan.initial_params())
     try:
-        strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+        if not is_over:
+            strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
-    return directory.finish(strategy.state, to_plain(config), plan.expected())
+    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
+    check_trained(manifest, directory.path)
+    return manifest
 
 
 def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
@@ -371,6 +443,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
         Names a run from its plain config.
     """
     config = from_yaml(cfg)
+    refuse_simulation(config)
     _check_device(config.device)
     directory = RunDirectory(out)
     state = None
@@ -386,8 +459,17 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     if config.simulation.engine == "ray":
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
-        return directory.read_manifest()
-    return federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
+        progress.close()
+        manifest = directory.read_manifest()
+        check_trained(manifest, out)
+        return manifest
+    manifest = federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
+    progress.close()
+    return manifest
+
+
+def _reader(config: RunConfig) -> Reader:
+    return reader_at(config.dataset, None) if config.dataset.on_devices else make_reader(config.dataset)
 
 
 def _plot_partition(federation: Federation, out: Path) -> None:
@@ -416,17 +498,6 @@ def check_fits(state: ServerState, submodels: SubModels) -> None:
                 f"the checkpoint of round {state.server_round} does not fit the model of config.yaml (tensor {name}); "
                 f"restore the config.yaml that the run began with"
             )
-
-
-def _check_adapters(config: RunConfig) -> None:
-    """Raise ConfigError for options that look at the weights that clients train, which adapters leave as they are."""
-    if config.adapter.name == "none":
-        return
-    options = config.strategy.options
-    if options.get("compensate") or options.get("criterion") == "update":
-        raise ConfigError("adapter=lora does not go with strategy.compensate=true or strategy.criterion=update")
-    if config.strategy.name == "oneshot":
-        raise ConfigError("adapter=lora does not go with strategy=oneshot, which trains nothing")
 
 
 def _check_device(name: str) -> None:

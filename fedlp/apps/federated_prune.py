@@ -41,7 +41,7 @@ from fedlp.training.calibration_data import make_method
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, RoundRecord
 
-Observer = Callable[[RoundRecord, ServerState], None]
+Observer = Callable[[RoundRecord, ServerState], object]
 REPORT = "prune.json"
 
 _REFERENCE_EXAMPLES = 8  # random inputs, whose means clients measure their own inputs from

@@ -13,7 +13,7 @@ from fedlp.allocation.budget.solve import Cost, allocate_shape
 from fedlp.allocation.evidence import Evidence
 from fedlp.allocation.layer_metrics import LayerStatistics, Leaf, compute_statistics
 from fedlp.allocation.rules.dp import allocate_by_curves
-from fedlp.pruning.precomputed_models import Stitcher
+from fedlp.pruning.precomputed_models import PrecomputedModel
 from fedlp.pruning.pruner import Pruner
 from fedlp.pruning.reader_layers import Reader
 from fedlp.pruning.scores.criterion import saliencies
@@ -79,15 +79,15 @@ class Allocator:
         )
 
     @cached_property
-    def stitcher(self) -> Stitcher:
+    def precomputed(self) -> PrecomputedModel:
         """The dense model with the statistics and the order of removal of every layer."""
-        return Stitcher(self._pruner, self._pruner.data.batches[:1])
+        return PrecomputedModel(self._pruner, self._pruner.data.batches[:1])
 
     @cached_property
     def _readers(self) -> Readers:
         """The readers of each layer with statistics of their inputs; no elimination is computed for them."""
-        if "stitcher" in self.__dict__:
-            return self.stitcher.readers
+        if "precomputed" in self.__dict__:
+            return self.precomputed.readers
         collector = self._pruner.collector(None)
         return {layer.name: collector.collect(layer) for layer in self.layers}
 
@@ -105,7 +105,7 @@ class Allocator:
 
     @cached_property
     def _statistics(self) -> tuple[LayerStatistics, ...]:
-        losses, evidence = self.stitcher.losses, self.evidence
+        losses, evidence = self.precomputed.losses, self.evidence
         elements: dict[str, dict[Leaf, Any]] = {
             name: {
                 "magnitude": np.concatenate([np.abs(weight).ravel() for weight in weights]),
@@ -119,7 +119,7 @@ class Allocator:
     def _sensitivities(self) -> dict[str, float]:
         """Return the divergence that halving one layer alone causes."""
         halves = {layer.name: -(-layer.num_units // 2) for layer in self.layers}
-        return {name: self.stitcher.divergence({**self.units, name: half}) for name, half in halves.items()}
+        return {name: self.precomputed.divergence({**self.units, name: half}) for name, half in halves.items()}
 
     @cached_property
     def half_by_curves(self) -> dict[str, float]:
@@ -131,5 +131,5 @@ class Allocator:
     def _curves(self) -> Mapping[str, Sequence[float]]:
         """Each layer's loss over units removed: predicted for language models, measured for classifiers."""
         if is_language_model(self._pruner.model):
-            return self.stitcher.losses
-        return self.stitcher.on(self._pruner.data.batches).divergence_curves()
+            return self.precomputed.losses
+        return self.precomputed.on(self._pruner.data.batches).divergence_curves()

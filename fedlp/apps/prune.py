@@ -17,7 +17,7 @@ from torch import nn
 from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
-from fedlp.config import PruneConfig, from_yaml, to_plain, to_yaml
+from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
 from fedlp.models import ModelSpec, describe_model, state_tensors
@@ -63,6 +63,8 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     with one_thread():
         subject = load_subject(config)
+        if config.finetune.name == "newton":
+            task_of(subject.info).require_softmax("finetune=newton", subject.info)
         before = evaluate(subject.model, subject, config)
         calibration = draw_calibration(config, subject)
         method = make_method(config.pruner)
@@ -73,7 +75,9 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
             paths = [path for layer in subject.layers for path in layer.readers]
             newton_steps(pruned.model, paths, calibration, config.finetune.steps, _show_step)
         else:
-            finetune(pruned.model, subject.info, subject.data.train, config.finetune, config.seed)
+            finetune(
+                pruned.model, subject.info, subject.data.train, config.finetune, generator(config.seed, Stream.FINETUNE)
+            )
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
@@ -98,7 +102,7 @@ def load_subject(config: PruneConfig) -> Subject:
         run = Path(config.run)
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"run={config.run}: that is not a run directory (it has no config.yaml)")
-        stored = from_yaml((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        stored = read_run_config(run / "config.yaml")
         model_config, dataset, task = stored.model, stored.dataset, stored.task
     elif not model_config.options.get("pretrained") and model_config.options.get("path") is None:
         raise ConfigError(

@@ -27,6 +27,7 @@ from fedlp.pruning.pruner import Calibration, Method, Pruner, mean_divergence, p
 from fedlp.pruning.scores.obs import OBS
 from fedlp.report.searching import draw_search
 from fedlp.rng import Stream, generator
+from fedlp.tasks import task_of
 from fedlp.training.calibration_data import make_method
 from fedlp.training.threads import count_cores, one_thread
 
@@ -81,6 +82,7 @@ def _set_scene(config: SearchConfig) -> _Scene:
     )
     prune_config.calibration.examples, prune_config.calibration.batch_size = wanted, settings.batch_size
     subject = oneshot.load_subject(prune_config)
+    task_of(subject.info).require_softmax("fedlp-search", subject.info)
     drawn = oneshot.draw_calibration(prune_config, subject)
     first, second = (
         -(-count // settings.batch_size) for count in (config.calibration.examples, settings.fitness_examples)
@@ -97,7 +99,7 @@ def _search_modes(config: SearchConfig, out: Path, allocator: Allocator, scene: 
     space: Space[Any] = FunctionSpace(allocator, ratios) if settings.space == "trees" else ChainSpace(allocator, ratios)
     partial = max(1, -(-settings.fitness_examples // settings.batch_size) // 4)
     fitness = Fitness(
-        allocator.stitcher.on(scene.fitness),
+        allocator.precomputed.on(scene.fitness),
         rules["uniform"],
         partial,
         out / "search.jsonl",

@@ -12,9 +12,9 @@ import torch
 
 from fedlp.allocation.search.evolution import Plan
 from fedlp.errors import ConfigError, one_line
-from fedlp.pruning.precomputed_models import Stitcher
+from fedlp.pruning.precomputed_models import PrecomputedModel
 
-_STITCHER: Stitcher | None = None  # what worker processes inherit
+_MODEL: PrecomputedModel | None = None  # what worker processes inherit
 
 
 class Fitness:
@@ -23,9 +23,11 @@ class Fitness:
     Values that a stopped search left in ``search.jsonl`` are taken from there.
     """
 
-    def __init__(self, stitcher: Stitcher, uniform: Sequence[Plan], num_partial: int, file: Path, workers: int) -> None:
-        global _STITCHER
-        _STITCHER = stitcher
+    def __init__(
+        self, precomputed: PrecomputedModel, uniform: Sequence[Plan], num_partial: int, file: Path, workers: int
+    ) -> None:
+        global _MODEL
+        _MODEL = precomputed
         self._num_partial, self._file = num_partial, file
         self._known: dict[str, float] = {}
         if file.exists():
@@ -71,5 +73,5 @@ def _key(plan: Plan, full: bool) -> str:
 
 
 def _divergence(plan: Plan, num_batches: int | None) -> float:
-    assert _STITCHER is not None
-    return _STITCHER.divergence(plan, num_batches)
+    assert _MODEL is not None
+    return _MODEL.divergence(plan, num_batches)

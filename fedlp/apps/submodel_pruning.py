@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedlp.allocation.evidence import NEEDS, Evidence, needs_of
 from fedlp.apps.model_allocator import Allocator
+from fedlp.config import RunConfig
 from fedlp.data.datasets import DataInfo, Examples
-from fedlp.errors import DataError
+from fedlp.errors import ConfigError, DataError
 from fedlp.federation.submodels import SubModels
 from fedlp.models import state_tensors
 from fedlp.models.adapters import merge_adapters
@@ -118,3 +119,14 @@ def first_examples(train: Examples, info: DataInfo, count: int, batch_size: int,
     )
     chosen = whole.select(torch.arange(count).numpy())
     return batch_calibration(chosen, info, batch_size, torch_seed(seed, Stream.CALIBRATION, 1), torch.device(device))
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Raise ConfigError for options that look at the weights that clients train, which adapters leave as they are."""
+    if config.adapter.name == "none":
+        return
+    options = config.strategy.options
+    if options.get("compensate") or options.get("criterion") == "update":
+        raise ConfigError("adapter=lora does not go with strategy.compensate=true or strategy.criterion=update")
+    if config.strategy.name == "oneshot":
+        raise ConfigError("adapter=lora does not go with strategy=oneshot, which trains nothing")

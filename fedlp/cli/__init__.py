@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from fedlp.cli.help import help_text
+from fedlp.cli.output import forgive_warnings, say
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def profile_main() -> None:
     _run("profile", profile_job)
 
 
-def _run(root: str, job: Callable[..., None]) -> None:
+def _run(root: str, job: Callable[..., float | None]) -> None:
     from fedlp.cli.common import run_hydra
 
     run_hydra(root, job)
@@ -61,23 +62,25 @@ def _run(root: str, job: Callable[..., None]) -> None:
 def _answer(command: str) -> None:
     """Answer ``--help`` and ``--version`` without Hydra, and exit."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(command))
+        say(help_text(command))
         sys.exit(0)
     _answer_version()
 
 
 def _answer_version() -> None:
+    forgive_warnings()
     if "--version" in sys.argv[1:]:
         from fedlp import __version__
 
-        print(f"fedlp {__version__}")
+        say(f"fedlp {__version__}")
         sys.exit(0)
 
 
 def _list_options() -> None:
     """Print the options of a group, and exit."""
+    forgive_warnings()
     from fedlp.cli.common import end, guard
-    from fedlp.cli.options import describe_group
+    from fedlp.config.option_help import describe_group
 
     groups = sys.argv[2:] or ["strategy"]
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))

@@ -9,48 +9,77 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlp.config import config_dir, explain, prepare, register_schema
+from fedlp.cli.output import close_output
+from fedlp.cli.sweeps import sweep_direction
+from fedlp.config import RunConfig, config_dir, explain, prepare, register_schema, schema_of
 from fedlp.errors import ConfigError, FedLPError, printable
+from fedlp.progress import ERASE_REST
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _LONGEST_LINE = 2000
 
 
-def run_hydra(config_name: str, job: Callable[[DictConfig], None]) -> None:
-    """Run Hydra's command line on one of the config tree's roots, and exit."""
+def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> None:
+    """Run Hydra's command line on one of the config tree's roots, and exit; sweepers get what the job returns."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schema(config_name)
+    schema = schema_of(config_name)
     is_override = {word: "=" in word and not word.startswith("-") for word in sys.argv[1:]}
     flags = [word for word in sys.argv[1:] if not is_override[word]]  # first: argparse takes no words between flags
-    sys.argv[1:] = flags + prepare(config_name, [word for word in sys.argv[1:] if is_override[word]])
+    overrides = [word for word in sys.argv[1:] if is_override[word]]
     codes: list[int] = []
+    main_process = os.getpid()
 
-    def guarded(composed: DictConfig) -> None:
-        codes.append(0)
-        codes[-1] = guard(lambda: job(composed), _job_name())  # here, so that the rest of a sweep still runs
+    def guarded(composed: DictConfig) -> float | None:
+        found: list[float | None] = []  # errors are told here, so that the rest of a sweep still runs
+        codes.append(guard(lambda: found.append(job(composed)), _job_name(), schema))
+        if codes[-1] and os.getpid() != main_process:  # a launcher's own process, whose list of codes is a copy
+            raise JobFailed("a job of the sweep failed, as a line above says")
+        return found[0] if found else None  # sweepers take None as a failed trial
 
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(guarded)
 
     def compose_and_run() -> None:
+        sys.argv[1:] = flags + prepare(config_name, overrides) + sweep_direction(overrides)
         try:
             run()
         except ValueError as error:  # what Hydra raises about some overrides and flags, before there is a job
-            if codes:
+            if codes and "No trials are completed" not in str(error):  # Optuna's words, after every job failed
                 raise
-            raise ConfigError(explain(error)) from error
+            if codes:
+                raise ConfigError("no job of the sweep has a finite objective") from error
+            raise ConfigError(_name_file(error) + explain(error, schema)) from error
 
-    sys.exit(end(lambda: max(guard(compose_and_run), *codes, 0)))
+    sys.exit(end(lambda: max(guard(compose_and_run, schema=schema), *codes, 0)))
+
+
+def _name_file(error: ValueError) -> str:
+    """Return the name of the config file that an error about encoding is of; Hydra does not say it."""
+    if not isinstance(error, UnicodeDecodeError):
+        return ""
+    folders = [config_dir(), *(Path(word) for word in sys.argv[1:] if Path(word).is_dir())]
+    folders += [Path(word.partition("=")[2]) for word in sys.argv[1:] if word.startswith("--config-dir=")]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
+        with suppress(OSError):
+            if path.read_bytes().startswith(error.object):
+                return f"{path}: "
+    return ""
+
+
+class JobFailed(FedLPError):
+    """A job of a sweep failed in another process, where its reason was printed."""
 
 
 def output_dir() -> Path:
@@ -73,7 +102,12 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        return printable(super().format(record), _LONGEST_LINE)
+        return _line_start() + printable(super().format(record), _LONGEST_LINE)
+
+
+def _line_start() -> str:
+    """Return the characters that take away a terminal's line of progress."""
+    return f"\r{ERASE_REST}" if sys.stderr.isatty() else ""
 
 
 def _job_name() -> str:
@@ -84,14 +118,14 @@ def _job_name() -> str:
     return f"job {config.job.num} ({', '.join(word.lstrip('+') for word in config.overrides.task)}): "
 
 
-def guard(action: Callable[[], object], name: str = "") -> int:
+def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig) -> int:
     """Run an action; turn what a user can cause into one line and an exit code."""
     try:
         action()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FedLPError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"fedlp: {name}{explain(error)}", file=sys.stderr)
+        close_output()
+    except (FedLPError, HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:
+        print(f"{_line_start()}fedlp: {name}{explain(error, schema)}", file=sys.stderr)
         return BAD_INPUT
     return 0
 
@@ -105,7 +139,9 @@ def end(guarded: Callable[[], int]) -> int:
     argparse.ArgumentParser.error = refuse  # type: ignore[method-assign, assignment] # Hydra's own parser would print its usage
     try:
         with _stoppable():
-            return guarded()
+            code = guarded()
+            close_output()
+            return code
     except Stopped as stop:
         return 128 + stop.number
     except KeyboardInterrupt:

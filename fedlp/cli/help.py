@@ -45,7 +45,7 @@ HELP = {
         ),
         (
             *("model", "dataset", "partition", "strategy", "upload", "aggregator", "server_optimizer", "local"),
-            *("pruner", "allocator", "fleet", "privacy", "simulation", "experiment"),
+            *("pruner", "allocator", "fleet", "privacy", "evaluation", "simulation", "tracker", "experiment"),
         ),
         (
             ("seed=0", "seed of every draw"),

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_yaml, with_absolute_paths
+from fedlp.cli.sweeps import earlier_run, job_header, objective_of
+from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
 
-def run_job(composed: DictConfig) -> None:
-    """Run what a composed config says."""
+def run_job(composed: DictConfig) -> float | None:
+    """Run what a composed config says; return the objective, which is None of a dry run.
+
+    A job of a sweep whose folder holds its run is not run again: a finished one gives its objective, a stopped one goes
+    on.
+    """
     config = from_omegaconf(composed, RunConfig)
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if config.resume is not None:
         overrides, out = HydraConfig.get().overrides, Path(config.resume)
         folders = [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
         config = resumed_config(config, [*overrides.task, *folders])
     set_up_logging()
-    from fedlp.apps import federate as assembly
+    config = with_absolute_paths(config)
+    if is_sweep and config.resume is None and not config.dry_run:
+        config, manifest = earlier_run(config, out)
+        if manifest is not None:
+            print(f"{job_header()}finished before  -> {out}", flush=True)
+            return objective_of(config, manifest)
     from fedlp.report import run_label
 
-    cfg = to_yaml(with_absolute_paths(config))
+    if not config.dry_run:
+        print(f"{job_header()}{_first_words(run_label(to_plain(config)), config)}  -> {out}", flush=True)
+    from fedlp.apps import federate as assembly
+
+    cfg = to_yaml(config)
     if config.dry_run:
         _print_costs(assembly.dry_run(cfg, out), out)
-        return
+        return None
     try:
         manifest = assembly.run(cfg, out, run_label)
     except KeyboardInterrupt:
@@ -40,8 +58,27 @@ def run_job(composed: DictConfig) -> None:
             with suppress(OSError):  # the terminal may be gone
                 print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
         raise
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest["final_metrics"].items() if value is not None)
-    totals = manifest["totals"]
+    _print_result(manifest, out)
+    return objective_of(config, manifest)
+
+
+def _first_words(label: str, config: RunConfig) -> str:
+    """Return the line that a run begins with."""
+    verb = "going on, loading" if config.resume else "loading"
+    return (
+        f"{label}: {verb} {config.dataset.name} and {config.model.name}; {config.num_rounds} rounds with "
+        f"{config.clients_per_round} of {config.num_clients} clients"
+    )
+
+
+def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
+    """Print the final metrics, the task's first one at the front, and the bytes; say where a callback ended the run."""
+    final, totals = manifest["final_metrics"], manifest["totals"]
+    if stopped_by := manifest.get("stopped_by"):
+        asked = manifest["config"]["num_rounds"]
+        print(f"fedlp: {stopped_by} ended the run after round {totals['rounds']} of {asked}", file=sys.stderr)
+    names = sorted((name for name, value in final.items() if value is not None), key=lambda name: name == "train_loss")
+    metrics = "  ".join(f"{name} {final[name]:.4f}" for name in names)
     print(f"{metrics}  up {totals['bytes_up'] / 1e6:.2f} MB  down {totals['bytes_down'] / 1e6:.2f} MB  -> {out}")
 
 

@@ -32,8 +32,10 @@ from fedlp.config.schema import (
     AggregatorConfig,
     AllocatorConfig,
     CalibrationConfig,
+    CallbackConfig,
     DatasetConfig,
     DeviceConfig,
+    EvaluationConfig,
     FleetConfig,
     LocalConfig,
     ModelConfig,
@@ -45,10 +47,11 @@ from fedlp.config.schema import (
     SimulationConfig,
     StrategyConfig,
     TaskConfig,
+    TrackerConfig,
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
-from fedlp.config.unread import refuse_unread
+from fedlp.config.unread import refuse_unread, unread_groups
 from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
 from fedlp.errors import ConfigError, FedLPError, one_line
 
@@ -58,8 +61,10 @@ __all__ = [
     "AggregatorConfig",
     "AllocatorConfig",
     "CalibrationConfig",
+    "CallbackConfig",
     "DatasetConfig",
     "DeviceConfig",
+    "EvaluationConfig",
     "FinetuneConfig",
     "FleetConfig",
     "LocalConfig",
@@ -76,6 +81,7 @@ __all__ = [
     "SimulationConfig",
     "StrategyConfig",
     "TaskConfig",
+    "TrackerConfig",
     "UploadConfig",
     "compose",
     "compose_profile",
@@ -86,11 +92,14 @@ __all__ = [
     "from_omegaconf",
     "from_yaml",
     "prepare",
+    "read_run_config",
     "refuse_unread",
     "register_schema",
+    "schema_of",
     "to_plain",
     "to_yaml",
     "todays_config",
+    "unread_groups",
     "validate",
     "with_absolute_paths",
 ]
@@ -158,7 +167,7 @@ def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
             if isinstance(config, RunConfig):
                 refuse_unread(config, overrides)
             return config
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(explain(error, schema)) from error
 
 
@@ -202,6 +211,16 @@ def from_yaml(text: str) -> RunConfig:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
 
+def read_run_config(path: Path) -> RunConfig:
+    """Return the validated config of a run's file; ConfigError, which names the file, where it cannot be read."""
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the run's config cannot be read: {explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def with_absolute_paths(config: _Config) -> _Config:
     """Return the config with its local files named so that they are found from any working folder."""
     dataset, model = config.dataset, config.model
@@ -209,7 +228,8 @@ def with_absolute_paths(config: _Config) -> _Config:
     found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
     if paths["root"]:  # a folder that is downloaded to need not exist yet
         found["root"] = str(Path(paths["root"]).expanduser().absolute())
-    dataset = replace(dataset, options=dataset.options | found)
+    server = None if dataset.server is None else _absolute(dataset.server)
+    dataset = replace(dataset, options=dataset.options | found, server=server)
     if isinstance(path := model.options.get("path"), str):
         model = replace(model, options={**model.options, "path": _absolute(path)})
     return replace(config, dataset=dataset, model=model)
@@ -239,14 +259,27 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
         if isinstance(cause, FedLPError):
             return str(cause)
         cause = cause.__cause__
+    if isinstance(error, yaml.MarkedYAMLError):
+        return _explain_yaml(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return no_such_option(schema, unknown[1])
     if missing := re.search(r"Could not find '(\w+)/([^']+)'", str(error)):
         choices = sorted(path.stem for path in (config_dir() / missing[1]).glob("*.yaml"))
         close = get_close_matches(missing[2], choices)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}."
         own = " One of your own is MODULE:OBJECT." if missing[1] in part_groups(schema) else ""
-        return f"there is no {missing[1]}={missing[2]}; {hint}{own}"
+        return f"there is no {missing[1]}={missing[2]}; {hint}{own}".removesuffix(".")
     if str(error).startswith("Error merging override") and error.__cause__ is not None:
         return f"{one_line(error)}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
+
+
+def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
+    """Return in one line where and why YAML cannot be read."""
+    mark, problem = error.problem_mark, error.problem or "it is not YAML"
+    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    file = f"{mark.name}, " if mark is not None and not mark.name.startswith("<") else ""
+    advice = "; indent with spaces, not with tabs" if r"'\t'" in problem else ""
+    return f"{file}{where}{problem}{advice}"

@@ -28,6 +28,9 @@ RENAMED: Mapping[str, str] = {
 
 RENAMED_CHOICES: Mapping[tuple[str, str], str] = {("strategy", "fedlp"): "fedlp_plan"}
 
+_BEFORE: Mapping[str, str] = {"upload": "float32", "pruner": "obs", "allocator": "dp"}
+"""Choices of groups that the first versions did not have."""
+
 _told: set[str] = set()
 
 
@@ -35,7 +38,10 @@ def current_override(override: str) -> str:
     """Return a command line override in today's names; says on stderr, once, that an old one was used."""
     key, equals, value = override.partition("=")
     prefix, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
-    if name in RENAMED:
+    if name == "strategy.encoding" and value == "float64":  # of sums, which one-shot pruning sends
+        _tell(name, "strategy.sums")
+        name = "strategy.sums"
+    elif name in RENAMED:
         _tell(name, RENAMED[name])
         name, prefix = RENAMED[name], prefix if "." in RENAMED[name] else ""
     for (group, old), new in RENAMED_CHOICES.items():
@@ -48,7 +54,9 @@ def current_override(override: str) -> str:
 def is_current(config: Mapping[str, Any]) -> bool:
     """Return whether a stored config is in today's layout."""
     strategy = config.get("strategy")
-    return not isinstance(strategy, Mapping) or "encoding" not in strategy
+    if not isinstance(strategy, Mapping) or "upload" in config:
+        return True
+    return not any(old.removeprefix("strategy.") in strategy for old in RENAMED)
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +66,8 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     own = found["strategy"]
     own["name"] = RENAMED_CHOICES.get(("strategy", str(own.get("name"))), own.get("name"))
+    if own["name"] == "oneshot":
+        own["sums"] = own.pop("encoding", "float32")
     for old, new in RENAMED.items():
         option = old.removeprefix("strategy.")
         if option in own:
@@ -66,6 +76,9 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(target, dict):
                 target[name or "name"] = own.pop(option)
     found.setdefault("aggregator", {})["name"] = "coverage_average"
+    for group, name in _BEFORE.items():
+        if isinstance(target := found.setdefault(group, {}), dict):
+            target.setdefault("name", name)
     if isinstance(dataset := found.get("dataset"), dict):
         dataset.setdefault("label_column", None)  # text was for language modelling alone
     return found

@@ -26,6 +26,8 @@ def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> lis
     chosen = {override.partition("=")[0] for override in todays}
     for override in todays:
         key, _, value = override.partition("=")
+        if key == "callbacks" and value and not value.startswith("[") and value != "null":
+            override = f"callbacks=[{value}]"  # one alone
         group, _, option = key.lstrip("+").partition(".")
         if group in groups and option == groups[group].key and value and group not in chosen:
             override, option = f"{group}={value}", ""  # the choice of a part, without the options of another

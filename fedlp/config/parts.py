@@ -93,6 +93,7 @@ def read_part(schema: type[_P], group: str, node: Mapping[str, Any]) -> _P:
     if name in ("None", MISSING):
         raise ConfigError(f"{group}.{schema.key} is missing; choose one of {', '.join(registry.names(schema.kind))}")
     target = registry.lookup(schema.kind, name)
+    registry.check_methods(schema.kind, name, target)
     declared = registry.options(schema.kind, target)
     own = {key: value for key, value in node.items() if key not in names}
     if unknown := [key for key in own if key not in declared]:
@@ -145,7 +146,7 @@ def _known_type(annotation: Any, default: Any) -> Any:
     try:
         probe = make_dataclass("Probe", [("value", annotation, field(default_factory=lambda: plain))])
         OmegaConf.structured(probe)
-    except (OmegaConfBaseException, TypeError, ValueError):
+    except (OmegaConfBaseException, NameError, TypeError, ValueError):
         return Any
     return annotation
 
@@ -168,8 +169,13 @@ def _no_such_option(schema: type[PartConfig], group: str, name: str, option: str
     text = f"there is no option {group}.{option} with {group}={name}"
     if close := get_close_matches(option, known, 1):
         return f"{text}; did you mean {group}.{close[0]}?"
-    others = [o for o in registry.names(schema.kind) if o != name and option in _options_of(schema.kind, o)]
+    others = [other for other in parts_with(schema.kind, option) if other != name]
     return f"{text}; " + (f"{', '.join(others)} read it" if others else f"it has {', '.join(sorted(known))}")
+
+
+def parts_with(kind: str, option: str) -> list[str]:
+    """Return the names of the parts of a kind that have an option."""
+    return [name for name in registry.names(kind) if option in _options_of(kind, name)]
 
 
 def _options_of(kind: str, name: str) -> dict[str, registry.Option]:

@@ -10,10 +10,11 @@ from functools import cache
 from typing import Any, TypeVar, cast, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ValidationError
 
 from fedlp import registry
-from fedlp.config.parts import PartConfig, read_part
-from fedlp.errors import ConfigError
+from fedlp.config.parts import PartConfig, parts_with, read_part
+from fedlp.errors import ConfigError, one_line
 
 _Config = TypeVar("_Config")
 
@@ -31,7 +32,10 @@ def read_config(schema: Callable[..., _Config], values: Mapping[str, Any]) -> _C
     for key in _keys(base):
         if key not in option_names(schema):
             raise ConfigError(no_such_option(schema, key))
-    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_base_schema(schema)), base))
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_dataclass_of(schema, False)), base))
+    except ValidationError as error:
+        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
     parts = {}
     for name, group in groups.items():
         node = values.get(name)
@@ -53,18 +57,9 @@ def drop_unread(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def schema_node(schema: Any) -> dict[str, Any]:
-    """Return what Hydra starts a schema's config from: types of fixed groups, open nodes for groups of parts."""
-    node: dict[str, Any] = {}
-    for f in fields(schema):
-        made: Any = f.default_factory
-        if _is_part(made):
-            node[f.name] = {}
-        elif is_dataclass(made):
-            node[f.name] = OmegaConf.structured(made)
-        else:
-            node[f.name] = made() if made is not NO_DEFAULT else f.default
-    return node
+def schema_node(schema: Any) -> Any:
+    """Return what Hydra starts a schema's config from: typed options, and an open node for each group of parts."""
+    return OmegaConf.structured(_dataclass_of(schema, with_parts=True))
 
 
 def no_such_option(schema: Any, name: str) -> str:
@@ -72,10 +67,21 @@ def no_such_option(schema: Any, name: str) -> str:
     known = option_names(schema)
     last = name.rpartition(".")[2]
     same = sorted(option for option in known if option.rpartition(".")[2] == last and option != name)
-    close = same or get_close_matches(name, known, 1)
-    return f"there is no option {name}; " + (
-        f"did you mean {' or '.join(close[:3])}?" if close else "fedlp --cfg job lists the options"
-    )
+    if same:
+        return f"there is no option {name}; did you mean {' or '.join(same[:3])}?"
+    if of_parts := _options_of_parts(schema, last):
+        return f"there is no option {name}; did you mean {' or '.join(of_parts[:3])}?"
+    close = get_close_matches(name, known, 1)
+    return f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "--cfg job lists the options")
+
+
+def _options_of_parts(schema: Any, name: str) -> list[str]:
+    """Return the options of parts that have a name, each with the choices that read it."""
+    found = []
+    for group, part in part_groups(schema).items():
+        if readers := parts_with(part.kind, name):
+            found.append(f"{group}.{name} (of {group}={' or '.join(readers)})")
+    return found
 
 
 @cache
@@ -103,12 +109,14 @@ def _is_part(made: Any) -> bool:
 
 
 @cache
-def _base_schema(schema: Any) -> type:
-    """Return the schema without its groups of parts."""
+def _dataclass_of(schema: Any, with_parts: bool) -> type:
+    """Return the schema with mappings for its groups of parts, or without these groups."""
     hints = get_type_hints(schema)
     found: list[Any] = []
     for f in fields(schema):
-        if not _is_part(f.default_factory):
+        if _is_part(f.default_factory):
+            found += [(f.name, dict[str, Any], field(default_factory=dict))] if with_parts else []
+        else:
             default = f.default if f.default is not NO_DEFAULT else MISSING
             made = (
                 field(default=default) if f.default_factory is NO_DEFAULT else field(default_factory=f.default_factory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedlp.config import RunConfig, from_yaml, validate
+from fedlp.config import RunConfig, read_run_config, validate
 from fedlp.errors import ConfigError
 
 _RESUMABLE_WITH = ("num_rounds", "simulation", "resume")
@@ -38,7 +38,7 @@ def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     foreign = [name for name in names if name.split(".")[0] not in _RESUMABLE_WITH]
     if foreign:
         raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
-    stored = from_yaml((folder / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+    stored = read_run_config(folder / "config.yaml")
     stored.resume = str(folder)
     for name in names:
         if name == "num_rounds":

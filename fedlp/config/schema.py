@@ -38,6 +38,19 @@ class DatasetConfig(PartConfig):
 
     max_train_examples: int | None = None  # a random subset of so many; all where null
     max_test_examples: int | None = None
+    client_test_fraction: float = 0.0  # of each client's examples, held out for evaluation=clients; in [0, 1)
+    on_devices: bool = False  # devices bring their own examples: --node-config 'data="/srv/images"' of each SuperNode
+    server: str | None = None  # on_devices: file or folder of the server's test set; no central evaluation where null
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.client_test_fraction < 1:
+            raise ConfigError(
+                f"dataset.client_test_fraction={self.client_test_fraction} is not allowed: it must be in [0, 1)"
+            )
+        if self.server is not None and not self.on_devices:
+            raise ConfigError(
+                "dataset.server is the test set of a server without training data: set dataset.on_devices=true too"
+            )
 
 
 @dataclass
@@ -218,6 +231,39 @@ class FleetConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Where models are evaluated.
+
+    ``name`` is "central" (the global model on the server's test set), "clients" (each client's sub-model, with its
+    personal head where it has one, on the client's own test examples), or "both".
+    """
+
+    name: str = "central"
+    clients: int | None = None  # clients that an evaluation asks, drawn by the seed; all where null
+    personal_steps: int = 0  # local steps that a client trains before it evaluates; none of them is kept
+    tiers: bool = False  # after the last round, the sub-model of each tier on the server's test set
+
+
+@dataclass
+class TrackerConfig(PartConfig):
+    """Tracker that follows the run where the server runs; options are those of the part in ``fedlp/trackers``.
+
+    A tracker of one's own is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
+    """
+
+    kind: ClassVar[str] = "tracker"
+
+    name: str = "none"
+
+
+@dataclass
+class CallbackConfig(PartConfig):
+    """Function that is called after each round; options are those of the part."""
+
+    kind: ClassVar[str] = "callback"
+
+
+@dataclass
 class PrivacyConfig:
     """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
 
@@ -242,12 +288,15 @@ class RunConfig:
     min_clients: int = 1  # a round with fewer good updates leaves the model unchanged
     eval_every: int = 1  # rounds between evaluations of the global model; the last round always is
     eval_batch_size: int = 500
-    evaluate_tiers: bool = False  # evaluate each kind of client's own sub-model too: metrics tier1_..., largest first
     checkpoint_every: int = 1
     device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
     dry_run: bool = False
     resume: str | None = None  # a run directory
     plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
+    keep_best: str | None = None  # metric; the model with its best value is written as model-best.safetensors too
+    callbacks: list[Any] = field(default_factory=list)  # called after each round: names, MODULE:OBJECT, or mappings of
+    # name and options, such as {name: early_stopping, patience: 3}
+    objective: str | None = None  # metric that a job of a sweep returns; the task's first one where absent
     label: str | None = None  # what reports call the run; a name is made from the config where absent
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -265,3 +314,5 @@ class RunConfig:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -15,20 +15,30 @@ def refuse_unread(config: RunConfig, overrides: Iterable[str]) -> None:
     """Raise ConfigError for an override of a group that the strategy does not read.
 
     A strategy lists the groups that it reads of allocator, pruner and calibration as ``reads``; one without the
-    attribute may read all.
+    attribute may read all. Of the other groups it reads all but those in ``ignores``.
     """
-    reads = getattr(config.strategy.target, "reads", None)
-    if reads is None:
-        return
     for override in overrides:
         group = override.lstrip("+~").partition("=")[0].partition(".")[0]
-        if group in _METHOD_GROUPS and group not in reads:
-            others = [name for name in registry.names("strategy") if group in _reads(name)]
+        if not _reads(config.strategy.target, group):
+            names = registry.names("strategy")
+            others = [name for name in names if _reads(registry.lookup("strategy", name), group)]
             raise ConfigError(
                 f"strategy={config.strategy.name} does not read {group}: drop {override.lstrip('+')}; "
                 f"{', '.join(others)} read it"
             )
 
 
-def _reads(name: str) -> frozenset[str]:
-    return getattr(registry.lookup("strategy", name), "reads", frozenset())
+def unread_groups(strategy: str) -> frozenset[str]:
+    """Return the groups that a strategy, by name, does not read; none where it cannot be imported here."""
+    try:
+        target = registry.lookup("strategy", strategy)
+    except ConfigError:
+        return frozenset()
+    left = {group for group in _METHOD_GROUPS if not _reads(target, group)}
+    return frozenset(left | set(getattr(target, "ignores", ())))
+
+
+def _reads(strategy: object, group: str) -> bool:
+    if group in _METHOD_GROUPS:
+        return group in getattr(strategy, "reads", _METHOD_GROUPS)
+    return group not in getattr(strategy, "ignores", ())

@@ -36,11 +36,15 @@ def validate(config: RunConfig) -> None:
         config.min_clients,
         f"in [0, clients_per_round={config.clients_per_round}]",
     )
+    for chosen in config.callbacks:
+        named = isinstance(chosen, str) or (isinstance(chosen, dict) and isinstance(chosen.get("name"), str))
+        _require(named, "callbacks", config.callbacks, "a list of names, or of mappings with name and options")
     _validate_local(config.local)
     _validate_fleet(config.fleet)
     _validate_pruning(config.pruner, config.calibration)
     _validate_privacy(config.privacy)
     _choice("adapter.name", config.adapter.name, ("none", "lora"))
+    _validate_evaluation(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     if simulation.workers is not None:
@@ -161,6 +165,16 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
         value = getattr(privacy, name)
         _require(0 < value < math.inf, f"privacy.{name}", value, "a finite number above 0")
     _require(0 < privacy.delta < 1, "privacy.delta", privacy.delta, "in (0, 1)")
+
+
+def _validate_evaluation(config: RunConfig) -> None:
+    evaluation = config.evaluation
+    _choice("evaluation", evaluation.name, ("central", "clients", "both"))
+    _require(evaluation.personal_steps >= 0, "evaluation.personal_steps", evaluation.personal_steps, "at least 0")
+    if evaluation.clients is not None:
+        _require(evaluation.clients >= 1, "evaluation.clients", evaluation.clients, "at least 1, or null for all")
+    if evaluation.tiers and evaluation.name == "clients":
+        raise ConfigError("evaluation.tiers=true needs the server's test set: choose evaluation=central or both")
 
 
 def _is_number(value: object) -> bool:

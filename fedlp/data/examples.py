@@ -106,6 +106,14 @@ class Rows:
         """Return rows of these rows, without a copy."""
         return Rows(self._whole, self._index.index_select(0, index))
 
+    def join(self, other: Rows) -> Tensor | Rows:
+        """Return these rows, then others; copies where they are of different tensors."""
+        import torch
+
+        if self._whole is other._whole:
+            return Rows(self._whole, torch.cat([self._index, other._index]))
+        return torch.cat([self[: len(self)], other[: len(other)]])
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
@@ -153,6 +161,24 @@ class FederatedData:
     info: DataInfo
     train: Examples
     test: Examples
+
+
+def concatenate(first: Examples, second: Examples) -> Examples:
+    """Return the examples of both; rows of one memory-mapped file are not copied."""
+    import torch
+
+    one, other = first.inputs, second.inputs
+    inputs: Any = one.join(other) if isinstance(one, Rows) and isinstance(other, Rows) else torch.cat([one, other])
+    both = first.groups is not None and second.groups is not None
+    groups = np.concatenate([first.groups, second.groups]) if both else None
+    return Examples(inputs, torch.cat([first.targets, second.targets]), groups)
+
+
+def no_examples() -> Examples:
+    """Return no examples at all."""
+    import torch
+
+    return Examples(torch.empty(0), torch.empty(0, dtype=torch.int64), None)
 
 
 def subset(examples: Examples, limit: int | None, rng: np.random.Generator) -> Examples:

@@ -86,7 +86,9 @@ class Table(HeldOut, ABC):
         """Return one file as a pandas table."""
 
     def describe(self) -> DataInfo:
-        """Return the facts; reads the file for its categories, classes and normalisation."""
+        """Return the facts; reads the file, where one is given, for its categories, classes and normalisation."""
+        if self.path is None and self.columns:
+            return self._describe_options()
         return self._encode(self._read())[0]
 
     def load(self, seed: int) -> FederatedData:
@@ -107,6 +109,36 @@ class Table(HeldOut, ABC):
             held_out = held_out_rows(strata.astype(np.int64), self.test_fraction, generator(seed, Stream.DATA, 0))
         train, test = (whole.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return FederatedData(info, *self.limit(train, test, seed))
+
+    def _describe_options(self) -> DataInfo:
+        """Return the facts that options alone give; ConfigError where one is absent."""
+        names = [name for name in self.columns or () if name not in {*self._targets, *self.exclude, self.client}]
+        categorical = {*(self.categorical or ()), *self.categories}
+        numeric = tuple(name for name in names if name not in categorical)
+        task = "classification" if self.task == "auto" and self.labels is not None else self.task
+        wanted = {
+            "task": task != "auto",
+            "labels": task != "classification" or self.labels is not None,
+            "categories": categorical <= self.categories.keys(),
+            "mean": self.mean is not None or not self.standardize or not numeric,
+        }
+        if missing := [name for name, is_there in wanted.items() if not is_there]:
+            raise ConfigError(f"dataset={self.name} without a file needs dataset.{missing[0]}")
+        categories = {name: tuple(map(str, self.categories[name])) for name in names if name in categorical}
+        columns = Columns(numeric, categories)
+        mean, std = self._normalisation(np.zeros((0, len(columns.names))), columns)
+        labels = tuple(map(str, self.labels or ())) if task == "classification" else ()
+        return DataInfo(
+            name=self.name,
+            task=task,
+            input_shape=(len(columns.names),),
+            num_classes=len(labels) or len(self._targets),
+            num_train=None,
+            num_test=None,
+            mean=mean,
+            std=std,
+            labels=labels or (self._targets if task == "multi_label" else ()),
+        )
 
     # ---- reading
     def _read(self) -> Any:
@@ -149,7 +181,7 @@ class Table(HeldOut, ABC):
 
     @property
     def _targets(self) -> tuple[str, ...]:
-        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target or ())
 
     def _named(self) -> tuple[str, ...]:
         return (
@@ -212,6 +244,8 @@ class Table(HeldOut, ABC):
         """Return targets, task, names of the classes or labels and the number of outputs."""
         columns = [table[name] for name in self._targets]
         task = self.task
+        if task == "auto" and self.labels is not None:
+            task = "classification"
         if task == "auto":
             classes = all(map(looks_like_classes, columns))
             task = "regression" if not classes else "classification" if len(columns) == 1 else "multi_label"

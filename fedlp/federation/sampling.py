@@ -11,12 +11,14 @@ from fedlp.rng import Stream, generator
 from fedlp.types import Layer
 
 
-def sample_cohort(seed: int, server_round: int, client_ids: Sequence[int], count: int) -> tuple[int, ...]:
+def sample_cohort(
+    seed: int, server_round: int, client_ids: Sequence[int], count: int, stream: Stream = Stream.COHORT
+) -> tuple[int, ...]:
     """Return ``count`` distinct clients, uniformly, sorted."""
     ordered = sorted(client_ids)
     if count >= len(ordered):
         return tuple(ordered)
-    chosen = generator(seed, Stream.COHORT, server_round).choice(len(ordered), size=count, replace=False)
+    chosen = generator(seed, stream, server_round).choice(len(ordered), size=count, replace=False)
     return tuple(sorted(ordered[i] for i in chosen))
 
 

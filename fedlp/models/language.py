@@ -112,6 +112,7 @@ def make_llama(
     num_kv_heads: int = 2,
 ) -> LanguageBlueprint:
     """LLaMA of given sizes with tied embeddings; its vocabulary is the data set's."""
+    sequence_length = _sequence_length(name, input_shape)
     if task.exact_outputs:
         raise ConfigError(f"model {name} is a language model, which predicts tokens; classify text with model=hf")
     sizes_given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_layers": num_layers}
@@ -130,7 +131,7 @@ def make_llama(
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        max_position_embeddings=_sequence_length(name, input_shape),
+        max_position_embeddings=sequence_length,
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,29 +15,41 @@ from fedlp.models.spec import forward_logits, named_tensors
 from fedlp.pruning.tracing.units import output_rows
 
 
-def loss_gradients(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the mean cross-entropy with respect to every parameter, as a dict by name.
+def loss_gradients(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss with respect to every parameter, as a dict by name.
 
     Parameters
     ----------
     batches : sequence of Tensor
         Prepared inputs.
-    labels : sequence of (n,)
-        Flat target classes or tokens; -100 where there is none.
+    labels : sequence of (n,) or (n, ...)
+        Target of each prediction: classes or tokens, -100 where there is none; or values.
+    loss : callable
+        Mean loss of outputs, (n, outputs), and targets.
     """
     parameters = {name: t for name, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     with all_trainable(model):
         for batch, target in zip(batches, labels, strict=True):
             logits = forward_logits(model, batch)
-            loss = F.cross_entropy(logits.flatten(0, -2), target)
-            for name, gradient in zip(sums, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            value = loss(logits.flatten(0, -2), target)
+            for name, gradient in zip(sums, torch.autograd.grad(value, list(parameters.values())), strict=True):
                 sums[name] += gradient / len(batches)
     return sums
 
 
 def output_fisher(
-    model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor], generator: torch.Generator, logits_only: bool
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    logits_only: bool,
+    shift_invariant: bool = True,
 ) -> dict[str, Tensor]:
     r"""Return the Fisher information of each reader's outputs, :math:`\sum g g^\top / N`, (out, out), by module path.
 
@@ -55,13 +67,21 @@ def output_fisher(
         Take the squared error of the logits, less their mean, in place of the KL divergence (a Gauss-Newton matrix):
         for a classifier, which is certain of the images that it was trained on, so that the Fisher information there
         is almost zero.
+    shift_invariant : bool
+        Whether outputs are logits of one softmax, whose mean has no effect; else the mean of the outputs counts too,
+        as with the values of a regression.
     """
-    sums, num_labels = fisher_sums(model, paths, batches, generator, logits_only)
+    sums, num_labels = fisher_sums(model, paths, batches, generator, logits_only, shift_invariant)
     return {path: total / num_labels for path, total in sums.items()}
 
 
 def fisher_sums(
-    model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor], generator: torch.Generator, logits_only: bool
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    logits_only: bool,
+    shift_invariant: bool = True,
 ) -> tuple[dict[str, Tensor], int]:
     """Return the sums that :func:`output_fisher` divides by the number of labels, and that number; both add up."""
     sums: dict[str, Tensor] = {}
@@ -87,7 +107,9 @@ def fisher_sums(
             logits = forward_logits(model, batch).flatten(0, -2)
             if logits_only:
                 directions = torch.randn(logits.shape, generator=generator).to(logits)
-                loss = (logits * (directions - directions.mean(dim=1, keepdim=True))).sum()
+                if shift_invariant:
+                    directions = directions - directions.mean(dim=1, keepdim=True)
+                loss = (logits * directions).sum()
             else:
                 chances = logits.detach().softmax(dim=-1).cpu()
                 labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)

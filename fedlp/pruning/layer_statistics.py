@@ -1,4 +1,4 @@
-"""Collecting what the readers of a layer see, in a model that is pruned layer by layer, beside the dense one."""
+"""Statistics of the inputs of each layer's readers, in a model that is pruned layer by layer, beside the dense one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlp.types import PrunableLayer
 
 
 class Collects(Protocol):
-    """What pruning asks for the statistics of a layer, wherever the data lie."""
+    """Source of the statistics of each layer, wherever the data are."""
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
@@ -36,15 +36,15 @@ def make_readers(model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str
 
 
 class Collector:
-    """Goes through a model's layers in order, and collects statistics of each.
+    """Collector of statistics that goes through a model's layers in order.
 
     Parameters
     ----------
     model : nn.Module
-        May change between layers: each is seen through what has changed before it.
+        May change between layers: each layer is seen through the changes before it.
     dense : nn.Module or None
-        The model as it was, if readers are to aim at its outputs. In blocks that add to a residual stream the aim also
-        makes up for what the stream has drifted.
+        The dense model, if readers are to be fitted to its outputs. In blocks that add to a residual stream the target
+        also makes up for the drift of the stream.
     norms : mapping from path to path
         The batch norms that follow readers.
     """
@@ -74,7 +74,7 @@ class Collector:
         Parameters
         ----------
         origins : mapping from path to (n,), optional
-            What each reader's inputs are measured from.
+            Origin that is subtracted from each reader's inputs.
         """
         while self._run.current < self._run.stage_of(layer.readers[0]):
             self._run.advance()
@@ -101,7 +101,7 @@ class Collector:
         return readers
 
     def _earlier(self, layer: PrunableLayer) -> list[str]:
-        """Return the readers of the same block that come before: what they write is in the residual stream."""
+        """Return the readers of the same block that come before: their outputs are in the residual stream."""
         if not self._has_stream:
             return []
         before = self._layers[: self._layers.index(layer)]
@@ -116,7 +116,7 @@ class Collector:
         paths: Sequence[str],
         readers: Sequence[Reader],
     ) -> list[Tensor | None]:
-        """Return what each reader should write: the dense one's output and, in a block, what the stream lacks."""
+        """Return each reader's target: the dense model's output and, in a block, the drift of the stream."""
         stage, prefix = dense.stages[dense.current], dense.paths[dense.current]
         wanted = dense.observe(batch, [stage.get_submodule(path.removeprefix(prefix)) for path in paths])
         num_earlier = len(paths) - len(readers)

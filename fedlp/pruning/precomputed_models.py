@@ -1,8 +1,8 @@
-"""What a model pruned to any widths would do, at the price of a forward pass: every layer pruned beforehand, by itself.
+"""Divergence of a model pruned to any widths, at the price of a forward pass: every layer is pruned beforehand.
 
-Each layer's order of removal and its statistics come from the dense model once. A choice of widths is then stitched
-together from the layers' refitted weights, which are kept for the next choice. Layers do not see each other's errors
-here, as they do in :meth:`~fedlp.pruning.pruner.Pruner.prune`: this ranks choices, it does not replace pruning.
+Each layer's order of removal and its statistics come from the dense model once. A choice of widths is then put together
+from the layers' refitted weights, which are kept for the next choice. Layers do not see each other's errors here, as
+they do in :meth:`~fedlp.pruning.pruner.Pruner.prune`: this ranks choices, it does not replace pruning.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _STEPS = 32  # widths per layer that are told apart: the rest are rounded to them
 
 
-class Stitcher:
-    """A dense model that can take on any widths.
+class PrecomputedModel:
+    """A dense model that takes on any widths, from layers that were pruned one by one.
 
     Parameters
     ----------
     pruner : Pruner
         Its model is taken over and changed; its score must give losses (OBS).
     batches : sequence of Tensor
-        What divergences are measured on.
+        Inputs on which divergences are measured.
     """
 
     def __init__(self, pruner: Pruner, batches: Sequence[Tensor]) -> None:
@@ -55,7 +55,7 @@ class Stitcher:
         Parameters
         ----------
         kept : mapping from layer name to int
-            Units that stay, rounded to one of 32 widths per layer.
+            Units that stay; rounded to one of 32 widths per layer.
         """
         for layer in self.layers:
             self._take_on(layer, self._rounded(layer, kept[layer.name]))
@@ -65,8 +65,8 @@ class Stitcher:
     def divergence_curves(self) -> dict[str, list[float]]:
         """Return each layer's divergence over units removed, that layer alone pruned.
 
-        A few are measured, and linear in between. For models in which errors are too large for the losses that the
-        elimination predicts.
+        A few points are measured and the rest interpolated. For models whose errors are too large for the losses that
+        the elimination predicts.
         """
         units = {layer.name: layer.num_units for layer in self.layers}
         found = {}
@@ -79,7 +79,7 @@ class Stitcher:
             found[layer.name] = np.interp(np.arange(1, layer.num_units), counts, values).tolist()
         return found
 
-    def on(self, batches: Sequence[Tensor]) -> Stitcher:
+    def on(self, batches: Sequence[Tensor]) -> PrecomputedModel:
         """Measure on other batches from now on."""
         for layer in self.layers:
             self._take_on(layer, layer.num_units)

@@ -1,7 +1,7 @@
-"""Pruning one model: layer by layer on calibration data, each seen through what has been pruned before it.
+"""Pruning one model layer by layer on calibration data, each layer seen through the layers pruned before it.
 
-While the layers are gone through, removed units are silenced (nothing reads them any more); at the end everything that
-belongs to them is cut out at once, which gives the same outputs and a smaller dense model.
+While the layers are gone through, removed units are silenced: their columns in the readers' weights are zero. At the
+end all their parameters are cut out at once, which gives the same outputs and a smaller dense model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.scores.criterion import UnitScore, removal_order
-from fedlp.pruning.scores.view import Evidence, LayerView
+from fedlp.pruning.scores.evidence import Evidence
+from fedlp.pruning.scores.view import LayerView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model
@@ -33,7 +34,14 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """What became of one layer; ``loss`` is in units of its (weighed) squared output error, nan where not measured."""
+    """Result of pruning one layer.
+
+    Attributes
+    ----------
+    loss : float
+        In units of the layer's squared output error, weighed by Fisher information where the method says so; NaN where
+        the score gives no losses.
+    """
 
     name: str
     num_units: int
@@ -43,7 +51,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model and how it came about; ``widths`` are in units of the model that went in."""
+    """A pruned model, the units that it keeps and a report of each layer.
+
+    Attributes
+    ----------
+    widths : mapping from layer name to Keep
+        In units of the dense model.
+    """
 
     model: nn.Module
     widths: Mapping[str, Keep]
@@ -56,11 +70,11 @@ class Pruner:
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode; not touched.
+        In evaluation mode; not changed.
     spec : WidthSpec
         Its width axes.
     layers : sequence of PrunableLayer
-        Those that units are removed from, in the order of the model.
+        Layers to remove units from, in the order of the model.
     """
 
     def __init__(
@@ -75,11 +89,11 @@ class Pruner:
             self._fisher = self.output_fisher([path for layer in layers for path in layer.readers])
         gradients = None
         if "gradients" in method.score.needs:
-            gradients = loss_gradients(self.model, data.batches, data.labels)
+            gradients = loss_gradients(self.model, data.batches, data.labels, data.loss)
         self._evidence = Evidence(self.model, spec, data, self._rng, gradients)
 
     def num_added_params(self) -> int:
-        """Return how many parameters pruning adds: the biases that readers get."""
+        """Return the number of parameters that pruning adds: the biases that readers get."""
         modules = {path: self.model.get_submodule(path) for layer in self.layers for path in layer.readers}
         return sum(
             len(weight_matrix(module))
@@ -96,12 +110,12 @@ class Pruner:
         kept : mapping from layer name to int
             Units that stay, in [1, num_units].
         progress : callable
-            Is told of each layer when it is done.
+            Called with the report of each layer when it is done.
 
         Raises
         ------
         AllocationError
-            If a layer cannot keep so many.
+            If a layer cannot keep that many units.
         CalibrationError
             If the calibration data are too few for a layer or give values that are not finite; names it.
         """
@@ -129,7 +143,7 @@ class Pruner:
         Parameters
         ----------
         keeps : mapping from layer name to int64 Tensor
-            The units that stay, sorted; all of a layer that is absent.
+            Units that stay, sorted; a layer that is absent keeps all.
         """
         collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
         for layer in self.layers:
@@ -138,18 +152,19 @@ class Pruner:
                 self._rewrite(layer, collector.collect(layer), everything[~torch.isin(everything, keeps[layer.name])])
         return self.model
 
-    # ----------------------------------------------------------------------- all that looks at data, to be overridden
+    # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
-        """Return what collects statistics of the layers, and of the dense model's outputs where it is given."""
+        """Return the collector of the layers' statistics, and of the dense model's outputs where it is given."""
         return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
-        return output_fisher(self.model, paths, self.data.batches, self._rng, logits_only)
+        data = self.data
+        return output_fisher(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out, and what its batch norms then see."""
+        """Return the model with the removed units cut out and its batch norms' statistics estimated anew."""
         model = cut_model(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
@@ -157,17 +172,17 @@ class Pruner:
 
     # ------------------------------------------------------------------------------------------------------- one layer
     def view(self, layer: PrunableLayer, readers: Sequence[Reader], score: UnitScore | None = None) -> LayerView:
-        """Return what a score, or else the method's, sees of a layer whose readers have their statistics."""
+        """Return the view that a score, by default the method's, has of a layer whose readers have statistics."""
         score = self.method.score if score is None else score
         views = tuple(reader.view(self.method, score, self._fisher.get(reader.path)) for reader in readers)
         return LayerView(layer, self._evidence, score.needs, views)
 
     def removal_order(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> Elimination:
-        """Return in which order ``count`` units are removed by the method's score, and the losses along it."""
+        """Return the order in which the method's score removes ``count`` units, and the losses along it."""
         return removal_order(self.method.score, self.view(layer, readers), count)
 
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
-        """Return the units to remove and the loss of that."""
+        """Return the units to remove, and the loss after their removal."""
         if not count:
             return torch.empty(0, dtype=torch.int64), 0.0
         found = self.removal_order(layer, readers, count)

@@ -22,7 +22,7 @@ from fedlp.pruning.tracing.units import kept_columns, weight_matrix, write_weigh
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How units are chosen, and how the other weights make up for them.
+    """Pruning method: the score that chooses units, and the recovery of the weights that stay.
 
     Attributes
     ----------
@@ -30,23 +30,23 @@ class Method:
         Saliency of units; those of the least saliency are removed. ``fedlp.registry.lookup("score", name)()`` gives one
         by name.
     recovery : "none", "bias" or "least_squares"
-        Whether readers keep their weights, keep them and add the removed inputs' means to their bias, or are solved
-        for anew on what is kept.
+        Readers keep their weights; keep them and add the means of removed inputs to their bias; or are fitted anew to
+        the inputs that stay.
     centred : bool
-        least_squares: fit with a bias, in which the means of removed inputs go.
+        least_squares: fit with a bias, which takes the means of removed inputs.
     correction : float
-        least_squares: how far the fit aims at the outputs of the dense model, in [0, 1]; 0 at those of the same
-        weights on the inputs of the pruned one. For a language model's blocks the aim includes what the residual stream
-        has drifted.
+        least_squares: weight of the dense model's outputs in the target of the fit, in [0, 1]; 0 aims at the outputs of
+        the same weights on the pruned model's inputs. For a language model's blocks the target includes the drift of
+        the residual stream.
     fisher : bool
         Weigh errors of outputs by their Fisher information, for scores that are solved for (OBS, SlimGPT).
     damping : float or None
         Added to the Hessian, as a fraction of its mean diagonal entry; None for as little as rounding asks for, which
         needs as many calibration vectors as a layer has inputs.
     keeps_batch_norm : bool
-        Leave the variances of batch norms as they are, and take what recovery adds to a bias off their means; else
-        estimate both anew at the end. What is fitted to the dense model's outputs varies less than they do, and
-        normalising it anew would blow it up.
+        Leave the variances of batch norms as they are, and subtract the change of a bias from their means; else both
+        are estimated anew at the end. Outputs fitted to the dense model's vary less than these, and normalising them
+        anew would amplify them.
     """
 
     score: UnitScore = field(default_factory=OBS)
@@ -62,7 +62,7 @@ class Method:
 
     @property
     def corrects(self) -> bool:
-        """Whether the dense model's outputs are needed."""
+        """Whether the fit needs the dense model's outputs."""
         return self.recovery == "least_squares" and self.correction > 0
 
     @property
@@ -92,13 +92,13 @@ class Reader:
     Parameters
     ----------
     path : str
-        Of its module in the model.
+        Path of its module in the model.
     norm : nn.Module or None
         The batch norm that reads its outputs.
     num_units : int
         Units among its inputs.
     targets : bool
-        Whether statistics of wanted outputs are collected.
+        Whether statistics of target outputs are collected.
     """
 
     def __init__(self, path: str, module: nn.Module, norm: nn.Module | None, num_units: int, targets: bool) -> None:
@@ -118,7 +118,7 @@ class Reader:
         return self.weight.view(self.module.weight.shape) if isinstance(self.module, nn.Conv2d) else self.weight
 
     def solve(self, method: Method) -> tuple[Tensor, Tensor]:
-        """Return the best full-width weights for what the reader is to write, and the inverse Hessian."""
+        """Return the full-width weights that fit the reader's target outputs best, and the inverse Hessian."""
         if self._solved is None:
             inverse = self.moments.inverse_hessian(method.centred, method.damping, self.path)
             weight = self.weight
@@ -129,18 +129,18 @@ class Reader:
         return self._solved
 
     def view(self, method: Method, score: UnitScore, fisher: Tensor | None) -> ReaderView:
-        """Return what a score may see of the reader; its outputs' errors are weighed by ``fisher``, (out, out)."""
+        """Return a score's view of the reader; errors of its outputs are weighed by ``fisher``, (out, out)."""
         statistics = self.moments if self.moments.count else None
         return ReaderView(
             self.path, self.weight, self.unit_size, statistics, partial(self.solve, method), fisher, score.needs
         )
 
     def rewrite(self, keep: Tensor, gone: Tensor, method: Method) -> None:
-        """Give the module its new weights, zero where units are gone, and what goes into its bias."""
+        """Write the reader's new weights, zero at removed units, and its new bias into the module."""
         self.write(*self.solution(keep, gone, method), method)
 
     def solution(self, keep: Tensor, gone: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
-        """Return new weights (out, columns), zero where units are gone, and the new bias, None for the old one."""
+        """Return new weights (out, columns), zero at removed units, and the new bias; None for the old one."""
         device = self.weight.device
         kept, removed = (kept_columns(units.to(device), self.unit_size) for units in (keep, gone))
         moments, weight = self.moments, torch.zeros_like(self.weight)
@@ -157,7 +157,7 @@ class Reader:
         return weight, shift
 
     def write(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:
-        """Give the module weights and bias; a batch norm that follows takes the bias off its mean instead."""
+        """Write weights and bias into the module; a batch norm that follows takes the bias in its mean instead."""
         if self._norm is not None and self._mean is not None and bias is not None and method.keeps_batch_norm:
             self._norm.running_mean.copy_(self._mean - (bias - self._bias))  # type: ignore[operator]
         write_weight(self.module, weight, None if self._norm is not None else bias)

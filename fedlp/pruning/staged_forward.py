@@ -1,4 +1,4 @@
-"""Running calibration batches through a model, stage by stage, and watching what its layers read and write.
+"""Forward passes of calibration batches, stage by stage, with the inputs and outputs of chosen layers.
 
 A language model's stages are its decoder blocks: each batch's hidden states wait before the current block, so that a
 model of any depth is run once, block by block. Any other model is one stage, run as far as is needed.
@@ -22,7 +22,7 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Seen(Exception):
-    """Everything that was to be seen has been."""
+    """All watched modules have run."""
 
 
 class StagedRun:
@@ -31,7 +31,7 @@ class StagedRun:
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode. It may change between calls: what is seen is what it computes then.
+        In evaluation mode. It may change between calls.
     batches : sequence of Tensor
         Prepared inputs: (n, C, H, W) images, (n, features), or (n, L) token ids.
     """
@@ -55,13 +55,13 @@ class StagedRun:
         return next(index for index, path in enumerate(self.paths) if module_path.startswith(path))
 
     def input(self, batch: int) -> Tensor:
-        """Return what the current stage reads in one batch."""
+        """Return the input of the current stage for one batch."""
         state: Tensor = self._states[batch]
         return state
 
     @torch.no_grad()
     def observe(self, batch: int, watched: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-        """Run the current stage until all watched modules have run; return what each read and wrote."""
+        """Run the current stage until all watched modules have run; return the input and output of each."""
         seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -99,7 +99,7 @@ def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 def _catch(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[list[_Arguments]]]:
-    """Return what the first block reads in every batch, and the other arguments of every block and batch."""
+    """Return the first block's input for every batch, and the other arguments of every block and batch."""
     states: list[Tensor] = []
     arguments: list[list[_Arguments]] = [[] for _ in blocks]
     with ExitStack() as stack:

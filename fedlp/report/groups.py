@@ -15,7 +15,7 @@ from fedlp.errors import ConfigError
 from fedlp.report.runs import Run
 
 ABSENT = "–"
-_NOT_COMPARED = {"seed", "resume", "label", "dataset.root", "dataset.download"}
+_NOT_COMPARED = {"seed", "resume", "label", "dataset.root", "dataset.download", "keep_best", "objective"}
 _METHODS = {
     "fedavg": "FedAvg",
     "fedlp_homo": "FedLP-Homo",
@@ -161,7 +161,7 @@ def _ordered(flat: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
     """Return what is compared, in the order of the config's groups."""
     rank = {name: index for index, name in enumerate(groups)}
     keys = sorted(flat, key=lambda key: rank.get(key.partition(".")[0], len(rank)))
-    return {key: flat[key] for key in keys if key not in _NOT_COMPARED}
+    return {key: flat[key] for key in keys if key not in _NOT_COMPARED and not key.startswith("tracker.")}
 
 
 def _part_defaults(kind: str, part: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlp.errors import DataError
-from fedlp.types import ClientCost, ClientFailure, RoundRecord
+from fedlp.types import ClientCost, ClientEvaluation, ClientFailure, RoundRecord
 
 COUNTERS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
 _INITIAL_ROUND: Mapping[str, Any] = {**dict.fromkeys(COUNTERS, 0), "coverage": {}} | {
@@ -36,13 +36,19 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
     return RoundRecord(
         server_round=server_round,
         cohort=tuple(cohort),
-        **{name: _count(entry, name, where) for name in COUNTERS[:4]},
+        bytes_up=_count(entry, "bytes_up", where),
+        bytes_down=_count(entry, "bytes_down", where),
+        params_up=_count(entry, "params_up", where),
+        params_down=_count(entry, "params_down", where),
         macs=_amount(entry, "macs", where),
         coverage=coverage,
         failures=tuple(_failure(mapping(item, where), where) for item in _list(entry, "failures", where)),
         clients=tuple(_cost(mapping(item, where), where) for item in _list(entry, "clients", where)),
         metrics=numbers(_field(entry, "metrics", where), f"{where}: metrics"),
         wall_time_s=_amount(entry, "wall_time_s", where),
+        evaluations=tuple(
+            _evaluation(mapping(item, where), where) for item in _optional_list(entry, "evaluations", where)
+        ),
     )
 
 
@@ -53,7 +59,16 @@ def _failure(item: Mapping[str, Any], where: str) -> ClientFailure:
 
 def _cost(item: Mapping[str, Any], where: str) -> ClientCost:
     counts = {name: _count(item, name, where) for name in ("client_id", "num_examples", *COUNTERS[:4])}
-    return ClientCost(**counts, macs=_amount(item, "macs", where))
+    loss = item.get("train_loss")  # None of a client that sent none, and in files of fedlp 0.1
+    if loss is not None:
+        loss = numbers({"train_loss": loss}, where)["train_loss"]
+    return ClientCost(**counts, macs=_amount(item, "macs", where), train_loss=loss)
+
+
+def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:
+    counts = {name: _count(item, name, where) for name in ("client_id", "num_examples")}
+    metrics = numbers(_field(item, "metrics", where), f"{where}: metrics of a client")
+    return ClientEvaluation(tier=str(_field(item, "tier", where)), metrics=metrics, **counts)
 
 
 def _field(entry: Mapping[str, Any], name: str, where: str) -> Any:
@@ -74,6 +89,10 @@ def _list(entry: Mapping[str, Any], name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{where}: {name} is not a list; the file is damaged")
     return value
+
+
+def _optional_list(entry: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    return _list(entry, name, where) if name in entry else []
 
 
 def is_count(value: Any) -> bool:

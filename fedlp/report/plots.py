@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from fedlp.report.client_plots import client_plots
 from fedlp.report.figures import COLOURS, DASHES, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
@@ -61,7 +62,7 @@ def draw_plots(groups: Sequence[Group]) -> list[Plot]:
     """Draw every plot for which the groups have numbers, in the order in which a reader wants them."""
     with rc_context(STYLE):
         plots = [plot for metric in METRICS for plot in _curve_plots(groups, metric)]
-        return [*plots, *_upload_plots(groups), *coverage_plots(groups)]
+        return [*plots, *client_plots(groups), *_upload_plots(groups), *coverage_plots(groups)]
 
 
 def _curve_plots(groups: Sequence[Group], metric: Metric) -> list[Plot]:
@@ -71,7 +72,7 @@ def _curve_plots(groups: Sequence[Group], metric: Metric) -> list[Plot]:
         return []
     labels = {index: groups[index].label for index in curves}
     band = _band_caption({len(groups[index].counted) for index in curves})
-    name = metric.name.capitalize()
+    name = metric.name.replace("_", " ").capitalize()
     return [
         Plot(
             f"{metric.name}_vs_{axis.key}.png",

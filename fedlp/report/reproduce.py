@@ -14,10 +14,12 @@ _LEFT_OUT = {"seed", "resume"}
 
 
 def command(group: Group) -> str:
-    """Return a shell command that spells out every value of the config, one a line, so that no default matters."""
-    from fedlp.config import todays_config  # loads Hydra, which a report's readers do without
+    """Return a shell command that spells out every value that is read, one a line, so that no default matters."""
+    from fedlp.config import todays_config, unread_groups  # loads Hydra, which a report's readers do without
 
     config = todays_config(group.config)
+    unread = unread_groups(str(config["strategy"]["name"]))
+    config = {key: value for key, value in config.items() if key not in unread}
     seeds = sorted({run.seed for run in group.runs})
     words = ["fedlp" if len(seeds) == 1 else "fedlp -m", f"seed={','.join(map(str, seeds))}"]
     words += [_word(key, value) for key, value in flatten(config).items() if key not in _LEFT_OUT]
@@ -36,6 +38,8 @@ def spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(spell(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{spell(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     if _BARE.fullmatch(value) and value.lower() not in _NOT_TEXT:

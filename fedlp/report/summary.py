@@ -30,7 +30,19 @@ class Metric:
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
 
-METRICS = (Metric("accuracy", "%", 100.0, True), Metric("perplexity", "", 1.0, False), Metric("loss", "", 1.0, False))
+METRICS = (
+    Metric("accuracy", "%", 100.0, True),
+    Metric("top_5", "%", 100.0, True),
+    Metric("macro_f1", "%", 100.0, True),
+    Metric("perplexity", "", 1.0, False),
+    Metric("rmse", "", 1.0, False),
+    Metric("mae", "", 1.0, False),
+    Metric("r2", "", 1.0, True),
+    Metric("loss", "", 1.0, False),
+    Metric("client_accuracy", "%", 100.0, True),  # of runs that evaluate on clients alone
+    Metric("client_perplexity", "", 1.0, False),
+    Metric("client_loss", "", 1.0, False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,7 @@ class Summary:
 
 
 def metric_of(group: Group) -> Metric | None:
-    """Return the first of accuracy, perplexity and loss that a counted run of the group reports."""
+    """Return the first of the known metrics that a counted run of the group reports."""
     names = {name for run in group.counted for name in _reported(run)}
     return next((metric for metric in METRICS if metric.name in names), None)
 

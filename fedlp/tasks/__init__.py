@@ -55,6 +55,7 @@ def with_task(info: DataInfo, task: object) -> DataInfo:
         raise ConfigError(f"the task needs {chosen.targets}, but the data set {info.name} has {own.targets}")
     found = info if isinstance(task, Auto) else replace(info, task=chosen)
     chosen.check(found)
+    chosen.measures()
     return found
 
 

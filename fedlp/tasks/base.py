@@ -41,6 +41,8 @@ class Task(ABC):
         Kind of the targets, in words; empty where any will do. A data set of another kind is refused.
     has_classes : bool
         Whether targets are numbers of classes, (n,), so that shares of classes are defined.
+    is_softmax : bool
+        Whether outputs are the logits of one softmax and the loss is their cross-entropy.
     auto_model : str
         Class of transformers that loads a model of this task; empty where transformers' models do not fit.
     peft_type : str
@@ -53,6 +55,7 @@ class Task(ABC):
     exact_outputs: ClassVar[bool] = True
     targets: ClassVar[str] = ""
     has_classes: ClassVar[bool] = False
+    is_softmax: ClassVar[bool] = False
     auto_model: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
     metrics: tuple[str, ...] = ()
@@ -184,6 +187,13 @@ class Task(ABC):
         """Raise ConfigError where an option needs classes, which this task has not."""
         if not self.has_classes:
             raise ConfigError(f"{option} is for classifiers, but {info.name} has no class for an example; set it to 0")
+
+    def require_softmax(self, option: str, info: DataInfo) -> None:
+        """Raise ConfigError where an option needs the logits of one softmax, which this task has not."""
+        if not self.is_softmax:
+            raise ConfigError(
+                f"{option} is for classifiers and language models; the data set {info.name} asks for neither"
+            )
 
 
 def add_sums(parts: Iterable[Mapping[str, float | list[float]]]) -> Sums:

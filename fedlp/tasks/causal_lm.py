@@ -33,6 +33,7 @@ class CausalLM(Task):
 
     targets: ClassVar[str] = "tokens to predict"
     reads_tokens: ClassVar[bool] = True
+    is_softmax: ClassVar[bool] = True
     exact_outputs: ClassVar[bool] = False
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str] = "CAUSAL_LM"

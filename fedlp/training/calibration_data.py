@@ -1,4 +1,4 @@
-"""What pruning may look at, and how it looks: a few prepared examples, and the method of a config."""
+"""Calibration examples, prepared and in batches, and the pruning method of a config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlp.config import PrunerConfig
 from fedlp.data.examples import DataInfo, Examples
-from fedlp.pruning.pruner import Calibration
+from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.criterion import as_score
 from fedlp.tasks import task_of
@@ -41,4 +41,6 @@ def batch_calibration(
     for inputs, targets in task.calibration_batches(chosen, batch_size):
         batches.append(task.prepare_whole(inputs, info, device))
         labels.append(task.labels(inputs, targets).to(device))
-    return Calibration(batches, labels, seed)
+    if task.is_softmax:
+        return Calibration(batches, labels, seed)
+    return Calibration(batches, labels, seed, lambda outputs, wanted: task.loss(outputs, outputs, wanted), False)

@@ -6,18 +6,20 @@ import importlib
 import warnings
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fedlp.config import FinetuneConfig, LocalConfig
 from fedlp.data.datasets import DataInfo, Examples
 from fedlp.data.examples import subset
 from fedlp.errors import ConfigError
-from fedlp.rng import Stream, generator
 from fedlp.tasks import task_of
 from fedlp.training.loop import train_locally
 
 
-def finetune(model: nn.Module, info: DataInfo, examples: Examples, config: FinetuneConfig, seed: int) -> None:
+def finetune(
+    model: nn.Module, info: DataInfo, examples: Examples, config: FinetuneConfig, rng: np.random.Generator
+) -> None:
     """Train ``model`` in place as the config says; it ends in evaluation mode.
 
     Raises
@@ -27,7 +29,6 @@ def finetune(model: nn.Module, info: DataInfo, examples: Examples, config: Finet
     """
     if config.name == "none":
         return
-    rng = generator(seed, Stream.FINETUNE)
     examples = subset(examples, config.max_examples, rng)
     local = LocalConfig(optimizer="adam", epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)
     if config.name == "full":

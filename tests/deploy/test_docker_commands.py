@@ -169,7 +169,7 @@ def test_the_run_meets_every_budget(federation: Federation) -> None:
     run = read(federation.out)
     assert [line["cohort"] for line in run.rounds] == [[0, 1, 2, 3]] * 2
     assert run.failures == []
-    assert run.config.strategy.encoding == "int4"  # two numbers a byte
+    assert run.config.upload.name == "int4"  # two numbers a byte
     for i, name in enumerate(NODES):
         node_config = federation.running[name].line[-1]
         budget = yaml.safe_load(Path(re.findall('budget="(.*)"', node_config)[0]).read_text())

@@ -131,7 +131,7 @@ def test_the_commands_of_the_document_run_a_federation(recipe: Recipe) -> None:
     run = read(recipe.folder / "var" / "runs" / "first")
     assert [line["cohort"] for line in run.rounds] == [[0, 1]] * 4
     assert run.failures == []
-    assert run.config.strategy.encoding == "int4"
+    assert run.config.upload.name == "int4"
     for line in run.rounds:  # the second device's budget, at two numbers a byte
         up = {cost["client_id"]: cost["params_up"] for cost in line["clients"]}
         assert 0 < up[1] <= 100_000 < up[0]

@@ -52,6 +52,11 @@ class InstantClient:
         submodels = self.plan.submodels
         if message.metadata.message_type == messages.CAPABILITIES:
             return Message(messages.encode_profile(ClientProfile(client_id, 20)), reply_to=message)
+        if message.metadata.message_type == messages.STATISTICS:
+            submodel, _ = messages.decode_submodel(message.content, submodels)
+            names = frozenset(name for name in submodels.statistics if not name.endswith("num_batches_tracked"))
+            measured = {name: torch.full(shape, 0.01) for name, shape, _ in submodels.layout(submodel).signature(names)}
+            return Message(messages.encode_statistics(measured, 20), reply_to=message)
         instruction = messages.decode_instruction(message.content, submodels)
         return Message(messages.encode_update(self.train(instruction), submodels), reply_to=message)
 
@@ -69,11 +74,11 @@ class InstantClient:
         }
         scores = {x.name: torch.rand(held[x.name].count if x.name in held else x.num_units) for x in submodels.layers}
         return ClientUpdate(
-            instruction.server_round,
-            instruction.client_id,
-            20,
-            {"train-loss": 1.0},
-            widths,
-            scores if "unit_scores" in instruction.evidence else {},
+            server_round=instruction.server_round,
+            client_id=instruction.client_id,
+            num_examples=20,
             params=sent,
+            metrics={"train-loss": 1.0},
+            widths=widths,
+            scores=scores if "unit_scores" in instruction.evidence else {},
         )

@@ -19,11 +19,11 @@ PLAIN = (
 )
 CASES = {
     "clients choose units": (
-        "strategy=fedlp",
-        "strategy.masks=client",
+        "strategy=fedlp_plan",
+        "strategy.unit_selection=client",
         "strategy.sparsity=0.5",
-        "strategy.encoding=float32",
-        "strategy.values=weights",
+        "upload=float32",
+        "upload.values=weights",
     ),
     "draws of layers change": ("strategy=fedlp_homo", "strategy.layer_preserving_rate=0.5"),
     "windows move": ("strategy=fedrolex",),

@@ -30,7 +30,7 @@ TINY = (
     "local.batch_size=8",
     "simulation.workers=2",
 )
-TINY_CNN = (*TINY, "model=fedlp_cnn", "model.variant=plain")
+TINY_CNN = ("model=fedlp_cnn", *TINY[2:])
 
 App = Callable[[Message, Context], Message]
 Call = Callable[..., tuple[int, str, str]]  # a command line: exit code, stdout, stderr

@@ -13,6 +13,7 @@ import torch
 
 from fedlp import cli
 from fedlp.apps import federate as assembly
+from fedlp.config import aliases
 from fedlp.report import pack_runs
 from tests.integration.running import TINY, Call, Finished, assert_refused, execute, read
 
@@ -27,9 +28,40 @@ Once = Callable[..., Finished]
         ("local.epoch=3", "no option local.epoch; did you mean local.epochs"),
         ("+num_round=3", "no option num_round; did you mean num_rounds"),
         ("+strategy.lpr=0.5", "no option strategy.lpr"),
-        ("model=resnet19", "Could not find 'model/resnet19'.*resnet18"),
-        ("strategy=fedprox", "Could not find 'strategy/fedprox'.*fedlp_hetero"),
-        ("experiment=nope", "Could not find 'experiment/nope'"),
+        ("strategy.layer_preserving_rates=0.5", "did you mean strategy.layer_preserving_rate"),
+        ("strategy=fedavg strategy.sparsity=0.9", "no option strategy.sparsity .*; fedlp_plan, oneshot read it"),
+        (
+            "strategy=heterofl strategy.layer_preserving_rate=0.1",
+            "no option strategy.layer_preserving_rate with strategy=heterofl; fedlp_homo, fedlp_plan read it",
+        ),
+        (
+            "strategy=fedlp_homo strategy.widths=[0.1]",
+            "no option strategy.widths with strategy=fedlp_homo; fedrolex, fjord, heterofl read it",
+        ),
+        ("strategy=fedavg strategy.regrow=0.3", "strategy.regrow with strategy=fedavg; fedlp_plan read it"),
+        ("upload=topk upload.coarseness=2", "upload.coarseness with upload=topk; int2, int4, int8 read it"),
+        ("server_optimizer.beta2=0.9", "with server_optimizer=none; adagrad, adam, yogi read it"),
+        ("strategy=oneshot upload=int8", "strategy=oneshot does not read upload: drop upload=int8"),
+        ("strategy=fedavg pruner=obs", "strategy=fedavg does not read pruner: drop pruner=obs; fedlp_plan, oneshot"),
+        ("lr=0.1", "no option lr; did you mean local.lr"),
+        ("sparsity=0.3", r"no option sparsity; did you mean strategy.sparsity \(of strategy=fedlp_plan or oneshot\)"),
+        ("coarseness=2", r"did you mean upload.coarseness \(of upload=int2 or int4 or int8\)"),
+        ("strategy=fedlp_hom", "no strategy=fedlp_hom; did you mean fedlp_homo"),
+        ("strategy.name=fedlp_hom", "no strategy=fedlp_hom; did you mean fedlp_homo"),
+        ("upload=int9", "no upload=int9; did you mean int8"),
+        ("aggregator=trimmed_meen", "no aggregator=trimmed_meen; did you mean trimmed_mean"),
+        ("server_optimizer=adm", "no server_optimizer=adm; did you mean adam"),
+        ("allocator=depthline", "no allocator=depthline; did you mean depth_line"),
+        ("pruner=obss", "no pruner=obss; did you mean obs"),
+        ("partition=iidd", "no partition=iidd; did you mean iid"),
+        ("local=sgdd", "no local=sgdd; did you mean sgd"),
+        ("strategy=nowhere:Thing", "module nowhere cannot be imported: No module named 'nowhere'"),
+        ("strategy=json:JSONDecodr", "json has no JSONDecodr; did you mean JSONDecode"),
+        ("strategy=json:JSONDecoder", "strategy json:JSONDecoder has no method policy"),
+        ("strategy={name:fedlp_hom}", "there is no strategy fedlp_hom; did you mean fedlp_homo"),
+        ("model=resnet19", "no model=resnet19; did you mean resnet18 .* MODULE:OBJECT"),
+        ("strategy=fedprox", "no strategy=fedprox; did you mean fedrolex or fedlp_hetero"),
+        ("experiment=nope", "no experiment=nope; choose one of demo, "),
         ("num_rounds=abc", "'abc' .* could not be converted to Integer"),
         ("num_rounds=null", "num_rounds"),
         ("local.lr=fast", "'fast' .* could not be converted to Float"),
@@ -37,7 +69,7 @@ Once = Callable[..., Finished]
         ("foo", "foo"),
         ("=3", "must be a string"),
         ("model=null", "must be a string"),
-        ("~model", "missing mandatory value"),
+        ("~model", "model.source is missing; choose one of .*fedlp_cnn"),
         ("a=b=[", "mismatched input"),
         ("seed=0,1", "--multirun"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
@@ -66,19 +98,19 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
         ("local.logit_adjustment=-1", "local.logit_adjustment=-1.0 .* at least 0"),
         (
             "model=llama_tiny dataset=topics local.logit_adjustment=1",
-            "is for classifiers, but topics is text; set it to 0",
+            "is for classifiers, but topics has no class for an example; set it to 0",
         ),
         (
             "strategy=fedlp_plan upload=float32 upload.coarseness=2",
-            "coarseness needs upload=int8",
+            "no option upload.coarseness with upload=float32; int2, int4, int8 read it",
         ),
         ("strategy=fedlp_plan upload.coarseness=0.5", r"upload.coarseness=0\.5 is not allowed: .* at least 1"),
         ("strategy=fedlp_plan strategy.ramp_from=0.9", "ramp_from needs strategy.ramp_rounds"),
-        ("local.optimizer=lbfgs", "one of sgd, adam"),
+        ("local.optimizer=lbfgs", "one of adam, adamw, sgd"),
         ("device=tpu", "cpu, cuda"),
         ("strategy=heterofl strategy.widths=[0.5,1.5]", "strategy.widths"),
         ("strategy=heterofl strategy.width_probabilities=[0.5,0.5]", "one share per width"),
-        ("server_optimizer=rmsprop", "none, momentum, adam"),
+        ("server_optimizer=rmsprop", "no server_optimizer=rmsprop; choose one of adagrad, adam, momentum, none, yogi"),
         ("strategy=fedlp_hetero strategy.depths=9", "depths 1 to 5"),
         ("strategy=fedlp_hetero strategy.depths=0", "strategy.depths=0"),
         ("strategy=fedlp_hetero strategy.depths=[1,2]", "one per client"),
@@ -118,6 +150,24 @@ def test_values_that_cannot_be(arguments: str, words: str, call: Call) -> None:
 )
 def test_data_that_is_not_there(arguments: str, words: str, call: Call) -> None:
     assert_refused(call(*arguments.split()), words)
+
+
+# ---- old names
+def test_an_old_name_works_and_says_once_which_is_new(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aliases, "_told", set())
+    old = ("strategy=fedlp", "strategy.masks=client", "strategy.encoding=int8", "strategy.train_sent=false")
+    code, _, errors = call("-m", *old, "dry_run=true", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert code == 0
+    assert errors.splitlines() == [
+        "fedlp: strategy=fedlp is now strategy=fedlp_plan; the old name works for now",
+        "fedlp: strategy.masks is now strategy.unit_selection; the old name works for now",
+        "fedlp: strategy.encoding is now upload; the old name works for now",
+    ]
+    config = json.loads((tmp_path / "sweep" / "1" / "manifest.json").read_text())["config"]
+    assert (config["strategy"]["name"], config["upload"]["name"]) == ("fedlp_plan", "int8")
+    assert config["strategy"]["unit_selection"] == "client"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="this machine has a CUDA device")
@@ -201,7 +251,9 @@ def test_the_command_that_goes_on(call: Call, once: Once, tmp_path: Path) -> Non
 def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> None:
     code, out, errors = call(*TINY, "hydra.run.dir=run", "label=mine")
     assert code == 0
-    assert re.fullmatch(r"train_loss \S+  accuracy \S+  loss \S+  up \S+ MB  down \S+ MB  -> \S+run\n", out)
+    first, last = out.splitlines()
+    assert re.fullmatch(r"mine: loading digits and fedlp_mlp; 2 rounds with 4 of 6 clients  -> \S+run", first)
+    assert re.fullmatch(r"accuracy \S+  loss \S+  train_loss \S+  up \S+ MB  down \S+ MB  -> \S+run", last)
     assert [line[:15] for line in errors.splitlines()] == ["mine: round 1/2", "mine: round 2/2"]
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"config.yaml", "rounds.jsonl", "manifest.json", "model.safetensors", "checkpoint"}
@@ -242,8 +294,9 @@ def test_every_job_of_a_sweep_names_its_failed_clients(call: Call) -> None:
     code, _, errors = call(
         "-m", *TINY, "strategy=fedavg", "num_rounds=1", "local.lr=1e30", "seed=0,1", "hydra.sweep.dir=sweep"
     )
-    assert code == 0
-    assert errors.count("failed (rejected): ") == 8
+    assert code == 2
+    assert errors.count("client ") - errors.count("such as: client ") == 8
+    assert errors.count("nothing was trained: no round of 1 had a good update") == 2
 
 
 def test_a_job_that_fails_does_not_stop_its_sweep(call: Call, tmp_path: Path) -> None:

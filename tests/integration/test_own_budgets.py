@@ -15,13 +15,13 @@ SMALL = (*TINY, "num_clients=3", "clients_per_round=3", "aggregator.batch_norm=a
 HONEST = assembly.client_app
 
 
-def bringing(folder: Path, text: str, client: int = 1) -> App:
-    """Return the clients' app, in which one client's node names a budget file."""
+def bringing(folder: Path, text: str, client: int | None = 1) -> App:
+    """Return the clients' app, in which one client's node, or all, name a budget file."""
     path = folder / "budget.yaml"
     path.write_text(text)
 
     def app(message: Message, context: Context) -> Message:
-        if context.node_config["partition-id"] == client:
+        if client in (None, context.node_config["partition-id"]):
             context.node_config["budget"] = str(path)
         return HONEST(message, context)
 
@@ -70,12 +70,28 @@ def test_a_device_whose_budget_cannot_be_read_is_left_out(tmp_path: Path, caplog
     assert "macs='many'" in caplog.text
 
 
-def test_a_limit_on_uploads_does_not_go_with_noise(tmp_path: Path) -> None:
+def test_a_client_whose_limit_on_uploads_does_not_go_with_noise_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = (word for word in SMALL if "model" not in word)
     private = ("model=small_cnn", "strategy=fedavg", "privacy=local_dp")
-    with pytest.raises(ConfigError, match="client 1 brought a limit on uploads"):
+    done = run(tmp_path / "run", *plain, *private, app=bringing(tmp_path, "upload_bytes: 9"))
+    assert [line["cohort"] for line in done.rounds] == [[0, 2]] * 2
+    assert "node 2 cannot take part: client 1 brought a limit on uploads" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedlp"])
+def test_a_budget_out_of_reach_costs_its_client_the_rounds_and_nobody_else(tmp_path: Path, strategy: str) -> None:
+    done = run(tmp_path / "run", *SMALL, f"strategy={strategy}", app=bringing(tmp_path, "params: 1.0e-300"))
+    for line in done.rounds:
+        assert {cost["client_id"] for cost in line["clients"]} == {0, 2}
+        assert set(line["cohort"]) - {failure["client_id"] for failure in line["failures"]} == {0, 2}
+
+
+def test_budgets_that_are_all_out_of_reach_end_the_run_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"client \d has a budget of 0 params, but the smallest"):
         run(
             tmp_path / "run",
-            *(word for word in SMALL if "model" not in word),
-            *private,
-            app=bringing(tmp_path, "upload_bytes: 9"),
+            *(*SMALL, "strategy=heterofl", "num_clients=2", "clients_per_round=2"),
+            app=bringing(tmp_path, "params: 0.1", None),
         )

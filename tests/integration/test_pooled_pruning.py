@@ -116,13 +116,13 @@ def assert_close(done: Finished, expected: dict[str, Tensor], tolerance: float) 
     ],
 )
 def test_pooled_pruning_is_central_pruning_of_the_union(case: str, encoding: str, tolerance: float, once: Once) -> None:
-    done = once(*ONESHOT, *CASES[case], f"upload={encoding}")
+    done = once(*ONESHOT, *CASES[case], f"strategy.sums={encoding}")
     assert done.failures == []
     assert_close(done, prune_centrally(done), tolerance)
 
 
 def test_what_is_written(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
     found, layers = report(done), report(done)["layers"]
     assert [line["server_round"] for line in done.rounds] == list(range(1, len(layers) + 1))
     assert all(line["cohort"] == [0, 1, 2] for line in done.rounds)
@@ -192,7 +192,7 @@ def claims_too_much(request: Message, honest: Message) -> Message:
 def test_a_bad_client_is_named_and_the_others_go_on(
     fault: Callable[[Message, Message], Message], reason: str, tmp_path: Path
 ) -> None:
-    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "upload=float64", app=app_with(fault, wire.MOMENTS, 1))
+    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float64", app=app_with(fault, wire.MOMENTS, 1))
     assert done.failures == [(number, 1, reason) for number in range(1, len(done.rounds) + 1)]
     assert_close(done, prune_centrally(done, [0, 2]), 1e-5)
 
@@ -216,7 +216,7 @@ def test_a_client_that_lost_its_files_and_its_process_is_sent_everything(tmp_pat
                 shutil.rmtree(out / "clients" / "1")
         return HONEST(message, context)
 
-    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "upload=float64")
+    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float64")
     whole, done = run(tmp_path / "whole", *overrides), run(tmp_path / "lost", *overrides, app=forgets)
     assert done.failures == []
     assert_close(done, whole.tensors, 1e-9)
@@ -255,7 +255,7 @@ def fresh_process(done: Finished) -> PoolingClient:
 
 
 def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
     server = Halving(done, tmp_path)
     server.halve(0, 1)
     shutil.copytree(done.path / "clients" / "0", tmp_path, dirs_exist_ok=True)  # as the run before left them
@@ -265,10 +265,25 @@ def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
     assert not wire.is_lack(server.ask(fresh_process(done), layer=2, has=2))
 
 
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+def test_damaged_states_are_asked_for_again(
+    once: Once, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    server = Halving(done, tmp_path)
+    server.halve(0, 1)
+    assert not wire.is_lack(server.ask(fresh_process(done), layer=2, has=0))
+    path = tmp_path / "layer-000001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage is None else damage)
+    assert wire.is_lack(server.ask(fresh_process(done), layer=2, has=2))
+    assert (str(path) in caplog.text) == (damage is not None)
+
+
 def test_a_process_that_is_asked_again_goes_on_where_it_was(
     once: Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
     server, same, steps = Halving(done, tmp_path), fresh_process(done), []
     advance = StagedRun.advance
     monkeypatch.setattr(StagedRun, "advance", lambda self: (steps.append(self.current), advance(self))[1])
@@ -286,10 +301,13 @@ def test_a_process_that_is_asked_again_goes_on_where_it_was(
     ("overrides", "words"),
     [
         (("pruner=taylor", "allocator=uniform"), "score Taylor needs gradients, which clients do not send"),
-        (("allocator=dp",), "allocator=dp needs data, which the server has not; strategy=oneshot takes uniform"),
+        (
+            ("allocator=dp",),
+            "allocator needs error_curves, which the server has not; strategy=oneshot takes .*: uniform, depth_line",
+        ),
         (("allocator=uniform", "strategy.sparsity=0"), "strategy.sparsity=0.0 is not allowed"),
-        (("allocator=uniform", "upload=int8"), "upload=int8 is not allowed"),
-        (("allocator=uniform", "fleet=tiers"), "fleet=tiers does not go with strategy=oneshot"),
+        (("allocator=uniform", "upload=int8"), "strategy=oneshot does not read upload: drop upload=int8"),
+        (("allocator=uniform", "fleet=tiers"), "a fleet with budgets does not go with strategy=oneshot"),
     ],
 )
 def test_what_cannot_be_is_one_line(overrides: tuple[str, ...], words: str, call: Call) -> None:
@@ -297,7 +315,7 @@ def test_what_cannot_be_is_one_line(overrides: tuple[str, ...], words: str, call
 
 
 def test_a_finished_run_is_neither_resumed_nor_overwritten(once: Once, call: Call) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "upload=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
     lines = (done.path / "rounds.jsonl").read_bytes()
     assert_refused(call(f"resume={done.path}", main=cli.main), "a run of strategy=oneshot cannot be resumed")
     again = call(*ONESHOT, *LLAMA, *SLIMGPT, f"hydra.run.dir={done.path}", main=cli.main)

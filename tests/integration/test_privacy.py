@@ -137,7 +137,7 @@ def test_secure_aggregation_of_flower_knows_the_old_messages_alone() -> None:
     with pytest.raises(TypeError, match="Expect a LegacyContext"):
         SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2)(None, context)  # type: ignore[arg-type]
     plan = assembly.make_plan(to_yaml(compose([*ONE, *FEDAVG])))
-    update = encode_update(ClientUpdate(1, 0, 5, plan.initial_params(), {}), plan.submodels)
+    update = encode_update(ClientUpdate(1, 0, 5, {}, params=plan.initial_params()), plan.submodels)
     with pytest.raises(KeyError, match=r"fitres\.parameters"):
         recorddict_to_fitres(update, keep_input=True)
 

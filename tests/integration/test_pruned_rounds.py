@@ -15,7 +15,6 @@ from fedlp.apps import federate as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.strategies.plan_policy import PlanPolicy
-from fedlp.pruning.scores.view import LayerView
 from fedlp.types import Keep, SubModel, TrainInstruction
 from tests.integration.running import TINY_CNN, Finished, run
 from tests.integration.test_resume import assert_same, go_on
@@ -227,27 +226,3 @@ def test_wide_models_can_count_for_more(once: Once) -> None:
     overrides = (*OURS, *PLAIN, *TIERS, "strategy.sparsity=0", "num_rounds=1", "clients_per_round=6")
     examples, held = (once(*overrides, f"aggregator.weighting={kind}").tensors for kind in ("examples", "held"))
     assert any(not torch.equal(value, held[name]) for name, value in examples.items())
-
-
-# ---- a score of one's own
-class SquaredNorm:
-    """The score "magnitude", by other means."""
-
-    needs = frozenset({"weights"})
-
-    def __call__(self, view: LayerView) -> Tensor:
-        return view.sum_coupled({name: weight * weight for name, weight in view.parameters.items()})
-
-
-class Weakest(SquaredNorm):
-    """The other way round."""
-
-    def __call__(self, view: LayerView) -> Tensor:
-        return 1.0 / (1.0 + super().__call__(view))
-
-
-def test_a_score_of_ones_own_chooses_units_in_a_round(once: Once) -> None:
-    own = "pruner.name=tests.integration.test_pruned_rounds:"
-    done = once(*OURS, *PLAIN, f"{own}SquaredNorm", "num_rounds=1")
-    assert done.model == once(*OURS, *PLAIN, "num_rounds=1").model
-    assert done.model != once(*OURS, *PLAIN, f"{own}Weakest", "num_rounds=1").model

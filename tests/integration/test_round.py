@@ -146,7 +146,8 @@ def test_heads_are_kept_between_rounds_or_forgotten(once: Once) -> None:
 # ---- width slices
 @pytest.mark.parametrize("strategy", ["heterofl", "fjord", "fedrolex"])
 def test_only_entries_of_the_slices_are_touched(strategy: str, once: Once) -> None:
-    overrides = (*TINY_CNN, f"strategy={strategy}", "strategy.widths=[0.25,0.5]", "num_rounds=1", "clients_per_round=6")
+    everyone = ("aggregator.batch_norm=average", "num_rounds=1", "clients_per_round=6")
+    overrides = (*TINY_CNN, f"strategy={strategy}", "strategy.widths=[0.25,0.5]", *everyone)
     done = once(*overrides)
     plan = assembly.make_plan(to_yaml(done.config))
     before = initial(overrides)

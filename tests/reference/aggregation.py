@@ -1,8 +1,11 @@
-"""The coverage average as one would write it down: float64, one mask per entry, nothing streamed."""
+"""Averages as one would write them down: float64, entry by entry, nothing streamed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import torch
@@ -31,6 +34,26 @@ def coverage_average(
         covered = weights[name] > 0
         averages[name][covered] = sums[name][covered] / weights[name][covered]
     return averages, weights
+
+
+def trimmed_mean(
+    params: Mapping[str, Tensor],
+    updates: Iterable[tuple[Mapping[str, Tensor], Mapping[str, tuple[Keep, ...]]]],
+    fraction: Fraction,
+) -> dict[str, Array]:
+    """Return the coordinate-wise trimmed means, not yet rounded to their dtypes, entry by entry."""
+    held: dict[str, dict[tuple[int, ...], list[float]]] = {name: {} for name in params}
+    for values, keeps in updates:
+        for name, tensor in values.items():
+            rows = [keep.indices().tolist() for keep in keeps[name]] if name in keeps else map(range, tensor.shape)
+            for place, value in zip(product(*rows), as_float64(tensor).ravel().tolist(), strict=True):
+                held[name].setdefault(place, []).append(value)
+    found = {name: as_float64(tensor).copy() for name, tensor in params.items()}
+    for name, entries in held.items():
+        for place, values in entries.items():
+            cut = math.floor(fraction * len(values))
+            found[name][place] = math.fsum(sorted(values)[cut : len(values) - cut]) / (len(values) - 2 * cut)
+    return found
 
 
 def as_float64(tensor: Tensor) -> Array:

@@ -31,7 +31,7 @@ def solve_budget(
     amplitude : float
         :math:`a`, >= 0.
     cost : callable
-        What a choice of (fractional) units kept costs.
+        Cost of a choice of (fractional) units kept.
     limit : float
         What it may cost.
 

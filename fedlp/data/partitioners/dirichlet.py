@@ -66,7 +66,8 @@ def dirichlet_owners(
     else:
         raise DataError(
             f"partition=dirichlet: in {_MAX_DRAWS} draws with alpha={alpha} some of {num_clients} clients always had "
-            f"fewer than {min_examples} examples; raise partition.alpha, or lower partition.min_examples or num_clients"
+            f"fewer than {min_examples} examples; raise partition.alpha, or lower num_clients or "
+            "partition.min_examples (0 allows clients without data)"
         )
     owners: Owners = np.empty(len(targets), dtype=np.int64)
     owners[sorted_by_label(targets, rng)] = np.repeat(np.tile(np.arange(num_clients), len(totals)), sizes.ravel())

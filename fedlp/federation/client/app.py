@@ -6,24 +6,27 @@ partition id of the node's config.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlp.data.datasets import DataInfo, Examples
-from fedlp.errors import DataError
+from fedlp.data.device_data import OwnPlace
+from fedlp.errors import DataError, FedLPError
 from fedlp.federation.budgets import read_budget
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
+from fedlp.federation.client.own_evaluation import personalise
 from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
@@ -42,27 +45,11 @@ from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
 from fedlp.training.loop import train_locally
 from fedlp.training.schedules import Moment
-from fedlp.types import Budget, ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
+from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
 
+log = logging.getLogger("fedlp")
 
-class Shards:
-    """The training examples of each client, cut from one data set on demand."""
-
-    def __init__(self, train: Examples, parts: Sequence[NDArray[np.int64]]) -> None:
-        self._train = train
-        self._parts = parts
-
-    def size(self, client_id: int) -> int:
-        """Return how many examples a client has; DataError where there is no such client."""
-        if not 0 <= client_id < len(self._parts):
-            raise DataError(
-                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
-            )
-        return len(self._parts[client_id])
-
-    def of(self, client_id: int) -> Examples:
-        """Return a client's examples."""
-        return self._train.select(self._parts[client_id])
+RAISED = 2  # Flower's code for a ClientApp that raised
 
 
 class ClientRuntime:
@@ -71,7 +58,7 @@ class ClientRuntime:
     Parameters
     ----------
     shards : Shards
-        The training examples of each client.
+        The examples of each client.
     store : ClientStore or None
         Where personal heads and what could not be sent live between rounds; None forgets both.
     frozen : ClientStore or None
@@ -150,6 +137,21 @@ class ClientRuntime:
         load_tensors(state, params)
         return evaluate_sums(model, self.test, self.info, self.settings.eval_batch_size, start, stop)
 
+    def evaluate_own(self, request: EvaluationRequest) -> tuple[Sums, int]:
+        """Return the evaluation sums of a client's sub-model on its own test examples, and their number."""
+        client_id, settings = request.client_id, self.settings
+        test, own = self.shards.test_of(client_id), self.shards.of(client_id)
+        model, state = self._shaped(request.submodel)
+        load_tensors(state, request.params)
+        load_tensors(state, self._load_personal(request.submodel, client_id, request.server_round + 1))
+        if request.measures_statistics:
+            examples = whole_examples(own, self.info)
+            reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
+        if settings.personal_steps:
+            rng = generator(settings.seed, Stream.PERSONAL_STEPS, request.server_round, client_id)
+            personalise(model, own, self.info, settings.local, settings.personal_steps, rng)
+        return evaluate_sums(model, test, self.info, settings.eval_batch_size), len(test)
+
     def statistics(self, submodel: SubModel, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
         """Return the batch norm statistics of a sub-model on the client's examples."""
         model, state = self._shaped(submodel)
@@ -184,7 +186,8 @@ class ClientRuntime:
         submodel = instruction.submodel
         model, state = self._shaped(submodel)
         load_tensors(state, instruction.params)
-        load_tensors(state, self._load_personal(instruction))
+        personal = self._load_personal(submodel, instruction.client_id, instruction.server_round)
+        load_tensors(state, personal)
         return model, state
 
     def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
@@ -217,12 +220,12 @@ class ClientRuntime:
             for level in submodel.nested_levels
         ]
 
-    def _load_personal(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
-        """Return the client's own head: the one it trained last, or its first one."""
-        depth, client_id = instruction.submodel.depth, instruction.client_id
+    def _load_personal(self, submodel: SubModel, client_id: int, before_round: int) -> Mapping[str, Tensor]:
+        """Return the client's own head: the one it trained last before a round, or its first one."""
+        depth = submodel.depth
         if depth is None or depth == len(self.submodels.spec.depths):
             return {}
-        if self.store is not None and (head := self.store.load(client_id, before_round=instruction.server_round)):
+        if self.store is not None and (head := self.store.load(client_id, before_round)):
             return head
         fresh = state_tensors(self.submodels.spec.build_depth(depth, self.settings.seed, client_id))
         return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
@@ -251,8 +254,14 @@ def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> N
         state[name].copy_(tensor)
 
 
+class MakeRuntime(Protocol):
+    """Returns the runtime for a config (YAML), the folder of clients' files and the place of a device's own data."""
+
+    def __call__(self, cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime: ...  # noqa: D102
+
+
 def make_client_app(
-    make_runtime: Callable[[str, str], ClientRuntime],
+    make_runtime: MakeRuntime,
     read_settings: Callable[[Message, Context], tuple[str, Path]],
 ) -> ClientApp:
     """Return the Flower app around a runtime.
@@ -260,7 +269,7 @@ def make_client_app(
     Parameters
     ----------
     make_runtime : callable
-        Returns the runtime for a config (YAML) and the folder of clients' files; expected to remember it.
+        Returns a runtime; expected to remember it.
     read_settings : callable
         Returns the config (YAML) and the run directory that a message or the node's run config names.
     """
@@ -272,14 +281,21 @@ def make_client_app(
 
     def load_runtime(message: Message, context: Context) -> ClientRuntime:
         cfg, state_dir = load_settings(message, context)
-        return make_runtime(cfg, str(state_dir))
+        place = context.node_config.get("data")
+        own = None if place is None else OwnPlace(client_id_of(context), str(place))
+        return make_runtime(cfg, str(state_dir), own) if own else make_runtime(cfg, str(state_dir))
 
     @app.query("capabilities")
     def query(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
-        path = context.node_config.get("budget")
-        budget = None if path is None else read_budget(Path(str(path)))
-        return Message(messages.encode_profile(runtime.profile(client_id_of(context), budget)), reply_to=message)
+        client_id = client_id_of(context)
+        try:
+            path = context.node_config.get("budget")
+            budget = None if path is None else read_budget(Path(str(path)))
+            profile = load_runtime(message, context).profile(client_id, budget)
+        except FedLPError as error:  # one line in the device's log, and the client's name in the server's
+            log.error("client %d cannot take part: %s", client_id, error)
+            return Message(Error(RAISED, f"client {client_id}: {error}"), reply_to=message)
+        return Message(messages.encode_profile(profile), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -308,6 +324,14 @@ def make_client_app(
         submodel, params = messages.decode_submodel(message.content, runtime.submodels)
         found = runtime.statistics(submodel, params, client_id_of(context))
         return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
+
+    @app.evaluate("client")
+    def evaluate_own(message: Message, context: Context) -> Message:
+        runtime = load_runtime(message, context)
+        request = messages.decode_evaluation_request(message.content, runtime.submodels)
+        if request.client_id != client_id_of(context):
+            raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
+        return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
     @app.evaluate("central")
     def evaluate(message: Message, context: Context) -> Message:

@@ -28,6 +28,8 @@ class ClientSettings:
         Device that clients train on: "cpu", "cuda" or "cuda:NUMBER".
     eval_batch_size : int
         Test examples per batch, >= 1.
+    personal_steps : int
+        Local steps before an evaluation on the client's own test examples, >= 0.
     encoding : Encoding
         Encoding of uploads.
     sends_deltas, error_feedback, entropy_coding : bool
@@ -50,6 +52,7 @@ class ClientSettings:
     num_rounds: int = 1
     device: str = "cpu"
     eval_batch_size: int = 500
+    personal_steps: int = 0
     encoding: Encoding = field(default_factory=Float32)
     sends_deltas: bool = False
     error_feedback: bool = False

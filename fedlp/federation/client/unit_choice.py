@@ -17,7 +17,8 @@ from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import sample_inputs
 from fedlp.pruning.scores.criterion import saliencies, scoring_macs
-from fedlp.pruning.scores.view import COARSE, Evidence, LayerView, ReaderView
+from fedlp.pruning.scores.evidence import COARSE, Evidence
+from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec
@@ -60,7 +61,7 @@ def score_units(
     score, rng, price = method.score, torch.Generator().manual_seed(data.seed), 0.0
     gradients = None
     if "gradients" in score.needs:
-        gradients = loss_gradients(model, data.batches, data.labels)
+        gradients = loss_gradients(model, data.batches, data.labels, data.loss)
         price += data.num_examples * macs.training
     rows: dict[str, SampledRows] = {}
     fisher: Mapping[str, Tensor] = {}
@@ -68,7 +69,8 @@ def score_units(
         rows = sample_inputs(model, layers, data.batches, rng)
         price += data.num_examples * macs.forward
         if method.fisher:
-            fisher = output_fisher(model, list(rows), data.batches, rng, not is_language_model(model))
+            logits_only = not is_language_model(model)
+            fisher = output_fisher(model, list(rows), data.batches, rng, logits_only, data.shift_invariant)
             price += data.num_examples * macs.training
     evidence = Evidence(model, spec, data, rng, gradients, scored, COARSE)
     found = {}

@@ -7,6 +7,7 @@ name of the state it leads to. A process that is asked again goes on where it wa
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import torch
 from flwr.app import RecordDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlp.data.datasets import DataInfo
 from fedlp.data.examples import Examples
-from fedlp.errors import DataError, ProtocolError
+from fedlp.errors import DataError, ProtocolError, one_line
 from fedlp.federation.oneshot import messages
 from fedlp.federation.oneshot.messages import Part, Request
 from fedlp.federation.oneshot.model import (
@@ -44,6 +46,8 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
+
+log = logging.getLogger("fedlp")
 
 _FILES = "layer-[0-9]*.safetensors"
 _MOST_CLIENTS = 16  # whose place in the model one process remembers
@@ -133,7 +137,8 @@ class PoolingClient:
                 rng = torch.Generator().manual_seed(data.seed)
                 parts = fisher_parts(model, self._layers)
                 paths = [part.name for part in parts]
-                return parts, fisher_sums(model, paths, data.batches, rng, not is_language_model(model))[0]
+                logits_only = not is_language_model(model)
+                return parts, fisher_sums(model, paths, data.batches, rng, logits_only, data.shift_invariant)[0]
             case _:
                 model = copy.deepcopy(model)
                 reestimate_batch_norms(model, data.batches)
@@ -175,12 +180,19 @@ class PoolingClient:
         return True
 
     def _load(self, folder: Path, wanted: set[bytes]) -> None:
-        """Take on what lies in a folder, up to the first state that is wanted; files of another run lead elsewhere."""
+        """Take on what lies in a folder, up to the first state that is wanted.
+
+        Files of another run lead elsewhere, as do damaged ones: the server then sends all of it again.
+        """
         for file in sorted(folder.glob(_FILES)):
             if self._states.name in wanted:
                 return
             layer = int(file.name[len("layer-") :].partition(".")[0])
-            tensors = load_file(file)
+            try:
+                tensors = load_file(file)
+            except (OSError, SafetensorError) as error:
+                log.warning("%s is damaged (%s); the server is asked for what it held", file, one_line(error))
+                return
             shapes = {name: shape for name, shape, _ in self._signature([layer])}
             if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
                 return

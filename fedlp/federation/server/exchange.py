@@ -19,6 +19,7 @@ from fedlp.federation.server.reply_polling import Puller
 
 log = logging.getLogger("fedlp")
 
+ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
 _POLL_S = 0.2
 _ATTEMPTS = 3

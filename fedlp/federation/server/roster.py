@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -45,8 +45,13 @@ class Roster:
 
     @property
     def client_ids(self) -> list[int]:
-        """All clients that joined, sorted."""
-        return sorted(self._profiles)
+        """All clients that joined and have examples, sorted."""
+        return sorted(client_id for client_id, profile in self._profiles.items() if profile.num_examples)
+
+    @property
+    def idle_ids(self) -> list[int]:
+        """All clients that joined without examples, sorted; they are never sampled."""
+        return sorted(set(self._profiles) - set(self.client_ids))
 
     def node(self, client_id: int) -> int:
         """Return the node of a client."""
@@ -89,6 +94,13 @@ class Roster:
             time.sleep(_POLL_S)
         if not self._profiles:
             raise FedLPError(f"none of the {len(self._failed)} clients can take part; the lines above say why")
+        if not self.client_ids:
+            raise FedLPError(f"none of the {len(self._profiles)} clients has examples; give them data")
+        if idle := self.idle_ids:
+            names = _names(idle)
+            log.warning(
+                "%d of %d clients have no examples and are not sampled: %s", len(idle), len(self._profiles), names
+            )
 
     def refresh(self, grid: Grid, timeout: float) -> Iterator[int]:
         """Ask nodes that appeared, and yield the clients that joined, or came back at another node, one by one.
@@ -140,13 +152,12 @@ class Roster:
                 f"{len(self._profiles)} of num_clients={self._num_clients} clients joined within {timeout:g} s, and it "
                 f"takes {self._min_clients} to begin; start the others, or lower num_clients or min_clients"
             )
-        names = ", ".join(map(str, missing[:_MOST_NAMES])) + (", ..." if len(missing) > _MOST_NAMES else "")
         log.warning(
             "the run begins without %d of %d clients, which did not join within %g s: %s",
             len(missing),
             self._num_clients,
             timeout,
-            names,
+            _names(missing),
         )
 
     def _forget_all_but(self, nodes: set[int]) -> None:
@@ -173,3 +184,7 @@ class Roster:
     def _refuse(self, node: int, error: FedLPError) -> None:
         self._failed.add(node)
         log.warning("node %d cannot take part: %s", node, error)
+
+
+def _names(client_ids: Sequence[int]) -> str:
+    return ", ".join(map(str, client_ids[:_MOST_NAMES])) + (", ..." if len(client_ids) > _MOST_NAMES else "")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlp.models.spec import ModelSpec
-from fedlp.types import Assignment, ClientCost, ClientFailure, RoundRecord
+from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord
 
 
 @dataclass
@@ -32,6 +32,7 @@ class RoundUnderWay:
     coverage: Mapping[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tested: dict[str, float] = field(default_factory=dict)
+    evaluations: list[ClientEvaluation] = field(default_factory=list)
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -47,8 +48,9 @@ class RoundUnderWay:
             coverage=self.coverage,
             failures=tuple(self.failures),
             clients=tuple(costs),
-            metrics=self.metrics,
+            metrics={**self.tested, **self.metrics},  # the task's first metric stands first
             wall_time_s=wall_time_s,
+            evaluations=tuple(self.evaluations),
         )
 
 

@@ -29,6 +29,7 @@ from fedlp.federation.server.checkpoint import (
     sync_folder,
     write_atomically,
 )
+from fedlp.federation.server.provenance import provenance
 from fedlp.types import Budget, RoundRecord
 
 if sys.platform != "win32":  # which locks no folders: there a run is not guarded from a second one
@@ -37,7 +38,9 @@ if sys.platform != "win32":  # which locks no folders: there a run is not guarde
 log = logging.getLogger("fedlp")
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
+_RESULTS = ("manifest.json", "model.safetensors", "model-best.safetensors")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
+_OPTIONAL = ("evaluations",)  # left out where empty
 _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
@@ -83,16 +86,20 @@ class RunDirectory:
         self.refuse_if_used()
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in (self.path / "manifest.json", self.path / "model.safetensors", self._budgets):
+            for leftover in (*map(self.path.joinpath, _RESULTS), self._budgets):
                 leftover.unlink(missing_ok=True)
             if self.clients.is_dir():
                 shutil.rmtree(self.clients)
             self.write_config(config_yaml)
             self._rounds.write_bytes(b"")
 
+    def has_checkpoints(self) -> bool:
+        """Return whether a run's checkpoints lie here."""
+        return any(self._checkpoints.glob("*.json"))
+
     def refuse_if_used(self) -> None:
         """Raise ConfigError if a run's checkpoints lie here."""
-        if any(self._checkpoints.glob("*.json")):
+        if self.has_checkpoints():
             raise ConfigError(
                 f"{self.path} holds a run already; continue it with resume={self.path}, or choose another hydra.run.dir"
             )
@@ -159,8 +166,9 @@ class RunDirectory:
 
     def append_round(self, record: RoundRecord) -> None:
         """Add one line to ``rounds.jsonl``."""
+        line = {key: value for key, value in asdict(record).items() if value or key not in _OPTIONAL}
         with self._writing(), self._rounds.open("ab") as file:
-            file.write(_json_line(asdict(record)))
+            file.write(_json_line(line))
 
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint; before it, what is on record of its rounds becomes as durable as it."""
@@ -170,24 +178,32 @@ class RunDirectory:
             save_checkpoint(self._checkpoints, state)
             sync_folder(self.path)
 
-    def finish(self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, Any]:
-        """Write the model and the manifest; return the manifest."""
+    def save_model(self, state: ServerState, name: str = "model.safetensors") -> None:
+        """Write the model of a state."""
         model = {name: tensor.contiguous() for name, tensor in state.params.items()}
         with self._writing():
-            write_atomically(self.path / "model.safetensors", save(model))
+            write_atomically(self.path / name, save(model))
+
+    def finish(
+        self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float], **results: Any
+    ) -> dict[str, Any]:
+        """Write the model and the manifest, with further results; return the manifest."""
+        self.save_model(state)
         lines = self._read_lines()
         totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
         totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
+        totals["good_rounds"] = sum(map(_is_good, lines))
         final = lines[-1]["metrics"] if lines else {}
-        return self.write_manifest(config, expected, totals=totals, final_metrics=final)
+        return self.write_manifest(config, expected, totals=totals, final_metrics=final, **results)
 
     def write_manifest(
-        self, config: Mapping[str, Any], expected: Mapping[str, float], **results: Mapping[str, Any]
+        self, config: Mapping[str, Any], expected: Mapping[str, float], **results: Any
     ) -> dict[str, Any]:
         """Write ``manifest.json`` and return it."""
         manifest = {
             "config": dict(config),
             "versions": _versions(),
+            "made": provenance(Path.cwd()),
             "seed": config["seed"],
             "totals": {},
             "final_metrics": {},
@@ -249,6 +265,14 @@ def _read_line(line: bytes) -> dict[str, Any]:
         if not isinstance(value[key], int | float):
             raise ValueError(f"{key} is {json.dumps(value[key])[:40]}, not a number")
     return value
+
+
+def _is_good(line: Mapping[str, Any]) -> bool:
+    """Return whether a round had a good update that reached the model."""
+    trained = {cost["client_id"] for cost in line.get("clients", ()) if cost["num_examples"]}
+    good = trained - {failure["client_id"] for failure in line["failures"]}
+    was_kept = any(line.get("coverage", {}).values()) or not line["params_up"]  # a layer draw may take no layer
+    return bool(good) and was_kept
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.wire.ranges import MOST_STEPS
+from fedlp.federation.wire.ranges import LARGEST_VALUE, MOST_STEPS
 from fedlp.pruning.tracing.widths import slice_tensor
 from fedlp.types import ClientUpdate, Keep
 
@@ -45,7 +45,7 @@ class Fault:
     tensor : str
         Its name in the model.
     text : str
-        The tensor, in the server optimizer's state or the policy's memory too, and what it holds.
+        The tensor, or its slot in the server optimizer's state, and what it would hold.
     """
 
     tensor: str
@@ -117,7 +117,7 @@ class RoundGuard:
         if fault is None:
             return new
         suspects = self._suspects(fault)
-        advice = "" if suspects else "; no update stands out: lower strategy.server_lr or local.lr"
+        advice = "" if suspects else "; no update stands out: lower server_optimizer.lr or local.lr"
         log.warning("round %d is undone: %s%s", new.server_round, fault.text, advice)
         for client_id in suspects:
             text = f"client {client_id}, round {new.server_round}: with its update, {fault.text}; the round is undone"
@@ -139,16 +139,23 @@ class RoundGuard:
 
 
 def find_fault(state: ServerState) -> Fault | None:
-    """Return the first tensor that is not finite, is a negative variance, or is a counter out of range; else None."""
-    parts = (("", state.params), ("the server optimizer's ", state.optimizer), ("the policy's ", state.memory))
-    for whose, tensors in parts:
+    """Return the first tensor that is not finite or out of range, or a negative variance; None where all is well.
+
+    A policy's memory is its own: it may hold infinities on purpose, and is made of numbers that were checked.
+    """
+    parts = (
+        ("", state.params, LARGEST_VALUE),  # what no update may hold, no client could train on
+        ("the server optimizer's ", state.optimizer, math.inf),
+    )
+    for whose, tensors, largest in parts:
         for name, tensor in tensors.items():
-            if text := _fault_of(name, tensor):
-                return Fault(name.removeprefix("momentum.").removeprefix("variance."), f"{whose}{name} {text}")
+            if text := _fault_of(name, tensor, largest):
+                of = name.partition(".")[2] if tensors is state.optimizer else name  # slot.NAME
+                return Fault(of, f"{whose}{name} {text}")
     return None
 
 
-def _fault_of(name: str, tensor: Tensor) -> str:
+def _fault_of(name: str, tensor: Tensor, largest: float) -> str:
     """Return what is wrong with a tensor; empty where nothing is."""
     if tensor.dtype == torch.bool or not tensor.numel():
         return ""
@@ -158,6 +165,8 @@ def _fault_of(name: str, tensor: Tensor) -> str:
         return "" if least <= low <= high <= MOST_STEPS else f"would hold a count outside [{least}, {MOST_STEPS}]"
     if not -math.inf < low <= high < math.inf:
         return "would hold NaN or infinite values"
+    if not -largest <= low <= high <= largest:
+        return f"would hold values beyond ±{largest:g}"
     is_variance = name.endswith(_VARIANCE) or name.startswith("variance.")
     return "would hold negative variances" if is_variance and low < 0 else ""
 

@@ -30,12 +30,13 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
+from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
+from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, reason_of
 from fedlp.federation.server.frozen_tensors import holds, note_holders
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
-from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared, settled
+from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
@@ -51,8 +52,8 @@ log = logging.getLogger("fedlp")
 Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 """Sums of a sub-model's metrics over test examples [start, stop)."""
 
-Observer = Callable[[RoundRecord, ServerState], None]
-"""Told of every finished round, and of the state that a checkpoint holds."""
+Observer = Callable[[RoundRecord, ServerState], object]
+"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
 
 EVAL_BATCHES = 4  # batches per evaluation message
 
@@ -86,7 +87,7 @@ class RoundSettings:
     timeout_s : float
         Seconds that a round waits for its clients.
     evaluates_tiers : bool
-        Whether evaluations measure every kind of client's own sub-model too.
+        Whether the sub-model of each tier is evaluated after the last round.
     """
 
     num_clients: int
@@ -119,6 +120,10 @@ class FedLPStrategy(Strategy):
         Parts; values as they are, the coverage average, and the plain average where absent.
     evaluate, num_test : callable, int
         Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
+    client_evaluation : ClientEvaluationSettings, optional
+        Settings of evaluations on clients; none without.
+    tiers : mapping from client id to str, optional
+        Tier or device class of each client; the share of the parameters that it holds where absent.
     fit : callable, optional
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
     takes_part : callable, optional
@@ -140,6 +145,8 @@ class FedLPStrategy(Strategy):
         server_optimizer: ServerOptimizer | None = None,
         evaluate: Evaluate | None = None,
         num_test: int = 0,
+        client_evaluation: ClientEvaluationSettings | None = None,
+        tiers: Mapping[int, str] | None = None,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         takes_part: Callable[[int], bool] = lambda client_id: True,
         observers: Iterable[Observer] = (),
@@ -151,6 +158,8 @@ class FedLPStrategy(Strategy):
         self._aggregator: Aggregator = aggregator or CoverageAverageRule()
         self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
+        self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
+        self._tiers = tiers or {}
         self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
@@ -192,7 +201,7 @@ class FedLPStrategy(Strategy):
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
         self.summary()
         self._roster.join(grid, timeout)
-        self._meet_budgets()
+        self._meet_or_dismiss()
         self._prepare(self.state.server_round + 1)
         self._warn_of_starved_layers()
         result = Result()
@@ -206,10 +215,13 @@ class FedLPStrategy(Strategy):
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
+                if server_round == num_rounds and self.settings.evaluates_tiers and self._num_test:
+                    self._evaluate_tiers(server_round, grid, timeout)
                 result.evaluate_metrics_serverapp[server_round] = MetricRecord(dict(self._round.tested))
             record = self._round.finish(time.monotonic() - started)
-            for observer in self._observers:
-                observer(record, self.state)
+            answers = [observer(record, self.state) for observer in self._observers]
+            if any(answer is True for answer in answers):
+                break
         result.arrays = arrays
         return result
 
@@ -228,14 +240,14 @@ class FedLPStrategy(Strategy):
         if self._num_test:
             asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
             self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
-            if self.settings.evaluates_tiers:
-                self._evaluate_tiers(server_round, arrays, grid)
+        if self._clients is not None:
+            self._note(MetricRecord(dict(self._evaluate_on_clients(server_round, arrays, grid, timeout))))
         if evaluate_fn is not None:
             self._note(evaluate_fn(server_round, arrays) or MetricRecord())
         return arrays
 
     def _note(self, metrics: MetricRecord) -> None:
-        found = {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+        found = _numbers(metrics)
         self._round.tested |= found
         self._round.metrics.update(found)
 
@@ -255,6 +267,8 @@ class FedLPStrategy(Strategy):
         """Return the values that a client receives: its slice of the global model, and its offset."""
         assert self.state is not None
         values = layout.slice(self.state.params)
+        if layout.is_whole:
+            return values
         for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
             values[name] = values[name] + offset
         return values
@@ -266,6 +280,21 @@ class FedLPStrategy(Strategy):
             return b""
         values = self._received(layout, client_id)
         return digest_tensors({name: values[name] for name in frozen})
+
+    def _meet_or_dismiss(self) -> None:
+        """Let the policy meet the budgets that devices brought; a client whose budget cannot be met stays out."""
+        try:
+            self._meet_budgets()
+        except FedLPError:
+            assert self._fit is not None
+            for client_id, budget in self._roster.budgets.items():
+                try:
+                    self._fit({client_id: budget})
+                except FedLPError as error:
+                    self._roster.dismiss(client_id, error)
+            if not self._roster.client_ids:
+                raise
+            self._meet_budgets()
 
     def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
         """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""
@@ -411,7 +440,7 @@ class FedLPStrategy(Strategy):
             update = decoded
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
-            self._fail(client_id, "rejected" if rejected else _ERROR_KINDS.get(reply.error.code, "error"), error)
+            self._fail(client_id, "rejected" if rejected else ERROR_KINDS.get(reply.error.code, "error"), error)
         examples = update.num_examples if update else 0
         self._round.costs.append(
             ClientCost(
@@ -423,6 +452,7 @@ class FedLPStrategy(Strategy):
                 params_up=self._num_returned(instruction, update) if update else 0,
                 macs=self._costs.macs(instruction.submodel).training * examples * self.settings.local_epochs
                 + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
+                train_loss=update.metrics.get("train-loss") if update else None,
             )
         )
         return update
@@ -454,11 +484,23 @@ class FedLPStrategy(Strategy):
 
         That is the whole model where some client holds it, else the largest sub-model of this round.
         """
-        assert self.state is not None
         self._evaluated, asked = self._largest_submodel(server_round)
         self._like = asked[0] if asked else 0
-        layout, submodel = self.submodels.layout(self._evaluated), self._evaluated
-        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
+        return self._measure(server_round, self._evaluated, asked, arrays, grid, timeout)
+
+    def _measure(
+        self,
+        server_round: int,
+        submodel: SubModel,
+        asked: Iterable[int],
+        arrays: ArrayRecord,
+        grid: Grid,
+        timeout: float,
+    ) -> ArrayRecord:
+        """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
+        assert self.state is not None
+        layout, asked = self.submodels.layout(submodel), list(asked)
+        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
         content = messages.encode_submodel(record, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
@@ -508,6 +550,74 @@ class FedLPStrategy(Strategy):
         largest = max(holders, key=lambda layout: layout.num_params())
         return submodels[largest], holders[largest][:_STATISTICS_CLIENTS]
 
+    # ---- evaluation on clients, and of tiers
+    def _evaluate_on_clients(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> Mapping[str, float]:
+        """Return the distribution over clients of the metrics of their sub-models on their own test examples.
+
+        Where batch norms are static, a client whose sub-model is not the one that was measured measures its own.
+        """
+        assert self.state is not None
+        assert self._clients is not None
+        chosen = self._clients.choose(server_round, self._roster.client_ids)
+        measured = self.submodels.layout(self._evaluated)
+        asked = [
+            Asked(
+                client_id,
+                self._roster.node(client_id),
+                submodel,
+                self._tier(client_id, submodel),
+                self._measures_statistics and self.submodels.layout(submodel) is not measured,
+            )
+            for client_id, submodel in self._held(server_round, chosen)
+        ]
+        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+
+    def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
+        """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
+        assert self.state is not None
+        for client_id in client_ids:
+            with suppress(AllocationError):
+                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
+                yield client_id, replace(submodel, nested_levels=())
+
+    def _tier(self, client_id: int, submodel: SubModel) -> str:
+        """Return the tier that a client counts in."""
+        held = self.submodels.layout(submodel).num_params() / self.submodels.spec.num_params
+        return self._tiers.get(client_id) or f"{held:.3g}"
+
+    def _evaluate_tiers(self, server_round: int, grid: Grid, timeout: float) -> None:
+        """Note the metrics of each tier's sub-model on the test set, with batch norm statistics of its own.
+
+        Sub-models with a personal head cannot be evaluated here. The model keeps the statistics that it has.
+        """
+        assert self.state is not None
+        state, evaluated = self.state, self._evaluated
+        for tier, (submodel, holders) in self._tier_submodels(server_round).items():
+            metrics = {name: value for name, value in self._round.tested.items() if not name.startswith(PREFIX)}
+            if self.submodels.layout(submodel) is not self.submodels.layout(evaluated):
+                arrays = self._encode_model(state)
+                if self._measures_statistics:
+                    arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
+                self._evaluated, self._like = submodel, holders[0]
+                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+                metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+                self.state = state
+            self._round.metrics.update({f"tier_{tier}_{name}": value for name, value in metrics.items()})
+        self._evaluated = evaluated
+
+    def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
+        """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
+        found: dict[str, tuple[SubModel, list[int]]] = {}
+        for client_id, submodel in self._held(server_round, self._roster.client_ids):
+            if submodel.depth in (None, len(self.submodels.spec.depths)):
+                first, holders = found.setdefault(self._tier(client_id, submodel), (submodel, []))
+                same = self.submodels.layout(first) is self.submodels.layout(submodel)
+                if same and len(holders) < _STATISTICS_CLIENTS:
+                    holders.append(client_id)
+        return found
+
     # ---- evaluation
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -527,36 +637,12 @@ class FedLPStrategy(Strategy):
         parts = [_decode_sums(reply) for reply in replies]
         if not parts and self._evaluate is not None:
             layout = self.submodels.layout(self._evaluated)
-            params = layout.slice(self.state.params) if layout.is_whole else self._received(layout, self._like)
+            params = self._received(layout, self._like)
             parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
         sums = add_sums(parts)
         if not sums.get("count"):
             raise EvaluationError("evaluation of the global model failed: there are no test examples")
         return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
-
-    def _evaluate_tiers(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> None:
-        """Measure every kind of client's own sub-model, the largest first."""
-        for number, (submodel, client_id) in enumerate(self._tiers(server_round), start=1):
-            self._evaluated, self._like = submodel, client_id
-            asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-            found = self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf))
-            size = float(self.submodels.layout(submodel).num_params())
-            self._note(MetricRecord({f"tier{number}_{key}": value for key, value in found.items()}))
-            self._note(MetricRecord({f"tier{number}_params": size}))
-        self._evaluated = SubModel()
-
-    def _tiers(self, server_round: int) -> list[tuple[SubModel, int]]:
-        """Return each kind of client's best sub-model and a client that holds it, by falling size."""
-        assert self.state is not None
-        policy, memory = settled(self.policy), self.state.memory
-        found: dict[tuple[SubModelLayout, str], tuple[SubModel, int]] = {}
-        for client_id in self._roster.client_ids:
-            with suppress(AllocationError):
-                submodel = policy.assign(server_round, client_id, memory, self.state.params).submodel
-                key = self.submodels.layout(submodel), offset_of(policy, client_id, memory).kind
-                found.setdefault(key, (replace(submodel, nested_levels=()), client_id))
-        ordered = sorted(found, key=lambda key: -key[0].num_params())
-        return [found[key] for key in ordered if found[key][0].depth is None]  # a prefix's head is its client's
 
     def _ranges(self) -> list[tuple[int, int]]:
         step = self.settings.eval_batch_size * EVAL_BATCHES
@@ -583,7 +669,10 @@ class FedLPStrategy(Strategy):
 
 _STATISTICS_CLIENTS = 3
 _TRAINING_PASSES = 3  # of a training step, in forward passes
-_ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
+
+
+def _numbers(metrics: MetricRecord) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
 
 
 def _decode_sums(reply: Message) -> Sums:

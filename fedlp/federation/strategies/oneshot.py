@@ -31,6 +31,7 @@ class OneShot:
     sums: str = "float32"
 
     reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
+    ignores: ClassVar[frozenset[str]] = frozenset({"upload", "aggregator", "server_optimizer"})
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:

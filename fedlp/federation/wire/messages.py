@@ -53,7 +53,17 @@ from fedlp.federation.wire.record_access import (
     read_tensors,
     say_why,
 )
-from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel, TrainInstruction
+from fedlp.types import (
+    Assignment,
+    Budget,
+    ClientProfile,
+    ClientUpdate,
+    EvaluationRequest,
+    InputNorms,
+    Keep,
+    SubModel,
+    TrainInstruction,
+)
 
 PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES, INPUT_NORMS = (
     "params",
@@ -69,6 +79,7 @@ _EVIDENCE = {"unit_scores": "scored", "input_norms": "normed"}
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
+EVALUATE_CLIENT = "evaluate.client"
 STATISTICS = "query.statistics"
 _SUMS = ("loss", "count")
 _LONGEST_SUM = 10**6  # such as one number per class
@@ -334,7 +345,8 @@ def decode_profile(content: RecordDict) -> ClientProfile:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0:
         raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
-    check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
+    if profile.num_examples:  # a client may have none
+        check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
@@ -380,14 +392,86 @@ def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
             raise ValueError(f"{len(record)} sums came, more than {MOST_METRICS}")
         for key in (*_SUMS, *(key for key in record if key not in _SUMS)):
             value = record[key]
-            if not isinstance(value, float) and not (isinstance(value, list) and len(value) <= _LONGEST_SUM):
+            is_list = isinstance(value, list) and len(value) <= _LONGEST_SUM and key not in _SUMS
+            if not (isinstance(value, float) or is_list):
                 raise ValueError(f"{printable(key, 40)} is {show(value)}, not a float or a list of floats")
-            sums[key] = [float(item) for item in value] if isinstance(value, list) else value
-        if not 0 <= record["count"] <= MOST_STEPS:  # type: ignore[operator]
-            raise ValueError(f"they are of {show(record['count'])} predictions")
+            sums[key] = [float(item) for item in value] if isinstance(value, list) else float(value)
+        if not 0 <= (count := record["count"]) <= MOST_STEPS:  # type: ignore[operator]
+            raise ValueError(f"they are of {show(count)} predictions")
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"evaluation sums cannot be read: {say_why(error)}") from error
     return sums
+
+
+# ---- evaluation on clients
+def encode_evaluation_request(request: EvaluationRequest, params: ArrayRecord, submodels: SubModels) -> RecordDict:
+    """Return the records that ask for metrics on a client's own test examples; ``params`` are the encoded tensors."""
+    record = ConfigRecord({"server-round": request.server_round, "client-id": request.client_id})
+    _write_submodel(record, request.submodel, submodels)
+    if request.measures_statistics:
+        record["measures-statistics"] = True
+    return RecordDict({PARAMS: params, INSTRUCTION: record})
+
+
+def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> EvaluationRequest:
+    """Return the request of a message; ProtocolError where a record is missing or malformed."""
+    try:
+        record = read_config(content, INSTRUCTION)
+        submodel = _read_submodel(record, submodels)
+        return EvaluationRequest(
+            server_round=read_integer(record, "server-round"),
+            client_id=read_integer(record, "client-id"),
+            submodel=submodel,
+            params=read_tensors(content, PARAMS, submodels.layout(submodel).signature()),
+            measures_statistics=bool(record.get("measures-statistics", False)),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"the server's request to evaluate cannot be read: {say_why(error)}") from error
+
+
+def encode_client_sums(sums: Mapping[str, float | list[float]], num_examples: int) -> RecordDict:
+    """Return the records of a client's evaluation sums, and of how many examples they are."""
+    return RecordDict({METRICS: MetricRecord({"num-examples": num_examples, **sums})})
+
+
+def decode_client_sums(
+    content: RecordDict, lengths: Mapping[str, int], who: str
+) -> tuple[dict[str, float | list[float]], int]:
+    """Return a client's evaluation sums, and of how many examples they are.
+
+    Parameters
+    ----------
+    lengths : mapping from name to int
+        Numbers of each sum that the task has; 0 for a number that is no list.
+
+    Raises
+    ------
+    ProtocolError
+        If other sums came than the task has, or a number is not finite or out of range.
+    """
+    try:
+        record = read_metrics(content, METRICS)
+        num_examples = check_count(record["num-examples"], MOST_EXAMPLES, who)
+        if wrong := sorted({*record} ^ {*lengths, "num-examples"}):
+            raise ValueError(f"{printable(wrong[0], 40)} is {'unexpected' if wrong[0] in record else 'missing'}")
+        sums = {name: _read_sum(name, record[name], length) for name, length in lengths.items()}
+        if not isinstance(count := sums["count"], float) or not 1 <= count <= MOST_STEPS:
+            raise ValueError(f"they are of {show(record['count'])} predictions")
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"{who}: its evaluation sums cannot be read: {say_why(error)}") from error
+    return sums, num_examples
+
+
+def _read_sum(name: str, value: object, length: int) -> float | list[float]:
+    """Return one sum, whose numbers are finite and in range."""
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != bool(length) or len(items) != max(length, 1):
+        raise ValueError(f"{name} is {show(value)}, not {length or 'one'} numbers")
+    numbers = [read_number(item, -LARGEST_METRIC, LARGEST_METRIC) for item in items]
+    if None in numbers:
+        raise ValueError(f"{name} holds {show(items[numbers.index(None)])}, not a finite number in range")
+    found = [number for number in numbers if number is not None]
+    return found if length else found[0]
 
 
 # ---- statistics of batch norms

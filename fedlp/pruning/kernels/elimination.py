@@ -1,4 +1,4 @@
-"""The state of a pivoted Cholesky factorisation of an inverse Hessian, with what scores of units need beside it."""
+"""State of a pivoted Cholesky factorisation of an inverse Hessian, and the matrices that saliencies need beside it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FEW_COLUMNS = 4  # per step: with more, products with all of the weight are wort
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    r"""One layer that reads the units: with several, a unit's saliency is the sum over them.
+    r"""Elimination problem of one reader; a unit's saliency is the sum over all readers of its layer.
 
     Attributes
     ----------
     weight : (rows, n)
         The layer's weight, or :math:`F^{1/2} W`: any matrix whose Gram matrix is :math:`W^\top F W`.
     hessian_inv : (n, n)
-        Inverse of the damped Hessian, symmetric positive definite: a matrix, or what stands for one.
+        Inverse of the damped Hessian, symmetric positive definite.
     unit_size : int
         Consecutive columns per unit.
     """
@@ -35,7 +35,7 @@ class Problem:
 
 
 class EliminationState:
-    r"""What the elimination carries for one layer.
+    r"""State of the elimination of one reader.
 
     ``inv`` and ``weight`` hold the inverse Hessian and W as of the last flush. Since then, ``inv - UᵀU`` and
     ``weight - CU`` are their values, with one row of U and column of C per removed column. Where steps are small,
@@ -59,11 +59,11 @@ class EliminationState:
         self._start_panel()
 
     def saliency(self, score: Score) -> Tensor:
-        """Return what removing each unit would cost, (units,); of removed ones that are still held, 0."""
+        """Return the saliency of each unit, (units,); 0 for removed units that are still held."""
         return block_saliency(self.inv_blocks, self.gram_blocks, score, self.units)
 
     def remove(self, positions: Tensor) -> float:
-        """Eliminate the units at some positions together; return by how much the loss grows."""
+        """Eliminate the units at some positions together; return the rise of the loss."""
         columns = _columns(positions, self.size)
         u_panel, r_panel = self._panel[:, : self.used].unbind()
         u_columns, r_columns = u_panel.index_select(1, columns).T, r_panel.index_select(1, columns).T
@@ -97,7 +97,7 @@ class EliminationState:
         return 0.5 * float(s.trace())
 
     def flush(self, kept: Tensor) -> None:
-        """Apply the lazy updates and forget what is removed."""
+        """Apply the lazy updates and drop the removed units."""
         columns = _columns(kept, self.size)
         removed = torch.ones(len(self.inv), dtype=torch.bool, device=self.inv.device).index_fill_(0, columns, False)
         u, r = self._panel[:, : self.used].index_select(2, columns).unbind()

@@ -1,4 +1,4 @@
-"""The inverse of a Hessian as an elimination reads it: some rows, the diagonal blocks, what is left of it."""
+"""Inverse Hessians as an elimination reads them: some rows, the diagonal blocks, the inverse of the kept columns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class InverseHessian(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which everything is computed."""
+        """Type of the computation."""
 
     @property
     def device(self) -> torch.device:
-        """Where everything is computed."""
+        """Device of the computation."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +42,7 @@ class InverseHessian(Protocol):
 
 
 class DenseInverse:
-    """All of the matrix."""
+    """Inverse Hessian as a dense matrix."""
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
@@ -75,7 +75,7 @@ class DenseInverse:
 
 
 class LowRankInverse:
-    r"""That of fewer inputs than columns: :math:`H = XX^\top + rI` with X (n, k), k < n.
+    r"""Inverse Hessian of fewer input vectors than columns: :math:`H = XX^\top + rI` with X (n, k), k < n.
 
     By the Woodbury identity :math:`H^{-1} = (I - VV^\top) / r`, where :math:`V = XL^{-\top}` and
     :math:`LL^\top = X^\top X + rI`. When some columns of H go, with rows R of V, the same holds of
@@ -95,7 +95,7 @@ class LowRankInverse:
 
     @classmethod
     def of(cls, inputs: Tensor, ridge: float, dtype: torch.dtype) -> LowRankInverse:
-        """Return the inverse for X = ``inputs``, (n, k) float64, in numbers of some dtype."""
+        """Return the inverse for X = ``inputs``, (n, k) float64, in some dtype."""
         small = inputs.T @ inputs
         small.diagonal().add_(ridge)
         return cls(_divide(inputs, torch.linalg.cholesky(small)).to(dtype), ridge)
@@ -128,7 +128,7 @@ class LowRankInverse:
         return blocks
 
     def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> LowRankInverse:
-        """Return what the rows of V that stay say, with those that go made up for."""
+        """Return the inverse of the Hessian of the kept columns, from their rows of V."""
         gone = self._vectors.index_select(0, removed).to(torch.float64)
         left = torch.eye(gone.shape[1], dtype=torch.float64, device=gone.device).addmm_(gone.T, gone, alpha=-1.0)
         root, info = torch.linalg.cholesky_ex(left)

@@ -36,12 +36,12 @@ _BLOCK = 64  # columns whose updates are applied together, as one matrix product
 
 @dataclass(frozen=True, slots=True)
 class Elimination:
-    """In which order units went, and what that cost.
+    """Order of removal of a layer's units, and the losses along it.
 
     Attributes
     ----------
     order : tuple of int
-        Units, first removed first; units of one step in the order of their saliency.
+        Units in the order of removal; units of one step in the order of their saliency.
     steps : tuple of int
         Units per step.
     losses : tuple of float
@@ -98,15 +98,15 @@ def unit_saliency(weight: Tensor, hessian_inv: Tensor, unit_size: int) -> Tensor
 def eliminate(
     problems: Sequence[Problem], schedule: Iterable[int], *, score: Score = "exact", block: int = _BLOCK
 ) -> Elimination:
-    """Remove units step by step, each time those of the least saliency, and say in which order they went.
+    """Remove units step by step, those of the least saliency first; return their order and the losses along it.
 
     Parameters
     ----------
     problems : sequence of Problem
-        The layers that read the units; all with the same number of units, which stays untouched.
+        One per reader, all with the same number of units; not modified.
     schedule : iterable of int
-        How many units each step removes together, >= 1; all ones is the exact greedy order. Their sum must be less than
-        the number of units, or equal to it.
+        Number of units that each step removes together, >= 1; all ones is the exact greedy order. Their sum is at most
+        the number of units.
     score : "exact" or "columns"
         "columns" is SlimGPT's grouped Cholesky score: a unit's columns are eliminated one after the other, but without
         updating its weights. The same for units of one column.

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,97 +29,10 @@ from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.kernels.hessian import square_root
 from fedlp.pruning.kernels.inverses import InverseHessian
 from fedlp.pruning.kernels.obs import Problem
-from fedlp.pruning.tracing.widths import WidthSpec
+from fedlp.pruning.scores.evidence import Evidence, InputStatistics, Precision
 from fedlp.types import PrunableLayer
 
 NEEDS = frozenset({"weights", "input_norms", "moments", "gradients", "model"})
-
-
-class InputStatistics(Protocol):
-    """Statistics of the input vectors of one reader; n is the number of columns of its weight matrix."""
-
-    @property
-    def count(self) -> int:
-        """Number of input vectors."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each input, (n,), float64."""
-
-    @property
-    def square_mean(self) -> Tensor:
-        """Mean square of each input, (n,), float64."""
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of each input, (n,), float64, >= 0."""
-
-    def hessian(self, centred: bool) -> Tensor:
-        """Return twice the second moments of the inputs, or of the inputs less their means; (n, n), float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Granularity of an elimination.
-
-    Attributes
-    ----------
-    parts : int or None
-        A step removes one unit in so many of those left, at least one; None for one unit a step, the exact greedy
-        order.
-    block : int
-        Columns after which lazy updates are applied; affects speed only.
-    """
-
-    parts: int | None = None
-    block: int = 64
-
-    def schedule(self, total: int) -> list[int]:
-        """Return the number of units that each step removes, summing to ``total``."""
-        if self.parts is None:
-            return [1] * total
-        steps: list[int] = []
-        while total:
-            steps.append(max(1, total // self.parts))
-            total -= steps[-1]
-        return steps
-
-
-EXACT = Precision()
-COARSE = Precision(parts=32, block=256)
-"""Precision of scores in a round: a plot of the losses would show no difference."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Evidence for scores of all layers of one model.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The model that the examples run through.
-    spec : WidthSpec
-        Its width axes.
-    data : Calibration
-        The calibration examples.
-    generator : torch.Generator
-        Source of random numbers.
-    gradients : mapping from parameter name to Tensor, or None
-        Gradient of the loss with respect to every parameter, where a score needs it.
-    scored : nn.Module or None
-        Holder of the weights that are scored, of the same architecture, such as the change of the weights in a round;
-        None for ``model``.
-    precision : Precision
-        Granularity of eliminations.
-    """
-
-    model: nn.Module
-    spec: WidthSpec
-    data: Calibration
-    generator: torch.Generator
-    gradients: Mapping[str, Tensor] | None = None
-    scored: nn.Module | None = None
-    precision: Precision = EXACT
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Metric(Protocol):
         Name in records and reports.
     larger_is_better : bool
         Direction of improvement.
+    bounds : tuple of float
+        Optional: smallest and largest value; a client whose sums give another one is rejected.
     """
 
     @property

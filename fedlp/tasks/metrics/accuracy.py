@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ class Accuracy:
 
     label: str = "accuracy"
     larger_is_better: bool = True
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
         """Return the number of right predictions and of all."""

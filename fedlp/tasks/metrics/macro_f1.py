@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ class MacroF1:
 
     label: str = "macro_f1"
     larger_is_better: bool = True
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
         """Return right, predicted and true examples of each class or label, (classes,)."""

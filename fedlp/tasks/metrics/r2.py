@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class R2:
 
     label: str = "r2"
     larger_is_better: bool = True
+
+    bounds: ClassVar[tuple[float, float]] = (-math.inf, 1.0)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
         """Return sums of squared errors, targets and their squares, (values,), and the number of examples."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ class RootMeanSquareError:
 
     label: str = "rmse"
     larger_is_better: bool = False
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
         """Return the sum of squared errors and their number."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ class TopK:
 
     k: int = 5
     larger_is_better: bool = True
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     @property
     def label(self) -> str:

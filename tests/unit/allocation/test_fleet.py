@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedlp.allocation.budget.fleet import fleet_budgets, fleet_kinds, split_exactly
 from fedlp.config import FleetConfig, compose
 from fedlp.errors import ConfigError
+from fedlp.federation.fleet import fleet_budgets, fleet_kinds, split_exactly
 from fedlp.types import Budget
 
 WHOLE = {"params": 1000.0, "macs": 5000.0}

@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
 
 from fedlp.config import DatasetConfig
 from fedlp.config.parts import read_part
@@ -18,6 +17,7 @@ from fedlp.data.conversion import as_examples, describe_examples
 from fedlp.data.datasets import describe_dataset, load_dataset
 from fedlp.data.examples import IGNORE_INDEX, DataInfo, FederatedData
 from fedlp.errors import ConfigError, DataError
+from fedlp.models.transformers_loading import import_transformers
 from fedlp.tasks import task_of
 
 X, Y = np.random.default_rng(0).random((10, 4)), np.arange(10) % 2
@@ -127,7 +127,7 @@ TEXTS = [
 def tokenizer(tmp_path: Path) -> str:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "day", "was", "good", "bad"]
     (tmp_path / "vocab.txt").write_text("\n".join([*words, "first", "next", "last"]))
-    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
+    import_transformers().BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
     return str(tmp_path / "tokenizer")
 
 

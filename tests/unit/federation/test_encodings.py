@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fedlp.errors import ProtocolError
+from fedlp.errors import ConfigError, ProtocolError
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.packing import Signature, pack_tensors, unpack_tensors
 from fedlp.federation.wire.ranges import LARGEST_VALUE
 from fedlp.registry import lookup
+from tests.reference.topk import top_k
 
 VALUES = {
     "weight": torch.linspace(-3.0, 2.0, 60).view(4, 3, 5) ** 3,
@@ -130,3 +133,76 @@ def test_the_largest_scale_gives_values_in_range_whatever_the_steps(encoding: st
     encoded["scale of weight"].fill_(LARGEST_VALUE / 128)
     encoded["weight"].fill_(128 if encoded["weight"].dtype == torch.uint8 else -128)
     assert decode_values(encoded, SIGNATURE, encoding, "client 1")["weight"].abs().max() <= LARGEST_VALUE
+
+
+# ---- top-k
+@pytest.mark.parametrize("fraction", ["0.02", "0.1", "0.25", "1"])
+@pytest.mark.parametrize("shape", [(8, 30), (5, 3, 2, 2), (1, 1)])
+def test_top_k_is_the_plain_loop(fraction: str, shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    part, signature = made("topk", fraction=float(fraction)), [("w", shape, torch.float32)]
+    encoded = part.encode({"w": values}, torch.Generator())
+    images = {name: image for name, (_, image) in pack_tensors(encoded).items()}
+    found = part.decode(unpack_tensors(images, part.signature(signature)), signature, "client 1")["w"]
+    np.testing.assert_allclose(found.numpy(), top_k(values.double().numpy(), Fraction(fraction)), rtol=1e-6)
+
+
+def test_top_k_leaves_vectors_and_integers_and_matrices_of_nothing_as_they_are() -> None:
+    params = {**VALUES, "none": torch.zeros(0, 3)}
+    signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in params.items()]
+    part = made("topk", fraction=0.1)
+    found = part.decode(part.encode(params, torch.Generator()), signature, "client 1")
+    for name in ("bias", "count", "none", "zero"):
+        assert torch.equal(found[name], params[name])
+
+
+def test_top_k_takes_a_tenth_of_thirty_entries_and_not_four() -> None:
+    sent = made("topk", fraction=0.1).encode({"w": torch.randn(5, 6)}, torch.Generator())
+    assert sent["indices of w"].tolist() == sorted(set(sent["indices of w"].tolist()))
+    assert {name: tuple(tensor.shape) for name, tensor in sent.items()} == {
+        "w": (1,),
+        "indices of w": (3,),
+        "scale of w": (2,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("indices of w", [3, 2, 9], "indices of w are not sorted"),
+        ("indices of w", [2, 2, 9], "indices of w are not sorted"),
+        ("indices of w", [-1, 2, 9], "indices of w are not sorted"),
+        ("indices of w", [0, 2, 30], r"not sorted, distinct and in \[0, 30\)"),
+        ("scale of w", [1.0, float("nan")], "tensor w has a scale outside"),
+        ("scale of w", [-1.0, 1.0], "tensor w has a scale outside"),
+        ("scale of w", [1.0, float("inf")], "tensor w has a scale outside"),
+    ],
+)
+def test_what_top_k_cannot_have_written_is_refused(name: str, value: list[float], words: str) -> None:
+    part = made("topk", fraction=0.1)
+    encoded = part.encode({"w": torch.randn(5, 6)}, torch.Generator())
+    encoded[name] = torch.tensor(value).to(encoded[name].dtype)
+    with pytest.raises(ProtocolError, match=f"client 1: .*{words}"):
+        part.decode(encoded, [("w", (5, 6), torch.float32)], "client 1")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_top_k_of_values_that_are_not_finite_is_refused(bad: float) -> None:
+    part = made("topk", fraction=0.5)
+    encoded = part.encode({"w": torch.tensor([[1.0, bad], [1.0, 2.0]])}, torch.Generator())
+    with pytest.raises(ProtocolError, match="client 1: tensor w has a scale outside"):
+        part.decode(encoded, [("w", (2, 2), torch.float32)], "client 1")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options", "words"),
+    [
+        ("topk", {"fraction": 0.0}, r"upload\.fraction=0\.0 is not allowed: it must be in \(0, 1\]"),
+        ("topk", {"fraction": 1.5}, r"upload\.fraction=1\.5 is not allowed"),
+        ("int4", {"coarseness": 0.5}, r"upload\.coarseness=0\.5 is not allowed: .* at least 1"),
+        ("int8", {"coarseness": float("inf")}, r"upload\.coarseness=inf is not allowed"),
+    ],
+)
+def test_options_of_encodings_have_ranges(encoding: str, options: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        made(encoding, **options)

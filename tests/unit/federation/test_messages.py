@@ -257,7 +257,7 @@ def test_flower_reads_what_is_packed(params: dict[str, torch.Tensor]) -> None:
         RecordDict(),
         RecordDict({"profile": ConfigRecord({"client-id": 1})}),
         RecordDict({"profile": ConfigRecord({"client-id": -1, "num-examples": 3})}),
-        RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 0})}),
+        RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": -1})}),
         RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-macs": 0.0})}),
         RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-macs": float("inf")})}),
         RecordDict({"profile": ConfigRecord({"client-id": 1, "num-examples": 2, "budget-macs": 1e300})}),

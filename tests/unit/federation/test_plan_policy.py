@@ -22,6 +22,7 @@ from fedlp.types import (
     ClientProfile,
     ClientReport,
     ClientUpdate,
+    InputNorms,
     Keep,
     SubModel,
     TrainInstruction,
@@ -284,3 +285,64 @@ def test_wrong_choices_and_scores_are_refused() -> None:
             messages.decode_update(
                 messages.encode_update(answered, found.context.submodels), instruction, PROFILE, found.context.submodels
             )
+
+
+def asked_for_norms(found: PlanPolicy) -> tuple[TrainInstruction, ClientUpdate]:
+    """Return an instruction that asks for input norms of a client that holds 8 units of the first axis, and norms."""
+    instruction, update = asked(found)
+    instruction = replace(instruction, evidence=frozenset({"unit_scores", "input_norms"}))
+    submodels, norms = found.context.submodels, {}
+    for layer in submodels.layers:
+        held = instruction.submodel.widths.get(layer.name, Keep.full(layer.num_units)).count
+        for path in layer.readers:
+            columns = submodels.reader_columns[path] // layer.num_units * held
+            norms[path] = InputNorms(torch.rand(columns, dtype=torch.float64) * 100, 7)
+    return instruction, replace(update, input_norms=norms)
+
+
+def test_input_norms_go_there_and_back() -> None:
+    found = policy()
+    instruction, update = asked_for_norms(found)
+    submodels = found.context.submodels
+    params = submodels.layout(instruction.submodel).slice(initial(found))
+    content = messages.encode_instruction(instruction, messages.encode_params(params), submodels)
+    assert messages.decode_instruction(content, submodels).evidence == {"unit_scores", "input_norms"}
+    back = messages.decode_update(messages.encode_update(update, submodels), instruction, PROFILE, submodels)
+    assert back.input_norms.keys() == update.input_norms.keys()
+    for path, norms in back.input_norms.items():
+        assert norms.count == 7
+        torch.testing.assert_close(norms.total, update.input_norms[path].total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "words"),
+    [
+        (-1.0, 7, "an input norm is not a finite number of at least 0"),
+        (float("nan"), 7, "an input norm is not a finite number of at least 0"),
+        (float("inf"), 7, "an input norm is not a finite number of at least 0"),
+        (1.0, 10**13, "a count of input vectors is outside"),
+        (1.0, -1, "a count of input vectors is outside|at least 0"),
+    ],
+)
+def test_wrong_input_norms_are_refused(total: float, count: int, words: str) -> None:
+    found = policy()
+    instruction, update = asked_for_norms(found)
+    path = next(iter(update.input_norms))
+    wrong = InputNorms(torch.full_like(update.input_norms[path].total, total), count)
+    answered = replace(update, input_norms={**update.input_norms, path: wrong})
+    with pytest.raises(ProtocolError, match=f"client 4, round 3: .*({words})"):
+        messages.decode_update(
+            messages.encode_update(answered, found.context.submodels), instruction, PROFILE, found.context.submodels
+        )
+
+
+def test_input_norms_that_do_not_come_are_missed() -> None:
+    found = policy()
+    instruction, update = asked_for_norms(found)
+    with pytest.raises(ProtocolError, match="client 4, round 3: its input norms cannot be read"):
+        messages.decode_update(
+            messages.encode_update(replace(update, input_norms={}), found.context.submodels),
+            instruction,
+            PROFILE,
+            found.context.submodels,
+        )

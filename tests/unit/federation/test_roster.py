@@ -28,6 +28,7 @@ class Network(Grid):
     def __init__(self, **clients: int | str) -> None:
         self.clients = {int(node.removeprefix("n")): client for node, client in clients.items()}
         self.budgets: dict[int, Budget] = {}
+        self.empty: set[int] = set()
         self.unregistered: set[int] = set()
         self.silent: set[int] = set()
         self.pushed: list[Message] = []
@@ -56,7 +57,7 @@ class Network(Grid):
         client = self.clients.get(node, "Node Unavailable")
         if isinstance(client, str):
             return Message(Error(2, client), reply_to=message)
-        profile = ClientProfile(client, 10, self.budgets.get(node))
+        profile = ClientProfile(client, 0 if node in self.empty else 10, self.budgets.get(node))
         return Message(messages.encode_profile(profile), reply_to=message)
 
     @property
@@ -207,3 +208,15 @@ def test_an_exchange_names_a_node_that_is_not_registered_any_more_and_goes_on() 
     sent = [Message(RecordDict(), node, messages.CAPABILITIES) for node in (1, 2, 3)]
     replies = list(exchange(grid, sent, 0.2))
     assert [reply.has_error() and reply.error.code for reply in replies] == [False, 5, 3]
+
+
+def test_clients_without_examples_are_named_once_and_not_sampled(caplog: pytest.LogCaptureFixture) -> None:
+    grid, who = Network(n7=1, n3=0, n4=2), Roster(3)
+    grid.empty = {7}
+    who.join(grid, LONG)
+    assert (who.client_ids, who.idle_ids) == ([0, 2], [1])
+    assert "1 of 3 clients have no examples and are not sampled: 1" in caplog.text
+    grid, who = Network(n7=0), Roster(1)
+    grid.empty = {7}
+    with pytest.raises(FedLPError, match="none of the 1 clients has examples; give them data"):
+        who.join(grid, LONG)

@@ -22,7 +22,7 @@ from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import sample_columns
-from fedlp.pruning.scores.view import COARSE
+from fedlp.pruning.scores.evidence import COARSE
 from fedlp.pruning.tracing.units import find_layers, input_columns
 from fedlp.pruning.tracing.widths import trace_widths
 from fedlp.registry import lookup

@@ -17,9 +17,11 @@ from fedlp.errors import ConfigError
 from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers, load_hf
+from fedlp.models.spec import find_task
 from fedlp.models.torchvision_compat import import_torchvision
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
+LANGUAGE = find_task("language")
 
 
 def classifier(source: str, shape: tuple[int, ...] = DIGITS, **fields: object) -> ModelSpec:
@@ -329,17 +331,17 @@ def test_hf_checks_vocabulary_length_and_kind(tmp_path: Path) -> None:
     transformers = import_transformers()
     path = str(tmp_path)
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_hf((10,), 10, path)
+        load_hf((10,), 10, 10, LANGUAGE, path)
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not a causal language model"):
-        load_hf((10,), 10, path)
+        load_hf((10,), 10, 10, LANGUAGE, path)
     transformers.LlamaConfig(vocab_size=30, max_position_embeddings=20).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="30 tokens"):
-        load_hf((10,), 31, path)
+        load_hf((10,), 31, 31, LANGUAGE, path)
     with pytest.raises(ConfigError, match="at most"):
-        load_hf((21,), 30, path)
+        load_hf((21,), 30, 30, LANGUAGE, path)
     with pytest.raises(ConfigError, match="safetensors") as caught:
-        load_hf((20,), 30, path, pretrained=True).build_initial()
+        load_hf((20,), 30, 30, LANGUAGE, path, pretrained=True).build_initial()
     assert "\n" not in str(caught.value)
 
 

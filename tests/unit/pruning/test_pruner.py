@@ -22,13 +22,14 @@ from fedlp.pruning.kernels.hessian import Moments
 from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.scores.criterion import UnitScore, saliencies
+from fedlp.pruning.scores.evidence import Evidence
 from fedlp.pruning.scores.flap import Flap
 from fedlp.pruning.scores.magnitude import Magnitude
 from fedlp.pruning.scores.obs import OBS
 from fedlp.pruning.scores.random import Random
 from fedlp.pruning.scores.slimgpt import SlimGPT
 from fedlp.pruning.scores.taylor import Taylor
-from fedlp.pruning.scores.view import Evidence, LayerView, ReaderView
+from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.scores.wanda import Wanda
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.units import find_layers

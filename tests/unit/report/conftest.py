@@ -62,6 +62,7 @@ def make_rounds(config: dict[str, Any], count: int, metric: str) -> list[dict[st
                 "params_down": total,
                 "params_up": params,
                 "macs": 2.5e9,
+                "train_loss": 0.5,
             }
             for client, params in zip(cohort, up, strict=True)
         ]

@@ -17,7 +17,7 @@ from fedlp.report.export import summary_json
 from fedlp.report.summary import METRICS, client_uploads, coverage, curve, mean_coverage, metric_of, summarize
 
 WriteRun = Callable[..., Path]
-ACCURACY, PERPLEXITY, LOSS = METRICS
+ACCURACY, PERPLEXITY, LOSS = (next(m for m in METRICS if m.name == name) for name in ("accuracy", "perplexity", "loss"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -115,11 +115,17 @@ def test_an_optimizer_is_torchs(name: str) -> None:
     assert distance(ours, theirs) == 0
 
 
+def no_optimizer(params: object, lr: float) -> list[object]:
+    return [params, lr]
+
+
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="there is no optimizer adagrad"):
         make_optimizer([], LocalConfig(optimizer="adagrad"))
-    with pytest.raises(ConfigError, match="must give an object with step"):
+    with pytest.raises(ConfigError, match="builtins:list has no option lr"):
         make_optimizer([], LocalConfig(optimizer="builtins:list"))
+    with pytest.raises(ConfigError, match="must give an object with step"):
+        make_optimizer([], LocalConfig(optimizer=f"{__name__}:no_optimizer"))
 
 
 def test_memory_is_counted_with_what_an_optimizer_keeps() -> None:

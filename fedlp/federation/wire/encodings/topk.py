@@ -92,4 +92,4 @@ class TopK:
         return found
 
     def _count(self, size: int) -> int:
-        return math.ceil(self.fraction * size)
+        return max(1, math.ceil(self.fraction * size - 1e-9))  # less what rounding adds to a product

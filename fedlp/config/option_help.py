@@ -7,8 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fedlp import registry
-from fedlp.cli.help import choices
-from fedlp.config import RunConfig
+from fedlp.config import RunConfig, config_dir
 from fedlp.config.reading import part_groups
 from fedlp.errors import ConfigError
 
@@ -25,7 +24,7 @@ def describe_group(group: str) -> str:
         kind = groups[group].kind
         for name in registry.names(kind):
             lines.append(_describe_part(group, kind, name))
-    elif found := choices(group):
+    elif found := sorted(path.stem for path in (config_dir() / group).glob("*.yaml")):
         lines.append(f"choices: {' '.join(found)}")
     return "\n\n".join(line for line in lines if line)
 

@@ -63,6 +63,13 @@ def fleet_kinds(config: FleetConfig, num_clients: int, seed: int) -> NDArray[np.
     return generator(seed, Stream.FLEET).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
+def tier_names(config: FleetConfig, num_clients: int, seed: int) -> dict[int, str]:
+    """Return the tier (its fraction) or device class of each client; empty where the fleet has none."""
+    members = fleet_kinds(config, num_clients, seed)
+    names = [f"{fraction:g}" for fraction in config.fractions] or list(config.devices)
+    return {} if members is None else {client_id: names[kind] for client_id, kind in enumerate(members.tolist())}
+
+
 def split_exactly(shares: Sequence[float], total: int) -> NDArray[np.int64]:
     """Return whole counts that sum to ``total``, each within one of its share; the largest remainders go up."""
     wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * total

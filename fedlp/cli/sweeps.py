@@ -1,0 +1,92 @@
+"""Sweeps: the objective of a job and its direction, jobs whose folder holds their run already, a header per job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from fedlp.config import RunConfig, read_run_config, to_plain
+from fedlp.errors import ConfigError
+
+_FREE = ("resume", "simulation")  # options in which a run that goes on may differ
+
+
+def job_header() -> str:
+    """Return the number and the overrides of a sweep's job; nothing outside of sweeps."""
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN:
+        return ""
+    words = " ".join(word.lstrip("+") for word in config.overrides.task)
+    return f"job {config.job.num} ({words}): "
+
+
+def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None:
+    """Return the metric that a sweeper is told of; None where the run has no finite value of it."""
+    final = manifest["final_metrics"]
+    names = [config.objective] if config.objective else sorted(final, key=lambda name: name == "train_loss")
+    value = final.get(names[0]) if names else None
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def sweep_direction(overrides: Iterable[str]) -> list[str]:
+    """Return the override that tells Optuna's sweeper the direction of the objective, where the user does not.
+
+    Raises
+    ------
+    ConfigError
+        If Optuna is asked for, but no objective.
+    """
+    chosen = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    if "optuna" not in chosen.get("hydra/sweeper", "") or "hydra.sweeper.direction" in chosen:
+        return []
+    if "objective" not in chosen:
+        raise ConfigError("hydra/sweeper=optuna needs objective=METRIC, such as accuracy or loss")
+    from fedlp.tasks.direction import larger_is_better
+
+    direction = "maximize" if larger_is_better(chosen["objective"]) else "minimize"
+    return [f"hydra.sweeper.direction={direction}"]
+
+
+def earlier_run(config: RunConfig, out: Path) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Return the config that a job of a sweep goes on with, and the manifest where its run is finished.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run of another config; names the options in which they differ.
+    """
+    if not (out / "config.yaml").is_file():
+        return config, None
+    from fedlp.federation.server.run_directory import RunDirectory
+
+    directory = RunDirectory(out)
+    finished = (out / "manifest.json").is_file()
+    if not finished and not directory.has_checkpoints():
+        return config, None  # it reached none: from the start
+    stored = read_run_config(out / "config.yaml")
+    if differing := _differing(to_plain(stored), to_plain(config)):
+        raise ConfigError(f"{out} holds a run with another {' and '.join(differing)}; choose another hydra.sweep.dir")
+    if finished:
+        manifest = directory.read_manifest()
+        if manifest["totals"].get("good_rounds") == 0 and stored.strategy.name != "oneshot":
+            raise ConfigError(f"{out} holds a run that trained nothing; delete it to try again")
+        return config, manifest
+    return replace(config, resume=str(out)), None
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options in which two configs differ; one-shot pruning sets its own number of rounds."""
+    free = (*_FREE, *(["num_rounds"] if one["strategy"].get("name") == "oneshot" else []))
+    names = []
+    for key in (key for key in one if key not in free and one[key] != other.get(key)):
+        if isinstance(one[key], dict) and isinstance(other.get(key), dict):
+            names += [f"{key}.{name}" for name, value in one[key].items() if value != other[key].get(name)] or [key]
+        else:
+            names.append(key)
+    return names

@@ -1,0 +1,98 @@
+"""Data that devices bring: read by the run's own reader at another place, against facts that the config alone gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedlp import registry
+from fedlp.data.datasets import make_reader
+from fedlp.data.examples import DataInfo, Examples, concatenate
+from fedlp.data.reader import Reader
+from fedlp.errors import ConfigError, DataError, FedLPError, one_line
+
+if TYPE_CHECKING:
+    from fedlp.config import DatasetConfig
+
+_PLACES = ("path", "root")
+
+
+@dataclass(frozen=True)
+class OwnPlace:
+    """Where a device keeps its examples.
+
+    Attributes
+    ----------
+    client_id : int
+        Client that the device is.
+    path : str
+        File or folder, of the kind that the run's ``dataset`` reads.
+    """
+
+    client_id: int
+    path: str
+
+
+def reader_at(config: DatasetConfig, place: str | None) -> Reader:
+    """Return the reader of a config at another file or folder; None: at none, for facts of the config alone.
+
+    Raises
+    ------
+    ConfigError
+        If the data set has no option for a place.
+    """
+    known = registry.options("dataset", config.target)
+    option = next((name for name in _PLACES if name in known), None)
+    if option is None:
+        raise ConfigError(
+            f"dataset={config.name} reads no file or folder, so that devices cannot bring their own; choose "
+            "imagefolder, csv, parquet or text, or a function of your own with a parameter path"
+        )
+    moved = {option: place} | ({"test_path": None} if "test_path" in known else {})
+    return make_reader(replace(config, options={**config.options, **moved}))
+
+
+def describe_for_devices(config: DatasetConfig) -> DataInfo:
+    """Return the facts that the config alone gives, so that they are the same on all devices and on the server.
+
+    Raises
+    ------
+    ConfigError
+        If they depend on data: classes that are not listed, columns that are not named.
+    """
+    try:
+        return reader_at(config, None).describe()
+    except FedLPError as error:
+        if isinstance(error, ConfigError) and "devices" in str(error):
+            raise
+        raise ConfigError(
+            "dataset.on_devices=true takes classes, columns, tokenizer and normalisation from the config, so they must "
+            f"be there: dataset.labels for imagefolder; columns, labels, categories, mean and std for csv ({error})"
+        ) from error
+
+
+def load_at(config: DatasetConfig, place: str, info: DataInfo, seed: int) -> Examples:
+    """Return all examples of a file or folder: training and test parts of the reader together.
+
+    Parameters
+    ----------
+    info : DataInfo
+        Facts that they must fit.
+
+    Raises
+    ------
+    DataError
+        If the place is absent, empty or unreadable, holds an unknown label, or examples of another kind; names it.
+    """
+    try:
+        data = reader_at(config, place).load(seed)
+    except OSError as error:
+        raise DataError(f"{place} cannot be read ({one_line(error)})") from error
+    found = data.info
+    for name in ("input_shape", "num_classes", "labels"):
+        if getattr(found, name) != getattr(info, name):
+            raise DataError(
+                f"{place} does not fit the run: its {name.replace('_', ' ')} is {getattr(found, name)}, the config's "
+                f"{getattr(info, name)}"
+            )
+    return concatenate(data.train, data.test)

@@ -1,0 +1,75 @@
+"""The examples of each client: those that it trains on, and those that it holds out for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlp.data.examples import Examples
+from fedlp.data.reader import held_out_rows
+from fedlp.errors import DataError
+from fedlp.rng import Stream, generator
+
+Indices = NDArray[np.int64]
+
+
+class Shards:
+    """The examples of each client, cut from one data set on demand.
+
+    Parameters
+    ----------
+    examples : Examples
+        Examples of all clients.
+    parts : sequence or mapping of (n_k,) arrays
+        Indices of each client's examples, by client id.
+    test_fraction : float
+        Share of each client's examples that it holds out, in [0, 1); classes in proportion. A client of one example
+        holds out none.
+    seed : int
+        Seed of the stream, keyed on the client, that chooses them: the same in every round.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        parts: Sequence[Indices] | Mapping[int, Indices],
+        test_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._examples, self._test_fraction, self._seed = examples, test_fraction, seed
+        self._parts = dict(parts) if isinstance(parts, Mapping) else dict(enumerate(parts))
+        self._split = cache(self._split_part)
+
+    def size(self, client_id: int) -> int:
+        """Return the number of a client's training examples; DataError where there is no such client."""
+        return len(self._split(client_id)[0])
+
+    def of(self, client_id: int) -> Examples:
+        """Return a client's training examples."""
+        return self._examples.select(self._split(client_id)[0])
+
+    def test_of(self, client_id: int) -> Examples:
+        """Return a client's test examples; DataError where it has none."""
+        held_out = self._split(client_id)[1]
+        if not len(held_out):
+            raise DataError(f"client {client_id} holds out no example; it has too few examples")
+        return self._examples.select(held_out)
+
+    def _split_part(self, client_id: int) -> tuple[Indices, Indices]:
+        """Return the indices of a client's training and test examples, in their order."""
+        if client_id not in self._parts:
+            raise DataError(
+                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
+            )
+        part = self._parts[client_id]
+        if not self._test_fraction or len(part) < 2:
+            return part, part[:0]
+        targets = self._examples.targets
+        is_class = targets.ndim == 1 and not targets.is_floating_point()
+        strata = targets.numpy()[part] if is_class else np.zeros(len(part), dtype=np.int64)
+        rng = generator(self._seed, Stream.CLIENT_TEST, client_id)
+        held_out = held_out_rows(strata, self._test_fraction, rng)
+        return part[~held_out], part[held_out]

@@ -1,0 +1,60 @@
+"""Robust aggregation, entry by entry in float64: what the fast rules are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def trimmed_mean(values: Sequence[float], fraction: float) -> float:
+    ordered = sorted(values)
+    cut = math.floor(fraction * len(ordered))
+    kept = ordered[cut : len(ordered) - cut]
+    return sum(kept) / len(kept)
+
+
+def norms(updates: Sequence[Array], old: Array) -> list[float]:
+    """Root mean squares of the differences over the entries that are held (not NaN)."""
+    found = []
+    for update in updates:
+        held = ~np.isnan(update)
+        found.append(float(np.sqrt(np.mean((update[held] - old[held]) ** 2))))
+    return found
+
+
+def lower_median(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def clipped(updates: Sequence[Array], weights: Sequence[float], old: Array, multiple: float) -> Array:
+    sizes, bound = norms(updates, old), 0.0
+    bound = multiple * lower_median(sizes)
+    most = multiple * lower_median(weights)
+    result = old.copy()
+    for entry in range(len(old)):
+        above = below = 0.0
+        for update, weight, size in zip(updates, weights, sizes, strict=True):
+            if not np.isnan(update[entry]):
+                scale = min(1.0, bound / size) if size else 1.0
+                above += min(weight, most) * scale * (update[entry] - old[entry])
+                below += min(weight, most)
+        if below:
+            result[entry] += above / below
+    return result
+
+
+def krum_choice(updates: Sequence[Array], hostile: float, selected: float) -> list[int]:
+    count = len(updates)
+    distances = np.zeros((count, count))
+    for i in range(count):
+        for j in range(count):
+            common = ~np.isnan(updates[i]) & ~np.isnan(updates[j])
+            distances[i, j] = np.mean((updates[i][common] - updates[j][common]) ** 2)
+    near = max(1, count - math.ceil(hostile * count) - 2)
+    scores = [sum(sorted(distances[i][j] for j in range(count) if j != i)[:near]) for i in range(count)]
+    return sorted(range(count), key=lambda i: (scores[i], i))[: max(1, math.floor(selected * count))]
