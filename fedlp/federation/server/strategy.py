@@ -33,12 +33,14 @@ from fedlp.federation.server.batch_norm_statistics import Statistics, merge_stat
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, exchange_first, reason_of
+from fedlp.federation.server.frozen_tensors import holds, note_holders
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.state_check import RoundGuard, find_fault
-from fedlp.federation.strategies.policy import Answer, Policy
+from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.rng import Stream, generator
@@ -134,6 +136,8 @@ class FedLPStrategy(Strategy):
         Tier or device class of each client; the share of the parameters that it holds where absent.
     fit : callable, optional
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
+    takes_part : callable, optional
+        Returns whether a client may be sampled; all may where absent.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
@@ -154,6 +158,7 @@ class FedLPStrategy(Strategy):
         client_evaluation: ClientEvaluationSettings | None = None,
         tiers: Mapping[int, str] | None = None,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
+        takes_part: Callable[[int], bool] = lambda client_id: True,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
@@ -165,10 +170,10 @@ class FedLPStrategy(Strategy):
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
         self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
         self._tiers = tiers or {}
-        self._fit, self._observers = fit, tuple(observers)
+        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
-        self._evaluated = SubModel()
+        self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
 
     # ---- the run
     def summary(self) -> None:
@@ -207,12 +212,14 @@ class FedLPStrategy(Strategy):
         self.summary()
         self._roster.join(grid, timeout)
         self._meet_or_dismiss()
+        self._prepare(self.state.server_round + 1)
         self._warn_of_starved_layers()
         result = Result()
         arrays = self._encode_model(self.state)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
+            self._prepare(server_round)
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
             arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
@@ -258,6 +265,31 @@ class FedLPStrategy(Strategy):
         """Let the policy meet the budgets that devices brought."""
         if (brought := self._roster.budgets) and self._fit is not None:
             self.policy = self._fit(brought)
+
+    def _prepare(self, server_round: int) -> None:
+        """Let the policy measure what it needs before a round, where it does so on the server."""
+        assert self.state is not None
+        memory = prepared(self.policy, self.state.memory, server_round, self.state.params)
+        if memory is not self.state.memory:
+            self.state = replace(self.state, memory=memory)
+
+    def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
+        """Return the values that a client receives: its slice of the global model, and its offset."""
+        assert self.state is not None
+        values = layout.slice(self.state.params)
+        if layout.is_whole:
+            return values
+        for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
+            values[name] = values[name] + offset
+        return values
+
+    def _frozen_digest(self, layout: SubModelLayout, client_id: int) -> bytes:
+        """Return the digest of the frozen tensors that a client's sub-model has; empty where it has none."""
+        frozen = layout.name_set & self.submodels.spec.frozen
+        if not frozen:
+            return b""
+        values = self._received(layout, client_id)
+        return digest_tensors({name: values[name] for name in frozen})
 
     def _meet_or_dismiss(self) -> None:
         """Let the policy meet the budgets that devices brought; a client whose budget cannot be met stays out."""
@@ -315,12 +347,13 @@ class FedLPStrategy(Strategy):
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
-        cohort = sample_cohort(settings.seed, server_round, present, wanted)
+        candidates = [client_id for client_id in present if self._takes_part(client_id)]
+        cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
         dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
-        encoded: dict[SubModelLayout, ArrayRecord] = {}  # sub-models that several clients share are encoded once
+        encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
+        digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
-        params = self.state.params
         for client_id in cohort:
             try:
                 assigned = self.policy.assign(server_round, client_id, self.state.memory, self.state.params)
@@ -328,12 +361,21 @@ class FedLPStrategy(Strategy):
                 self._fail(client_id, "refused", error)
                 continue
             layout = self.submodels.layout(assigned.submodel)
-            record = arrays if layout.is_whole else encoded.get(layout)
+            kind = layout, offset_of(self.policy, client_id, self.state.memory).kind
+            if kind not in digests:
+                digests[kind] = self._frozen_digest(layout, client_id)
+            digest = digests[kind]
+            held = bool(digest) and holds(self.state.memory, client_id, digest)
+            record = arrays if layout.is_whole and not held else encoded.get((*kind, held))
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
-                record = encoded[layout] = messages.encode_params(layout.slice(params))
+                values = self._received(layout, client_id)
+                names = [name for name in values if not (held and name in self.submodels.spec.frozen)]
+                record = encoded[*kind, held] = messages.encode_params({name: values[name] for name in names})
+            if digest:
+                self._round.frozen[client_id] = digest
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
-            content = messages.encode_instruction(instruction, record, self.submodels)
+            content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
             if client_id in dropped:
                 self._drop(instruction, messages.count_bytes(content))
                 continue
@@ -420,6 +462,8 @@ class FedLPStrategy(Strategy):
                 self.settings.min_clients,
             )
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
+        lost = frozenset(failure.client_id for failure in self._round.failures)
+        memory = note_holders(memory, self._round.frozen, lost)
         self.state = guard.accept(
             replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory), self._fail
         )
@@ -490,6 +534,7 @@ class FedLPStrategy(Strategy):
         That is the whole model where some client holds it, else the largest sub-model of this round.
         """
         self._evaluated, asked = self._largest_submodel(server_round)
+        self._like = asked[0] if asked else 0
         return self._measure(server_round, self._evaluated, asked, arrays, grid, timeout)
 
     def _measure(
@@ -504,7 +549,7 @@ class FedLPStrategy(Strategy):
         """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
         assert self.state is not None
         layout, asked = self.submodels.layout(submodel), list(asked)
-        record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
+        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
         content = messages.encode_submodel(record, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
@@ -576,7 +621,7 @@ class FedLPStrategy(Strategy):
             )
             for client_id, submodel in self._held(server_round, chosen)
         ]
-        return self._clients.run(grid, asked, self.state.params, arrays, self._round, self._fail, timeout)
+        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
 
     def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
         """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
@@ -604,7 +649,7 @@ class FedLPStrategy(Strategy):
                 arrays = self._encode_model(state)
                 if self._measures_statistics:
                     arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
-                self._evaluated = submodel
+                self._evaluated, self._like = submodel, holders[0]
                 asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
                 metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
                 self.state = state
@@ -630,7 +675,7 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         if getattr(grid, "holds_test_set", False):
             layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
-            record = arrays if layout.is_whole else messages.encode_params(layout.slice(self.state.params))
+            record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
             for i, (start, stop) in enumerate(self._ranges()):
                 content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
@@ -640,7 +685,8 @@ class FedLPStrategy(Strategy):
         assert self.state is not None
         parts = [_decode_sums(reply) for reply in replies]
         if not parts and self._evaluate is not None:
-            params = self.submodels.layout(self._evaluated).slice(self.state.params)
+            layout = self.submodels.layout(self._evaluated)
+            params = self._received(layout, self._like)
             parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
         sums = add_sums(parts)
         if not sums.get("count"):
