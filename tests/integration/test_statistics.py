@@ -14,7 +14,7 @@ from fedlp.config import compose, to_yaml
 from fedlp.errors import ProtocolError
 from fedlp.federation.server.batch_norm_statistics import pool_statistics
 from fedlp.federation.wire import messages
-from fedlp.types import ClientProfile
+from fedlp.types import ClientProfile, SubModel
 from tests.integration.running import TINY_CNN, Finished, run
 
 Once = Callable[..., Finished]
@@ -42,7 +42,7 @@ def test_statistics_are_those_of_the_evaluated_model(once: Once) -> None:
     parts = []
     for client in extra:
         assert client["bytes_up"] < client["bytes_down"] / 50
-        update = runtime.statistics(done.tensors, client["client_id"])
+        update = runtime.statistics(SubModel(), done.tensors, client["client_id"])
         parts.append(({name: value.clone() for name, value in update.params.items()}, update.num_examples))
     for name, value in pool_statistics(parts).items():
         torch.testing.assert_close(done.tensors[name], value, rtol=1e-4, atol=1e-5)
