@@ -47,7 +47,6 @@ def test_memory_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def growth(folder: Path, *overrides: str) -> int:
     """Return how many bytes more the server holds after ROUNDS rounds than after WARM rounds."""
-    assembly.make_plan.cache_clear()
     config = compose((*PLAIN, *overrides, f"num_rounds={ROUNDS}"))
     cfg = to_yaml(config)
     seen: dict[int, int] = {}

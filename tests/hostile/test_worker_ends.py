@@ -14,7 +14,7 @@ import pytest
 from tests.integration.test_resume import members
 
 LONG_STEPS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import torch
 from flwr.app import Message
@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.app import RecordDict
 from fedlp.simulation.local import LocalGrid
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests
 app = ClientApp()
 
 @app.query("long")

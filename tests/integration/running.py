@@ -98,8 +98,9 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def interruptible(line: list[str]) -> list[str]:
-    """Return a command line that heeds Ctrl-C even if the tests run in the background, where shells turn it off."""
-    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    """Return a command line that heeds signals even if the tests run in the background, where shells turn some off."""
+    heed = "import os, signal as s, sys; [s.signal(n, s.SIG_DFL) for n in (s.SIGINT, s.SIGHUP)]; "
+    heed += "os.execv(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", heed, *line]
 
 
