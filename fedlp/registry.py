@@ -68,6 +68,9 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Methods that a class must have to be a part of some kinds."""
 
+ALIASES: Mapping[tuple[str, str], str] = {("task", "language"): "causal_lm"}
+"""Names of earlier versions, by kind, and the names of today."""
+
 _T = TypeVar("_T", bound=Callable[..., Any])
 _PARTS: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -118,6 +121,7 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
         If there is no such part; names the close ones. If its module cannot be imported; says why.
     """
     _check_kind(kind)
+    name = ALIASES.get((kind, name), name)
     if (kind, name) in _PARTS:
         return _PARTS[kind, name]
     if ":" in name:

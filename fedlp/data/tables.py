@@ -177,7 +177,7 @@ class Table(HeldOut, ABC):
                 tables.append(self.read_file(file))
             except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
                 raise DataError(f"{file} cannot be read as {self.name}: {one_line(error)}") from error
-        return pandas.concat(tables, ignore_index=True)
+        return tables[0] if len(tables) == 1 else pandas.concat(tables, ignore_index=True)
 
     @property
     def _targets(self) -> tuple[str, ...]:
@@ -201,9 +201,10 @@ class Table(HeldOut, ABC):
         columns = find_columns(table, names, self.categorical, self.categories, str(self.path))
         inputs = columns.encode(table)
         mean, std = self._normalisation(inputs, columns)
-        missing = np.isnan(inputs)
-        if missing.any():
-            inputs = np.where(missing, np.asarray(mean or np.nanmean(inputs, axis=0), dtype=np.float32), inputs)
+        for place in range(len(columns.numeric)):
+            missing = np.isnan(inputs[:, place])
+            if missing.any():
+                inputs[missing, place] = mean[place] if mean else np.nanmean(inputs[:, place])
         targets, task, labels, outputs = self._encode_target(table)
         groups = None if self.client is None else group_numbers(table[self.client])
         if groups is not None and int(groups.min()) < 0:
@@ -232,13 +233,15 @@ class Table(HeldOut, ABC):
             return tuple(self.mean), tuple(self.std)
         if not self.standardize or not columns.numeric:
             return (), ()
-        numbers = inputs[:, : len(columns.numeric)].astype(np.float64)
-        if not np.isfinite(numbers[~np.isnan(numbers)]).all() or np.isnan(numbers).all(axis=0).any():
-            raise DataError(f"{self.path}: a numeric column is empty or holds infinite values; clean or exclude it")
-        rest = len(columns.names) - len(columns.numeric)
-        mean, std = np.nanmean(numbers, axis=0), np.nanstd(numbers, axis=0)
-        std[std < 1e-12] = 1.0  # of a column that never changes
-        return (*map(float, mean), *[0.0] * rest), (*map(float, std), *[1.0] * rest)
+        mean, std = np.zeros(len(columns.names)), np.ones(len(columns.names))
+        for place, name in enumerate(columns.numeric):  # one at a time, in double precision
+            numbers = inputs[:, place].astype(np.float64)
+            numbers = numbers[~np.isnan(numbers)]
+            if not len(numbers) or not np.isfinite(numbers).all():
+                raise DataError(f"{self.path}: column {name} is empty or holds infinite values; clean or exclude it")
+            mean[place] = numbers.mean()
+            std[place] = numbers.std() or 1.0  # a column that never changes stays as it is
+        return tuple(mean.tolist()), tuple(std.tolist())
 
     def _encode_target(self, table: Any) -> tuple[Any, str, tuple[str, ...], int]:
         """Return targets, task, names of the classes or labels and the number of outputs."""

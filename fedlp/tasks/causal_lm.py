@@ -16,7 +16,6 @@ from fedlp.registry import register
 from fedlp.tasks.base import Inputs, Task
 
 
-@register("task", "language")  # the name of fedlp 0.1
 @register("task", "causal_lm")
 @dataclass(frozen=True)
 class CausalLM(Task):

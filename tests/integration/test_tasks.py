@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,3 +238,44 @@ def test_models_of_tables_are_pruned(target: str, pruner: str, table: Path, once
     code, _, err = call(f"run={done.path}", *newton, main=cli.prune_main)
     assert (code == 2) == (target == "price"), err
     assert ("finetune=newton is for classifiers" in err) == (target == "price")
+
+
+# ---- the page about all this
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS += re.findall(r"`(fedlp task=my_tasks[^`]*)`", PAGE)
+OPTIONS = re.findall(r"`'?(local(?:\.\w+)?=[^`']*)'?`", PAGE)
+
+
+def _choices(option: str) -> list[str]:
+    """Return an option with each of the values that the page gives it."""
+    name, _, values = option.partition("=")
+    return [f"{name}={value}" for value in values.split("\\|")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_page_runs(
+    command: str, reviews: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "photos" / ("a", "b")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    loans = pandas.DataFrame({"size": rng.random(60), "branch": list("abc") * 20, "default": [0, 1] * 30})
+    loans.to_parquet(tmp_path / "loans.parquet")
+    (tmp_path / "mine.py").write_text("import numpy as np\n\ndef load():\n    return np.eye(40), np.arange(40) % 2\n")
+    (tmp_path / "my_tasks.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0])
+    line = command.replace("MINILM", f"{reviews}/bert").replace("path=reviews", f"path={reviews}/data")
+    line = line.replace("sequence_length=64", "sequence_length=8")
+    small = ["num_clients=3", "clients_per_round=2", "num_rounds=1", "simulation.workers=2", "strategy=fedavg"]
+    code, out, err = call(*line.split()[1:], *small)
+    assert code == 0, err
+    assert "train_loss" in out
+
+
+@pytest.mark.parametrize("option", [choice for option in OPTIONS for choice in _choices(option)])
+def test_every_option_of_local_training_on_the_page_runs(option: str, once: Once) -> None:
+    small = ("model=linear", "dataset.max_train_examples=40", "num_clients=2", "clients_per_round=2", "num_rounds=1")
+    assert once(*small, "strategy=fedavg", option).rounds[0]["failures"] == []
