@@ -452,6 +452,8 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     directory = RunDirectory(out)
     state = None
     if config.resume:
+        if isinstance(config.strategy.make(), OneShot):
+            raise ConfigError("a run of strategy=oneshot cannot be resumed: start it anew in another hydra.run.dir")
         with directory.claim():
             state = _load_state(directory, config)
     else:

@@ -230,8 +230,8 @@ def test_a_run_whose_data_are_elsewhere_is_exported_without_metrics(
     def absent(*_: object) -> None:
         raise exporting.DataError("no such files")
 
-    monkeypatch.setattr(exporting, "load_dataset", absent)
     done = once(*HETEROFL)
+    monkeypatch.setattr(assembly.Federation, "data", property(absent))
     code, printed, errors = call(str(done.path), "--out", "out", "--no-onnx", main=cli.export_main)
     assert (code, printed.count("not here")) == (0, 2)
     assert errors == "fedlp: no metrics, and batch norms stay the global model's: no such files\n"

@@ -251,7 +251,8 @@ class Halving:
 
 def fresh_process(done: Finished) -> PoolingClient:
     runtime = assembly.make_runtime(to_yaml(done.config), str(done.path / "clients"))
-    return PoolingClient(runtime.config, runtime.info, runtime.submodels, runtime.shards.of)
+    assert runtime.settings.oneshot is not None
+    return PoolingClient(runtime.settings.oneshot, runtime.info, runtime.submodels, runtime.shards.of)
 
 
 def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
