@@ -242,9 +242,12 @@ class TrainInstruction(Assignment):
     ----------
     params : mapping from tensor name to Tensor
         Shared tensors of the client's sub-model, already sliced.
+    held : bytes
+        Digest of the frozen tensors that did not travel, since the client holds them already; empty where all did.
     """
 
     params: Mapping[str, Tensor] = field(default_factory=dict)
+    held: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,9 @@ from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, on
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.strategies.policy import settled
-from fedlp.models import state_tensors
+from fedlp.federation.strategies.policy import Policy, offset_of, settled
+from fedlp.models import lora_options, state_tensors
+from fedlp.models.adapters import has_adapters, save_peft, without_adapters
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import WidthSpec
@@ -54,6 +55,7 @@ class _Run:
     path: Path
     plan: Federation
     state: ServerState
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _open_run(path: Path) -> _Run:
         raise CheckpointError(f"{path} has no checkpoint yet, so there is no model to export")
     plan = Federation(config)
     check_fits(state, plan.submodels)
-    return _Run(path, plan, state)
+    return _Run(path, plan, state, plan.fit(RunDirectory(path).read_budgets()))
 
 
 def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact], dict[int, str]]:
@@ -141,7 +143,7 @@ def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact],
     unknown = next((client for client in clients or () if not 0 <= client < count), None)
     if unknown is not None:
         raise ConfigError(f"--clients {unknown}: the run has clients 0 to {count - 1}")
-    policy = settled(run.plan.fit(RunDirectory(run.path).read_budgets()))
+    policy = settled(run.policy)
     found: dict[object, _Artefact] = {}
     skipped: dict[int, str] = {}
     for client_id in range(count) if clients is None else sorted(set(clients)):
@@ -202,6 +204,8 @@ def _write(
     layout = submodels.layout(submodel)
     model = plan.costs.model(submodel).eval()
     values = {**layout.slice(run.state.params), **artefact.head}
+    for name, offset in offset_of(run.policy, artefact.clients[0], run.state.memory).values.items():
+        values[name] = values[name] + offset
     for name, tensor in state_tensors(model).items():
         tensor.copy_(values[name])
     measured = data is not None and examples > 0 and bool(layout.keeps) and not submodels.statistics.isdisjoint(values)
@@ -213,6 +217,11 @@ def _write(
             evaluate_sums(model, data.test, plan.info, config.eval_batch_size), task_of(plan.info)
         )
     axes = submodels.widths if submodel.widths else WidthSpec({}, {})
+    adapter = folder.with_name(f"{folder.name}-adapter")
+    if layout.is_whole and config.adapter.name != "none":  # of a sub-model the base is another one
+        save_peft(model, lora_options(config.adapter), str(config.model.options.get("path")), adapter)
+    if has_adapters(model):
+        model = without_adapters(model)
     save_model(model, spec, axes, submodel.widths, tokenizer_of(config.dataset), folder, onnx)
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),

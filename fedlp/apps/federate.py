@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
@@ -45,9 +47,10 @@ from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, 
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
-from fedlp.models import describe_model, state_tensors
+from fedlp.models import adapted, describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.progress import Progress
+from fedlp.pruning.pruner import Calibration
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
 from fedlp.simulation.local import LocalGrid
@@ -86,14 +89,17 @@ class Federation:
         self.info = with_task(self._facts, config.task.make())
         info = self.info
         if blueprint is None:
-            spec = describe_model(config.model, info.input_shape, info.num_classes, info.task, info.vocabulary)
+            shape = info.input_shape
+            spec = describe_model(config.model, shape, info.num_classes, info.task, info.vocabulary, config.adapter)
         else:
             frozen, shape = config.model.frozen, info.input_shape
+            blueprint = adapted(blueprint, config.adapter)
             spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
         check_metrics(config, task_of(info))
         self.submodels = SubModels(spec)
         check_privacy(config, self.submodels)
+        check_adapters(config)
         check_evaluation(config)
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()
@@ -103,6 +109,7 @@ class Federation:
         self.config = config
         self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
+        self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
 
     def initial_params(self) -> dict[str, Any]:
@@ -135,6 +142,18 @@ class Federation:
         kinds = fleet_kinds(config.fleet, config.num_clients, config.seed)
         return partition_examples(config.partition, self.data.train, config.num_clients, config.seed, kinds)
 
+    @cached_property
+    def pruner(self) -> CalibratedPruner:
+        """Pruning of sub-models on the server's copy of the data set, which is read when the first one is pruned."""
+        config, wanted = self.config, self.config.calibration
+
+        def calibration() -> Calibration:
+            train = self.data.train
+            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device)
+
+        method = make_method(config.pruner)
+        return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
+
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
         """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet."""
         config, submodels = self.config, self.submodels
@@ -153,19 +172,31 @@ class Federation:
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
                 )
+        whole = cost(SubModel()) if config.fleet.only_whole else {}
+        limits = [given_limits(budget) if config.fleet.only_whole else [] for budget in budgets]
+        self._apart = {i for i, found in enumerate(limits) if any(whole[name] > limit for name, limit in found)}
+        if len(self._apart) == config.num_clients:
+            raise ConfigError("fleet.only_whole=true, but no client's budget holds the whole model")
+        taking_part = [None if i in self._apart else budget for i, budget in enumerate(budgets)]
         context = PolicyContext(
+            sends_deltas=config.upload.values == "deltas",
+            pruner=self.pruner,
             seed=config.seed,
             num_clients=config.num_clients,
             num_rounds=config.num_rounds,
             submodels=submodels,
             budgets=tuple(budgets),
-            fit=lambda offers: fit_submodels(budgets, offers, cost, config.strategy.name),
+            fit=lambda offers: fit_submodels(taking_part, offers, cost, config.strategy.name),
             layer_costs=lambda: layer_costs(submodels, config.local, encoding),
             allocator=config.allocator.make(),
             batch_norm=config.aggregator.batch_norm,
             scores_units=bool(make_method(config.pruner).score.needs),
         )
         return self._with_batch_norm(context)
+
+    def takes_part(self, client_id: int) -> bool:
+        """Return whether a client may be sampled."""
+        return client_id not in self._apart
 
     def _with_batch_norm(self, context: PolicyContext) -> Policy:
         """Return the strategy's policy; "auto" batch norms are static where some clients hold narrow sub-models."""
@@ -201,13 +232,15 @@ class Federation:
         key = state_dir, own if config.dataset.on_devices else None
         if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
-            store = ClientStore(Path(state_dir), horizon=2 * config.checkpoint_every) if keeps else None
+            horizon = 2 * config.checkpoint_every
+            store = ClientStore(Path(state_dir), horizon) if keeps else None
+            frozen = ClientStore(Path(state_dir) / "frozen", horizon) if self.submodels.spec.frozen else None
             if config.dataset.on_devices:
                 shards, test = self._own_shards(own), no_examples()
             else:
                 fraction = config.dataset.client_test_fraction
                 shards, test = Shards(self.data.train, self.parts, fraction, config.seed), self.data.test
-            made = ClientRuntime(self.client_settings(), self.info, self.submodels, shards, test, store)
+            made = ClientRuntime(self.client_settings(), self.info, self.submodels, shards, test, store, frozen)
             self._runtimes = {key: made}
         return self._runtimes[key]
 
@@ -384,6 +417,7 @@ def _serve_rounds(
         client_evaluation=plan.client_evaluation(),
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
+        takes_part=plan.takes_part,
         observers=(keeper, *observers),
         state=state,
     )

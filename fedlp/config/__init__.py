@@ -28,6 +28,7 @@ from fedlp.config.overrides import prepare_overrides
 from fedlp.config.parts import PartConfig
 from fedlp.config.reading import drop_unread, no_such_option, part_groups, read_config, schema_node
 from fedlp.config.schema import (
+    AdapterConfig,
     AggregatorConfig,
     AllocatorConfig,
     CalibrationConfig,
@@ -56,6 +57,7 @@ from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
     "ROOTS",
+    "AdapterConfig",
     "AggregatorConfig",
     "AllocatorConfig",
     "CalibrationConfig",

@@ -185,6 +185,18 @@ class LocalConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Adapters of a language model, which alone are trained and sent back: "none" or "lora"."""
+
+    name: str = "none"
+    rank: int = 8
+    alpha: float = 16.0  # the product of both matrices is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["*_proj"])  # linear layers, by name or pattern
+    dropout: float = 0.0  # of adapters' inputs, in training
+    freeze_a: bool = False  # train B alone (FFA-LoRA)
+
+
+@dataclass
 class SimulationConfig:
     """Which engine carries the messages."""
 
@@ -219,6 +231,7 @@ class FleetConfig:
     # to (rounds); all clients, always, where null
     dropout: float = 0.0  # probability that a client drops out after it got its sub-model, in [0, 1)
     extra_clients: int = 0  # clients asked beyond clients_per_round, of which the first answers are taken
+    only_whole: bool = False  # only clients whose budget holds the whole model take part in rounds
 
 
 @dataclass
@@ -298,6 +311,7 @@ class RunConfig:
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)

@@ -46,6 +46,7 @@ def validate(config: RunConfig) -> None:
     _require(extra <= most, "fleet.extra_clients", extra, f"at most num_clients - clients_per_round = {most}")
     _validate_pruning(config.pruner, config.calibration)
     _validate_privacy(config.privacy)
+    _choice("adapter.name", config.adapter.name, ("none", "lora"))
     _validate_evaluation(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))

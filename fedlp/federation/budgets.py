@@ -17,6 +17,7 @@ from fedlp.errors import ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings import Encoding, encoded_bytes
+from fedlp.models.adapters import has_adapters
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.costs.activations import activation_footprint
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
@@ -35,18 +36,21 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
     frozen = sum(math.prod(shape) for name, shape, _ in layout.signature() if name in submodels.spec.frozen)
     optimizer = optimizer_kind(local)
     model = costs.model(submodel)
-    trained = sum(parameter.numel() for parameter in model.parameters())  # a personal head is trained, and stays
+    held = trained = sum(parameter.numel() for parameter in model.parameters())  # a personal head is trained, and stays
+    if has_adapters(model):
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = activation_footprint(model, WidthSpec({}, {}), submodels.spec.example_inputs(1)).count({})
     return {
         "params": float(params + frozen),
         "macs": costs.macs(submodel).forward,
-        "memory_bytes": float(_BYTES * _COPIES[optimizer] * trained) + local.batch_size * activations,
+        "memory_bytes": float(_BYTES * (held + (_COPIES[optimizer] - 1) * trained)) + local.batch_size * activations,
         "upload_bytes": float(_BYTES * params),
     }
 
 
 def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) -> CostModel:
     """Return what any choice of units of the prunable layers costs a client."""
+    trained = {name: 1.0 for name, info in submodels.spec.tensors.items() if info.trainable}
     model, inputs, axes = submodels.skeleton(), submodels.spec.example_inputs(1), [x.name for x in submodels.layers]
     return make_costs(
         submodels.layers,
@@ -56,6 +60,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) ->
         local.batch_size,
         optimizer_kind(local),
         upload_footprint(model, submodels.widths, encoding).terms(axes),
+        trained=Footprint(model, submodels.widths, trained).terms(axes) if has_adapters(model) else None,
     )
 
 

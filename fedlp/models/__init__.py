@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fedlp.errors import ConfigError, FedLPError, one_line
+from fedlp.models.adapters import AdaptedBlueprint, LoraOptions
 from fedlp.models.spec import (
     Blueprint,
     ModelSpec,
@@ -21,7 +22,7 @@ from fedlp.models.spec import (
 from fedlp.registry import register
 
 if TYPE_CHECKING:
-    from fedlp.config import ModelConfig
+    from fedlp.config import AdapterConfig, ModelConfig
 
 __all__ = [
     "ModelSpec",
@@ -40,6 +41,7 @@ def describe_model(
     num_classes: int,
     task: ModelTask | str,
     vocabulary: int | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> ModelSpec:
     """Return the spec of the configured model for data of this shape.
 
@@ -55,6 +57,8 @@ def describe_model(
         The task of the data set, or its name.
     vocabulary : int or None
         Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
+    adapter : AdapterConfig or None
+        Adapters of the model's layers.
 
     Raises
     ------
@@ -70,7 +74,20 @@ def describe_model(
         raise ConfigError(
             f"model {config.name} is {kinds[found.is_language]}, but the data set needs {kinds[task.reads_tokens]}"
         )
-    return describe_blueprint(found, task, input_shape, num_classes, config.frozen, vocabulary)
+    return describe_blueprint(adapted(found, adapter), task, input_shape, num_classes, config.frozen, vocabulary)
+
+
+def lora_options(adapter: AdapterConfig) -> LoraOptions:
+    """Return the options of a config's adapters; ConfigError for one out of range."""
+    targets = tuple(adapter.targets)
+    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a)
+
+
+def adapted(blueprint: Blueprint, adapter: AdapterConfig | None) -> Blueprint:
+    """Return the blueprint with the adapters of a config."""
+    if adapter is None or adapter.name == "none":
+        return blueprint
+    return AdaptedBlueprint(blueprint, lora_options(adapter))
 
 
 def _blueprint(config: ModelConfig, given: dict[str, Any]) -> Blueprint:

@@ -82,6 +82,10 @@ class Blueprint(ABC):
         """Return the prefix of a depth below ``num_depths``, under the global names, with a ``personal_head``."""
         raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")
 
+    def frozen(self, parameters: Sequence[str]) -> frozenset[str]:
+        """Return the parameters, of the names given, that keep their first values by themselves."""
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class ModuleBlueprint(Blueprint):
@@ -232,7 +236,7 @@ def describe_blueprint(
         raise _shape_error(blueprint, input_shape, error) from error
     used = _check_forward(model, blueprint, task, input_shape, num_classes)
     parameters = [name for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)]
-    still = find_frozen(blueprint.name, parameters, frozen)
+    still = find_frozen(blueprint.name, parameters, frozen) | blueprint.frozen(parameters)
     tensors = {
         name: TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
         for name, tensor in named_tensors(freeze(model, still)).items()

@@ -156,6 +156,7 @@ def make_costs(
     upload_bytes: Terms | None = None,
     upload_overhead: float = 0.0,
     latency: LatencyTable | None = None,
+    trained: Terms | None = None,
 ) -> CostModel:
     """Return the costs of a model from its footprints.
 
@@ -171,12 +172,18 @@ def make_costs(
         Of what travels for the parameters; as a rule four for each.
     upload_overhead : float
         Bytes of a message beside that.
+    trained : Terms, optional
+        Parameters that have gradients and optimiser state; all where absent.
     """
     weight_bytes = _BYTES * _COPIES[optimizer]
     sources: tuple[list[tuple[float, Terms]], ...] = (
         [(1.0, params)],
         [(1.0, macs)],
-        [(weight_bytes, params), (float(batch_size), activation_bytes)],
+        [
+            (_BYTES if trained is not None else weight_bytes, params),
+            (weight_bytes - _BYTES, trained or {}),
+            (float(batch_size), activation_bytes),
+        ],
         [(_BYTES, params) if upload_bytes is None else (1.0, upload_bytes), (upload_overhead, {(): 1.0})],
     )
     names = tuple(layer.name for layer in layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,7 @@ from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
 from fedlp.pruning.batch_norms import reestimate_batch_norms
@@ -59,6 +61,8 @@ class ClientRuntime:
         The examples of each client.
     store : ClientStore or None
         Where personal heads and what could not be sent live between rounds; None forgets both.
+    frozen : ClientStore or None
+        Where tensors that are never trained live, which travel once; None where there are none.
     """
 
     def __init__(
@@ -69,13 +73,14 @@ class ClientRuntime:
         shards: Shards,
         test: Examples,
         store: ClientStore | None,
+        frozen: ClientStore | None = None,
     ) -> None:
         self.settings = settings
         self.info = info
         self.submodels = submodels
         self.shards = shards
         self.test = test
-        self.store = store
+        self.store, self.frozen = store, frozen
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
@@ -94,6 +99,7 @@ class ClientRuntime:
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the tensors asked for."""
         seed, client_id, server_round = self.settings.seed, instruction.client_id, instruction.server_round
+        instruction = self._with_frozen(instruction)
         model, state = self._load_submodel(instruction)
         examples = self.shards.of(client_id)
         rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
@@ -183,6 +189,25 @@ class ClientRuntime:
         personal = self._load_personal(submodel, instruction.client_id, instruction.server_round)
         load_tensors(state, personal)
         return model, state
+
+    def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
+        """Return the instruction with the frozen tensors that did not travel; keep those that did.
+
+        Raises
+        ------
+        DataError
+            If the tensors that the instruction names are not here any more.
+        """
+        client_id, server_round = instruction.client_id, instruction.server_round
+        frozen = {name: x for name, x in instruction.params.items() if name in self.submodels.spec.frozen}
+        if not instruction.held:
+            if frozen and self.frozen is not None:
+                self.frozen.save(client_id, server_round, frozen)
+            return instruction
+        found = {} if self.frozen is None else self.frozen.load(client_id, before_round=server_round)
+        if digest_tensors(found) != instruction.held:
+            raise DataError(f"client {client_id} has lost the frozen tensors that it was sent; it needs them again")
+        return replace(instruction, params={**instruction.params, **found}, held=b"")
 
     def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
         """Return the nested widths that the client's steps draw from; the last one is the client's whole slice."""

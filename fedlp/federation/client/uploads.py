@@ -17,6 +17,7 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
+from fedlp.models.adapters import has_adapters, merge_adapters
 from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
@@ -169,6 +170,8 @@ class Uploads:
         """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs."""
         if not (instruction.kept or "unit_scores" in instruction.evidence):
             return {}, {}, 0.0
+        if has_adapters(model):
+            model = merge_adapters(cut_model(model, spec, {}))
         scored = _with_values(model, spec, updates) if self._options.criterion == "update" else model
         data, per_example = self._calibration(instruction, examples), self._costs.macs(instruction.submodel)
         scores, macs = score_units(model, scored, spec, self._layers(spec), data, self._method, per_example)

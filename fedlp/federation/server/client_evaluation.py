@@ -45,6 +45,9 @@ _DECILE = 0.1
 _ROUNDING = 1e-6
 _TRAINING_PASSES = 3  # of a training step, in forward passes
 
+Values = Callable[[SubModelLayout, int], Mapping[str, Tensor]]
+"""Returns the values of a layout that a client, by its id, receives."""
+
 Fail = Callable[[int, str, FedLPError], None]
 """Counts and names a client that failed: its id, the kind of failure, the error."""
 
@@ -103,7 +106,7 @@ class ClientEvaluator:
         self,
         grid: Grid,
         asked: Iterable[Asked],
-        params: Mapping[str, Tensor],
+        values: Values,
         whole: ArrayRecord,
         round_: RoundUnderWay,
         fail: Fail,
@@ -113,11 +116,13 @@ class ClientEvaluator:
 
         Parameters
         ----------
-        params, whole
-            Global values, and their records.
+        values : callable
+            Returns the values of a layout that a client receives.
+        whole : ArrayRecord
+            The encoded global values.
         """
         waiting: deque[tuple[Asked, SubModelLayout, int]] = deque()
-        requests = self._requests(round_.server_round, asked, params, whole, waiting, timeout)
+        requests = self._requests(round_.server_round, asked, values, whole, waiting, timeout)
         found: list[ClientEvaluation] = []
         totals: list[Sums] = []
         for reply in exchange(grid, requests, timeout):
@@ -145,20 +150,21 @@ class ClientEvaluator:
         self,
         server_round: int,
         asked: Iterable[Asked],
-        params: Mapping[str, Tensor],
+        values: Values,
         whole: ArrayRecord,
         waiting: deque[tuple[Asked, SubModelLayout, int]],
         timeout: float,
     ) -> Iterator[Message]:
-        """Yield the requests, made only when they are needed; sub-models of one layout are encoded once in a row."""
-        last: tuple[SubModelLayout, ArrayRecord] | None = None
+        """Yield the requests, made only when needed; what follows in one layout and tier is encoded once."""
+        last: tuple[tuple[SubModelLayout, str], ArrayRecord] | None = None
         for client in asked:
             layout = self._submodels.layout(client.submodel)
             if layout.is_whole:
                 record = whole
             else:
-                if last is None or last[0] is not layout:
-                    last = layout, messages.encode_params(layout.slice(params))
+                key = layout, client.tier
+                if last is None or last[0] != key:
+                    last = key, messages.encode_params(values(layout, client.client_id))
                 record = last[1]
             request = EvaluationRequest(server_round, client.client_id, client.submodel, {}, client.measures_statistics)
             content = messages.encode_evaluation_request(request, record, self._submodels)

@@ -17,12 +17,15 @@ class RoundUnderWay:
 
     Attributes
     ----------
+    frozen : dict from client id to bytes
+        Digest of the frozen tensors of each client's sub-model; empty where nothing is frozen.
     assigned : deque of (Assignment, int)
         Instructions that are not answered yet, in the order of sending, with the bytes they took.
     """
 
     server_round: int
     cohort: tuple[int, ...]
+    frozen: dict[int, bytes] = field(default_factory=dict)
     assigned: deque[tuple[Assignment, int]] = field(default_factory=deque)
     costs: list[ClientCost] = field(default_factory=list)
     failures: list[ClientFailure] = field(default_factory=list)

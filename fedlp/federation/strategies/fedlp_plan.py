@@ -56,6 +56,14 @@ class FedLPPlan:
         limit some clients and others hold the whole model.
     train_sent : bool
         Whether clients train only entries that they will send, where the server has chosen the units.
+    submodels : "slices" or "pruned"
+        Sub-models of clients with a budget: slices of the global values, or the model pruned by the pruner's score and
+        refitted; see :mod:`~fedlp.federation.strategies.pruned_submodels`.
+    calibrate_on : "server"
+        Where pruned sub-models are calibrated: on the first ``calibration.examples`` whole training examples of the
+        server's own copy of the data set. In a simulation these are also clients' examples.
+    refit_every : int or None
+        Rounds between fresh prunings, >= 1; pruned once, before the first round, where None.
     """
 
     layer_preserving_rate: Any = 1.0
@@ -72,6 +80,9 @@ class FedLPPlan:
     width_multiple: int = 1
     regrow: float | None = None
     train_sent: bool = True
+    submodels: str = "slices"
+    calibrate_on: str = "server"
+    refit_every: int | None = None
 
     reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
 
@@ -83,6 +94,8 @@ class FedLPPlan:
             ("spread", self.spread, ("allocator", "macs")),
             ("unit_selection", self.unit_selection, ("client", "server", "random")),
             ("criterion", self.criterion, ("weights", "update")),
+            ("submodels", self.submodels, ("pruned", "slices")),
+            ("calibrate_on", self.calibrate_on, ("server",)),
         ):
             _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         for name, count, least in (
@@ -92,6 +105,9 @@ class FedLPPlan:
             ("ramp_rounds", self.ramp_rounds, 0),
         ):
             _require(count >= least, name, count, f"at least {least}")
+        _require(
+            self.refit_every is None or self.refit_every >= 1, "refit_every", self.refit_every, "null or at least 1"
+        )
         _require(self.regrow is None or 0 <= self.regrow <= 1, "regrow", self.regrow, "null or in [0, 1]")
         if self.ramp_from and not self.ramp_rounds:
             raise ConfigError("strategy.ramp_from needs strategy.ramp_rounds: over how many rounds sparsity changes")
@@ -105,7 +121,14 @@ class FedLPPlan:
 
     def policy(self, context: PolicyContext) -> Policy:
         """Return the policy; ConfigError for an allocator whose evidence a round cannot give."""
-        if missing := sorted(needs_of(context.allocator) - _IN_A_ROUND):
+        if self.submodels == "pruned" and not context.sends_deltas:
+            raise ConfigError(
+                "strategy.submodels=pruned needs upload.values=deltas: refitted weights are not the global model's"
+            )
+        if self.submodels == "pruned" and context.pruner is None:
+            raise ConfigError("strategy.submodels=pruned needs a server that holds calibration examples")
+        measured = self.submodels == "pruned" and self.spread == "macs"  # all evidence is the server's own
+        if not measured and (missing := sorted(needs_of(context.allocator) - _IN_A_ROUND)):
             raise ConfigError(
                 f"the allocator needs {missing[0]}, for which the whole model and the data must be in one place; in a "
                 "round choose a rule of weights, input norms or unit scores, such as allocator=dsa or dp"

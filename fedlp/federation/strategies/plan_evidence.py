@@ -18,6 +18,7 @@ from fedlp.allocation.evidence import Evidence
 from fedlp.federation.strategies.policy import Answer, Memory
 from fedlp.federation.submodels import SubModels
 from fedlp.models import state_tensors
+from fedlp.models.adapters import merge_adapters
 from fedlp.pruning.tracing.units import weight_matrix
 from fedlp.types import Keep, PrunableLayer
 
@@ -63,6 +64,7 @@ def _weights(submodels: SubModels, params: Mapping[str, Tensor]) -> dict[str, li
     model = submodels.skeleton()
     for name, tensor in state_tensors(model).items():
         tensor.copy_(params[name])
+    merge_adapters(model)
     found: dict[str, list[Any]] = {}
     for layer in submodels.layers:
         found[layer.name] = []

@@ -20,7 +20,8 @@ from fedlp.errors import AllocationError
 from fedlp.federation.sampling import sample_uploads
 from fedlp.federation.strategies.plan_evidence import pool_input_norms
 from fedlp.federation.strategies.plan_solver import Counts, PlanSolver
-from fedlp.federation.strategies.policy import Answer, Case, Memory, PolicyContext
+from fedlp.federation.strategies.policy import Answer, Case, Memory, Offset, PolicyContext
+from fedlp.federation.strategies.pruned_submodels import PrunedSubModels
 from fedlp.rng import Stream, generator
 from fedlp.types import Assignment, Keep, PrunableLayer, SubModel
 
@@ -70,6 +71,14 @@ class PlanOptions(Protocol):
     def regrow(self) -> float | None:
         """Fraction of the units that goes to the least recently updated ones."""
 
+    @property
+    def submodels(self) -> str:
+        """Sub-models of clients with a budget: slices, or pruned."""
+
+    @property
+    def refit_every(self) -> int | None:
+        """Rounds between fresh prunings."""
+
 
 @dataclass(frozen=True, eq=False)
 class PlanPolicy:
@@ -92,6 +101,21 @@ class PlanPolicy:
     def solver(self) -> PlanSolver:
         """Units of each layer by budget."""
         return PlanSolver(self.context, self.options.spread, self.options.width_multiple, self.costs)
+
+    @cached_property
+    def pruned(self) -> PrunedSubModels | None:
+        """Sub-models pruned by the server; None where sub-models are slices."""
+        if self.options.submodels != "pruned":
+            return None
+        return PrunedSubModels(self.context, self.solver, self.options.refit_every)
+
+    def prepare(self, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
+        """Return the memory with the pruned sub-models of every kind of client."""
+        return memory if self.pruned is None else self.pruned.prepare(memory, server_round, params)
+
+    def offset(self, client_id: int, memory: Memory) -> Offset:
+        """Return the difference of a client's received values from the slice of the global model."""
+        return Offset() if self.pruned is None else self.pruned.offset(client_id, memory)
 
     @property
     def measures_statistics(self) -> bool:
@@ -121,7 +145,13 @@ class PlanPolicy:
         AllocationError
             If the client's budget is out of reach; names the client and the limit.
         """
-        return self.solver.counts(self.sparsity(server_round), client_id, memory, params)
+        units = self._units(client_id, memory)
+        given = {axis: len(index) for axis, index in units.items()} if units else None
+        return self.solver.counts(self.sparsity(server_round), client_id, memory, params, given)
+
+    def _units(self, client_id: int, memory: Memory) -> Mapping[str, NDArray[np.int64]]:
+        """Return the units of a client's pruned sub-model; empty where it has none."""
+        return {} if self.pruned is None else self.pruned.units(client_id, memory)
 
     # ---- the units
     def assign(
@@ -156,10 +186,13 @@ class PlanPolicy:
     ) -> dict[str, NDArray[np.int64]]:
         """Return the units of each layer in the order in which the client is to have them."""
         whose = 0 if self.options.unit_selection == "server" else client_id  # the server draws alike for all clients
-        ranked = {}
+        ranked, units = {}, self._units(client_id, memory)
         for number, x in enumerate(self._layers):
             rng = generator(self.context.seed, Stream.UNITS, server_round, whose, number)
-            ranked[x.name] = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
+            order = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
+            if x.name in units:  # those that it holds come first
+                order = order[np.argsort(~np.isin(order, units[x.name]), kind="stable")]
+            ranked[x.name] = order
         return ranked
 
     def _uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
@@ -180,7 +213,8 @@ class PlanPolicy:
     @cached_property
     def _evidence(self) -> frozenset[str]:
         """Measurements that clients send in a round of fresh ones."""
-        options, limited = self.options, self._somebody_is_limited
+        options = self.options
+        limited = self._somebody_is_limited and self.pruned is None  # else the server has measured what limits ask for
         allocates = limited or options.spread == "allocator"
         needs = needs_of(self.context.allocator) if allocates else frozenset[str]()
         ranks = options.unit_selection != "random" and (
@@ -207,10 +241,12 @@ class PlanPolicy:
 
     @cached_property
     def _regrow(self) -> float:
-        """Return the option, or where it is None 0, if clients that hold all move what others lack; else 1."""
+        """Return the option, or where it is None 0, if clients that hold all move what slices lack; else 1."""
         given = self.options.regrow
         if given is not None:
             return given
+        if self.pruned is not None:
+            return 1.0
         return 0.0 if self._somebody_is_limited and self._somebody_is_whole else 1.0
 
     @cached_property

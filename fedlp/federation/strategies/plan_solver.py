@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlp.allocation.budget.constraints import round_client
 from fedlp.allocation.budget.costs import COSTS, CostModel
 from fedlp.allocation.budget.solve import Cost
-from fedlp.allocation.evidence import needs_of
+from fedlp.allocation.evidence import Evidence, needs_of
 from fedlp.allocation.rules.dp import allocate_by_curves
 from fedlp.allocation.rules.uniform import Uniform
 from fedlp.federation.strategies.plan_evidence import round_evidence
@@ -39,17 +39,36 @@ class PlanSolver:
         self._solved: dict[Any, Counts] = {}
         self._seen: tuple[Any, Any] = (None, None)  # memory and model that the solutions are of
 
+    def held(self, client_id: int, evidence: Evidence) -> Counts:
+        """Return the units of each axis that a client's budget holds, by the rule on evidence of the whole model."""
+        budget = self._context.budgets[client_id]
+        whole = {layer.name: layer.num_units for layer in self._layers}
+        if not _limits_what_is_held(budget):
+            return whole
+        return self._fit(replace(budget, upload_bytes=None), whole, client_id, "allocator", evidence)
+
     def counts(
-        self, sparsity: float, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None
+        self,
+        sparsity: float,
+        client_id: int,
+        memory: Memory,
+        params: Mapping[str, Tensor] | None,
+        given: Counts | None = None,
     ) -> tuple[Counts, Counts]:
-        """Return the units of each axis that a client gets, and those that it sends at a sparsity of uploads."""
+        """Return the units of each axis that a client gets, and those that it sends at a sparsity of uploads.
+
+        Parameters
+        ----------
+        given : mapping from axis name to int, optional
+            Units that the client gets; solved for where absent.
+        """
         if self._seen[0] is not memory or self._seen[1] is not params:
             self._solved.clear()
             self._seen = (memory, params)
         budget = self._context.budgets[client_id]
         whole = {layer.name: layer.num_units for layer in self._layers}
-        held: Counts = whole
-        if _limits_what_is_held(budget):
+        held: Counts = whole if given is None else given
+        if given is None and _limits_what_is_held(budget):
             held = self._solve(replace(budget, upload_bytes=None), whole, client_id)
         upload_bytes = None if budget is None else budget.upload_bytes
         if not sparsity and upload_bytes is None:
@@ -75,7 +94,9 @@ class PlanSolver:
             self._solved[key] = self._fit(budget, most, client_id, spread)
         return self._solved[key]
 
-    def _fit(self, budget: Budget, most: Counts, client_id: int, spread: str) -> Counts:
+    def _fit(
+        self, budget: Budget, most: Counts, client_id: int, spread: str, evidence: Evidence | None = None
+    ) -> Counts:
         layers, costs = self._layers, self._costs
         limits = costs.limits(budget, None)
         bounds = {x.name: (1.0 - most[x.name] / x.num_units, 1.0) for x in layers}
@@ -89,18 +110,21 @@ class PlanSolver:
             return most
         least = dict.fromkeys(costs.layers, 1)
         if load(least) <= 1.0:  # else the rounding says what is out of reach
-            found = self._by_work(load, most) if spread == "macs" else self._by_rule(load, most)
+            found = self._by_work(load, most) if spread == "macs" else self._by_rule(load, most, evidence)
             sparsity = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
         return round_client(
             layers, sparsity, costs, budget, client_id=client_id, bounds=bounds, multiple=self._multiple
         )
 
-    def _by_rule(self, load: Cost, most: Counts) -> Mapping[str, int]:
+    def _by_rule(self, load: Cost, most: Counts, given: Evidence | None) -> Mapping[str, int]:
         """Return the units that the allocation rule keeps; uniform until its evidence has come."""
         rule, (memory, params) = self._context.allocator, self._seen
         whole, none = load(most), load(dict.fromkeys(most, 0))
         sparsity = min(max((whole - 1.0) / (whole - none), 0.0), 1.0)
-        evidence = round_evidence(self._context.submodels, most, sparsity, memory, params)
+        if given is None:
+            evidence = round_evidence(self._context.submodels, most, sparsity, memory, params)
+        else:
+            evidence = given.at(sparsity)
         needs = needs_of(rule)
         if not all(evidence.has(need) for need in needs):
             return Uniform()(self._layers, evidence, load, 1.0)

@@ -12,14 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from fedlp.allocation.budget.costs import CostModel
-from fedlp.allocation.evidence import AllocationRule
+from fedlp.allocation.evidence import AllocationRule, Evidence
 from fedlp.federation.submodels import SubModels
-from fedlp.types import Assignment, Budget, ClientReport, SubModel
+from fedlp.types import Assignment, Budget, ClientReport, Keep, SubModel
 
 Memory = Mapping[str, Tensor]
 """Values that a policy carries from round to round: part of the server's state, so of every checkpoint."""
@@ -72,6 +72,33 @@ class ClientOptions:
     compensate: bool = False
 
 
+class Offset(NamedTuple):
+    """Constant difference of a client's received values from the global values at its units.
+
+    Attributes
+    ----------
+    kind : str
+        Clients of equal kind share sub-model and offset; empty where there is no offset.
+    values : mapping from tensor name to Tensor
+        In the shapes of the sub-model.
+    """
+
+    kind: str = ""
+    values: Mapping[str, Tensor] = {}
+
+
+class ServerPruner(Protocol):
+    """Pruning on the server, with calibration examples of its own."""
+
+    def evidence(self, params: Mapping[str, Tensor]) -> Evidence:
+        """Return what allocation rules may ask about the global model."""
+
+    def prune(
+        self, params: Mapping[str, Tensor], kept: Mapping[str, int]
+    ) -> tuple[Mapping[str, Keep], Mapping[str, Tensor]]:
+        """Return the units that stay of each layer, and what refitted values differ by from the global ones."""
+
+
 @dataclass(frozen=True)
 class PolicyContext:
     """Setting that a policy is made for.
@@ -91,6 +118,10 @@ class PolicyContext:
         Whose running statistics enter the global model.
     scores_units : bool
         Whether the pruner's score looks at the client's data or weights; else it is random.
+    sends_deltas : bool
+        Whether updates are differences from the received values.
+    pruner : ServerPruner or None
+        Pruning on the server, where it holds calibration examples.
     """
 
     seed: int
@@ -103,6 +134,8 @@ class PolicyContext:
     allocator: AllocationRule
     batch_norm: str = "average"
     scores_units: bool = True
+    sends_deltas: bool = False
+    pruner: ServerPruner | None = None
 
     @property
     def is_limited(self) -> bool:
@@ -177,6 +210,20 @@ def settled(policy: Policy) -> Policy:
     """Return the policy that assigns each client its best sub-model, without exploration; the policy itself mostly."""
     method = getattr(policy, "settled", None)
     found: Policy = policy if method is None else method()
+    return found
+
+
+def prepared(policy: Policy, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
+    """Return the memory that a round begins with; unchanged for a policy without ``prepare``."""
+    method = getattr(policy, "prepare", None)
+    found: Memory = memory if method is None else method(memory, server_round, params)
+    return found
+
+
+def offset_of(policy: Policy, client_id: int, memory: Memory) -> Offset:
+    """Return the offset of a client's received values; none for a policy without ``offset``."""
+    method = getattr(policy, "offset", None)
+    found: Offset = Offset() if method is None else method(client_id, memory)
     return found
 
 

@@ -87,8 +87,16 @@ _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields
 
 
 # ---- instructions
-def encode_instruction(instruction: Assignment, params: ArrayRecord, submodels: SubModels) -> RecordDict:
-    """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share."""
+def encode_instruction(
+    instruction: Assignment, params: ArrayRecord, submodels: SubModels, held: bytes = b""
+) -> RecordDict:
+    """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share.
+
+    Parameters
+    ----------
+    held : bytes
+        Digest of the frozen tensors, where ``params`` does not hold them because the client does.
+    """
     record = ConfigRecord(
         {
             "server-round": instruction.server_round,
@@ -103,6 +111,8 @@ def encode_instruction(instruction: Assignment, params: ArrayRecord, submodels: 
         record["returned"] = encode_widths(instruction.returned, tuple(submodels.widths.axes))
     for name in sorted(instruction.evidence):
         record[_EVIDENCE[name]] = True
+    if held:
+        record["held"] = held
     return RecordDict({PARAMS: params, INSTRUCTION: record})
 
 
@@ -140,10 +150,13 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
             returned = decode_widths(read_bytes(record, "returned"), submodels.widths.axes)
         submodel = _read_submodel(record, submodels)
         layout = submodels.layout(submodel)
+        held = read_bytes(record, "held") if "held" in record else b""
+        names = layout.name_set - submodels.spec.frozen if held else None
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
             client_id=client_id,
-            params=read_tensors(content, PARAMS, layout.signature()),
+            params=read_tensors(content, PARAMS, layout.signature(names)),
+            held=held,
             submodel=submodel,
             uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
             kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},

@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.adapters import PARTS
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing.slicing import WHOLE, Dim, WidthSpec
 
@@ -150,10 +151,22 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
             "n": Dim(mlp, 1),
         }
         dims |= _named_dims(f"{path}.", family.inside, letters)
+    dims |= _adapter_dims(names, dims)
     unknown = next((name for name in names if name not in dims), None)
     if unknown is not None:
         raise ConfigError(f"width slicing has no rule for {unknown} of this {config.model_type} model")
     return WidthSpec(axes, {name: dims[name] for name in names})
+
+
+def _adapter_dims(names: Iterable[str], dims: Mapping[str, tuple[Dim, ...]]) -> dict[str, tuple[Dim, ...]]:
+    """Return the dimensions of adapters, (rank, in) and (out, rank): those of the weights that they belong to."""
+    found: dict[str, tuple[Dim, ...]] = {}
+    for name in names:
+        path, _, part = name.rpartition(".")
+        if part in PARTS and f"{path}.weight" in dims:
+            rows, columns = dims[f"{path}.weight"]
+            found[name] = (WHOLE, columns) if part == PARTS[0] else (rows, WHOLE)
+    return found
 
 
 def match_decoder(model: nn.Module) -> None:
