@@ -143,7 +143,7 @@ def name_of(kind: str, target: Callable[..., Any]) -> str:
     for (of, name), known in _PARTS.items():
         if of == kind and known is target:
             return name
-    own = getattr(target, "__name__", type(target).__name__)
+    own = re.sub(r"\W", "_", getattr(target, "__name__", type(target).__name__))  # "<lambda>" is no name
     taken = {name for of, name in _PARTS if of == kind}
     name = next(name for name in (own, *(f"{own}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
     _PARTS[kind, name] = target

@@ -217,14 +217,33 @@ def _overrides(chosen: Mapping[str, Any]) -> Iterable[str]:
     groups = part_groups(RunConfig)
     nested = {f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)}
     for group, value in chosen.items():
-        if group not in nested or value is None:
+        if group == "callbacks":
+            yield f"callbacks={spell([_callback(one) for one in value])}"
+        elif group not in nested or value is None:
             yield f"{group}={spell(value)}"
-            continue
-        name, options = _choice(groups[group].kind if group in groups else None, group, value)
-        if name is not None:
-            yield f"{group}={name}"
-        for option, setting in options.items():
-            yield f"{group}.{option}={spell(setting)}"
+        else:
+            yield from _group_overrides(group, groups[group].kind if group in groups else None, value)
+
+
+def _group_overrides(group: str, kind: str | None, value: Any) -> Iterable[str]:
+    """Yield the choice of a group and its options."""
+    name, options = _choice(kind, group, value)
+    if name is not None:
+        yield f"{group}={name}"
+    for option, setting in options.items():
+        yield f"{group}.{option}={spell(setting)}"
+
+
+def _callback(value: Any) -> Any:
+    """Return a callback as the config names it: a name, or a mapping of name and options."""
+    if isinstance(value, str | Mapping):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        own = registry.options("callback", type(value))
+        return {"name": registry.name_of("callback", type(value)), **{name: getattr(value, name) for name in own}}
+    if not callable(value):
+        raise ConfigError(f"a callback is a {type(value).__name__}; give a function, an object or a name")
+    return registry.name_of("callback", value)
 
 
 def _choice(kind: str | None, group: str, value: Any) -> tuple[str | None, Mapping[str, Any]]:

@@ -44,7 +44,8 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> No
 
     def guarded(composed: DictConfig) -> float | None:
         found: list[float | None] = []  # errors are told here, so that the rest of a sweep still runs
-        codes.append(guard(lambda: found.append(job(composed)), _job_name(), schema))
+        codes.append(0)  # before the job: a defect of ours in it keeps its traceback
+        codes[-1] = guard(lambda: found.append(job(composed)), _job_name(), schema)
         if codes[-1] and os.getpid() != main_process:  # a launcher's own process, whose list of codes is a copy
             raise JobFailed("a job of the sweep failed, as a line above says")
         return found[0] if found else None  # sweepers take None as a failed trial

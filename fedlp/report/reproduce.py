@@ -39,10 +39,19 @@ def spell(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(spell(item) for item in value)}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{spell(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_spell_within(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     if _BARE.fullmatch(value) and value.lower() not in _NOT_TEXT:
         return value
+    return _quote(value)
+
+
+def _spell_within(value: Any) -> str:
+    """Return a value of a mapping, in which colons separate."""
+    return _quote(value) if isinstance(value, str) and ":" in value else spell(value)
+
+
+def _quote(value: str) -> str:
     # A backslash means itself unless a quote follows it, the closing one included.
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", value + "'")[:-2] + "'"

@@ -11,6 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fedlp
+from fedlp.errors import ConfigError
+from fedlp.federation.server.callbacks import EarlyStopping
+from fedlp.federation.server.checkpoint import ServerState
+from fedlp.types import RoundRecord
 from tests.integration.running import TINY, Call, Finished, assert_refused, read
 
 Once = Callable[..., Finished]
@@ -110,6 +115,31 @@ def test_the_best_model_of_a_resumed_run(call: Call, once: Once, tmp_path: Path)
     values = [line["metrics"]["train_loss"] for line in read(tmp_path / "run").rounds]
     assert before.manifest["best"]["value"] == min(values[:2])
     assert read(tmp_path / "run").manifest["best"]["value"] == min(values)
+
+
+def test_callbacks_as_objects(tmp_path: Path) -> None:
+    x, y = torch.randn(120, 4), torch.randint(2, (120,))
+    rounds: list[int] = []
+
+    def note(record: RoundRecord, state: ServerState) -> None:
+        rounds.append(record.server_round)
+
+    result = fedlp.simulate(
+        torch.nn.Sequential(torch.nn.Linear(4, 2)),
+        (x, y),
+        clients=3,
+        rounds=5,
+        strategy="fedavg",
+        callbacks=[note, lambda record, state: record.server_round == 3, EarlyStopping(patience=4)],
+        keep_best="accuracy",
+        out=tmp_path / "run",
+    )
+    assert rounds == [1, 2, 3]
+    assert result.manifest["stopped_by"] == "_lambda_"
+    assert result.manifest["config"]["callbacks"][2]["patience"] == 4
+    assert result.manifest["best"]["value"] == max(line["metrics"]["accuracy"] for line in result.rounds)
+    with pytest.raises(ConfigError, match="a callback is a int; give a function, an object or a name"):
+        fedlp.simulate(torch.nn.Linear(4, 2), (x, y), clients=3, callbacks=[3])
 
 
 def test_a_best_of_nothing_is_refused(call: Call) -> None:

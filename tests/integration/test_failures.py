@@ -15,10 +15,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedlp.apps import federate as assembly
-from fedlp.errors import FedLPError
+from fedlp.errors import FedLPError, TrainingError
 from fedlp.federation.wire import messages
 from fedlp.training.loop import train_locally
-from tests.integration.running import TINY, App, Finished, run
+from tests.integration.running import TINY, App, Finished, read, run
 from tests.reference import federated_loop
 
 BAD = {2, 5}  # clients that misbehave in every round
@@ -211,13 +211,17 @@ def test_too_few_good_updates_leave_the_model_as_it_was(optimizer: str, tmp_path
     done = run(tmp_path / "two", *chosen, app=app_with(in_round_1))
     assert [set(line["coverage"].values()) for line in done.rounds] == [{0.0}, {1.0}]
     assert [len(line["failures"]) for line in done.rounds] == [2, 0]
-    only = run(tmp_path / "one", *chosen, "num_rounds=1", app=app_with(in_round_1))
+    with pytest.raises(TrainingError, match="no round of 1 had a good update"):
+        run(tmp_path / "one", *chosen, "num_rounds=1", app=app_with(in_round_1))
+    only = read(tmp_path / "one")
     initial = assembly.make_plan((only.path / "config.yaml").read_text()).initial_params()
     assert all(torch.equal(tensor, initial[name]) for name, tensor in only.tensors.items())
 
 
 def test_a_run_in_which_all_clients_fail_ends_with_its_first_model(tmp_path: Path) -> None:
-    done = run(tmp_path, *HOMO, app=app_with(raises, set(range(6))))
+    with pytest.raises(TrainingError, match="no round of 2 had a good update; 12 updates failed, most of them raised"):
+        run(tmp_path, *HOMO, app=app_with(raises, set(range(6))))
+    done = read(tmp_path)
     assert len(done.failures) == 12
     assert all("accuracy" in line["metrics"] and "train_loss" not in line["metrics"] for line in done.rounds)
     initial = assembly.make_plan((done.path / "config.yaml").read_text()).initial_params()
@@ -231,7 +235,10 @@ def test_a_failure_does_not_touch_other_methods(tmp_path: Path) -> None:
 
 
 def test_a_round_may_do_without_any_good_update(tmp_path: Path) -> None:
-    done = run(tmp_path, *HOMO, "min_clients=0", "num_rounds=1", app=app_with(raises, set(range(6))))
+    def in_round_1(request: Message, reply: RecordDict) -> RecordDict:
+        return raises(request, reply) if request.content.config_records["instruction"]["server-round"] == 1 else reply
+
+    done = run(tmp_path, *HOMO, "min_clients=0", app=app_with(in_round_1, set(range(6))))
     assert len(done.failures) == 6
     assert set(done.rounds[0]["coverage"].values()) == {0.0}
 
