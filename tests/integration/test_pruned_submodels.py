@@ -35,7 +35,13 @@ Once = Callable[..., Finished]
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.6,0.3]", "fleet.limited=[params]")
 MLP = ("model=fedlp_mlp", "model.variant=deep")
 METHOD = (
-    *(*TINY[len(MLP) :], "strategy=fedlp_plan", "strategy.submodels=pruned", "pruner=slimgpt", "calibration.examples=64"),
+    *(
+        *TINY[len(MLP) :],
+        "strategy=fedlp_plan",
+        "strategy.submodels=pruned",
+        "pruner=slimgpt",
+        "calibration.examples=64",
+    ),
     *("strategy.sparsity=0", "upload=float32", "upload.entropy_coding=false", *TIERS),
 )
 PRUNED = (*METHOD, *MLP)
