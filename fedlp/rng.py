@@ -36,6 +36,9 @@ class Stream(IntEnum):
     CLIENT_TEST = 20
     EVALUATION = 21
     PERSONAL_STEPS = 22
+    AVAILABILITY = 23
+    DROPOUT = 24
+    ARRIVAL = 25
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -382,6 +382,8 @@ class RoundRecord:
         evaluate; see :mod:`fedlp.federation.server.client_evaluation`.
     evaluations : tuple of ClientEvaluation
         By client; the file leaves it out where empty.
+    absent : mapping from reason to client ids
+        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; left out where empty.
     """
 
     server_round: int
@@ -397,3 +399,4 @@ class RoundRecord:
     metrics: Mapping[str, float]
     wall_time_s: float
     evaluations: tuple[ClientEvaluation, ...] = ()
+    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

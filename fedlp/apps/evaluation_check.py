@@ -19,6 +19,9 @@ def check_evaluation(config: RunConfig) -> None:
         )
     if name != "central" and config.strategy.name == "oneshot":
         raise ConfigError("strategy=oneshot evaluates on the server's test set alone: choose evaluation=central")
+    fleet = config.fleet
+    if config.strategy.name == "oneshot" and (fleet.availability is not None or fleet.dropout or fleet.extra_clients):
+        raise ConfigError("strategy=oneshot asks one cohort: drop fleet.availability, fleet.dropout and extra_clients")
     if config.dataset.on_devices and config.dataset.server is None:
         _check_without_test_set(config)
 

@@ -37,6 +37,7 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
+from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
 from fedlp.federation.server.run_directory import RunDirectory
@@ -400,6 +401,9 @@ def _serve_rounds(
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
         evaluates_tiers=config.evaluation.tiers,
+        availability=make_availability(config.fleet.availability, config.seed),
+        dropout=config.fleet.dropout,
+        extra_clients=config.fleet.extra_clients,
     )
     strategy = FedLPStrategy(
         plan.submodels,

@@ -232,7 +232,10 @@ def with_absolute_paths(config: _Config) -> _Config:
     dataset = replace(dataset, options=dataset.options | found, server=server)
     if isinstance(path := model.options.get("path"), str):
         model = replace(model, options={**model.options, "path": _absolute(path)})
-    return replace(config, dataset=dataset, model=model)
+    found_config = replace(config, dataset=dataset, model=model)
+    if isinstance(found_config, RunConfig) and isinstance(trace := found_config.fleet.availability, str):
+        found_config.fleet = replace(found_config.fleet, availability=_absolute(trace))
+    return found_config
 
 
 def _absolute(name: str) -> str:

@@ -227,6 +227,10 @@ class FleetConfig:
     memory_share: float = 0.5  # devices: of their memory that training may use, in (0, 1]
     seconds_per_example: float = 0.05  # devices: time that one example may take in training
     upload_s: float = 60.0  # devices: time that one upload may take
+    availability: Any = None  # probability that a client is there in a round, in (0, 1], or a CSV file of client, from,
+    # to (rounds); all clients, always, where null
+    dropout: float = 0.0  # probability that a client drops out after it got its sub-model, in [0, 1)
+    extra_clients: int = 0  # clients asked beyond clients_per_round, of which the first answers are taken
     only_whole: bool = False  # only clients whose budget holds the whole model take part in rounds
 
 

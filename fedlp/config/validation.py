@@ -41,6 +41,9 @@ def validate(config: RunConfig) -> None:
         _require(named, "callbacks", config.callbacks, "a list of names, or of mappings with name and options")
     _validate_local(config.local)
     _validate_fleet(config.fleet)
+    most = config.num_clients - config.clients_per_round
+    extra = config.fleet.extra_clients
+    _require(extra <= most, "fleet.extra_clients", extra, f"at most num_clients - clients_per_round = {most}")
     _validate_pruning(config.pruner, config.calibration)
     _validate_privacy(config.privacy)
     _choice("adapter.name", config.adapter.name, ("none", "lora"))
@@ -135,6 +138,11 @@ def _validate_fleet(fleet: FleetConfig) -> None:
         value = getattr(fleet, name)
         _require(0 < value < math.inf, f"fleet.{name}", value, "a finite number above 0")
     _require(fleet.memory_share <= 1, "fleet.memory_share", fleet.memory_share, "in (0, 1]")
+    there = fleet.availability
+    fits = there is None or isinstance(there, str) or (_is_number(there) and 0 < there <= 1)
+    _require(fits, "fleet.availability", there, "a probability in (0, 1], a CSV file, or null")
+    _require(0 <= fleet.dropout < 1, "fleet.dropout", fleet.dropout, "in [0, 1)")
+    _require(fleet.extra_clients >= 0, "fleet.extra_clients", fleet.extra_clients, "at least 0")
     for name, device in fleet.devices.items():
         for figure, value in vars(device).items():
             fits = 0 < value < math.inf or (figure == "share" and value == 0)

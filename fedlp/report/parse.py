@@ -49,6 +49,7 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
         evaluations=tuple(
             _evaluation(mapping(item, where), where) for item in _optional_list(entry, "evaluations", where)
         ),
+        absent=_absent(mapping(entry.get("absent", {}), where), where),
     )
 
 
@@ -63,6 +64,13 @@ def _cost(item: Mapping[str, Any], where: str) -> ClientCost:
     if loss is not None:
         loss = numbers({"train_loss": loss}, where)["train_loss"]
     return ClientCost(**counts, macs=_amount(item, "macs", where), train_loss=loss)
+
+
+def _absent(item: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    for reason, ids in item.items():
+        if not isinstance(ids, list) or not all(is_count(client_id) for client_id in ids):
+            raise DataError(f"{where}: absent clients ({reason}) are not a list of client ids; the file is damaged")
+    return {reason: tuple(ids) for reason, ids in item.items()}
 
 
 def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:

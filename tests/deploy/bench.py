@@ -77,6 +77,14 @@ class Bench:
         (status,) = (found["status"] for found in listed if f"SuperNode ID: {found['node-id']}" in node.log.read_text())
         return bool(status == "online")
 
+    def server_log(self) -> str:
+        """Return what the ServerApp of the newest run has printed, as ``flwr log`` shows it."""
+        program = find_flwr()
+        assert program is not None
+        env = flower_env(program, self.folder / "flower" / "cli")
+        runs = json.loads(call_flwr([program, "ls", SUPERLINK, "--format", "json"], env))["runs"]
+        return call_flwr([program, "log", str(runs[0]["run-id"]), SUPERLINK, "--show"], env)
+
     def run(self, out: Path, *overrides: str, on_line: Callable[[dict[str, Any]], None] = ignore) -> Finished:
         """Run a small config to its end; ``on_line`` is told of every round as it ends."""
         app = self.folder / "app"

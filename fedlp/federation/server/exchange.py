@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from flwr.app import Error, Message
@@ -19,8 +19,9 @@ from fedlp.federation.server.reply_polling import Puller
 
 log = logging.getLogger("fedlp")
 
-ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
+ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed", 1000: "surplus"}
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
+SURPLUS = 1000  # our own: enough others have answered
 _POLL_S = 0.2
 _ATTEMPTS = 3
 
@@ -88,6 +89,68 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
             if id(message) not in arrived:
                 time.sleep(_POLL_S)
         yield arrived.pop(id(message)) if id(message) in arrived else no_reply(message, timeout)
+
+
+def exchange_first(
+    grid: Grid, messages: Iterable[Message], timeout: float, enough: int, order: Callable[[int], Iterable[int]]
+) -> Iterator[Message]:
+    """Yield one reply per message, in the order of ``messages``; those beyond the first good ones are error replies.
+
+    On a network the first are those that answer first. On a :class:`StreamingGrid`, whose workers tell nothing of
+    devices, they are the first in a given order, and only as many work as are needed.
+
+    Parameters
+    ----------
+    enough : int
+        Good replies that are waited for.
+    order : callable
+        Returns the order in which a number of messages would be answered.
+    """
+    sent = list(messages)
+    streams = isinstance(grid, StreamingGrid)
+    find = _first_in_order if streams else _first_to_answer
+    replies = find(grid, sent, timeout, enough, list(order(len(sent))))  # type: ignore[arg-type]
+    good = sum(not reply.has_error() for reply in replies.values())
+    for number, message in enumerate(sent):
+        if number in replies:
+            yield replies[number]
+        elif good >= enough:
+            yield Message(Error(SURPLUS, f"{enough} others were first"), reply_to=message)
+        else:
+            yield no_reply(message, timeout)
+
+
+def _first_in_order(
+    grid: StreamingGrid, sent: Sequence[Message], timeout: float, enough: int, order: list[int]
+) -> dict[int, Message]:
+    """Return the first good replies by number of the message, and the errors before them."""
+    replies: dict[int, Message] = {}
+    good = 0
+    while order and good < enough:
+        batch, order = sorted(order[: enough - good]), order[enough - good :]
+        for number, reply in zip(batch, grid.stream((sent[number] for number in batch), timeout), strict=True):
+            replies[number] = reply
+            good += not reply.has_error()
+    return replies
+
+
+def _first_to_answer(
+    grid: Grid, sent: Sequence[Message], timeout: float, enough: int, _: list[int]
+) -> dict[int, Message]:
+    """Return the first good replies by number of the message, and the errors that came before them."""
+    postbox, numbers = Postbox(grid), {id(message): number for number, message in enumerate(sent)}
+    deadline = time.monotonic() + timeout
+    postbox.send(list(sent), timeout)
+    replies: dict[int, Message] = {}
+    good = 0
+    while True:
+        for message, reply in postbox.collect():
+            if reply.has_error() or good < enough:
+                replies[numbers[id(message)]] = reply
+                good += not reply.has_error()
+        if good >= enough or len(replies) == len(sent) or time.monotonic() >= deadline:
+            return replies
+        time.sleep(_POLL_S)
 
 
 def exchange_again(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:

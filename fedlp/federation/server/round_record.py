@@ -33,6 +33,7 @@ class RoundUnderWay:
     metrics: dict[str, float] = field(default_factory=dict)
     tested: dict[str, float] = field(default_factory=dict)
     evaluations: list[ClientEvaluation] = field(default_factory=list)
+    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -51,6 +52,7 @@ class RoundUnderWay:
             metrics={**self.tested, **self.metrics},  # the task's first metric stands first
             wall_time_s=wall_time_s,
             evaluations=tuple(self.evaluations),
+            absent=self.absent,
         )
 
 

@@ -11,101 +11,41 @@ Longer than other files: Flower's strategy is one class, and every step here is 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedlp.errors import AllocationError, ConfigError, EvaluationError, FedLPError, ProtocolError
-from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageRule
-from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer, apply_server_optimizer
-from fedlp.federation.costs import Costs
+from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
+from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.federation.sampling import sample_cohort
-from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
+from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
-from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_again, reason_of
+from fedlp.federation.server.evaluating import Evaluate, EvaluatingStrategy, Observer
+from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_first, reason_of
 from fedlp.federation.server.frozen_tensors import holds, note_holders
-from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
-from fedlp.federation.server.state_check import RoundGuard, find_fault
-from fedlp.federation.strategies.policy import Answer, Policy, offset_of, prepared
-from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.federation.server.round_settings import RoundSettings
+from fedlp.federation.server.state_check import RoundGuard
+from fedlp.federation.strategies.policy import Answer, offset_of, prepared
+from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
-from fedlp.federation.wire.encodings import Encoding
-from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.rng import Stream, generator
-from fedlp.tasks import Sums, add_sums
-from fedlp.training.evaluation import metrics_from_sums
-from fedlp.types import Assignment, Budget, ClientCost, ClientFailure, ClientUpdate, RoundRecord, SubModel
+from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
+
+__all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
 
 log = logging.getLogger("fedlp")
 
-Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
-"""Sums of a sub-model's metrics over test examples [start, stop)."""
 
-Observer = Callable[[RoundRecord, ServerState], object]
-"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
-
-EVAL_BATCHES = 4  # batches per evaluation message
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSettings:
-    """Settings of the rounds of one run.
-
-    Attributes
-    ----------
-    num_clients, clients_per_round : int
-        Clients of the federation, and those sampled in a round, >= 1.
-    seed : int
-        Seed of every draw, >= 0.
-    min_clients : int
-        Good updates without which a round leaves the model unchanged, >= 0.
-    eval_every : int
-        Rounds between evaluations, >= 1; the last round always is evaluated.
-    eval_batch_size : int
-        Test examples per batch, >= 1.
-    local_epochs : int
-        Passes of a client over its examples, for the count of its MACs.
-    weighting : "examples", "equal" or "held"
-        Weight of an update in the aggregate.
-    measures_statistics : bool
-        Whether batch norm statistics are measured on clients before each evaluation.
-    sends_deltas : bool
-        Whether updates are differences from the values sent down; integers never are.
-    entropy_coding : bool
-        Whether single bytes of uploads are Huffman codes.
-    timeout_s : float
-        Seconds that a round waits for its clients.
-    evaluates_tiers : bool
-        Whether the sub-model of each tier is evaluated after the last round.
-    """
-
-    num_clients: int
-    clients_per_round: int
-    seed: int = 0
-    min_clients: int = 1
-    eval_every: int = 1
-    eval_batch_size: int = 500
-    local_epochs: int = 1
-    weighting: str = "examples"
-    measures_statistics: bool = False
-    sends_deltas: bool = False
-    entropy_coding: bool = False
-    timeout_s: float = 3600.0
-    evaluates_tiers: bool = False
-
-
-class FedLPStrategy(Strategy):
+class FedLPStrategy(EvaluatingStrategy):
     """Flower strategy of all methods here: FedAvg, FedLP, HeteroFL, FjORD, FedRolex, FedLP-Plan. The policy differs.
 
     Parameters
@@ -133,37 +73,6 @@ class FedLPStrategy(Strategy):
     state : ServerState, optional
         State to go on from; ``start`` begins after its round.
     """
-
-    def __init__(
-        self,
-        submodels: SubModels,
-        policy: Policy,
-        settings: RoundSettings,
-        *,
-        encoding: Encoding | None = None,
-        aggregator: Aggregator | None = None,
-        server_optimizer: ServerOptimizer | None = None,
-        evaluate: Evaluate | None = None,
-        num_test: int = 0,
-        client_evaluation: ClientEvaluationSettings | None = None,
-        tiers: Mapping[int, str] | None = None,
-        fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
-        takes_part: Callable[[int], bool] = lambda client_id: True,
-        observers: Iterable[Observer] = (),
-        state: ServerState | None = None,
-    ) -> None:
-        self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
-        self._costs = Costs(submodels)
-        self._encoding: Encoding = encoding or Float32()
-        self._aggregator: Aggregator = aggregator or CoverageAverageRule()
-        self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
-        self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
-        self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
-        self._tiers = tiers or {}
-        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
-        self._roster = Roster(settings.num_clients, settings.min_clients)
-        self._round = RoundUnderWay(0, ())
-        self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
 
     # ---- the run
     def summary(self) -> None:
@@ -211,7 +120,7 @@ class FedLPStrategy(Strategy):
             self._welcome(server_round, grid, timeout)
             self._prepare(server_round)
             requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-            arrays, metrics = self.aggregate_train(server_round, exchange(grid, requests, timeout))
+            arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
@@ -225,32 +134,6 @@ class FedLPStrategy(Strategy):
         result.arrays = arrays
         return result
 
-    def _evaluate_round(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        grid: Grid,
-        timeout: float,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    ) -> ArrayRecord:
-        """Measure the model after a round; return its arrays, with batch norm statistics where these are measured."""
-        self._evaluated = SubModel()
-        if self._measures_statistics:
-            arrays = self._measure_statistics(server_round, arrays, grid, timeout)
-        if self._num_test:
-            asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-            self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
-        if self._clients is not None:
-            self._note(MetricRecord(dict(self._evaluate_on_clients(server_round, arrays, grid, timeout))))
-        if evaluate_fn is not None:
-            self._note(evaluate_fn(server_round, arrays) or MetricRecord())
-        return arrays
-
-    def _note(self, metrics: MetricRecord) -> None:
-        found = _numbers(metrics)
-        self._round.tested |= found
-        self._round.metrics.update(found)
-
     def _meet_budgets(self) -> None:
         """Let the policy meet the budgets that devices brought."""
         if (brought := self._roster.budgets) and self._fit is not None:
@@ -262,16 +145,6 @@ class FedLPStrategy(Strategy):
         memory = prepared(self.policy, self.state.memory, server_round, self.state.params)
         if memory is not self.state.memory:
             self.state = replace(self.state, memory=memory)
-
-    def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
-        """Return the values that a client receives: its slice of the global model, and its offset."""
-        assert self.state is not None
-        values = layout.slice(self.state.params)
-        if layout.is_whole:
-            return values
-        for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
-            values[name] = values[name] + offset
-        return values
 
     def _frozen_digest(self, layout: SubModelLayout, client_id: int) -> bytes:
         """Return the digest of the frozen tensors that a client's sub-model has; empty where it has none."""
@@ -335,9 +208,12 @@ class FedLPStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions in the order of client ids, made only when they are needed."""
-        candidates = [client_id for client_id in self._roster.client_ids if self._takes_part(client_id)]
-        cohort = sample_cohort(self.settings.seed, server_round, candidates, self.settings.clients_per_round)
-        self._round = RoundUnderWay(server_round, cohort)
+        settings, present = self.settings, self._present(server_round)
+        wanted = settings.clients_per_round + settings.extra_clients
+        candidates = [client_id for client_id in present if self._takes_part(client_id)]
+        cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
+        self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
+        dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
@@ -363,9 +239,40 @@ class FedLPStrategy(Strategy):
                 self._round.frozen[client_id] = digest
             instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
             content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
+            if client_id in dropped:
+                self._drop(instruction, messages.count_bytes(content))
+                continue
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.settings.timeout_s
             yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
+
+    def _absent(self, present: Iterable[int]) -> dict[str, tuple[int, ...]]:
+        """Return the clients that could not be sampled, by reason."""
+        found = {
+            "unavailable": tuple(sorted({*self._roster.client_ids} - {*present})),
+            "no_data": tuple(self._roster.idle_ids),
+        }
+        return {reason: client_ids for reason, client_ids in found.items() if client_ids}
+
+    def _drop(self, instruction: Assignment, bytes_down: int) -> None:
+        """Count a client that got its sub-model and was not heard of again."""
+        client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
+        self._round.costs.append(ClientCost(client_id, 0, bytes_down, 0, layout.num_params(), 0, 0.0))
+        self._fail(client_id, "dropped_out", FedLPError("it dropped out, as fleet.dropout has it"))
+
+    def _exchange(
+        self, server_round: int, grid: Grid, requests: Iterable[Message], timeout: float
+    ) -> Iterator[Message]:
+        """Yield the replies to instructions, in their order; with extra clients the first ones, then errors."""
+        settings = self.settings
+        if not settings.extra_clients:
+            return exchange(grid, requests, timeout)
+
+        def order(count: int) -> list[int]:
+            found: list[int] = generator(settings.seed, Stream.ARRIVAL, server_round).permutation(count).tolist()
+            return found
+
+        return exchange_first(grid, requests, timeout, settings.clients_per_round, order)
 
     # ---- up
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -473,187 +380,10 @@ class FedLPStrategy(Strategy):
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
 
-    def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
-        """Count and name a client whose part in the round is lost."""
-        self._round.failures.append(ClientFailure(client_id, reason, str(error)))
-        log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
-
     # ---- static batch norms
-    def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
-        """Ask clients for the batch norm statistics of the sub-model that is evaluated; their costs are the round's.
-
-        That is the whole model where some client holds it, else the largest sub-model of this round.
-        """
-        self._evaluated, asked = self._largest_submodel(server_round)
-        self._like = asked[0] if asked else 0
-        return self._measure(server_round, self._evaluated, asked, arrays, grid, timeout)
-
-    def _measure(
-        self,
-        server_round: int,
-        submodel: SubModel,
-        asked: Iterable[int],
-        arrays: ArrayRecord,
-        grid: Grid,
-        timeout: float,
-    ) -> ArrayRecord:
-        """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
-        assert self.state is not None
-        layout, asked = self.submodels.layout(submodel), list(asked)
-        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
-        content = messages.encode_submodel(record, submodel, self.submodels)
-        requests = [
-            Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
-            for client_id in asked
-        ]
-        parts: list[Statistics] = []
-        for client_id, reply in zip(asked, exchange(grid, requests, timeout), strict=True):
-            count = 0
-            try:
-                if reply.has_error():
-                    raise FedLPError(reason_of(reply))
-                profile = self._roster.profile(client_id)
-                parts.append(messages.decode_statistics(reply.content, profile, submodel, self.submodels))
-                count = parts[-1][1]
-            except FedLPError as error:
-                self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
-            up = messages.count_bytes(reply.content) if reply.has_content() else 0
-            macs = self._costs.macs(submodel).training / _TRAINING_PASSES * count
-            self._round.costs.append(
-                ClientCost(client_id, 0, messages.count_bytes(content), up, layout.num_params(), 0, macs)
-            )
-        if parts:
-            measured = replace(self.state, params=merge_statistics(self.state.params, pool_statistics(parts), layout))
-            if fault := find_fault(measured):
-                log.warning("round %d: batch norms keep their statistics: %s", server_round, fault.text)
-            else:
-                self.state = measured
-                arrays = self._encode_model(self.state)
-        return arrays
-
-    def _largest_submodel(self, server_round: int) -> tuple[SubModel, list[int]]:
-        """Return the largest sub-model of a round, and some clients that hold it, in an order drawn for the round."""
-        assert self.state is not None
-        rng = generator(self.settings.seed, Stream.STATISTICS, server_round)
-        holders: dict[SubModelLayout, list[int]] = {}
-        submodels: dict[SubModelLayout, SubModel] = {}
-        for client_id in rng.permutation(self._roster.client_ids).tolist():
-            with suppress(AllocationError):
-                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
-                layout = self.submodels.layout(submodel)
-                if layout.is_whole and len(holders.get(layout, ())) == _STATISTICS_CLIENTS - 1:
-                    return SubModel(), [*holders[layout], client_id]
-                submodels.setdefault(layout, replace(submodel, nested_levels=()))
-                holders.setdefault(layout, []).append(client_id)
-        if not holders:
-            return SubModel(), []
-        largest = max(holders, key=lambda layout: layout.num_params())
-        return submodels[largest], holders[largest][:_STATISTICS_CLIENTS]
-
     # ---- evaluation on clients, and of tiers
-    def _evaluate_on_clients(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
-    ) -> Mapping[str, float]:
-        """Return the distribution over clients of the metrics of their sub-models on their own test examples.
-
-        Where batch norms are static, a client whose sub-model is not the one that was measured measures its own.
-        """
-        assert self.state is not None
-        assert self._clients is not None
-        chosen = self._clients.choose(server_round, self._roster.client_ids)
-        measured = self.submodels.layout(self._evaluated)
-        asked = [
-            Asked(
-                client_id,
-                self._roster.node(client_id),
-                submodel,
-                self._tier(client_id, submodel),
-                self._measures_statistics and self.submodels.layout(submodel) is not measured,
-            )
-            for client_id, submodel in self._held(server_round, chosen)
-        ]
-        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
-
-    def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
-        """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
-        assert self.state is not None
-        for client_id in client_ids:
-            with suppress(AllocationError):
-                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
-                yield client_id, replace(submodel, nested_levels=())
-
-    def _tier(self, client_id: int, submodel: SubModel) -> str:
-        """Return the tier that a client counts in."""
-        held = self.submodels.layout(submodel).num_params() / self.submodels.spec.num_params
-        return self._tiers.get(client_id) or f"{held:.3g}"
-
-    def _evaluate_tiers(self, server_round: int, grid: Grid, timeout: float) -> None:
-        """Note the metrics of each tier's sub-model on the test set, with batch norm statistics of its own.
-
-        Sub-models with a personal head cannot be evaluated here. The model keeps the statistics that it has.
-        """
-        assert self.state is not None
-        state, evaluated = self.state, self._evaluated
-        for tier, (submodel, holders) in self._tier_submodels(server_round).items():
-            metrics = {name: value for name, value in self._round.tested.items() if not name.startswith(PREFIX)}
-            if self.submodels.layout(submodel) is not self.submodels.layout(evaluated):
-                arrays = self._encode_model(state)
-                if self._measures_statistics:
-                    arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
-                self._evaluated, self._like = submodel, holders[0]
-                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-                metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
-                self.state = state
-            self._round.metrics.update({f"tier_{tier}_{name}": value for name, value in metrics.items()})
-        self._evaluated = evaluated
-
-    def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
-        """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
-        found: dict[str, tuple[SubModel, list[int]]] = {}
-        for client_id, submodel in self._held(server_round, self._roster.client_ids):
-            if submodel.depth in (None, len(self.submodels.spec.depths)):
-                first, holders = found.setdefault(self._tier(client_id, submodel), (submodel, []))
-                same = self.submodels.layout(first) is self.submodels.layout(submodel)
-                if same and len(holders) < _STATISTICS_CLIENTS:
-                    holders.append(client_id)
-        return found
-
     # ---- evaluation
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterator[Message]:
-        """Yield requests for the metrics of ranges of the test set, where the grid's nodes hold it; else none."""
-        assert self.state is not None
-        if getattr(grid, "holds_test_set", False):
-            layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
-            record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
-            for i, (start, stop) in enumerate(self._ranges()):
-                content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
-                yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
-        """Return the test metrics of the evaluated model; computed here where no node was asked."""
-        assert self.state is not None
-        parts = [_decode_sums(reply) for reply in replies]
-        if not parts and self._evaluate is not None:
-            layout = self.submodels.layout(self._evaluated)
-            params = self._received(layout, self._like)
-            parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
-        sums = add_sums(parts)
-        if not sums.get("count"):
-            raise EvaluationError("evaluation of the global model failed: there are no test examples")
-        return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        step = self.settings.eval_batch_size * EVAL_BATCHES
-        return [(start, min(start + step, self._num_test)) for start in range(0, self._num_test, step)]
-
     # ---- helpers
-    @property
-    def _measures_statistics(self) -> bool:
-        """Whether batch norm statistics are measured before an evaluation."""
-        return self.settings.measures_statistics or bool(getattr(self.policy, "measures_statistics", False))
-
     @property
     def _sends_weights(self) -> bool:
         """Whether updates hold weights; else differences from what was sent down, but for integers."""
@@ -662,23 +392,6 @@ class FedLPStrategy(Strategy):
     @property
     def _trainable(self) -> frozenset[str]:
         return frozenset(name for name, info in self.submodels.spec.tensors.items() if info.trainable)
-
-    def _encode_model(self, state: ServerState) -> ArrayRecord:
-        return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
-
-
-_STATISTICS_CLIENTS = 3
-_TRAINING_PASSES = 3  # of a training step, in forward passes
-
-
-def _numbers(metrics: MetricRecord) -> dict[str, float]:
-    return {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
-
-
-def _decode_sums(reply: Message) -> Sums:
-    if reply.has_error():
-        raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
-    return messages.decode_sums(reply.content)
 
 
 def _without_floats(params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,106 @@
+"""Clients come and go: which are there in a round, and which drop out in the middle of it.
+
+Draws are keyed on round and client, so that a resumed run has the same ones. A trace is a CSV file with the columns
+``client``, ``from`` and ``to``: the first and last round, both included, of a stretch in which the client is there; an
+empty ``to`` has no end. A client without a row is never there.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlp.errors import DataError, one_line
+from fedlp.rng import Stream, generator
+
+Stretches = Mapping[int, tuple[tuple[int, float], ...]]
+"""First and last round of each stretch in which a client is there, by client id."""
+
+_COLUMNS = ("client", "from", "to")
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Which clients are there.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of every draw, >= 0.
+    probability : float
+        Probability that a client is there in a round, in [0, 1]; not read where there is a trace.
+    stretches : mapping, optional
+        A trace.
+    """
+
+    seed: int = 0
+    probability: float = 1.0
+    stretches: Stretches | None = None
+
+    def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
+        """Return those of some clients that are there in a round, in their order."""
+        return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
+
+    def _is_there(self, server_round: int, client_id: int) -> bool:
+        if self.stretches is not None:
+            return any(first <= server_round <= last for first, last in self.stretches.get(client_id, ()))
+        if self.probability >= 1:
+            return True
+        return bool(generator(self.seed, Stream.AVAILABILITY, server_round, client_id).random() < self.probability)
+
+
+def make_availability(setting: str | float | None, seed: int) -> Availability:
+    """Return the availability that a config asks for: a file with a trace, a probability, or all clients always."""
+    if isinstance(setting, str):
+        return Availability(seed, stretches=read_trace(Path(setting).expanduser()))
+    return Availability(seed, 1.0 if setting is None else float(setting))
+
+
+def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probability: float) -> frozenset[int]:
+    """Return the clients of a cohort that drop out after they got their sub-model."""
+    if not probability:
+        return frozenset()
+    return frozenset(
+        client_id
+        for client_id in cohort
+        if generator(seed, Stream.DROPOUT, server_round, client_id).random() < probability
+    )
+
+
+def read_trace(path: Path) -> Stretches:
+    """Return the stretches of a trace file.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, lacks a column, or a line is no client with two rounds; names it.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"fleet.availability={path} cannot be read ({one_line(error)})") from error
+    found: dict[int, list[tuple[int, float]]] = {}
+    for number, row in enumerate(rows, start=2):
+        if missing := [name for name in _COLUMNS if name not in row]:
+            raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
+        client_id, stretch = _read_row(row, f"{path}, line {number}")
+        found.setdefault(client_id, []).append(stretch)
+    if not found:
+        raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")
+    return {client_id: tuple(stretches) for client_id, stretches in found.items()}
+
+
+def _read_row(row: Mapping[str, str | None], where: str) -> tuple[int, tuple[int, float]]:
+    """Return a client and the first and last round of a stretch."""
+    try:
+        client_id, first = int(row["client"] or ""), int(row["from"] or "")
+        last = int(row["to"]) if (row["to"] or "").strip() else math.inf  # type: ignore[arg-type]
+    except ValueError as error:
+        raise DataError(f"{where}: client, from and to must be whole numbers ({error})") from error
+    if client_id < 0 or not 0 <= first <= last:
+        raise DataError(f"{where}: client {client_id} is there from {first} to {last}, which is no stretch of rounds")
+    return client_id, (first, last)

@@ -1,0 +1,317 @@
+"""Evaluation after a round: batch norm statistics, the global model, clients' own models, tiers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedlp.errors import AllocationError, EvaluationError, FedLPError, ProtocolError
+from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageRule
+from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer
+from fedlp.federation.costs import Costs
+from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
+from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
+from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
+from fedlp.federation.server.roster import Roster
+from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.round_settings import RoundSettings
+from fedlp.federation.server.state_check import find_fault
+from fedlp.federation.strategies.policy import Policy, offset_of
+from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.federation.wire import messages
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.float32 import Float32
+from fedlp.rng import Stream, generator
+from fedlp.tasks import Sums, add_sums
+from fedlp.training.evaluation import metrics_from_sums
+from fedlp.types import Budget, ClientCost, ClientFailure, RoundRecord, SubModel
+
+log = logging.getLogger("fedlp")
+
+Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
+"""Sums of a sub-model's metrics over test examples [start, stop)."""
+
+Observer = Callable[[RoundRecord, ServerState], object]
+"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
+
+EVAL_BATCHES = 4  # batches per evaluation message
+
+
+class EvaluatingStrategy(Strategy):
+    """State of a run, and the verbs of Flower's strategy that evaluate; see ``FedLPStrategy`` for its parameters."""
+
+    def __init__(
+        self,
+        submodels: SubModels,
+        policy: Policy,
+        settings: RoundSettings,
+        *,
+        encoding: Encoding | None = None,
+        aggregator: Aggregator | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        evaluate: Evaluate | None = None,
+        num_test: int = 0,
+        client_evaluation: ClientEvaluationSettings | None = None,
+        tiers: Mapping[int, str] | None = None,
+        fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
+        takes_part: Callable[[int], bool] = lambda client_id: True,
+        observers: Iterable[Observer] = (),
+        state: ServerState | None = None,
+    ) -> None:
+        self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
+        self._costs = Costs(submodels)
+        self._encoding: Encoding = encoding or Float32()
+        self._aggregator: Aggregator = aggregator or CoverageAverageRule()
+        self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
+        self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
+        self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
+        self._tiers = tiers or {}
+        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
+        self._roster = Roster(settings.num_clients, settings.min_clients)
+        self._round = RoundUnderWay(0, ())
+        self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
+
+    def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
+        """Return the values that a client receives: its slice of the global model, and its offset."""
+        assert self.state is not None
+        values = layout.slice(self.state.params)
+        if layout.is_whole:
+            return values
+        for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
+            values[name] = values[name] + offset
+        return values
+
+    def _present(self, server_round: int) -> list[int]:
+        """Return the clients that are there in a round and have data, sorted."""
+        return self.settings.availability.present(server_round, self._roster.client_ids)
+
+    def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
+        """Count and name a client whose part in the round is lost."""
+        self._round.failures.append(ClientFailure(client_id, reason, str(error)))
+        level = logging.INFO if reason in _EXPECTED else logging.WARNING
+        log.log(level, "round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
+
+    def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
+        """Ask clients for the batch norm statistics of the sub-model that is evaluated; their costs are the round's.
+
+        That is the whole model where some client holds it, else the largest sub-model of this round.
+        """
+        self._evaluated, asked = self._largest_submodel(server_round)
+        self._like = asked[0] if asked else 0
+        return self._measure(server_round, self._evaluated, asked, arrays, grid, timeout)
+
+    def _measure(
+        self,
+        server_round: int,
+        submodel: SubModel,
+        asked: Iterable[int],
+        arrays: ArrayRecord,
+        grid: Grid,
+        timeout: float,
+    ) -> ArrayRecord:
+        """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
+        assert self.state is not None
+        layout, asked = self.submodels.layout(submodel), list(asked)
+        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
+        content = messages.encode_submodel(record, submodel, self.submodels)
+        requests = [
+            Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
+            for client_id in asked
+        ]
+        parts: list[Statistics] = []
+        for client_id, reply in zip(asked, exchange(grid, requests, timeout), strict=True):
+            count = 0
+            try:
+                if reply.has_error():
+                    raise FedLPError(reason_of(reply))
+                profile = self._roster.profile(client_id)
+                parts.append(messages.decode_statistics(reply.content, profile, submodel, self.submodels))
+                count = parts[-1][1]
+            except FedLPError as error:
+                self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
+            up = messages.count_bytes(reply.content) if reply.has_content() else 0
+            macs = self._costs.macs(submodel).training / _TRAINING_PASSES * count
+            self._round.costs.append(
+                ClientCost(client_id, 0, messages.count_bytes(content), up, layout.num_params(), 0, macs)
+            )
+        if parts:
+            measured = replace(self.state, params=merge_statistics(self.state.params, pool_statistics(parts), layout))
+            if fault := find_fault(measured):
+                log.warning("round %d: batch norms keep their statistics: %s", server_round, fault.text)
+            else:
+                self.state = measured
+                arrays = self._encode_model(self.state)
+        return arrays
+
+    def _largest_submodel(self, server_round: int) -> tuple[SubModel, list[int]]:
+        """Return the largest sub-model of a round, and some clients that hold it, in an order drawn for the round."""
+        assert self.state is not None
+        rng = generator(self.settings.seed, Stream.STATISTICS, server_round)
+        holders: dict[SubModelLayout, list[int]] = {}
+        submodels: dict[SubModelLayout, SubModel] = {}
+        for client_id in rng.permutation(self._present(server_round)).tolist():
+            with suppress(AllocationError):
+                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
+                layout = self.submodels.layout(submodel)
+                if layout.is_whole and len(holders.get(layout, ())) == _STATISTICS_CLIENTS - 1:
+                    return SubModel(), [*holders[layout], client_id]
+                submodels.setdefault(layout, replace(submodel, nested_levels=()))
+                holders.setdefault(layout, []).append(client_id)
+        if not holders:
+            return SubModel(), []
+        largest = max(holders, key=lambda layout: layout.num_params())
+        return submodels[largest], holders[largest][:_STATISTICS_CLIENTS]
+
+    def _evaluate_on_clients(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> Mapping[str, float]:
+        """Return the distribution over clients of the metrics of their sub-models on their own test examples.
+
+        Where batch norms are static, a client whose sub-model is not the one that was measured measures its own.
+        """
+        assert self.state is not None
+        assert self._clients is not None
+        chosen = self._clients.choose(server_round, self._present(server_round))
+        measured = self.submodels.layout(self._evaluated)
+        asked = [
+            Asked(
+                client_id,
+                self._roster.node(client_id),
+                submodel,
+                self._tier(client_id, submodel),
+                self._measures_statistics and self.submodels.layout(submodel) is not measured,
+            )
+            for client_id, submodel in self._held(server_round, chosen)
+        ]
+        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+
+    def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
+        """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
+        assert self.state is not None
+        for client_id in client_ids:
+            with suppress(AllocationError):
+                submodel = self.policy.assign(server_round, client_id, self.state.memory, self.state.params).submodel
+                yield client_id, replace(submodel, nested_levels=())
+
+    def _tier(self, client_id: int, submodel: SubModel) -> str:
+        """Return the tier that a client counts in."""
+        held = self.submodels.layout(submodel).num_params() / self.submodels.spec.num_params
+        return self._tiers.get(client_id) or f"{held:.3g}"
+
+    def _evaluate_tiers(self, server_round: int, grid: Grid, timeout: float) -> None:
+        """Note the metrics of each tier's sub-model on the test set, with batch norm statistics of its own.
+
+        Sub-models with a personal head cannot be evaluated here. The model keeps the statistics that it has.
+        """
+        assert self.state is not None
+        state, evaluated = self.state, self._evaluated
+        for tier, (submodel, holders) in self._tier_submodels(server_round).items():
+            metrics = {name: value for name, value in self._round.tested.items() if not name.startswith(PREFIX)}
+            if self.submodels.layout(submodel) is not self.submodels.layout(evaluated):
+                arrays = self._encode_model(state)
+                if self._measures_statistics:
+                    arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
+                self._evaluated, self._like = submodel, holders[0]
+                asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+                metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+                self.state = state
+            self._round.metrics.update({f"tier_{tier}_{name}": value for name, value in metrics.items()})
+        self._evaluated = evaluated
+
+    def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
+        """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
+        found: dict[str, tuple[SubModel, list[int]]] = {}
+        for client_id, submodel in self._held(server_round, self._present(server_round)):
+            if submodel.depth in (None, len(self.submodels.spec.depths)):
+                first, holders = found.setdefault(self._tier(client_id, submodel), (submodel, []))
+                same = self.submodels.layout(first) is self.submodels.layout(submodel)
+                if same and len(holders) < _STATISTICS_CLIENTS:
+                    holders.append(client_id)
+        return found
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Yield requests for the metrics of ranges of the test set, where the grid's nodes hold it; else none."""
+        assert self.state is not None
+        if getattr(grid, "holds_test_set", False):
+            layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
+            record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
+            for i, (start, stop) in enumerate(self._ranges()):
+                content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
+                yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
+        """Return the test metrics of the evaluated model; computed here where no node was asked."""
+        assert self.state is not None
+        parts = [_decode_sums(reply) for reply in replies]
+        if not parts and self._evaluate is not None:
+            layout = self.submodels.layout(self._evaluated)
+            params = self._received(layout, self._like)
+            parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
+        sums = add_sums(parts)
+        if not sums.get("count"):
+            raise EvaluationError("evaluation of the global model failed: there are no test examples")
+        return MetricRecord(dict(metrics_from_sums(sums, self.submodels.spec.task)))
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        step = self.settings.eval_batch_size * EVAL_BATCHES
+        return [(start, min(start + step, self._num_test)) for start in range(0, self._num_test, step)]
+
+    def _evaluate_round(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        grid: Grid,
+        timeout: float,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> ArrayRecord:
+        """Measure the model after a round; return its arrays, with batch norm statistics where these are measured."""
+        self._evaluated = SubModel()
+        if self._measures_statistics:
+            arrays = self._measure_statistics(server_round, arrays, grid, timeout)
+        if self._num_test:
+            asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+            self._note(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
+        if self._clients is not None:
+            self._note(MetricRecord(dict(self._evaluate_on_clients(server_round, arrays, grid, timeout))))
+        if evaluate_fn is not None:
+            self._note(evaluate_fn(server_round, arrays) or MetricRecord())
+        return arrays
+
+    def _note(self, metrics: MetricRecord) -> None:
+        found = _numbers(metrics)
+        self._round.tested |= found
+        self._round.metrics.update(found)
+
+    @property
+    def _measures_statistics(self) -> bool:
+        """Whether batch norm statistics are measured before an evaluation."""
+        return self.settings.measures_statistics or bool(getattr(self.policy, "measures_statistics", False))
+
+    def _encode_model(self, state: ServerState) -> ArrayRecord:
+        return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
+
+
+_STATISTICS_CLIENTS = 3
+_EXPECTED = ("dropped_out", "surplus")  # on record, but nothing to warn of
+_TRAINING_PASSES = 3  # of a training step, in forward passes
+
+
+def _numbers(metrics: MetricRecord) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}  # type: ignore[arg-type]
+
+
+def _decode_sums(reply: Message) -> Sums:
+    if reply.has_error():
+        raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
+    return messages.decode_sums(reply.content)
