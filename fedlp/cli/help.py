@@ -44,8 +44,8 @@ HELP = {
             ("fedlp resume=RUN_DIR", "go on with a stopped run; the same bytes as one never stopped"),
         ),
         (
-            *("model", "dataset", "partition", "strategy", "upload", "aggregator", "server_optimizer", "local"),
-            *("pruner", "allocator", "fleet", "privacy", "evaluation", "simulation", "tracker", "experiment"),
+            *("model", "adapter", "dataset", "partition", "strategy", "upload", "aggregator", "server_optimizer"),
+            *("local", "pruner", "allocator", "fleet", "privacy", "evaluation", "simulation", "tracker", "experiment"),
         ),
         (
             ("seed=0", "seed of every draw"),
