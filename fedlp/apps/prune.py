@@ -24,13 +24,13 @@ from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.io.model_files import export_onnx, save_classifier, save_language_model
-from fedlp.pruning.kernels.newton import newton_steps
+from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.tasks import task_of, with_task
-from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, check_language_loss, make_method, whole_examples
 from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
@@ -39,7 +39,7 @@ from fedlp.types import Keep, PrunableLayer
 
 @dataclass(frozen=True)
 class Subject:
-    """What is pruned: a trained model, its data and its widths."""
+    """What is pruned: a trained model, its data, its widths and, of text, the tokenizer."""
 
     spec: ModelSpec
     model: nn.Module
@@ -47,6 +47,7 @@ class Subject:
     data: FederatedData
     widths: WidthSpec
     layers: tuple[PrunableLayer, ...]
+    tokenizer: str = "bytes"
 
 
 def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def load_subject(config: PruneConfig) -> Subject:
     data = replace(reader.load(config.seed), info=info)
     widths = trace_widths(model, spec.example_inputs(1))
     shared = config.pruner.shared and not spec.reads_tokens
-    return Subject(spec, model, info, data, widths, find_layers(model, widths, shared))
+    return Subject(spec, model, info, data, widths, find_layers(model, widths, shared), tokenizer_of(dataset))
 
 
 def _load_run(model: nn.Module, path: Path) -> None:
@@ -144,7 +145,10 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
         )
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
-    return batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
+    data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
+    if subject.info.task == "causal_lm":
+        check_language_loss(mean_loss(subject.model, data), subject.info, subject.tokenizer)
+    return data
 
 
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
@@ -207,8 +211,7 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
     """Write a pruned model as the config says."""
-    tokenizer, onnx = tokenizer_of(config.dataset), config.onnx
-    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, tokenizer, folder, onnx)
+    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, subject.tokenizer, folder, config.onnx)
 
 
 def save_model(

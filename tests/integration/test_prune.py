@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fedlp import cli
 from fedlp.apps import prune as oneshot
-from fedlp.config import compose_prune
+from fedlp.config import compose, compose_prune
 from fedlp.models.language import import_transformers
 from tests.integration.running import TINY, Call, Finished, assert_refused
 
@@ -115,6 +117,55 @@ def test_adapters_are_trained_and_merged(language_model: Path, tmp_path: Path, c
         tmp_path / "out" / "model", trust_remote_code=True
     )
     assert sum(p.numel() for p in stored.parameters()) == report["params_after"]
+
+
+# ---- tokens
+@pytest.fixture(scope="module")
+def words_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with fresh weights and a tokenizer of its own, of 300 words."""
+    folder = tmp_path_factory.mktemp("words")
+    transformers, tokenizers = import_transformers(), importlib.import_module("tokenizers")
+    texts = ["the keeper of the light went down to the sea and back"] + [f"word{n}" for n in range(280)]
+    words = {word: number for number, word in enumerate(dict.fromkeys(" ".join(["?", *texts]).split()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_hugging_face_reads_its_own_tokens(words_model: Path, tmp_path: Path, call: Call) -> None:
+    model = ["model=hf", f"model.path={words_model}"]
+    assert compose_prune(["sparsity=0.3", *model]).dataset.tokenizer == str(words_model)
+    assert compose([*model, "dataset=topics"]).dataset.tokenizer == str(words_model)
+    assert compose(["model=llama_tiny", "dataset=topics"]).dataset.tokenizer == "bytes"
+    out = tmp_path / "out"
+    target = ("sparsity=0.3", "allocator=uniform", f"hydra.run.dir={out}")
+    code, _, errors = call(*text_model(words_model), "dataset.sequence_length=16", *target, main=cli.prune_main)
+    assert code == 0, errors
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["dataset"]["tokenizer"] == str(words_model)
+    assert len(import_transformers().AutoTokenizer.from_pretrained(out / "model")) > 256
+
+
+def test_a_model_of_bytes_without_a_tokenizer_reads_bytes(language_model: Path) -> None:
+    options = ["sparsity=0.3", "model=hf", f"model.path={language_model}"]
+    assert compose_prune(options).dataset.tokenizer == "bytes"
+    assert compose_prune([*options, "dataset.tokenizer=gpt2"]).dataset.tokenizer == "gpt2"
+
+
+def test_a_loss_above_that_of_guessing_is_one_line(words_model: Path, tmp_path: Path, call: Call) -> None:
+    transformers = import_transformers()
+    model = transformers.LlamaForCausalLM.from_pretrained(words_model)
+    model.lm_head.weight.data.mul_(200)  # certain of the wrong tokens, as a model that is fed another tokenizer's
+    model.save_pretrained(tmp_path / "model")
+    options = (*text_model(tmp_path / "model"), "dataset.tokenizer=bytes", "sparsity=0.3")
+    result = call(*options, f"hydra.run.dir={tmp_path / 'out'}", main=cli.prune_main)
+    assert_refused(result, "above the 5.55 of a uniform guess among 256 tokens: dataset.tokenizer=bytes is not the one")
 
 
 # ---- bad input
