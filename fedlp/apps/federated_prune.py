@@ -32,6 +32,7 @@ from fedlp.federation.wire.messages import encode_params
 from fedlp.models import state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import following_batch_norms
+from fedlp.pruning.io.model_files import round_weights
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
@@ -97,6 +98,7 @@ class FederatedOneshot:
         pool = ClientPool(grid, roster, self._settings, tuple(subject.widths.axes), macs)
         self._since = time.monotonic()
         pruned = (self._by_votes if config.strategy.unit_selection == "client" else self._by_moments)(pool, before)
+        round_weights(pruned.model, oneshot.written_dtype(self.plain, subject))
         after = oneshot.evaluate(pruned.model, subject, self.plain)
         self._finish_line(pool, after)
         return self._write(pruned, before, after, time.monotonic() - started)

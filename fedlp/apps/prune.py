@@ -23,7 +23,7 @@ from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataErro
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
-from fedlp.pruning.io.model_files import export_onnx, save_classifier, save_language_model
+from fedlp.pruning.io.model_files import export_onnx, round_weights, save_classifier, save_language_model
 from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
@@ -35,6 +35,8 @@ from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, PrunableLayer
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
             finetune(
                 pruned.model, subject.info, subject.data.train, config.finetune, generator(config.seed, Stream.FINETUNE)
             )
+        round_weights(pruned.model, written_dtype(config, subject))
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
@@ -211,7 +214,15 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
     """Write a pruned model as the config says."""
-    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, subject.tokenizer, folder, config.onnx)
+    dtype = written_dtype(config, subject)
+    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, subject.tokenizer, folder, config.onnx, dtype)
+
+
+def written_dtype(config: PruneConfig, subject: Subject) -> torch.dtype:
+    """Return the format that weights are written in: the config's, or that in which they were read."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.float32 if config.run is not None else subject.spec.blueprint.stored_dtype()
 
 
 def save_model(
@@ -222,12 +233,13 @@ def save_model(
     tokenizer: str,
     folder: Path,
     onnx: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
     if spec.reads_tokens:
-        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer)
+        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer, dtype)
     else:
-        save_classifier(model, axes, widths, folder)
+        save_classifier(model, axes, widths, folder, dtype)
     if onnx:
         export_onnx(model, spec.example_inputs(1), folder / "model.onnx")
 

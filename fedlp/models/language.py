@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.sequence_classifier import SequenceClassifierBlueprint
 from fedlp.models.spec import Blueprint, ModelTask
+from fedlp.models.stored_dtype import model_dtype
 from fedlp.models.transformers_loading import import_transformers, loading, quiet
 from fedlp.registry import register
 
@@ -92,6 +93,10 @@ class LanguageBlueprint(Blueprint):
                 self.path, config=copy.deepcopy(self.config), dtype=torch.float32, use_safetensors=True
             )
         return model.train()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format of a local folder's weights, or what the config of a model elsewhere says."""
+        return model_dtype(self.path, self.config)
 
     def build_prefix(self, depth: int) -> nn.Module:
         """Return embeddings and first blocks with a personal norm and output layer."""

@@ -82,6 +82,10 @@ class Blueprint(ABC):
         """Return the prefix of a depth below ``num_depths``, under the global names, with a ``personal_head``."""
         raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")
 
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format in which the weights of :meth:`build_initial` are stored; models are built in float32."""
+        return torch.float32
+
 
 @dataclass(frozen=True)
 class ModuleBlueprint(Blueprint):

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from fedlp import cli
 from fedlp.apps import prune as oneshot
 from fedlp.config import compose, compose_prune
+from fedlp.errors import ConfigError
 from fedlp.models.language import import_transformers
+from fedlp.pruning.io.model_files import round_weights
 from tests.integration.running import TINY, Call, Finished, assert_refused
 
 Once = Callable[..., Finished]
@@ -166,6 +169,45 @@ def test_a_loss_above_that_of_guessing_is_one_line(words_model: Path, tmp_path: 
     options = (*text_model(tmp_path / "model"), "dataset.tokenizer=bytes", "sparsity=0.3")
     result = call(*options, f"hydra.run.dir={tmp_path / 'out'}", main=cli.prune_main)
     assert_refused(result, "above the 5.55 of a uniform guess among 256 tokens: dataset.tokenizer=bytes is not the one")
+
+
+# ---- formats
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("stored", "option", "written"), [("float16", "auto", "F16"), ("bfloat16", "auto", "BF16")])
+def test_weights_keep_their_format(
+    stored: str, option: str, written: str, language_model: Path, tmp_path: Path, call: Call
+) -> None:
+    transformers = import_transformers()
+    model = transformers.LlamaForCausalLM.from_pretrained(language_model)
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path / "half")
+    out, target = tmp_path / "out", ("sparsity=0.4", "allocator=uniform", "evaluate=false", f"dtype={option}")
+    code, _, errors = call(*text_model(tmp_path / "half"), *target, f"hydra.run.dir={out}", main=cli.prune_main)
+    assert code == 0, errors
+    assert size(out / "model") < 0.8 * size(tmp_path / "half")
+    with safe_open(out / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {written}  # noqa: SIM118
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == stored
+    again = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto", trust_remote_code=True)
+    assert again.dtype == getattr(torch, stored)
+
+
+def test_another_format_can_be_asked_for(language_model: Path, tmp_path: Path, call: Call) -> None:
+    out, target = tmp_path / "out", ("sparsity=0.4", "allocator=uniform", "dtype=bfloat16")
+    code, _, errors = call(*text_model(language_model), *target, f"hydra.run.dir={out}", main=cli.prune_main)
+    assert code == 0, errors
+    assert size(out / "model") < 0.4 * size(language_model)
+    assert_refused(call(*text_model(language_model), *target[:2], "dtype=int8", main=cli.prune_main), "dtype=int8")
+
+
+def test_weights_beyond_a_format_are_one_line() -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, 1e5)
+    round_weights(model, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"weight has a number beyond the range of float16; set dtype=bfloat16"):
+        round_weights(model, torch.float16)
 
 
 # ---- bad input

@@ -13,7 +13,7 @@ import io
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError, one_line
 from fedlp.models.spec import named_tensors, state_tensors
 from fedlp.models.transformers_loading import import_transformers
-from fedlp.pruning.io.classifier_files import load_classifier, save_classifier
+from fedlp.pruning.io.classifier_files import load_classifier, round_weights, save_classifier, stored_tensors
 from fedlp.pruning.tracing.decoder import is_language_model
 
 if TYPE_CHECKING:
     from fedlp.models.modeling_pruned import Layout  # imports transformers
 
-__all__ = ["export_onnx", "load_classifier", "save_classifier", "save_language_model"]
+__all__ = ["export_onnx", "load_classifier", "round_weights", "save_classifier", "save_language_model"]
 
 _TEMPLATE = "modeling_pruned"
 _MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
@@ -36,7 +36,9 @@ _MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
 Blocks = list[dict[str, int | bool]]
 
 
-def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -> None:
+def save_language_model(
+    model: nn.Module, folder: Path, tokenizer: str | None, dtype: torch.dtype | None = None
+) -> None:
     """Write a causal language model so that transformers loads it and computes the same logits.
 
     Parameters
@@ -50,6 +52,8 @@ def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -
         loaded with ``from_pretrained(folder, trust_remote_code=True)``.
     tokenizer : str or None
         Hugging Face name or folder of a tokenizer that is saved along.
+    dtype : torch.dtype or None
+        Of the weights in the file; the model's own for None.
 
     Raises
     ------
@@ -58,7 +62,8 @@ def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -
     """
     config, model_class = _describe(model)
     config.architectures = [model_class.__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    written = dtype or cast(torch.dtype, model.dtype)
+    config.dtype = str(written).removeprefix("torch.")
     vocabulary = None if tokenizer is None else _load_tokenizer(tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +76,7 @@ def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -
             (folder / f"{_TEMPLATE}.py").write_text(Path(inspect.getfile(model_class)).read_text())
         if vocabulary is not None:
             vocabulary.save_pretrained(folder)
-        tensors = {name: tensor.contiguous() for name, tensor in state_tensors(model).items()}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(stored_tensors(model, written), folder / "model.safetensors", {"format": "pt"})
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model cannot be written to {folder}: {one_line(error)}") from error
 
