@@ -20,10 +20,13 @@ from fedlp.models import state_tensors
 from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.scores.magnitude import Magnitude
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstruction
+
+MIN_SCORED = 2  # examples without which a client does not score
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Uploads:
         spec = self._spec(instruction)
         scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
         local = self._returned(instruction) | chosen
-        if chosen and self._options.compensate:
+        if chosen and self._options.compensate and len(whole_examples(examples, self._info)) >= MIN_SCORED:
             trained |= self._compensate(instruction, model, local, spec, examples)
             updates = _differences(trained, instruction.params)
         names = [name for name in layout.names if name in instruction.uploads]
@@ -155,6 +158,8 @@ class Uploads:
         if "input_norms" not in instruction.evidence:
             return {}, 0.0
         data = self._calibration(instruction, examples)
+        if not data.num_examples:
+            return {}, 0.0
         norms = measure_input_norms(model, list(self._submodels.reader_columns), data.batches)
         return norms, self._costs.macs(instruction.submodel).forward * data.num_examples
 
@@ -166,14 +171,21 @@ class Uploads:
         spec: WidthSpec,
         examples: Examples,
     ) -> tuple[dict[str, Tensor], dict[str, Keep], float]:
-        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs."""
+        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs.
+
+        A client of fewer than two examples chooses by magnitude and sends no scores: one input has no variance.
+        """
         if not (instruction.kept or "unit_scores" in instruction.evidence):
             return {}, {}, 0.0
         scored = _with_values(model, spec, updates) if self._options.criterion == "update" else model
         data, per_example = self._calibration(instruction, examples), self._costs.macs(instruction.submodel)
-        scores, macs = score_units(model, scored, spec, self._layers(spec), data, self._method, per_example)
+        method = self._method
+        is_scored = data.num_examples >= MIN_SCORED or method.score.needs <= {"weights"}
+        if not is_scored:
+            method = replace(method, score=Magnitude())
+        scores, macs = score_units(model, scored, spec, self._layers(spec), data, method, per_example)
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
-        return scores if "unit_scores" in instruction.evidence else {}, chosen, macs
+        return scores if "unit_scores" in instruction.evidence and is_scored else {}, chosen, macs
 
     def _compensate(
         self,
