@@ -149,7 +149,7 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
     data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
-    if subject.info.task == "causal_lm":
+    if subject.spec.reads_tokens:
         check_language_loss(mean_loss(subject.model, data), subject.info, subject.tokenizer)
     return data
 

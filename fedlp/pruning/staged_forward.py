@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fedlp.models.language import find_decoder
 from fedlp.pruning.tracing.decoder import is_language_model
 
-_BLOCKS = {"model": "layers", "transformer": "h", "model.decoder": "layers"}
-
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -43,11 +41,11 @@ class StagedRun:
             self._states: list[Any] = list(batches)
             self._arguments: list[list[_Arguments]] = [[((), {})] * len(batches)]
             return
-        path, decoder = find_decoder(model)
-        blocks = decoder.get_submodule(_BLOCKS[path])
+        path, decoder, name, _ = find_decoder(model)
+        blocks = decoder.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         self.stages = list(blocks)
-        self.paths = [f"{path}.{_BLOCKS[path]}.{index}." for index in range(len(blocks))]
+        self.paths = [f"{path}.{name}.{index}." for index in range(len(blocks))]
         self._states, self._arguments = _catch(model, self.stages, batches)
 
     def stage_of(self, module_path: str) -> int:

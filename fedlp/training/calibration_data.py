@@ -54,8 +54,9 @@ def check_language_loss(loss: float, info: DataInfo, tokenizer: str) -> None:
 
     Such a model was given tokens of another tokenizer, or it is not trained: pruning it means nothing.
     """
-    uniform = math.log(info.num_classes)
-    if info.task == "causal_lm" and not loss <= uniform + _MOST_EXCESS:
+    task, uniform = task_of(info), math.log(info.num_classes)
+    predicts_tokens = task.reads_tokens and not task.exact_outputs
+    if predicts_tokens and not loss <= uniform + _MOST_EXCESS:
         raise CalibrationError(
             f"the model's loss on this text is {loss:.2f} nats per token before pruning, above the {uniform:.2f} of a "
             f"uniform guess among {info.num_classes} tokens: dataset.tokenizer={tokenizer} is not the one that it was "

@@ -247,11 +247,16 @@ def test_what_the_model_or_data_cannot_give_is_one_line(
 
 def test_an_unknown_architecture_is_one_line(tmp_path: Path, call: Call) -> None:
     transformers = import_transformers()
-    config = transformers.GPTNeoXConfig(
-        vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    config = transformers.MixtralConfig(
+        vocab_size=256,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
     )
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
-    assert_refused(call(*text_model(tmp_path / "model"), "sparsity=0.3", main=cli.prune_main), "GPTNeoX")
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert_refused(call(*text_model(tmp_path / "model"), "sparsity=0.3", main=cli.prune_main), "type mixtral")
 
 
 # ---- real models
