@@ -33,6 +33,12 @@ __all__ = ["export_onnx", "load_classifier", "round_weights", "save_classifier",
 _TEMPLATE = "modeling_pruned"
 _MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
 
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "CausalLM",
+    "SEQUENCE_CLASSIFICATION": "SequenceClassification",
+    "MASKED_LM": "MaskedLM",
+}
+
 Blocks = list[dict[str, int | bool]]
 
 
@@ -44,8 +50,8 @@ def save_language_model(
     Parameters
     ----------
     model : nn.Module
-        A llama, mistral, qwen2, qwen3, gpt2 or opt, whole or cut by ``pruning.tracing.widths.cut_model``: blocks may
-        differ in width, and the last layers of their attentions and MLPs may have got a bias.
+        Of an architecture in ``modeling_pruned.LAYOUTS``, whole or cut by ``pruning.tracing.widths.cut_model``: blocks
+        may differ in width, and the last layers of their attentions and MLPs may have got a bias.
     folder : Path
         Gets ``config.json``, ``generation_config.json`` and ``model.safetensors``. Where no config of transformers'
         own class describes the model also ``modeling_pruned.py``, and ``pruned_blocks`` in the config: such a folder is
@@ -90,7 +96,6 @@ def _load_tokenizer(name: str) -> Any:
 
 def _describe(model: nn.Module) -> tuple[Any, Any]:
     """Return a config that describes a model, and the class that it builds: transformers' own if possible."""
-    mapping = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING
     from fedlp.models import modeling_pruned as template
 
     config: Any = copy.deepcopy(model.config)
@@ -100,35 +105,46 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
     layout = template.LAYOUTS[config.model_type]
     blocks = template.describe_blocks(model)
     _write_sizes(config, model, blocks, layout)
-    native = mapping[type(config)]
+    native: Any = getattr(import_transformers(), type(model).__name__.removeprefix("Pruned"))
     if _builds(native, config, model, blocks):
         return config, native
     name = f"Pruned{native.__name__}"
-    config.auto_map = {"AutoModelForCausalLM": f"{_TEMPLATE}.{name}"}
+    config.auto_map = {_auto_class(native, type(config)): f"{_TEMPLATE}.{name}"}
     config.pruned_blocks = blocks
     _write_heads(config, blocks, *_valid_heads(blocks, config.hidden_size))
     neurons = {block["intermediate_size"] for block in blocks}
-    # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
-    setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
+    if hasattr(config, layout.neurons):
+        # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
+        setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
     if not _builds(getattr(template, name), config, model, blocks):
         raise ConfigError(f"this {native.__name__} cannot be exported: more than its heads and neurons is unusual")
     return config, getattr(template, name)
 
 
+def _auto_class(native: Any, config_class: Any) -> str:
+    """Return the class of transformers that finds a class by its config."""
+    transformers = import_transformers()
+    for kind, words in _AUTO_CLASSES.items():
+        if getattr(transformers, f"MODEL_FOR_{kind}_MAPPING").get(config_class, None) is native:
+            return f"AutoModelFor{words}"
+    return "AutoModel"
+
+
 def _write_sizes(config: Any, model: nn.Module, blocks: Blocks, layout: Layout) -> None:
     """Write the sizes that the model has, those of the widest block where blocks differ."""
-    from fedlp.models.modeling_pruned import layer_sizes
+    from fedlp.models.modeling_pruned import layer_sizes, path_of_blocks
 
     for stale in ("auto_map", "pruned_blocks"):
         if hasattr(config, stale):
             delattr(config, stale)
     config.use_cache = True
-    config.hidden_size = layer_sizes(next(model.get_submodule(layout.blocks).children()), layout)["h"]
+    config.hidden_size = layer_sizes(next(model.get_submodule(path_of_blocks(model)).children()), layout)["h"]
     if hasattr(config, "word_embed_proj_dim"):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         config.word_embed_proj_dim = embedding.weight.shape[1]
     _write_heads(config, blocks, _widest(blocks, "attention_heads"), _widest(blocks, "key_value_heads"))
-    setattr(config, layout.neurons, _widest(blocks, "intermediate_size"))
+    if hasattr(config, layout.neurons):
+        setattr(config, layout.neurons, _widest(blocks, "intermediate_size"))
 
 
 def _write_heads(config: Any, blocks: Blocks, attention_heads: int, key_value_heads: int) -> None:
@@ -136,6 +152,8 @@ def _write_heads(config: Any, blocks: Blocks, attention_heads: int, key_value_he
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = key_value_heads
         config.head_dim = blocks[0]["head_dim"]
+    elif hasattr(config, "num_kv_heads"):
+        config.num_kv_heads = key_value_heads
 
 
 def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
@@ -143,8 +161,12 @@ def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
 
     They fill the hidden size, if possible, and are no fewer than any block's, if possible.
     """
-    queries, widest = blocks[0]["attention_heads"] // blocks[0]["key_value_heads"], _widest(blocks, "key_value_heads")
-    valid = [(heads * queries, heads) for heads in range(widest, hidden + 1) if hidden % (heads * queries) == 0]
+    queries = max(block["attention_heads"] // block["key_value_heads"] for block in blocks)
+    widest = _widest(blocks, "key_value_heads")
+    if widest == 1 and queries > 1:  # multi-query attention, whose blocks may differ in queries
+        valid = [(heads, 1) for heads in range(queries, hidden + 1) if hidden % heads == 0]
+    else:
+        valid = [(n * queries, n) for n in range(widest, hidden + 1) if hidden % (n * queries) == 0]
     return min(valid, key=lambda heads: heads[0] * blocks[0]["head_dim"] != hidden, default=(1, 1))
 
 
