@@ -148,6 +148,14 @@ class Keep:
                 runs.append((first, offset + stop))
         return Keep(self.size * copies, tuple(runs))
 
+    def before(self, other: Keep) -> Keep:
+        """Return this choice and, on an axis that lies behind this one, another, as one choice on both."""
+        shifted = [(start + self.size, stop + self.size) for start, stop in other.runs]
+        runs = list(self.runs)
+        if runs and shifted and runs[-1][1] == shifted[0][0]:
+            shifted[0] = runs.pop()[0], shifted[0][1]
+        return Keep(self.size + other.size, (*runs, *shifted))
+
 
 @dataclass(frozen=True, slots=True)
 class SubModel:

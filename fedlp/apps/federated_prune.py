@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlp.apps import prune as oneshot
 from fedlp.config import FinetuneConfig, PruneConfig, RunConfig, to_plain, to_yaml
-from fedlp.data.datasets import FederatedData
+from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import ConfigError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.costs import expected_costs
@@ -32,12 +32,13 @@ from fedlp.federation.wire.messages import encode_params
 from fedlp.models import state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.batch_norms import following_batch_norms
+from fedlp.pruning.io.model_files import round_weights
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, torch_seed
 from fedlp.simulation.flower_apps import Grid
-from fedlp.training.calibration_data import make_method
+from fedlp.training.calibration_data import check_language_loss, make_method
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, RoundRecord
 
@@ -73,7 +74,9 @@ class FederatedOneshot:
         model = submodels.spec.build(config.seed).eval()
         shared = config.pruner.shared and not submodels.spec.reads_tokens
         layers = find_layers(model, submodels.widths, shared)
-        self.subject = oneshot.Subject(submodels.spec, model, data.info, data, submodels.widths, layers)
+        self.subject = oneshot.Subject(
+            submodels.spec, model, data.info, data, submodels.widths, layers, tokenizer_of(config.dataset)
+        )
         self._observers = tuple(observers)
         self._settings = oneshot_settings(config)
         self._expected = expected_costs(self._settings, submodels)
@@ -86,6 +89,8 @@ class FederatedOneshot:
         started = time.monotonic()
         config, subject = self.config, self.subject
         before = oneshot.evaluate(subject.model, subject, self.plain)
+        if "loss" in before:
+            check_language_loss(before["loss"], subject.info, subject.tokenizer)
         roster = Roster(config.num_clients)
         roster.join(grid, config.simulation.round_timeout_s)
         example = subject.spec.example_inputs(1)
@@ -93,6 +98,7 @@ class FederatedOneshot:
         pool = ClientPool(grid, roster, self._settings, tuple(subject.widths.axes), macs)
         self._since = time.monotonic()
         pruned = (self._by_votes if config.strategy.unit_selection == "client" else self._by_moments)(pool, before)
+        round_weights(pruned.model, oneshot.written_dtype(self.plain, subject))
         after = oneshot.evaluate(pruned.model, subject, self.plain)
         self._finish_line(pool, after)
         return self._write(pruned, before, after, time.monotonic() - started)

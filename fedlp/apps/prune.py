@@ -23,23 +23,25 @@ from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataErro
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
-from fedlp.pruning.io.model_files import export_onnx, save_classifier, save_language_model
-from fedlp.pruning.kernels.newton import newton_steps
+from fedlp.pruning.io.model_files import export_onnx, round_weights, save_classifier, save_language_model
+from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.tasks import task_of, with_task
-from fedlp.training.calibration_data import batch_calibration, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, check_language_loss, make_method, whole_examples
 from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, PrunableLayer
 
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What is pruned: a trained model, its data and its widths."""
+    """What is pruned: a trained model, its data, its widths and, of text, the tokenizer."""
 
     spec: ModelSpec
     model: nn.Module
@@ -47,6 +49,7 @@ class Subject:
     data: FederatedData
     widths: WidthSpec
     layers: tuple[PrunableLayer, ...]
+    tokenizer: str = "bytes"
 
 
 def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
             finetune(
                 pruned.model, subject.info, subject.data.train, config.finetune, generator(config.seed, Stream.FINETUNE)
             )
+        round_weights(pruned.model, written_dtype(config, subject))
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
@@ -118,7 +122,7 @@ def load_subject(config: PruneConfig) -> Subject:
     data = replace(reader.load(config.seed), info=info)
     widths = trace_widths(model, spec.example_inputs(1))
     shared = config.pruner.shared and not spec.reads_tokens
-    return Subject(spec, model, info, data, widths, find_layers(model, widths, shared))
+    return Subject(spec, model, info, data, widths, find_layers(model, widths, shared), tokenizer_of(dataset))
 
 
 def _load_run(model: nn.Module, path: Path) -> None:
@@ -146,7 +150,10 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
         )
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
-    return batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
+    data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
+    if subject.spec.reads_tokens:
+        check_language_loss(mean_loss(subject.model, data), subject.info, subject.tokenizer)
+    return data
 
 
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
@@ -209,8 +216,15 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
     """Write a pruned model as the config says."""
-    tokenizer, onnx = tokenizer_of(config.dataset), config.onnx
-    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, tokenizer, folder, onnx)
+    dtype = written_dtype(config, subject)
+    save_model(pruned.model, subject.spec, subject.widths, pruned.widths, subject.tokenizer, folder, config.onnx, dtype)
+
+
+def written_dtype(config: PruneConfig, subject: Subject) -> torch.dtype:
+    """Return the format that weights are written in: the config's, or that in which they were read."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.float32 if config.run is not None else subject.spec.blueprint.stored_dtype()
 
 
 def save_model(
@@ -221,12 +235,13 @@ def save_model(
     tokenizer: str,
     folder: Path,
     onnx: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
     if spec.reads_tokens:
-        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer)
+        save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer, dtype)
     else:
-        save_classifier(model, axes, widths, folder)
+        save_classifier(model, axes, widths, folder, dtype)
     if onnx:
         export_onnx(model, spec.example_inputs(1), folder / "model.onnx")
 

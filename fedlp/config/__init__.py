@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.aliases import current_config, is_current
 from fedlp.config.overrides import prepare_overrides
+from fedlp.config.own_tokenizer import with_tokenizer
 from fedlp.config.parts import PartConfig
 from fedlp.config.reading import drop_unread, no_such_option, part_groups, read_config, schema_node
 from fedlp.config.schema import (
@@ -187,7 +188,7 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
             validate_profile(config)
         case SearchConfig():
             validate_search(config)
-    return config
+    return replace(config, dataset=with_tokenizer(config.dataset, config.model))
 
 
 def todays_config(values: Mapping[str, Any], schema: type = RunConfig) -> dict[str, Any]:

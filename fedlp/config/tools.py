@@ -42,7 +42,8 @@ class PruneConfig:
     run: str | None = None  # prune the model of this run directory, on its data; ``model`` and ``dataset`` are its own
     evaluate: bool = True  # measure before and after on the test examples
     eval_batch_size: int = 100
-    onnx: bool = False  # also write model.onnx
+    onnx: bool = False  # also write model.onnx, in float32
+    dtype: str = "auto"  # of the weights written: "float32", "float16", "bfloat16", or "auto": that of the weights read
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -70,6 +70,7 @@ def validate_prune(config: PruneConfig) -> None:
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
     _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.device)), "device", config.device, "cpu, cuda or cuda:NUMBER")
     _require(config.eval_batch_size >= 1, "eval_batch_size", config.eval_batch_size, "at least 1")
+    _choice("dtype", config.dtype, ("auto", "float32", "float16", "bfloat16"))
     _validate_pruning(config.pruner, config.calibration)
     finetune = config.finetune
     _choice("finetune.name", finetune.name, ("none", "newton", "lora", "full"))

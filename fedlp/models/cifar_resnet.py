@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.cnn import require_images
 from fedlp.models.spec import Blueprint, first_line
+from fedlp.models.stored_dtype import stored_dtype
 from fedlp.registry import register
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # blocks per stage
@@ -97,6 +99,10 @@ class CifarResNetBlueprint(Blueprint):
         if self.path is not None:
             model.load_state_dict(_read_weights(self.path, model))
         return model
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format of the file of weights."""
+        return (self.path and stored_dtype(Path(self.path).expanduser())) or torch.float32
 
 
 def _read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:

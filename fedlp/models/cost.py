@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
 
     Counted are matrix products and convolutions (their biases are free) and, at 4 per element, batch, group and layer
     normalisation: the convention of thop, in which FedLP's CNN has 39.36 M. The passes run on shapes alone, so counting
-    takes no time to speak of; frozen parameters have no gradient and cost none.
+    takes no time to speak of; a model with operators that need values runs on a copy. Frozen parameters have no
+    gradient and cost none.
 
     Parameters
     ----------
@@ -40,16 +42,21 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
         As the model takes them; only their shape and dtype matter. The count does not depend on the batch.
     """
     example = inputs[:1].expand(2, *inputs.shape[1:])  # batch statistics need two
-    with (
-        shapes_only(model, example) as (shapes, batch),
-        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
-    ):
-        logits = forward_logits(shapes.train(), batch)
+    try:
+        with shapes_only(model, example) as (shapes, batch):
+            return _count(shapes, batch)
+    except Exception:  # whatever operators raise that find no values: those of a mixture of experts, say
+        return _count(copy.deepcopy(model), example.to(next(model.parameters()).device))
+
+
+def _count(model: nn.Module, batch: Tensor) -> Macs:
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        logits = forward_logits(model.train(), batch)
         forward = counter.get_total_flops()
         if logits.requires_grad:
             logits.sum().backward()  # type: ignore[no-untyped-call]
         total = counter.get_total_flops()
-    per_example = _FLOPS_PER_MAC * len(example)
+    per_example = _FLOPS_PER_MAC * len(batch)
     return Macs(forward / per_example, total / per_example)
 
 

@@ -1,8 +1,9 @@
 """Causal language models of transformers: a small LLaMA by sizes, or any model by name or folder.
 
 A depth prefix is the embeddings and the first decoder blocks, with the final norm and the output layer as personal
-head. The decoder is found in the LLaMA style (``model.layers``; Mistral, Qwen, ...), GPT-2's (``transformer.h``) and
-OPT's (``model.decoder.layers``).
+head, where the decoder is found: in the LLaMA style (``model.layers``; Mistral, Qwen, ...), GPT-2's
+(``transformer.h``), MPT's (``transformer.blocks``), GPT-NeoX's (``gpt_neox.layers``) and OPT's
+(``model.decoder.layers``). Any other causal language model trains as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,39 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.sequence_classifier import SequenceClassifierBlueprint
 from fedlp.models.spec import Blueprint, ModelTask
+from fedlp.models.stored_dtype import model_dtype
 from fedlp.models.transformers_loading import import_transformers, loading, quiet
 from fedlp.registry import register
 
-if TYPE_CHECKING:
-    pass
-
 _MAX_DEPTHS = 6
-_DECODERS = {  # path of the decoder: names of its blocks and final norm
-    "model": ("layers", "norm"),
-    "transformer": ("h", "ln_f"),
-    "model.decoder": ("layers", "final_layer_norm"),
-}
+_DECODERS = (  # path of the decoder, names of its blocks and final norm
+    ("model", "layers", "norm"),
+    ("model", "layers", "final_layernorm"),
+    ("model", "layers", "final_norm"),
+    ("transformer", "h", "ln_f"),
+    ("transformer", "blocks", "norm_f"),
+    ("gpt_neox", "layers", "final_layer_norm"),
+    ("model.decoder", "layers", "final_layer_norm"),
+)
+
+
+class Decoder(NamedTuple):
+    """Where a language model keeps its blocks.
+
+    Attributes
+    ----------
+    path : str
+        Of the module that holds the list of blocks.
+    module : nn.Module
+        That module.
+    blocks, norm : str
+        Names in it of the list, and of the norm after the last block.
+    """
+
+    path: str
+    module: nn.Module
+    blocks: str
+    norm: str
 
 
 class PrefixLM(nn.Module):
@@ -39,8 +61,7 @@ class PrefixLM(nn.Module):
 
     def __init__(self, model: nn.Module, num_blocks: int) -> None:
         super().__init__()
-        path, decoder = find_decoder(model)
-        blocks_name, norm_name = _DECODERS[path]
+        path, decoder, blocks_name, norm_name = find_decoder(model)
         blocks = decoder.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         del blocks[num_blocks:]
@@ -79,8 +100,11 @@ class LanguageBlueprint(Blueprint):
             model: nn.Module = pruned(config)
         else:
             model = import_transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        find_decoder(model)
         return model
+
+    def has_prefixes(self, model: nn.Module) -> bool:
+        """Return whether the model's blocks are found where those of known families are."""
+        return self.num_depths > 1 and try_decoder(model) is not None
 
     def build_initial(self) -> nn.Module:
         """Return the model that training starts from, float32."""
@@ -92,6 +116,10 @@ class LanguageBlueprint(Blueprint):
                 self.path, config=copy.deepcopy(self.config), dtype=torch.float32, use_safetensors=True
             )
         return model.train()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format of a local folder's weights, or what the config of a model elsewhere says."""
+        return model_dtype(self.path, self.config)
 
     def build_prefix(self, depth: int) -> nn.Module:
         """Return embeddings and first blocks with a personal norm and output layer."""
@@ -167,10 +195,10 @@ def load_hf(
         kind = "a sequence classifier" if task.exact_outputs else "a causal language model"
         raise ConfigError(f"model.path={path} is a {sizes.model_type}, not {kind}")
     sizes.use_cache = False
-    if sizes.vocab_size < vocabulary:
+    tokens = sizes.get_text_config().vocab_size
+    if tokens < vocabulary:
         raise ConfigError(
-            f"model {path} knows {sizes.vocab_size} tokens, but the data set has {vocabulary}; set "
-            f"dataset.tokenizer={path}"
+            f"model {path} knows {tokens} tokens, but the data set has {vocabulary}; set dataset.tokenizer={path}"
         )
     limit = getattr(sizes, "max_position_embeddings", sequence_length)
     if sequence_length > limit:
@@ -200,10 +228,19 @@ def _pruned_class(config: Any) -> Any:
     return getattr(modeling, name)
 
 
-def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return path and module of the decoder that holds a model's blocks; ConfigError where there is none."""
+def find_decoder(model: nn.Module) -> Decoder:
+    """Return where a model's blocks are; ConfigError where that is not known."""
+    found = try_decoder(model)
+    if found is None:
+        known = ", ".join(f"{path}.{blocks}" for path, blocks, _ in _DECODERS)
+        raise ConfigError(f"no decoder blocks known in {type(model).__name__}; supported are {known}")
+    return found
+
+
+def try_decoder(model: nn.Module) -> Decoder | None:
+    """Return where a model's blocks are; None where that is not known."""
     modules = dict(model.named_modules())
-    for path, (blocks, norm) in _DECODERS.items():
+    for path, blocks, norm in _DECODERS:
         if isinstance(modules.get(f"{path}.{blocks}"), nn.ModuleList) and hasattr(modules[path], norm):
-            return path, modules[path]
-    raise ConfigError(f"no decoder blocks known in {type(model).__name__}; supported are {', '.join(_DECODERS)}")
+            return Decoder(path, modules[path], blocks, norm)
+    return None

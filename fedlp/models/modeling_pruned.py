@@ -1,8 +1,8 @@
-"""Causal language models whose blocks differ in width, for transformers to load with ``trust_remote_code=True``.
+"""Transformers whose blocks differ in width, for the library of that name to load with ``trust_remote_code=True``.
 
-This file travels with the weights, beside their ``config.json``, and needs torch and transformers only. It is written
-for the architectures below, which it builds as they are and then resizes block by block. The config's ``pruned_blocks``
-has one entry per block:
+This file travels with the weights, beside their ``config.json``, and needs torch and transformers only. ``PrunedX``,
+for any class ``X`` of transformers whose architecture is among ``LAYOUTS``, builds a model as ``X`` does and then
+resizes it block by block. The config's ``pruned_blocks`` has one entry per block:
 
 * ``attention_heads``, ``key_value_heads``, ``head_dim``, ``intermediate_size``: its sizes;
 * ``attention_output_bias``, ``mlp_output_bias``: whether the last layer of its attention and of its MLP has a bias.
@@ -10,18 +10,12 @@ has one entry per block:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import transformers
 from torch import nn
-from transformers import (
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
 from transformers.pytorch_utils import Conv1D
 
 
@@ -31,55 +25,100 @@ class Layout(NamedTuple):
     Attributes
     ----------
     blocks, attention : str
-        Path of the list of blocks, and the attention's name in each.
+        Path of the list of blocks in the base model, and of the attention in each block.
     layers : mapping from name in the block to two letters
-        Outputs and inputs of each layer: ``h`` hidden, ``q`` queries, ``k`` keys or values, ``f`` queries, keys and
-        values fused, ``n`` neurons.
+        Outputs and inputs of each layer: ``h`` hidden, ``q`` queries, ``k`` keys or values, ``f`` all queries, all keys
+        and all values in a row, ``i`` queries, key and value of one head or group after those of another, ``n``
+        neurons, ``g`` gates and neurons in a row.
     neurons : str
         What the config calls ``intermediate_size``.
+    reads_config : bool
+        Whether the attention asks the config for its number of heads as it runs.
     """
 
     blocks: str
     attention: str
     layers: Mapping[str, str]
-    neurons: str
+    neurons: str = "intermediate_size"
+    reads_config: bool = False
 
 
-_LLAMA = Layout(
-    "model.layers",
-    "self_attn",
-    {
-        "self_attn.q_proj": "qh",
-        "self_attn.k_proj": "kh",
-        "self_attn.v_proj": "kh",
-        "self_attn.o_proj": "hq",
-        "mlp.gate_proj": "nh",
-        "mlp.up_proj": "nh",
-        "mlp.down_proj": "hn",
-    },
-    "intermediate_size",
-)
-_GPT2 = Layout(
-    "transformer.h",
-    "attn",
-    {"attn.c_attn": "fh", "attn.c_proj": "hq", "mlp.c_fc": "nh", "mlp.c_proj": "hn"},
-    "n_inner",
-)
+_ATTENTION = {"q_proj": "qh", "k_proj": "kh", "v_proj": "kh"}
+_GATED = {"gate_proj": "nh", "up_proj": "nh", "down_proj": "hn"}
+
+
+def _llama(mlp: Mapping[str, str] = _GATED, output: str = "o_proj") -> Layout:
+    attention = {f"self_attn.{name}": letters for name, letters in (_ATTENTION | {output: "hq"}).items()}
+    return Layout("layers", "self_attn", attention | {f"mlp.{name}": letters for name, letters in mlp.items()})
+
+
+def _neox(blocks: str, attention: str, fused: str, neurons: str) -> Layout:
+    layers = {f"{attention}.query_key_value": f"{fused}h", f"{attention}.dense": "hq"}
+    return Layout(blocks, attention, layers | {"mlp.dense_h_to_4h": "nh", "mlp.dense_4h_to_h": "hn"}, neurons)
+
+
+_LLAMA = _llama()
+_GATES = {"gate_up_proj": "gh", "down_proj": "hn"}
+_UNGATED = _llama({"up_proj": "nh", "down_proj": "hn"})
+_GPT2 = Layout("h", "attn", {"attn.c_attn": "fh", "attn.c_proj": "hq", "mlp.c_fc": "nh", "mlp.c_proj": "hn"}, "n_inner")
 _OPT = Layout(
-    "model.decoder.layers",
+    "decoder.layers",
     "self_attn",
-    {
-        "self_attn.q_proj": "qh",
-        "self_attn.k_proj": "kh",
-        "self_attn.v_proj": "kh",
-        "self_attn.out_proj": "hq",
-        "fc1": "nh",
-        "fc2": "hn",
-    },
+    {f"self_attn.{name}": letters for name, letters in (_ATTENTION | {"out_proj": "hq"}).items()}
+    | {"fc1": "nh", "fc2": "hn"},
     "ffn_dim",
 )
-LAYOUTS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2, "opt": _OPT}
+_BERT = Layout(
+    "encoder.layer",
+    "attention.self",
+    {
+        "attention.self.query": "qh",
+        "attention.self.key": "kh",
+        "attention.self.value": "kh",
+        "attention.output.dense": "hq",
+        "intermediate.dense": "nh",
+        "output.dense": "hn",
+    },
+)
+_LLAMA_LIKE = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ministral", "ministral3", "seed_oss", "helium"),
+    *("ernie4_5", "cwm", "hunyuan_v1_dense", "exaone4", "cohere", "cohere2", "stablelm", "hyperclovax"),
+    *("olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"),
+)
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(_LLAMA_LIKE, _LLAMA),
+    **dict.fromkeys(("arcee", "nemotron", "apertus"), _UNGATED),
+    **dict.fromkeys(("glm", "glm4"), _llama(_GATES)),
+    "starcoder2": _llama({"c_fc": "nh", "c_proj": "hn"}),
+    "phi": _llama({"fc1": "nh", "fc2": "hn"}, output="dense"),
+    "phi3": Layout(
+        "layers",
+        "self_attn",
+        {"self_attn.qkv_proj": "fh", "self_attn.o_proj": "hq", "mlp.gate_up_proj": "gh", "mlp.down_proj": "hn"},
+        reads_config=True,
+    ),
+    "gpt2": _GPT2,
+    "gpt_neox": _neox("layers", "attention", "i", "intermediate_size"),
+    "bloom": _neox("h", "self_attention", "i", "pruned_intermediate_size"),
+    "falcon": _neox("h", "self_attention", "i", "ffn_hidden_size"),
+    "opt": _OPT,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _BERT),
+}
 OUTPUT_BIASES = {"hq": "attention_output_bias", "hn": "mlp_output_bias"}
+_HEAD_DIMS = ("head_dim", "head_size", "attention_head_size")
+
+
+def path_of_blocks(model: nn.Module) -> str:
+    """Return the path of a model's list of blocks."""
+    config: Any = model.config
+    base: Any = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    return prefix + LAYOUTS[config.model_type].blocks
+
+
+def head_dim_of(attention: Any) -> int:
+    """Return the size of an attention's heads."""
+    return int(next(getattr(attention, name) for name in _HEAD_DIMS if hasattr(attention, name)))
 
 
 def layer_sizes(block: nn.Module, layout: Layout) -> dict[str, int]:
@@ -97,13 +136,13 @@ def describe_blocks(model: nn.Module) -> list[dict[str, int | bool]]:
     config: Any = model.config
     layout = LAYOUTS[config.model_type]
     found: list[dict[str, int | bool]] = []
-    for block in model.get_submodule(layout.blocks).children():
-        sizes = layer_sizes(block, layout)
-        attention: Any = block.get_submodule(layout.attention)
+    for block in model.get_submodule(path_of_blocks(model)).children():
+        sizes, head_dim = layer_sizes(block, layout), head_dim_of(block.get_submodule(layout.attention))
+        fused = sizes.get("f", sizes.get("i", 3 * sizes["q"]))
         widths: dict[str, int | bool] = {
-            "attention_heads": sizes["q"] // attention.head_dim,
-            "key_value_heads": sizes.get("k", sizes["q"]) // attention.head_dim,
-            "head_dim": attention.head_dim,
+            "attention_heads": sizes["q"] // head_dim,
+            "key_value_heads": sizes.get("k", (fused - sizes["q"]) // 2) // head_dim,
+            "head_dim": head_dim,
             "intermediate_size": sizes["n"],
         }
         for name, letters in layout.layers.items():
@@ -116,26 +155,23 @@ def describe_blocks(model: nn.Module) -> list[dict[str, int | bool]]:
 class _PrunedBlocks(nn.Module):
     """Comes before a native class, whose blocks it gives the sizes in ``config.pruned_blocks``."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
         layout = LAYOUTS[config.model_type]
-        blocks = self.get_submodule(layout.blocks).children()
+        blocks = self.get_submodule(path_of_blocks(self)).children()
         for block, widths in zip(blocks, config.pruned_blocks, strict=True):
             _replace_layers(block, layout, config.hidden_size, widths)
-            _match_attention(block.get_submodule(layout.attention), config, widths)
+            match_attention(block.get_submodule(layout.attention), layout, config, widths)
             if hasattr(block, "mlp") and hasattr(block.mlp, "intermediate_size"):
                 block.mlp.intermediate_size = widths["intermediate_size"]
         self.post_init()  # type: ignore[operator]
 
 
 def _replace_layers(block: nn.Module, layout: Layout, hidden: int, widths: Mapping[str, Any]) -> None:
-    sizes = {
-        "h": hidden,
-        "q": widths["attention_heads"] * widths["head_dim"],
-        "k": widths["key_value_heads"] * widths["head_dim"],
-        "f": 3 * widths["attention_heads"] * widths["head_dim"],
-        "n": widths["intermediate_size"],
-    }
+    queries, keys = (widths[name] * widths["head_dim"] for name in ("attention_heads", "key_value_heads"))
+    neurons = widths["intermediate_size"]
+    sizes = {"h": hidden, "q": queries, "k": keys, "n": neurons, "g": 2 * neurons}
+    sizes |= dict.fromkeys("fi", queries + 2 * keys)
     for name, letters in layout.layers.items():
         outputs, inputs = sizes[letters[0]], sizes[letters[1]]
         old: Any = block.get_submodule(name)
@@ -143,43 +179,35 @@ def _replace_layers(block: nn.Module, layout: Layout, hidden: int, widths: Mappi
             block.set_submodule(name, Conv1D(outputs, inputs))
         else:
             bias = widths[OUTPUT_BIASES[letters]] if letters in OUTPUT_BIASES else old.bias is not None
-            block.set_submodule(name, nn.Linear(inputs, outputs, bias))
+            kind = nn.Linear if type(old) is nn.Linear else type(old)
+            block.set_submodule(name, kind(inputs, outputs, bias))
 
 
-def _match_attention(attention: Any, config: Any, widths: Mapping[str, Any]) -> None:
-    heads, head_dim = widths["attention_heads"], widths["head_dim"]
-    if getattr(config, "scale_attn_weights", True):
-        attention.scaling *= (attention.head_dim / head_dim) ** 0.5
+def match_attention(attention: Any, layout: Layout, config: Any, widths: Mapping[str, Any]) -> None:
+    """Set the sizes that an attention keeps as attributes."""
+    heads, keys, head_dim = (widths[name] for name in ("attention_heads", "key_value_heads", "head_dim"))
+    if getattr(config, "scale_attn_weights", True) and hasattr(attention, "scaling"):
+        attention.scaling *= (head_dim_of(attention) / head_dim) ** 0.5
     sizes = {
-        "head_dim": head_dim,
-        "num_heads": heads,
-        "num_key_value_groups": heads // widths["key_value_heads"],
-        "split_size": heads * head_dim,
+        **dict.fromkeys(_HEAD_DIMS, head_dim),
+        **dict.fromkeys(("num_heads", "num_attention_heads"), heads),
+        **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), keys),
+        "num_key_value_groups": heads // keys,
+        **dict.fromkeys(("split_size", "all_head_size"), heads * head_dim),
     }
     for name, size in sizes.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
+    if layout.reads_config:
+        attention.config = copy.copy(attention.config)
+        attention.config.num_attention_heads = heads
 
 
-class PrunedLlamaForCausalLM(_PrunedBlocks, LlamaForCausalLM):  # type: ignore[misc]
-    """LLaMA with a width of its own for every block."""
-
-
-class PrunedMistralForCausalLM(_PrunedBlocks, MistralForCausalLM):  # type: ignore[misc]
-    """Mistral with a width of its own for every block."""
-
-
-class PrunedQwen2ForCausalLM(_PrunedBlocks, Qwen2ForCausalLM):  # type: ignore[misc]
-    """Qwen2 with a width of its own for every block."""
-
-
-class PrunedQwen3ForCausalLM(_PrunedBlocks, Qwen3ForCausalLM):  # type: ignore[misc]
-    """Qwen3 with a width of its own for every block."""
-
-
-class PrunedGPT2LMHeadModel(_PrunedBlocks, GPT2LMHeadModel):  # type: ignore[misc]
-    """GPT-2 with a width of its own for every block."""
-
-
-class PrunedOPTForCausalLM(_PrunedBlocks, OPTForCausalLM):  # type: ignore[misc]
-    """OPT with a width of its own for every block."""
+def __getattr__(name: str) -> Any:
+    """Return the class of models like ``X`` of transformers whose blocks differ in width, for the name ``PrunedX``."""
+    native = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    if not (isinstance(native, type) and issubclass(native, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    doc = f"{native.__name__} with a width of its own for every block."
+    globals()[name] = type(name, (_PrunedBlocks, native), {"__module__": __name__, "__doc__": doc})
+    return globals()[name]

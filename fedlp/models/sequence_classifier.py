@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedlp.models.spec import Blueprint
+from fedlp.models.stored_dtype import model_dtype
 from fedlp.models.transformers_loading import import_transformers, loading, quiet
 
 
@@ -63,3 +64,7 @@ class SequenceClassifierBlueprint(Blueprint):
                 ignore_mismatched_sizes=True,
             )
         return model.train()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format of a local folder's weights, or what the config of a model elsewhere says."""
+        return model_dtype(self.path, self.config)

@@ -7,26 +7,40 @@ model and its prefixes from a seed. A family of models (``cnn``, ``vision``, ``l
 
 from __future__ import annotations
 
-import copy
 import itertools
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from functools import partial
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlp.errors import ConfigError
+from fedlp.models.forward import first_line, forward_logits, run_and_note, shapes_only, short_example
 from fedlp.models.layer_order import order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
 from fedlp.registry import lookup
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.types import Layer
+
+__all__ = [
+    "Blueprint",
+    "ModelSpec",
+    "ModelTask",
+    "TensorInfo",
+    "describe_blueprint",
+    "find_task",
+    "first_line",
+    "forward_logits",
+    "leading_layers",
+    "named_tensors",
+    "shapes_only",
+    "state_tensors",
+]
 
 
 class ModelTask(Protocol):
@@ -85,6 +99,14 @@ class Blueprint(ABC):
     def frozen(self, parameters: Sequence[str]) -> frozenset[str]:
         """Return the parameters, of the names given, that keep their first values by themselves."""
         return frozenset()
+
+    def has_prefixes(self, model: nn.Module) -> bool:
+        """Return whether depths below ``num_depths`` can be built; ``model`` is the global one, which has no values."""
+        return self.num_depths > 1
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the format in which the weights of :meth:`build_initial` are stored; models are built in float32."""
+        return torch.float32
 
 
 @dataclass(frozen=True)
@@ -193,7 +215,8 @@ class ModelSpec:
         if not 1 <= depth <= len(self.depths):
             raise ConfigError(f"model {self.blueprint.name} has depths 1 to {len(self.depths)}, not {depth}")
         with _seeded(torch_seed(seed, Stream.PERSONAL_HEAD, client_id)):
-            return freeze(_build(self.blueprint, depth), self.frozen)
+            is_whole = depth == len(self.depths)
+            return freeze(self.blueprint.build() if is_whole else self.blueprint.build_prefix(depth), self.frozen)
 
     def example_inputs(self, batch: int) -> Tensor:
         """Return ``batch`` examples of the right shape, always the same: normal floats, or int64 tokens."""
@@ -231,7 +254,7 @@ def describe_blueprint(
     task = find_task(task)
     blueprint.check_inputs()
     try:
-        model = _build_shapes(blueprint, blueprint.num_depths)
+        model = _build_shapes(blueprint.build)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise _shape_error(blueprint, input_shape, error) from error
     used = _check_forward(model, blueprint, task, input_shape, num_classes)
@@ -242,7 +265,8 @@ def describe_blueprint(
         for name, tensor in named_tensors(freeze(model, still)).items()
     }
     layers = _group_layers(tensors)
-    prefixes = [named_tensors(_build_shapes(blueprint, depth)) for depth in range(1, blueprint.num_depths)]
+    depths = range(1, blueprint.num_depths if blueprint.has_prefixes(model) else 1)
+    prefixes = [named_tensors(_build_shapes(partial(blueprint.build_prefix, depth))) for depth in depths]
     shared = tuple(frozenset(prefix) & frozenset(tensors) for prefix in prefixes)
     return ModelSpec(
         task=task,
@@ -286,57 +310,6 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
-def forward_logits(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Return a model's outputs: (batch, outputs), or logits (batch, tokens, vocabulary) of a causal language model.
-
-    Parameters
-    ----------
-    inputs : Tensor or mapping
-        The batch, or the model's keyword arguments: ``input_ids`` and ``attention_mask``, (batch, tokens). Where the
-        mask is 0, the model's own padding token is read.
-    """
-    outputs: Any = model(inputs) if isinstance(inputs, Tensor) else model(**_with_padding(model, inputs))
-    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
-    return logits
-
-
-def _with_padding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if not padding or "attention_mask" not in inputs:
-        return inputs
-    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, padding)
-    return {**inputs, "input_ids": ids}
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error of another library says, to be quoted in one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-@contextmanager
-def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
-
-    Nothing is allocated or computed, and the model is not touched. Whatever the device of the model, the operators that
-    run are the same.
-    """
-    mode = FakeTensorMode()
-
-    def convert(tensor: Tensor) -> Tensor:
-        return mode.from_tensor(tensor.detach().to("meta"))
-
-    memo: dict[int, Any] = {id(p): nn.Parameter(convert(p), p.requires_grad) for p in model.parameters()}
-    memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
-    shapes, example = copy.deepcopy(model, memo), convert(inputs)
-    log = logging.getLogger(FakeTensorMode.__module__)  # prints a traceback of what it then raises
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with mode:
-            yield shapes, example
-    finally:
-        log.disabled = was_disabled
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the CPU generator for a while; the devices' generators are not touched, as models are built on the CPU."""
@@ -345,35 +318,34 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build_shapes(blueprint: Blueprint, depth: int) -> nn.Module:
+def _build_shapes(build: Callable[[], nn.Module]) -> nn.Module:
     """Return a model of which only shapes matter: without memory, unless its constructor reads values of tensors."""
     with _seeded(0):
         try:
             with torch.device("meta"):
-                return _build(blueprint, depth)
+                return build()
         except NotImplementedError:  # what reading a meta tensor raises
-            return _build(blueprint, depth)
-
-
-def _build(blueprint: Blueprint, depth: int) -> nn.Module:
-    return blueprint.build() if depth == blueprint.num_depths else blueprint.build_prefix(depth)
+            return build()
 
 
 def _check_forward(
     model: nn.Module, blueprint: Blueprint, task: ModelTask, input_shape: tuple[int, ...], num_classes: int
 ) -> list[str]:
-    """Return the paths of the modules that a forward pass calls, in order."""
-    called: list[str] = []
-    dtype = torch.int64 if task.reads_tokens else torch.float32
-    inputs = torch.empty((2, *input_shape), dtype=dtype, device="meta")
+    """Return the paths of the modules that a forward pass calls, in order.
+
+    The pass runs on shapes; where an operator needs values (a mixture of experts, say) on a fresh model and one short
+    example instead.
+    """
+    inputs = torch.empty((2, *input_shape), dtype=torch.int64 if task.reads_tokens else torch.float32, device="meta")
     try:
         with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
-            for path, module in shapes.named_modules():
-                module.register_forward_pre_hook(lambda *_, path=path: called.append(path))
-            logits = forward_logits(shapes, example)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        raise _shape_error(blueprint, input_shape, error) from error
-    width = logits.shape[-1]
+            width, called = run_and_note(shapes, example)
+    except Exception:  # whatever operators raise that find no values
+        try:
+            with _seeded(0), torch.no_grad():
+                width, called = run_and_note(blueprint.build().eval(), short_example(input_shape, task.reads_tokens))
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise _shape_error(blueprint, input_shape, error) from error
     if width < num_classes or (task.exact_outputs and width != num_classes):
         raise ConfigError(f"model {blueprint.name} has {width} outputs, but the data set has {num_classes} classes")
     return called

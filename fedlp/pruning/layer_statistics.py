@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedlp.errors import CalibrationError
 from fedlp.pruning.reader_layers import Reader
 from fedlp.pruning.staged_forward import StagedRun
-from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.tracing.decoder import adds_to_stream, is_language_model
 from fedlp.pruning.tracing.units import input_columns, output_rows
 from fedlp.types import PrunableLayer
 
@@ -61,8 +61,7 @@ class Collector:
         self._num_batches = len(batches)
         self._run = StagedRun(model, batches)
         self._dense = None if dense is None else StagedRun(dense, batches)
-        config = getattr(model, "config", None)  # blocks that add to a stream, and not those that then normalise it
-        self._has_stream = is_language_model(model) and getattr(config, "do_layer_norm_before", True)
+        self._has_stream = is_language_model(model) and adds_to_stream(model)
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""

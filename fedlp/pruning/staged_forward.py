@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlp.models.language import find_decoder
-from fedlp.pruning.tracing.decoder import is_language_model
-
-_BLOCKS = {"model": "layers", "transformer": "h", "model.decoder": "layers"}
+from fedlp.pruning.tracing.decoder import is_language_model, path_of_blocks
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,11 +40,9 @@ class StagedRun:
             self._states: list[Any] = list(batches)
             self._arguments: list[list[_Arguments]] = [[((), {})] * len(batches)]
             return
-        path, decoder = find_decoder(model)
-        blocks = decoder.get_submodule(_BLOCKS[path])
-        assert isinstance(blocks, nn.ModuleList)
-        self.stages = list(blocks)
-        self.paths = [f"{path}.{_BLOCKS[path]}.{index}." for index in range(len(blocks))]
+        path = path_of_blocks(model)
+        self.stages = list(model.get_submodule(path).children())
+        self.paths = [f"{path}.{index}." for index in range(len(self.stages))]
         self._states, self._arguments = _catch(model, self.stages, batches)
 
     def stage_of(self, module_path: str) -> int:

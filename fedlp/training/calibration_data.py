@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fedlp.config import PrunerConfig
 from fedlp.data.examples import DataInfo, Examples
+from fedlp.errors import CalibrationError
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.criterion import as_score
 from fedlp.tasks import task_of
+
+_MOST_EXCESS = 1.0  # nats per token above those of a uniform guess; a model with fresh weights has about 0.1
 
 
 def make_method(pruner: PrunerConfig) -> Method:
@@ -44,3 +49,18 @@ def batch_calibration(
     if task.is_softmax:
         return Calibration(batches, labels, seed)
     return Calibration(batches, labels, seed, lambda outputs, wanted: task.loss(outputs, outputs, wanted), False)
+
+
+def check_language_loss(loss: float, info: DataInfo, tokenizer: str) -> None:
+    """Raise CalibrationError if a language model's loss, in nats per token, is well above that of a uniform guess.
+
+    Such a model was given tokens of another tokenizer, or it is not trained: pruning it means nothing.
+    """
+    task, uniform = task_of(info), math.log(info.num_classes)
+    predicts_tokens = task.reads_tokens and not task.exact_outputs
+    if predicts_tokens and not loss <= uniform + _MOST_EXCESS:
+        raise CalibrationError(
+            f"the model's loss on this text is {loss:.2f} nats per token before pruning, above the {uniform:.2f} of a "
+            f"uniform guess among {info.num_classes} tokens: dataset.tokenizer={tokenizer} is not the one that it was "
+            "trained with, or its weights are not trained"
+        )

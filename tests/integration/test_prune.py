@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 
 from fedlp import cli
 from fedlp.apps import prune as oneshot
-from fedlp.config import compose_prune
+from fedlp.config import compose, compose_prune
+from fedlp.errors import ConfigError
 from fedlp.models.language import import_transformers
+from fedlp.pruning.io.model_files import round_weights
 from tests.integration.running import TINY, Call, Finished, assert_refused
 
 Once = Callable[..., Finished]
@@ -117,6 +122,94 @@ def test_adapters_are_trained_and_merged(language_model: Path, tmp_path: Path, c
     assert sum(p.numel() for p in stored.parameters()) == report["params_after"]
 
 
+# ---- tokens
+@pytest.fixture(scope="module")
+def words_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with fresh weights and a tokenizer of its own, of 300 words."""
+    folder = tmp_path_factory.mktemp("words")
+    transformers, tokenizers = import_transformers(), importlib.import_module("tokenizers")
+    texts = ["the keeper of the light went down to the sea and back"] + [f"word{n}" for n in range(280)]
+    words = {word: number for number, word in enumerate(dict.fromkeys(" ".join(["?", *texts]).split()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_hugging_face_reads_its_own_tokens(words_model: Path, tmp_path: Path, call: Call) -> None:
+    model = ["model=hf", f"model.path={words_model}"]
+    assert compose_prune(["sparsity=0.3", *model]).dataset.tokenizer == str(words_model)
+    assert compose([*model, "dataset=topics"]).dataset.tokenizer == str(words_model)
+    assert compose(["model=llama_tiny", "dataset=topics"]).dataset.tokenizer == "bytes"
+    out = tmp_path / "out"
+    target = ("sparsity=0.3", "allocator=uniform", f"hydra.run.dir={out}")
+    code, _, errors = call(*text_model(words_model), "dataset.sequence_length=16", *target, main=cli.prune_main)
+    assert code == 0, errors
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["dataset"]["tokenizer"] == str(words_model)
+    assert len(import_transformers().AutoTokenizer.from_pretrained(out / "model")) > 256
+
+
+def test_a_model_of_bytes_without_a_tokenizer_reads_bytes(language_model: Path) -> None:
+    options = ["sparsity=0.3", "model=hf", f"model.path={language_model}"]
+    assert compose_prune(options).dataset.tokenizer == "bytes"
+    assert compose_prune([*options, "dataset.tokenizer=gpt2"]).dataset.tokenizer == "gpt2"
+
+
+def test_a_loss_above_that_of_guessing_is_one_line(words_model: Path, tmp_path: Path, call: Call) -> None:
+    transformers = import_transformers()
+    model = transformers.LlamaForCausalLM.from_pretrained(words_model)
+    model.lm_head.weight.data.mul_(200)  # certain of the wrong tokens, as a model that is fed another tokenizer's
+    model.save_pretrained(tmp_path / "model")
+    options = (*text_model(tmp_path / "model"), "dataset.tokenizer=bytes", "sparsity=0.3")
+    result = call(*options, f"hydra.run.dir={tmp_path / 'out'}", main=cli.prune_main)
+    assert_refused(result, "above the 5.55 of a uniform guess among 256 tokens: dataset.tokenizer=bytes is not the one")
+
+
+# ---- formats
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("stored", "option", "written"), [("float16", "auto", "F16"), ("bfloat16", "auto", "BF16")])
+def test_weights_keep_their_format(
+    stored: str, option: str, written: str, language_model: Path, tmp_path: Path, call: Call
+) -> None:
+    transformers = import_transformers()
+    model = transformers.LlamaForCausalLM.from_pretrained(language_model)
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path / "half")
+    out, target = tmp_path / "out", ("sparsity=0.4", "allocator=uniform", "evaluate=false", f"dtype={option}")
+    code, _, errors = call(*text_model(tmp_path / "half"), *target, f"hydra.run.dir={out}", main=cli.prune_main)
+    assert code == 0, errors
+    assert size(out / "model") < 0.8 * size(tmp_path / "half")
+    with safe_open(out / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {written}  # noqa: SIM118
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == stored
+    again = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto", trust_remote_code=True)
+    assert again.dtype == getattr(torch, stored)
+
+
+def test_another_format_can_be_asked_for(language_model: Path, tmp_path: Path, call: Call) -> None:
+    out, target = tmp_path / "out", ("sparsity=0.4", "allocator=uniform", "dtype=bfloat16")
+    code, _, errors = call(*text_model(language_model), *target, f"hydra.run.dir={out}", main=cli.prune_main)
+    assert code == 0, errors
+    assert size(out / "model") < 0.4 * size(language_model)
+    assert_refused(call(*text_model(language_model), *target[:2], "dtype=int8", main=cli.prune_main), "dtype=int8")
+
+
+def test_weights_beyond_a_format_are_one_line() -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, 1e5)
+    round_weights(model, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"weight has a number beyond the range of float16; set dtype=bfloat16"):
+        round_weights(model, torch.float16)
+
+
 # ---- bad input
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -154,11 +247,16 @@ def test_what_the_model_or_data_cannot_give_is_one_line(
 
 def test_an_unknown_architecture_is_one_line(tmp_path: Path, call: Call) -> None:
     transformers = import_transformers()
-    config = transformers.GPTNeoXConfig(
-        vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    config = transformers.MixtralConfig(
+        vocab_size=256,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
     )
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
-    assert_refused(call(*text_model(tmp_path / "model"), "sparsity=0.3", main=cli.prune_main), "GPTNeoX")
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert_refused(call(*text_model(tmp_path / "model"), "sparsity=0.3", main=cli.prune_main), "type mixtral")
 
 
 # ---- real models

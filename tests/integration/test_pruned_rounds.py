@@ -226,3 +226,28 @@ def test_wide_models_can_count_for_more(once: Once) -> None:
     overrides = (*OURS, *PLAIN, *TIERS, "strategy.sparsity=0", "num_rounds=1", "clients_per_round=6")
     examples, held = (once(*overrides, f"aggregator.weighting={kind}").tensors for kind in ("examples", "held"))
     assert any(not torch.equal(value, held[name]) for name, value in examples.items())
+
+
+# ---- clients with hardly any data
+SCARCE = (*MLP, "partition=dirichlet", "partition.alpha=0.2", "dataset.max_train_examples=30", "clients_per_round=6")
+
+
+@pytest.mark.parametrize("options", [(), ("strategy.compensate=true",)], ids=["plain", "compensated"])
+def test_clients_with_one_example_train_and_choose_units_but_send_no_scores(
+    options: tuple[str, ...], once: Once
+) -> None:
+    done = once(*OBS, *SCARCE, "strategy.sparsity=0.4", "strategy.spread=allocator", *options)
+    sizes = {client["client_id"]: client["num_examples"] for client in done.rounds[0]["clients"]}
+    assert [sizes[client] for client in (0, 3)] == [1, 1]
+    assert not done.failures
+    alone = changed([*OBS, *SCARCE, "strategy.sparsity=0.4", "strategy.spread=allocator", *options], done)
+    assert all(bool(entries.any()) for name, entries in alone.items() if name.endswith("weight"))
+
+
+def test_clients_without_a_whole_window_of_text_take_part(once: Once, tmp_path: Path) -> None:
+    speakers = [f"{name}:\n{'so ' * length}\n\n" for name, length in zip("ABCDEF", (60, 60, 60, 60, 4, 3), strict=True)]
+    (tmp_path / "play.txt").write_text("".join(speakers))
+    text = ("dataset=text", f"dataset.root={tmp_path / 'play.txt'}", "dataset.sequence_length=32", "partition=natural")
+    small = ("model=llama_tiny", "model.num_layers=1", "model.hidden_size=16", "num_rounds=1")
+    done = once(*OBS, *small, *text, "strategy.sparsity=0.4", "clients_per_round=6", "dataset.max_train_examples=null")
+    assert not done.failures

@@ -7,7 +7,7 @@ client's model, whose optimiser then steps. Units outside get zero gradient, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,7 +39,8 @@ class NestedWidth:
     def pull(self) -> nn.Module:
         """Copy the client's current values into the nested model and return it."""
         for tensor, large, dims in self._pairs:
-            _stacked(tensor, dims).copy_(_corner(large, tensor, dims))
+            for inner, outer in _corners(tensor, large, dims):
+                inner.copy_(outer)
             tensor.grad = None
         return self._small
 
@@ -47,26 +48,47 @@ class NestedWidth:
     def push(self) -> None:
         """Set the client's gradients to the nested model's, zero elsewhere, and take over its buffers."""
         for tensor, large, dims in self._pairs:
+            source, target = tensor, large
             if tensor.requires_grad:
-                large.grad = torch.zeros_like(large)
-                if tensor.grad is not None:
-                    _corner(large.grad, tensor, dims).copy_(_stacked(tensor.grad, dims))
-            else:
-                _corner(large, tensor, dims).copy_(_stacked(tensor, dims))
+                target = large.grad = torch.zeros_like(large)
+                if tensor.grad is None:
+                    continue
+                source = tensor.grad
+            for inner, outer in _corners(source, target, dims):
+                outer.copy_(inner)
+
+
+def _corners(small: Tensor, large: Tensor, dims: Sequence[Dim]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of a small tensor and of the first units of a large one, as large as the former."""
+    for inner, outer, parts in _segments(small.detach(), large.detach(), dims):
+        stacked = _stacked(inner, parts)
+        yield stacked, _stacked(outer, parts)[tuple(slice(size) for size in stacked.shape)]
+
+
+def _segments(small: Tensor, large: Tensor, dims: Sequence[Dim]) -> Iterator[tuple[Tensor, Tensor, tuple[Dim, ...]]]:
+    """Yield parts of two tensors in which all copies of an axis have the same number of entries."""
+    position = next((position for position, dim in enumerate(dims) if dim.behind), None)
+    if position is None:
+        yield small, large, tuple(dims)
+        return
+    dim = dims[position]
+    segments = [dim._replace(behind=()), *(Dim(dim.axis, entries) for entries in dim.behind)]
+    sizes = [segment.entries * segment.copies for segment in segments]
+    inner, outer = (
+        torch.split(tensor, [size * tensor.shape[position] // sum(sizes) for size in sizes], position)
+        for tensor in (small, large)
+    )
+    for segment, *parts in zip(segments, inner, outer, strict=True):
+        yield parts[0], parts[1], (*dims[:position], segment, *dims[position + 1 :])
 
 
 def _stacked(tensor: Tensor, dims: Sequence[Dim]) -> Tensor:
     """Return a view in which the stacked copies of an axis have a dimension of their own."""
-    view = tensor.detach()
+    view = tensor
     for position in reversed(range(len(dims))):
         if dims[position].copies > 1:
             view = view.view(*view.shape[:position], dims[position].copies, -1, *view.shape[position + 1 :])
     return view
-
-
-def _corner(large: Tensor, small: Tensor, dims: Sequence[Dim]) -> Tensor:
-    """Return a view of the first units of ``large``, stacked: the leading corner as large as ``small``."""
-    return _stacked(large, dims)[tuple(slice(size) for size in _stacked(small, dims).shape)]
 
 
 def nested_counts(counts: Mapping[str, int], sizes: Mapping[str, int], level: float) -> dict[str, int]:

@@ -21,10 +21,13 @@ from fedlp.models.adapters import has_adapters, merge_adapters
 from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.scores.magnitude import Magnitude
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstruction
+
+MIN_SCORED = 2  # examples without which a client does not score
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Uploads:
         spec = self._spec(instruction)
         scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
         local = self._returned(instruction) | chosen
-        if chosen and self._options.compensate:
+        if chosen and self._options.compensate and len(whole_examples(examples, self._info)) >= MIN_SCORED:
             trained |= self._compensate(instruction, model, local, spec, examples)
             updates = _differences(trained, instruction.params)
         names = [name for name in layout.names if name in instruction.uploads]
@@ -156,6 +159,8 @@ class Uploads:
         if "input_norms" not in instruction.evidence:
             return {}, 0.0
         data = self._calibration(instruction, examples)
+        if not data.num_examples:
+            return {}, 0.0
         norms = measure_input_norms(model, list(self._submodels.reader_columns), data.batches)
         return norms, self._costs.macs(instruction.submodel).forward * data.num_examples
 
@@ -167,16 +172,23 @@ class Uploads:
         spec: WidthSpec,
         examples: Examples,
     ) -> tuple[dict[str, Tensor], dict[str, Keep], float]:
-        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs."""
+        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs.
+
+        A client of fewer than two examples chooses by magnitude and sends no scores: one input has no variance.
+        """
         if not (instruction.kept or "unit_scores" in instruction.evidence):
             return {}, {}, 0.0
         if has_adapters(model):
             model = merge_adapters(cut_model(model, spec, {}))
         scored = _with_values(model, spec, updates) if self._options.criterion == "update" else model
         data, per_example = self._calibration(instruction, examples), self._costs.macs(instruction.submodel)
-        scores, macs = score_units(model, scored, spec, self._layers(spec), data, self._method, per_example)
+        method = self._method
+        is_scored = data.num_examples >= MIN_SCORED or method.score.needs <= {"weights"}
+        if not is_scored:
+            method = replace(method, score=Magnitude())
+        scores, macs = score_units(model, scored, spec, self._layers(spec), data, method, per_example)
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
-        return scores if "unit_scores" in instruction.evidence else {}, chosen, macs
+        return scores if "unit_scores" in instruction.evidence and is_scored else {}, chosen, macs
 
     def _compensate(
         self,

@@ -1,9 +1,9 @@
 """Types to Flower records and back: the only file with record keys, the only door bad input can come through.
 
 Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
-and ``scores`` where they were asked for. Only the kept slices of the tensors asked for travel; index sets are runs or
-bitmaps, whichever is shorter. Decoders check everything against what was assigned and raise :class:`ProtocolError`
-naming the client and what was wrong.
+and ``scores`` where they were asked for, unless a client has too few examples for them. Only the kept slices of the
+tensors asked for travel; index sets are runs or bitmaps, whichever is shorter. Decoders check everything against what
+was assigned and raise :class:`ProtocolError` naming the client and what was wrong.
 
 Longer than other files: one door has one file.
 """
@@ -215,6 +215,10 @@ def decode_update(
         score that is negative or not finite. Names the client and the tensor, axis or metric.
     """
     who = f"client {assigned.client_id}, round {assigned.server_round}"
+
+    def asks(evidence: str, record: str) -> bool:
+        return evidence in assigned.evidence and record in content  # a client with too few examples sends none
+
     try:
         record, metrics = read_config(content, UPDATE), read_metrics(content, METRICS)
         server_round, client_id = read_integer(record, "server-round"), read_integer(record, "client-id")
@@ -248,8 +252,8 @@ def decode_update(
         params=params,
         metrics=_decode_metrics(metrics, who),
         widths=widths,
-        scores=_decode_scores(content, assigned, submodels, who) if "unit_scores" in assigned.evidence else {},
-        input_norms=_decode_norms(content, assigned, submodels, who) if "input_norms" in assigned.evidence else {},
+        scores=_decode_scores(content, assigned, submodels, who) if asks("unit_scores", SCORES) else {},
+        input_norms=_decode_norms(content, assigned, submodels, who) if asks("input_norms", INPUT_NORMS) else {},
     )
 
 

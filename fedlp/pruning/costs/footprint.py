@@ -13,6 +13,8 @@ from fedlp.models.spec import forward_logits, named_tensors, shapes_only
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.widths import WidthSpec
 
+_ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "self")
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -95,8 +97,8 @@ def _attention_macs(model: nn.Module, spec: WidthSpec, tokens: int) -> dict[str,
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        if path and name in ("o_proj", "out_proj", "c_proj") and f"{path}.weight" in spec.dims:
+        if path and name in _ATTENTION_OUTPUTS and f"{path}.weight" in spec.dims:
             dim = spec.dims[f"{path}.weight"][1 - is_transposed(module)]
-            if dim.axis is not None and dim.axis.rpartition(".")[2] in ("self_attn", "attn"):
+            if dim.axis is not None and dim.axis.rpartition(".")[2] in _ATTENTIONS:
                 found[dim.axis] = 2.0 * tokens * tokens * dim.entries
     return found

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedlp.errors import CheckpointError, one_line
+from fedlp.errors import CheckpointError, ConfigError, one_line
 from fedlp.models.spec import state_tensors
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model
 from fedlp.types import Keep
@@ -19,7 +20,13 @@ from fedlp.types import Keep
 _WEIGHTS, _WIDTHS = "model.safetensors", "widths.json"
 
 
-def save_classifier(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep], folder: Path) -> None:
+def save_classifier(
+    model: nn.Module,
+    spec: WidthSpec,
+    widths: Mapping[str, Keep],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a cut classifier: ``model.safetensors`` and ``widths.json``.
 
     Parameters
@@ -33,6 +40,8 @@ def save_classifier(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep
     folder : Path
         Made if absent. ``widths.json`` has for every axis its ``size`` in units and the units that are kept, ``keep``,
         as runs ``[start, stop)``.
+    dtype : torch.dtype
+        Of the floating-point numbers in the file.
 
     Raises
     ------
@@ -46,7 +55,7 @@ def save_classifier(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _WIDTHS).write_text(json.dumps({"axes": axes}, indent=1) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in state_tensors(model).items()}, folder / _WEIGHTS)
+        save_file(stored_tensors(model, dtype), folder / _WEIGHTS)
     except OSError as error:
         raise CheckpointError(f"the model cannot be written to {folder}: {one_line(error)}") from error
 
@@ -66,7 +75,8 @@ def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn
     Returns
     -------
     nn.Module
-        The cut model with the weights of the folder, on the device of ``model_whole``, in evaluation mode.
+        The cut model with the weights of the folder, on the device and in the dtypes of ``model_whole``, in evaluation
+        mode.
 
     Raises
     ------
@@ -88,13 +98,37 @@ def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn
         raise CheckpointError(f"{path} is of another model: {where} has no tensor {odd}")
     for name, tensor in own.items():
         found = stored[name]
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+        kinds_agree = found.dtype == tensor.dtype or (found.is_floating_point() and tensor.is_floating_point())
+        if found.shape != tensor.shape or not kinds_agree:
             raise CheckpointError(
                 f"{path} is of another model: {name} is {_kind(found)} there, {_kind(tensor)} in the model cut to "
                 f"{_WIDTHS}"
             )
         tensor.copy_(found)
     return model.eval()
+
+
+def stored_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a model's tensors as they are written: contiguous, floating-point ones in one dtype."""
+    tensors = state_tensors(model)
+    return {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round floating-point tensors to the numbers of a dtype, in place: the model computes with what is written.
+
+    Raises
+    ------
+    ConfigError
+        If a number is beyond the range of the dtype; names the tensor.
+    """
+    for name, tensor in state_tensors(model).items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            rounded = tensor.to(dtype)
+            if bool((rounded.isinf() & tensor.isfinite()).any()):
+                kind = str(dtype).removeprefix("torch.")
+                raise ConfigError(f"{name} has a number beyond the range of {kind}; set dtype=bfloat16 or float32")
+            tensor.copy_(rounded)
 
 
 def _read_widths(path: Path, spec: WidthSpec) -> dict[str, Keep]:

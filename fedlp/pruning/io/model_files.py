@@ -13,7 +13,7 @@ import io
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,34 +22,44 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError, one_line
 from fedlp.models.spec import named_tensors, state_tensors
 from fedlp.models.transformers_loading import import_transformers
-from fedlp.pruning.io.classifier_files import load_classifier, save_classifier
+from fedlp.pruning.io.classifier_files import load_classifier, round_weights, save_classifier, stored_tensors
 from fedlp.pruning.tracing.decoder import is_language_model
 
 if TYPE_CHECKING:
     from fedlp.models.modeling_pruned import Layout  # imports transformers
 
-__all__ = ["export_onnx", "load_classifier", "save_classifier", "save_language_model"]
+__all__ = ["export_onnx", "load_classifier", "round_weights", "save_classifier", "save_language_model"]
 
 _TEMPLATE = "modeling_pruned"
 _MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
 
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "CausalLM",
+    "SEQUENCE_CLASSIFICATION": "SequenceClassification",
+    "MASKED_LM": "MaskedLM",
+}
+
 Blocks = list[dict[str, int | bool]]
 
 
-def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -> None:
+def save_language_model(
+    model: nn.Module, folder: Path, tokenizer: str | None, dtype: torch.dtype | None = None
+) -> None:
     """Write a causal language model so that transformers loads it and computes the same logits.
 
     Parameters
     ----------
     model : nn.Module
-        A llama, mistral, qwen2, qwen3, gpt2 or opt, whole or cut by ``pruning.tracing.widths.cut_model``: blocks may
-        differ in width, and the last layers of their attentions and MLPs may have got a bias.
+        Of an architecture in ``modeling_pruned.LAYOUTS``, whole or cut by ``pruning.tracing.widths.cut_model``: blocks
+        may differ in width, and the last layers of their attentions and MLPs may have got a bias.
     folder : Path
         Gets ``config.json``, ``generation_config.json`` and ``model.safetensors``. Where no config of transformers'
         own class describes the model also ``modeling_pruned.py``, and ``pruned_blocks`` in the config: such a folder is
         loaded with ``from_pretrained(folder, trust_remote_code=True)``.
     tokenizer : str or None
         Hugging Face name or folder of a tokenizer that is saved along.
+    dtype : torch.dtype or None
+        Of the weights in the file; the model's own for None.
 
     Raises
     ------
@@ -58,7 +68,8 @@ def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -
     """
     config, model_class = _describe(model)
     config.architectures = [model_class.__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    written = dtype or cast(torch.dtype, model.dtype)
+    config.dtype = str(written).removeprefix("torch.")
     vocabulary = None if tokenizer is None else _load_tokenizer(tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +82,7 @@ def save_language_model(model: nn.Module, folder: Path, tokenizer: str | None) -
             (folder / f"{_TEMPLATE}.py").write_text(Path(inspect.getfile(model_class)).read_text())
         if vocabulary is not None:
             vocabulary.save_pretrained(folder)
-        tensors = {name: tensor.contiguous() for name, tensor in state_tensors(model).items()}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(stored_tensors(model, written), folder / "model.safetensors", {"format": "pt"})
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model cannot be written to {folder}: {one_line(error)}") from error
 
@@ -86,7 +96,6 @@ def _load_tokenizer(name: str) -> Any:
 
 def _describe(model: nn.Module) -> tuple[Any, Any]:
     """Return a config that describes a model, and the class that it builds: transformers' own if possible."""
-    mapping = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING
     from fedlp.models import modeling_pruned as template
 
     config: Any = copy.deepcopy(model.config)
@@ -96,35 +105,46 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
     layout = template.LAYOUTS[config.model_type]
     blocks = template.describe_blocks(model)
     _write_sizes(config, model, blocks, layout)
-    native = mapping[type(config)]
+    native: Any = getattr(import_transformers(), type(model).__name__.removeprefix("Pruned"))
     if _builds(native, config, model, blocks):
         return config, native
     name = f"Pruned{native.__name__}"
-    config.auto_map = {"AutoModelForCausalLM": f"{_TEMPLATE}.{name}"}
+    config.auto_map = {_auto_class(native, type(config)): f"{_TEMPLATE}.{name}"}
     config.pruned_blocks = blocks
     _write_heads(config, blocks, *_valid_heads(blocks, config.hidden_size))
     neurons = {block["intermediate_size"] for block in blocks}
-    # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
-    setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
+    if hasattr(config, layout.neurons):
+        # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
+        setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
     if not _builds(getattr(template, name), config, model, blocks):
         raise ConfigError(f"this {native.__name__} cannot be exported: more than its heads and neurons is unusual")
     return config, getattr(template, name)
 
 
+def _auto_class(native: Any, config_class: Any) -> str:
+    """Return the class of transformers that finds a class by its config."""
+    transformers = import_transformers()
+    for kind, words in _AUTO_CLASSES.items():
+        if getattr(transformers, f"MODEL_FOR_{kind}_MAPPING").get(config_class, None) is native:
+            return f"AutoModelFor{words}"
+    return "AutoModel"
+
+
 def _write_sizes(config: Any, model: nn.Module, blocks: Blocks, layout: Layout) -> None:
     """Write the sizes that the model has, those of the widest block where blocks differ."""
-    from fedlp.models.modeling_pruned import layer_sizes
+    from fedlp.models.modeling_pruned import layer_sizes, path_of_blocks
 
     for stale in ("auto_map", "pruned_blocks"):
         if hasattr(config, stale):
             delattr(config, stale)
     config.use_cache = True
-    config.hidden_size = layer_sizes(next(model.get_submodule(layout.blocks).children()), layout)["h"]
+    config.hidden_size = layer_sizes(next(model.get_submodule(path_of_blocks(model)).children()), layout)["h"]
     if hasattr(config, "word_embed_proj_dim"):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         config.word_embed_proj_dim = embedding.weight.shape[1]
     _write_heads(config, blocks, _widest(blocks, "attention_heads"), _widest(blocks, "key_value_heads"))
-    setattr(config, layout.neurons, _widest(blocks, "intermediate_size"))
+    if hasattr(config, layout.neurons):
+        setattr(config, layout.neurons, _widest(blocks, "intermediate_size"))
 
 
 def _write_heads(config: Any, blocks: Blocks, attention_heads: int, key_value_heads: int) -> None:
@@ -132,6 +152,8 @@ def _write_heads(config: Any, blocks: Blocks, attention_heads: int, key_value_he
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = key_value_heads
         config.head_dim = blocks[0]["head_dim"]
+    elif hasattr(config, "num_kv_heads"):
+        config.num_kv_heads = key_value_heads
 
 
 def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
@@ -139,8 +161,12 @@ def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
 
     They fill the hidden size, if possible, and are no fewer than any block's, if possible.
     """
-    queries, widest = blocks[0]["attention_heads"] // blocks[0]["key_value_heads"], _widest(blocks, "key_value_heads")
-    valid = [(heads * queries, heads) for heads in range(widest, hidden + 1) if hidden % (heads * queries) == 0]
+    queries = max(block["attention_heads"] // block["key_value_heads"] for block in blocks)
+    widest = _widest(blocks, "key_value_heads")
+    if widest == 1 and queries > 1:  # multi-query attention, whose blocks may differ in queries
+        valid = [(heads, 1) for heads in range(queries, hidden + 1) if hidden % heads == 0]
+    else:
+        valid = [(n * queries, n) for n in range(widest, hidden + 1) if hidden % (n * queries) == 0]
     return min(valid, key=lambda heads: heads[0] * blocks[0]["head_dim"] != hidden, default=(1, 1))
 
 

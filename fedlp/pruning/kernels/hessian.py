@@ -166,8 +166,8 @@ def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
         raise CalibrationError(
             f"layer {layer}: its inputs are not finite on the calibration data; check the model and the data"
         )
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
+    damped, mean = hessian.clone(), hessian.diagonal().mean()
+    damped.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))  # inputs that are constant: any will do
     factor, info = torch.linalg.cholesky_ex(damped)
     too_few = damping == 0.0 and count < size  # rounding may hide it from the factorisation
     if too_few or int(info):

@@ -13,6 +13,7 @@ from fedlp.pruning.kernels.hessian import Moments, invert_hessian
 from fedlp.pruning.kernels.inverses import LowRankInverse
 
 DAMPING = 0.01  # where none is asked for: samples are small
+LEAST_RIDGE = 1e-9  # of a Hessian that is zero
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class SampledRows:
         count, size = x.shape
         damping = DAMPING if damping is None else damping
         ridge = damping * float(x.square().sum()) / size
+        if not ridge and damping:  # constant inputs: their units are free, in order of magnitude
+            ridge = LEAST_RIDGE
         if count >= size or not ridge:
             return invert_hessian(x.T @ x, damping, layer, count).to(torch.float32)
         return LowRankInverse.of(x.T, ridge, torch.float32)

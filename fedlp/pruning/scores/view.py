@@ -195,8 +195,12 @@ class LayerView:
             for position, dim in enumerate(self.evidence.spec.dims[name]):
                 if dim.axis == self.layer.name:
                     along = value.movedim(position, 0).flatten(1) if value.ndim > 1 else value[:, None]
-                    per_entry = along.sum(dim=1).view(dim.copies, self.num_units, dim.entries)
-                    total += per_entry.sum(dim=(0, 2))
+                    per_entry = along.sum(dim=1)
+                    if dim.behind:
+                        units = torch.from_numpy(dim.units(self.num_units)).to(device)
+                        total.index_add_(0, units, per_entry)
+                    else:
+                        total += per_entry.view(dim.copies, self.num_units, dim.entries).sum(dim=(0, 2))
         return total
 
 

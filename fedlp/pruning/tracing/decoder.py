@@ -1,125 +1,55 @@
-"""Width axes of causal language models, by rule: one table per family of decoders.
+"""Width axes of transformers' language models, by rule: from one table of layers per architecture.
 
-* ``hidden``: the residual stream; one feature is a unit.
-* ``BLOCK.self_attn`` (GPT-2: ``BLOCK.attn``): one KV head with all queries that attend to it is a unit, so the ratio of
-  query heads to KV heads stays what it was, and so does the size of a head.
+* ``hidden``: the residual stream, of LLaMA, Mistral, Qwen2/3, GPT-2 and OPT; one feature is a unit. It stays whole in
+  any other architecture.
+* ``BLOCK.self_attn`` (or what the attention is called): one KV head with all queries that attend to it is a unit, so
+  the ratio of query heads to KV heads stays what it was, and so does the size of a head. Where all queries share one
+  KV head (multi-query attention), a query head is a unit.
 * ``BLOCK.mlp``: one intermediate neuron is a unit.
 
-``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2 or ``model.decoder.layers.N`` of OPT.
+``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2, ``bert.encoder.layer.N`` of BERT and so on. What no rule
+covers stays whole, and pins the axis that it may depend on: a norm over all heads pins its attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.adapters import PARTS
 from fedlp.models.spec import named_tensors
+from fedlp.pruning.tracing.residual_streams import stream_dims
 from fedlp.pruning.tracing.slicing import WHOLE, Dim, WidthSpec
 
-_HIDDEN = Dim("hidden", 1)
+HIDDEN = "hidden"
+_PER_HEAD = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")  # the same for all
+_SCALED_STREAMS = (  # blocks that norm or scale what they add to the residual stream
+    *("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4", "granite", "hyperclovax"),
+    *("bert", "roberta", "xlm-roberta", "camembert"),
+)
 
 
 @dataclass(frozen=True)
-class _Family:
-    """What the decoders of one family are made of.
+class Block:
+    """One block: its path, the axes' names, and KV heads, query heads per KV head, entries per head, neurons."""
 
-    Attributes
-    ----------
-    blocks, attention : str
-        Path of the list of blocks, and the attention's name in each.
-    outside, inside : mapping from module name to str
-        Modules outside the blocks and in every block. One letter per dimension of the weight, then of the bias:
-        ``.`` whole, ``h`` hidden, ``e`` embedding (hidden, unless a layer projects it to hidden), ``q`` queries, ``k``
-        keys or values (or queries, where they are as many), ``f`` queries, keys and values fused, ``n`` neurons.
-    neurons : str
-        What the config calls their number.
-    has_head_dim : bool
-        Whether the config holds the size of a head; otherwise it is hidden size / heads.
-    """
-
-    blocks: str
+    path: str
     attention: str
-    outside: Mapping[str, str]
-    inside: Mapping[str, str]
-    neurons: str
-    has_head_dim: bool
-
-
-_LLAMA = _Family(
-    blocks="model.layers",
-    attention="self_attn",
-    outside={"model.embed_tokens": ".h", "model.norm": "h", "lm_head": ".h"},
-    inside={
-        "input_layernorm": "h",
-        "self_attn.q_proj": "qh q",
-        "self_attn.k_proj": "kh k",
-        "self_attn.v_proj": "kh k",
-        "self_attn.q_norm": ".",
-        "self_attn.k_norm": ".",
-        "self_attn.o_proj": "hq h",
-        "post_attention_layernorm": "h",
-        "mlp.gate_proj": "nh n",
-        "mlp.up_proj": "nh n",
-        "mlp.down_proj": "hn h",
-    },
-    neurons="intermediate_size",
-    has_head_dim=True,
-)
-_GPT2 = _Family(  # its layers keep their weights as (in, out)
-    blocks="transformer.h",
-    attention="attn",
-    outside={"transformer.wte": ".h", "transformer.wpe": ".h", "transformer.ln_f": "h h", "lm_head": ".h"},
-    inside={
-        "ln_1": "h h",
-        "attn.c_attn": "hf f",
-        "attn.c_proj": "kh h",
-        "ln_2": "h h",
-        "mlp.c_fc": "hn n",
-        "mlp.c_proj": "nh h",
-    },
-    neurons="n_inner",
-    has_head_dim=False,
-)
-_OPT = _Family(
-    blocks="model.decoder.layers",
-    attention="self_attn",
-    outside={
-        "model.decoder.embed_positions": ".h",
-        "model.decoder.embed_tokens": ".e",
-        "model.decoder.project_in": "he",
-        "model.decoder.final_layer_norm": "h h",
-        "model.decoder.project_out": "eh",
-        "lm_head": ".e",
-    },
-    inside={
-        "self_attn_layer_norm": "h h",
-        "self_attn.q_proj": "kh k",
-        "self_attn.k_proj": "kh k",
-        "self_attn.v_proj": "kh k",
-        "self_attn.out_proj": "hk h",
-        "final_layer_norm": "h h",
-        "fc1": "nh n",
-        "fc2": "hn h",
-    },
-    neurons="ffn_dim",
-    has_head_dim=False,
-)
-_FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2, "opt": _OPT}
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Of one block: KV heads, query heads per KV head, entries per head, neurons."""
-
+    mlp: str
     heads: int
     queries: int
     head_dim: int
     neurons: int
+
+    @property
+    def is_multi_query(self) -> bool:
+        """Whether all queries share one KV head."""
+        return self.heads == 1 and self.queries > 1
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -128,34 +58,67 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def decoder_widths(model: nn.Module) -> WidthSpec:
-    """Return the width axes of a causal language model; widths that differ from block to block are fine.
+    """Return the width axes of a language model; widths that differ from block to block are fine.
 
     Raises
     ------
     ConfigError
-        If the model is of a family without rules, or has a tensor that no rule covers; names it.
+        If the model is of an architecture without rules.
     """
-    config: Any = model.config
-    family, names = _family(model), named_tensors(model)
-    axes = {"hidden": _hidden_size(model)}
-    letters = {".": WHOLE, "h": _HIDDEN, "e": WHOLE if _projects_embeddings(model) else _HIDDEN}
-    dims = _named_dims("", family.outside, letters)
-    for index, sizes in enumerate(_block_sizes(model)):
-        path = f"{family.blocks}.{index}"
-        attention, mlp = f"{path}.{family.attention}", f"{path}.mlp"
-        axes |= {attention: sizes.heads, mlp: sizes.neurons}
-        letters |= {
-            "q": Dim(attention, sizes.queries * sizes.head_dim),
-            "k": Dim(attention, sizes.head_dim),
-            "f": Dim(attention, sizes.head_dim, copies=3),
-            "n": Dim(mlp, 1),
-        }
-        dims |= _named_dims(f"{path}.", family.inside, letters)
+    layout, names, blocks = _layout(model), named_tensors(model), _blocks(model)
+    streams = stream_dims(model)
+    axes = {HIDDEN: streams.size} if streams is not None else {}
+    dims = dict(streams.dims) if streams is not None else {}
+    for block in blocks:
+        axes |= {block.attention: block.queries if block.is_multi_query else block.heads, block.mlp: block.neurons}
+        letters = _letters(block, hidden=streams is not None)
+        for name, (outputs, inputs) in layout.layers.items():
+            path = f"{block.path}.{name}"
+            both = letters[outputs], letters[inputs]
+            is_transposed = type(model.get_submodule(path)).__name__ == "Conv1D"
+            dims |= {f"{path}.weight": both[::-1] if is_transposed else both, f"{path}.bias": both[:1]}
     dims |= _adapter_dims(names, dims)
-    unknown = next((name for name in names if name not in dims), None)
-    if unknown is not None:
-        raise ConfigError(f"width slicing has no rule for {unknown} of this {config.model_type} model")
-    return WidthSpec(axes, {name: dims[name] for name in names})
+    unknown = {name: tensor for name, tensor in names.items() if name not in dims}
+    pinned = {axis: reason for axis, reason in _pinned(model, blocks, unknown) if axis in axes}
+    found = {name: dims.get(name, (WHOLE,) * tensor.ndim) for name, tensor in names.items()}
+    cut = {name: tuple(WHOLE if dim.axis in pinned else dim for dim in each) for name, each in found.items()}
+    return WidthSpec({axis: size for axis, size in axes.items() if axis not in pinned}, cut, pinned)
+
+
+def _letters(block: Block, hidden: bool) -> dict[str, Dim]:
+    """Return what the letters of a layout stand for in one block."""
+    queries, head = block.queries, block.head_dim
+    return {
+        "h": Dim(HIDDEN, 1) if hidden else WHOLE,
+        "q": Dim(block.attention, head if block.is_multi_query else queries * head),
+        "k": WHOLE if block.is_multi_query else Dim(block.attention, head),
+        "f": Dim(block.attention, head, 3) if queries == 1 else Dim(block.attention, queries * head, 1, (head, head)),
+        "i": Dim(block.attention, (queries + 2) * head),
+        "n": Dim(block.mlp, 1),
+        "g": Dim(block.mlp, 1, 2),
+    }
+
+
+def _pinned(model: nn.Module, blocks: list[Block], unknown: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield the axes that stay whole, and why; the residual stream where any other tensor is unknown."""
+    config, layout = _config(model), _layout(model)
+    is_fused = any(letters[0] in "fi" for letters in layout.layers.values())
+    for block in blocks:
+        if config.model_type == "bloom" or getattr(config, "alibi", False):
+            yield block.attention, "the slopes of its position bias (ALiBi) depend on how many heads there are"
+        elif is_fused and block.is_multi_query:
+            yield block.attention, "its queries lie in one layer with the key and value that all of them share"
+    for name, tensor in unknown.items():
+        owner = name.rpartition(".")[0]
+        around = (axis for block in blocks for axis in (block.attention, block.mlp) if name.startswith(f"{axis}."))
+        if tensor.numel() > 1 and not _is_per_head(model, owner, tensor):
+            yield next(around, HIDDEN), f"there is no rule for {type(model.get_submodule(owner)).__name__} in it"
+
+
+def _is_per_head(model: nn.Module, owner: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is that of a norm over the entries of a head, the same for all heads."""
+    path, _, name = owner.rpartition(".")
+    return name in _PER_HEAD and tensor.shape == (_template().head_dim_of(model.get_submodule(path)),)
 
 
 def _adapter_dims(names: Iterable[str], dims: Mapping[str, tuple[Dim, ...]]) -> dict[str, tuple[Dim, ...]]:
@@ -175,89 +138,101 @@ def match_decoder(model: nn.Module) -> None:
     A config that can hold the size of a head gets the exact sizes where blocks agree, those of the widest block where
     they do not. Any other is left as it is unless it can describe the model exactly.
     """
-    family, hidden = _family(model), _hidden_size(model)
+    layout, blocks, streams = _layout(model), _blocks(model), stream_dims(model)
     module: Any
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.normalized_shape = (hidden,)
+        if streams is not None and isinstance(module, nn.LayerNorm):
+            module.normalized_shape = (streams.size,)
         elif type(module).__name__ == "Conv1D":
             module.nx, module.nf = module.weight.shape
-        if hasattr(module, "embed_dim"):
-            module.embed_dim = hidden
-    blocks = _block_sizes(model)
-    for index, sizes in enumerate(blocks):
-        attention = model.get_submodule(f"{family.blocks}.{index}.{family.attention}")
-        for name, size in (("num_heads", sizes.heads * sizes.queries), ("split_size", sizes.heads * sizes.head_dim)):
-            if hasattr(attention, name):
-                setattr(attention, name, size)
-    if family.has_head_dim or _fits_config(model, blocks):
+        if streams is not None and hasattr(module, "embed_dim"):
+            module.embed_dim = streams.size
+    for block in blocks:
+        names = ("attention_heads", "key_value_heads", "head_dim")
+        sizes = dict(zip(names, (block.heads * block.queries, block.heads, block.head_dim), strict=True))
+        attention = model.get_submodule(f"{block.path}.{layout.attention}")
+        _template().match_attention(attention, layout, model.config, sizes)
+    if _holds_head_dim(model) or _fits_config(model, blocks):
         _write_config(model, blocks)
 
 
-def _fits_config(model: nn.Module, blocks: list[_Sizes]) -> bool:
-    """Return whether a config that holds no size of heads can describe the model."""
-    hidden = _hidden_size(model)
-    projects = _embedding_size(model) != hidden
-    agree = len(set(blocks)) == 1 and blocks[0].heads * blocks[0].head_dim == hidden
-    return agree and _projects_embeddings(model) == projects
+def path_of_blocks(model: nn.Module) -> str:
+    """Return the path of the list of blocks; ConfigError where the architecture has no rules."""
+    _layout(model)
+    path: str = _template().path_of_blocks(model)
+    return path
 
 
-def _write_config(model: nn.Module, blocks: list[_Sizes]) -> None:
-    config: Any = model.config
-    family, heads = _family(model), max(sizes.heads for sizes in blocks)
-    config.hidden_size = _hidden_size(model)
-    if family.has_head_dim:
-        config.head_dim = blocks[0].head_dim
-        config.num_key_value_heads = heads
-    if hasattr(config, "word_embed_proj_dim"):
-        config.word_embed_proj_dim = _embedding_size(model)
-    setattr(config, family.neurons, max(sizes.neurons for sizes in blocks))
-    config.num_attention_heads = heads * blocks[0].queries
+def adds_to_stream(model: nn.Module) -> bool:
+    """Return whether each block adds what its attention and MLP write to a residual stream, as it is."""
+    config = _config(model)
+    is_after_norm = getattr(config, "apply_residual_connection_post_layernorm", False)
+    is_before = getattr(config, "do_layer_norm_before", True)
+    return config.model_type not in _SCALED_STREAMS and is_before and not is_after_norm
 
 
-def _family(model: nn.Module) -> _Family:
-    config: Any = model.config
-    if config.model_type not in _FAMILIES:
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _template() -> Any:
+    return importlib.import_module("fedlp.models.modeling_pruned")  # imports transformers
+
+
+def _layout(model: nn.Module) -> Any:
+    layouts, kind = _template().LAYOUTS, _config(model).model_type
+    if kind not in layouts:
         raise ConfigError(
-            f"width slicing has no rules for language models of type {config.model_type}, only for "
-            f"{', '.join(_FAMILIES)}"
+            f"width slicing has no rules for language models of type {kind}, only for {', '.join(layouts)}; such a "
+            "model trains with strategy=fedavg or fedlp_homo"
         )
-    return _FAMILIES[config.model_type]
+    return layouts[kind]
 
 
-def _block_sizes(model: nn.Module) -> list[_Sizes]:
-    family = _family(model)
+def _blocks(model: nn.Module) -> list[Block]:
+    path, layout = path_of_blocks(model), _layout(model)
     found = []
-    for block in model.get_submodule(family.blocks).children():
-        attention: Any = block.get_submodule(family.attention)
-        heads = _length(block, family.inside, "k") // attention.head_dim
-        queries = getattr(attention, "num_key_value_groups", 1)
-        found.append(_Sizes(heads, queries, attention.head_dim, _length(block, family.inside, "n")))
+    for index, sizes in enumerate(_template().describe_blocks(model)):
+        block, heads = f"{path}.{index}", sizes["key_value_heads"]
+        found.append(
+            Block(
+                path=block,
+                attention=f"{block}.{layout.attention}",
+                mlp=f"{block}.mlp",
+                heads=heads,
+                queries=sizes["attention_heads"] // heads,
+                head_dim=sizes["head_dim"],
+                neurons=sizes["intermediate_size"],
+            )
+        )
     return found
 
 
-def _hidden_size(model: nn.Module) -> int:
-    return _length(model, _family(model).outside, "h")
+def _write_config(model: nn.Module, blocks: list[Block]) -> None:
+    config, layout, streams = _config(model), _layout(model), stream_dims(model)
+    heads, neurons = max(block.heads for block in blocks), max(block.neurons for block in blocks)
+    sizes = {layout.neurons: neurons, "num_kv_heads": heads}
+    if streams is not None:
+        sizes |= {"hidden_size": streams.size, "word_embed_proj_dim": streams.embedding}
+    if _holds_head_dim(model):
+        config.head_dim = blocks[0].head_dim
+        sizes["num_key_value_heads"] = heads
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
+    config.num_attention_heads = max(block.heads * block.queries for block in blocks)
 
 
-def _embedding_size(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+def _holds_head_dim(model: nn.Module) -> bool:
+    """Return whether the architecture reads the size of a head from its config."""
+    config = _config(model)
+    return hasattr(config, "num_key_value_heads") and config.model_type != "stablelm"
 
 
-def _projects_embeddings(model: nn.Module) -> bool:
-    decoder = model.get_submodule(_family(model).blocks.rpartition(".")[0])
-    return getattr(decoder, "project_in", None) is not None
-
-
-def _length(module: nn.Module, layout: Mapping[str, str], letter: str) -> int:
-    """Return the length of the first dimension of a layout's weights that has this letter."""
-    name, dims = next((name, dims) for name, dims in layout.items() if letter in dims.partition(" ")[0])
-    return module.get_parameter(f"{name}.weight").shape[dims.index(letter)]
-
-
-def _named_dims(prefix: str, layout: Mapping[str, str], letters: Mapping[str, Dim]) -> dict[str, tuple[Dim, ...]]:
-    return {
-        f"{prefix}{name}.{kind}": tuple(letters[letter] for letter in dims)
-        for name, both in layout.items()
-        for kind, dims in zip(("weight", "bias"), both.split(), strict=False)
-    }
+def _fits_config(model: nn.Module, blocks: list[Block]) -> bool:
+    """Return whether a config that holds no size of heads can describe the model."""
+    streams, first = stream_dims(model), blocks[0]
+    hidden = _config(model).hidden_size if streams is None else streams.size
+    agree = all((b.heads, b.queries, b.neurons) == (first.heads, first.queries, first.neurons) for b in blocks)
+    fills = first.heads * first.queries * first.head_dim == hidden
+    return agree and fills and (streams is None or streams.fits_config)

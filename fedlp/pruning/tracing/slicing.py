@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import ConfigError
@@ -18,7 +20,8 @@ _MAX_PIECES = 8  # runs that are copied as slices; more are gathered by index
 class Dim(NamedTuple):
     """What one dimension of a tensor is made of.
 
-    Entry ``e`` of unit ``u`` in copy ``c`` has index ``(c * num_units + u) * entries + e``.
+    Entry ``e`` of unit ``u`` in copy ``c`` has index ``(c * num_units + u) * entries + e``; after these copies come
+    those of ``behind``, in which a unit has another number of entries.
 
     Attributes
     ----------
@@ -28,11 +31,26 @@ class Dim(NamedTuple):
         Consecutive entries per unit.
     copies : int
         How many times the axis lies behind itself: 3 in fused queries, keys and values.
+    behind : tuple of int
+        Entries per unit of each copy after these: keys and values, where several queries share them.
     """
 
     axis: str | None
     entries: int
     copies: int = 1
+    behind: tuple[int, ...] = ()
+
+    def keep(self, units: Keep) -> Keep:
+        """Return the entries that stay if some units do."""
+        found = units.repeat(self.entries).tile(self.copies)
+        for entries in self.behind:
+            found = found.before(units.repeat(entries))
+        return found
+
+    def units(self, count: int) -> NDArray[np.int64]:
+        """Return the unit that each entry belongs to, of ``count`` units."""
+        per_copy = (self.entries,) * self.copies + self.behind
+        return np.concatenate([np.repeat(np.arange(count), entries) for entries in per_copy])
 
 
 WHOLE = Dim(None, 1)
@@ -48,10 +66,23 @@ class WidthSpec:
         Number of units of every axis, in the order of the forward pass. A unit is the least that can be removed: a
         channel, a neuron, a GroupNorm's or a convolution's group, a KV head with its queries, a hidden feature.
     dims : mapping from tensor name to one Dim per dimension
+    whole : mapping from part of the model to reason
+        What could lose units but for something that no rule covers.
     """
 
     axes: Mapping[str, int]
     dims: Mapping[str, tuple[Dim, ...]]
+    whole: Mapping[str, str] = field(default_factory=dict)
+
+    def describe_whole(self) -> list[str]:
+        """Return one line per reason why parts of the model stay whole."""
+        by_reason: dict[str, list[str]] = {}
+        for part, reason in self.whole.items():
+            by_reason.setdefault(reason, []).append(part)
+        return [
+            f"{parts[0]}{f' and {len(parts) - 1} more stay' if len(parts) > 1 else ' stays'} whole: {reason}"
+            for reason, parts in by_reason.items()
+        ]
 
 
 def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mapping[str, Keep]) -> tuple[Keep, ...]:
@@ -78,7 +109,7 @@ def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mappi
 
 
 def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) -> Keep:
-    axis, entries, copies = dim
+    axis = dim.axis
     if axis is None or axis not in widths:
         return Keep.full(size)
     keep = widths[axis]
@@ -86,7 +117,7 @@ def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) 
         raise ConfigError(f"axis {axis} has {spec.axes[axis]} units, but the choice is one of {keep.size}")
     if not keep.count:
         raise ConfigError(f"axis {axis} would keep none of its {keep.size} units; keep at least one")
-    return keep.repeat(entries).tile(copies)
+    return dim.keep(keep)
 
 
 def slice_tensor(tensor: Tensor, keeps: Sequence[Keep]) -> Tensor:

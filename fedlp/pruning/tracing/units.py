@@ -69,7 +69,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
 
 def _depths(axes: list[str]) -> Iterator[float]:
     """Yield where each axis lies, in [0, 1]: by its block's number where all have one, else by its own."""
-    numbers = [re.search(r"(?:layers|h|encoder_layer)[._](\d+)\.", axis) for axis in axes]
+    numbers = [re.search(r"(?:layers|layer|h|encoder_layer)[._](\d+)\.", axis) for axis in axes]
     found = [int(match[1]) if match else -1 for match in numbers]
     places = list(range(len(axes))) if min(found) < 0 else found
     for place in places:

@@ -265,6 +265,14 @@ def with_widths(update: ClientUpdate, indices: Sequence[int], size: int) -> Clie
     return replace(update, widths={axis: keep})
 
 
+def test_a_client_may_send_no_scores() -> None:
+    found = policy()
+    instruction, update = asked(found)
+    submodels = found.context.submodels
+    content = messages.encode_update(replace(update, scores={}), submodels)
+    assert messages.decode_update(content, instruction, PROFILE, submodels).scores == {}
+
+
 def test_wrong_choices_and_scores_are_refused() -> None:
     found = policy()
     instruction, update = asked(found)
@@ -275,7 +283,6 @@ def test_wrong_choices_and_scores_are_refused() -> None:
         ("does not hold", with_widths(update, [1, 4, 9], size)),
         ("chooses units of", replace(update, widths={})),
         ("choosing units took -1", replace(update, metrics={"pruning-macs": -1.0}, scores={})),
-        ("scores cannot be read", replace(update, scores={})),
     ]
     for value in (-1.0, float("nan"), float("inf")):
         wrong = {**update.scores, axis: torch.full_like(update.scores[axis], value)}

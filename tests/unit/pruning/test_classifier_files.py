@@ -17,7 +17,7 @@ from fedlp.config import ModelConfig
 from fedlp.errors import CheckpointError
 from fedlp.models import describe_model
 from fedlp.models.torchvision_compat import import_torchvision
-from fedlp.pruning.io.model_files import load_classifier, save_classifier
+from fedlp.pruning.io.model_files import load_classifier, round_weights, save_classifier
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.types import Keep
 
@@ -136,6 +136,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "of float16 there",
     ),
 }
+
+
+def test_a_classifier_is_written_in_half_precision(tmp_path: Path) -> None:
+    model, spec, inputs = fedlp_cnn()
+    cut = cut_model(model, spec, halves(spec)).eval()
+    round_weights(cut, torch.float16)
+    save_classifier(cut, spec, halves(spec), tmp_path, torch.float16)
+    assert load_file(tmp_path / "model.safetensors")["conv1.weight"].dtype == torch.float16
+    assert torch.equal(load_classifier(model, spec, tmp_path)(inputs), cut(inputs))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -1,0 +1,81 @@
+"""Running a model to see what it computes, on values or on shapes alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_SHORT = 16  # tokens that show what a language model calls
+
+
+def forward_logits(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return a model's outputs: (batch, outputs), or logits (batch, tokens, vocabulary) of a causal language model.
+
+    Parameters
+    ----------
+    inputs : Tensor or mapping
+        The batch, or the model's keyword arguments: ``input_ids`` and ``attention_mask``, (batch, tokens). Where the
+        mask is 0, the model's own padding token is read.
+    """
+    outputs: Any = model(inputs) if isinstance(inputs, Tensor) else model(**_with_padding(model, inputs))
+    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return logits
+
+
+def _with_padding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if not padding or "attention_mask" not in inputs:
+        return inputs
+    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, padding)
+    return {**inputs, "input_ids": ids}
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of another library says, to be quoted in one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
+
+    Nothing is allocated or computed, and the model is not touched. Whatever the device of the model, the operators that
+    run are the same.
+    """
+    mode = FakeTensorMode()
+
+    def convert(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor.detach().to("meta"))
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(convert(p), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
+    shapes, example = copy.deepcopy(model, memo), convert(inputs)
+    log = logging.getLogger(FakeTensorMode.__module__)  # prints a traceback of what it then raises
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with mode:
+            yield shapes, example
+    finally:
+        log.disabled = was_disabled
+
+
+def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:
+    """Return how many outputs a model has, and the paths of the modules that it calls, in order."""
+    called: list[str] = []
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: called.append(path))
+    return forward_logits(model, inputs).shape[-1], called
+
+
+def short_example(input_shape: tuple[int, ...], reads_tokens: bool) -> Tensor:
+    """Return one example of zeros: images as they are, of text a few tokens."""
+    if reads_tokens:
+        return torch.zeros((1, min(input_shape[0], _SHORT)), dtype=torch.int64)
+    return torch.zeros((1, *input_shape))
