@@ -63,6 +63,17 @@ def ensure_operators() -> None:
         _declared.append(library)
 
 
+def import_note() -> str | None:
+    """Return, in one line, why transformers does not import by itself in this environment; None where it does."""
+    ensure_operators()
+    if not _declared:
+        return None
+    return (
+        "torchvision here is built for another torch, so that transformers does not import outside fedlp: it says "
+        "\"Could not import module 'LlamaConfig'\"; run pip uninstall torchvision, or install its build for this torch"
+    )
+
+
 def _is_defined() -> bool:
     return hasattr(torch.ops.torchvision, "nms")
 

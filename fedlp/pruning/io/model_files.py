@@ -7,31 +7,31 @@ either of them an ONNX file.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
-import io
-import warnings
-from contextlib import redirect_stderr
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fedlp.errors import ConfigError, one_line
-from fedlp.models.spec import named_tensors, state_tensors
+from fedlp.models.spec import named_tensors
+from fedlp.models.torchvision_compat import import_note
 from fedlp.models.transformers_loading import import_transformers
 from fedlp.pruning.io.classifier_files import load_classifier, round_weights, save_classifier, stored_tensors
-from fedlp.pruning.tracing.decoder import is_language_model
+from fedlp.pruning.io.model_card import model_card
+from fedlp.pruning.io.onnx_files import export_onnx
 
 if TYPE_CHECKING:
     from fedlp.models.modeling_pruned import Layout  # imports transformers
 
 __all__ = ["export_onnx", "load_classifier", "round_weights", "save_classifier", "save_language_model"]
 
+log = logging.getLogger("fedlp")
+
 _TEMPLATE = "modeling_pruned"
-_MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "CausalLM",
@@ -55,7 +55,7 @@ def save_language_model(
     folder : Path
         Gets ``config.json``, ``generation_config.json`` and ``model.safetensors``. Where no config of transformers'
         own class describes the model also ``modeling_pruned.py``, and ``pruned_blocks`` in the config: such a folder is
-        loaded with ``from_pretrained(folder, trust_remote_code=True)``.
+        loaded with ``from_pretrained(folder, trust_remote_code=True)``. ``README.md`` says how.
     tokenizer : str or None
         Hugging Face name or folder of a tokenizer that is saved along.
     dtype : torch.dtype or None
@@ -78,13 +78,19 @@ def save_language_model(
             generation: Any = copy.deepcopy(model.generation_config)
             generation.use_cache = True
             generation.save_pretrained(folder)
-        if hasattr(config, "pruned_blocks"):
+        has_own_code = hasattr(config, "pruned_blocks")
+        native: Any = getattr(import_transformers(), model_class.__name__.removeprefix("Pruned"))
+        card = model_card(model_class.__name__, _auto_class(native, type(config)), has_own_code)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if has_own_code:
             (folder / f"{_TEMPLATE}.py").write_text(Path(inspect.getfile(model_class)).read_text())
         if vocabulary is not None:
             vocabulary.save_pretrained(folder)
         save_file(stored_tensors(model, written), folder / "model.safetensors", {"format": "pt"})
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model cannot be written to {folder}: {one_line(error)}") from error
+    if (note := import_note()) is not None:
+        log.warning("%s", note)
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -116,6 +122,7 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
     if hasattr(config, layout.neurons):
         # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
         setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
+    _write_layers(config, blocks, layout)
     if not _builds(getattr(template, name), config, model, blocks):
         raise ConfigError(f"this {native.__name__} cannot be exported: more than its heads and neurons is unusual")
     return config, getattr(template, name)
@@ -134,9 +141,9 @@ def _write_sizes(config: Any, model: nn.Module, blocks: Blocks, layout: Layout) 
     """Write the sizes that the model has, those of the widest block where blocks differ."""
     from fedlp.models.modeling_pruned import layer_sizes, path_of_blocks
 
-    for stale in ("auto_map", "pruned_blocks"):
-        if hasattr(config, stale):
-            delattr(config, stale)
+    config.per_layer_config = None
+    for stale in ("auto_map", "pruned_blocks", "per_layer_config", "allow_global_per_layer_attribute_access"):
+        vars(config).pop(stale, None)
     config.use_cache = True
     config.hidden_size = layer_sizes(next(model.get_submodule(path_of_blocks(model)).children()), layout)["h"]
     if hasattr(config, "word_embed_proj_dim"):
@@ -154,6 +161,20 @@ def _write_heads(config: Any, blocks: Blocks, attention_heads: int, key_value_he
         config.head_dim = blocks[0]["head_dim"]
     elif hasattr(config, "num_kv_heads"):
         config.num_kv_heads = key_value_heads
+
+
+def _write_layers(config: Any, blocks: Blocks, layout: Layout) -> None:
+    """Write the sizes of every block in transformers' own form too, which 5.15 and newer read (a later one builds)."""
+    sizes = {
+        "num_attention_heads": "attention_heads",
+        "num_key_value_heads": "key_value_heads",
+        layout.neurons: "intermediate_size",
+    }
+    known = {name: size for name, size in sizes.items() if hasattr(config, name)}
+    config.allow_global_per_layer_attribute_access = True  # of the widest block, for what asks the whole config
+    config.per_layer_config = {
+        number: {name: block[size] for name, size in known.items()} for number, block in enumerate(blocks)
+    }
 
 
 def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
@@ -188,81 +209,3 @@ def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> 
         return False
     shapes = [{name: tensor.shape for name, tensor in named_tensors(each).items()} for each in (built, model)]
     return shapes[0] == shapes[1] and describe_blocks(built) == blocks
-
-
-class _Logits(nn.Module):
-    """A model of which only the logits come out."""
-
-    def __init__(self, model: nn.Module, is_language: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.is_language = is_language
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(inputs, use_cache=False).logits if self.is_language else self.model(inputs)
-        return logits
-
-
-def export_onnx(model: nn.Module, example_inputs: Tensor, path: Path) -> None:
-    """Write a model as ONNX: ``input_ids`` or ``images`` in, ``logits`` out.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier or a causal language model; exported in evaluation mode, and left as it was.
-    example_inputs : (batch, ...)
-        Only their shape and type matter. The batch may differ later, and so may a language model's number of tokens.
-    path : Path
-        The file. Weights of more than 1.9 GB lie beside it, in ``path`` with ``.data`` at the end.
-
-    Raises
-    ------
-    ConfigError
-        If onnx or onnxscript is not installed, if the model has an operation without a counterpart, or if the
-        file cannot be written.
-    """
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'ONNX needs {" and ".join(missing)}; run: pip install "fedlp[export]"')
-    program = _to_onnx(model, example_inputs)
-    num_bytes = sum(tensor.nbytes for tensor in state_tensors(model).values())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(path, external_data=num_bytes > _MAX_ONNX_BYTES)
-    except OSError as error:
-        raise ConfigError(f"the model cannot be written to {path}: {one_line(error)}") from error
-
-
-def _to_onnx(model: nn.Module, example_inputs: Tensor) -> Any:
-    is_language, name = is_language_model(model), type(model).__name__
-    dynamic = {0: "batch", 1: "tokens"} if is_language else {0: "batch"}
-    inputs = example_inputs.repeat(2, *[1] * (example_inputs.ndim - 1))  # a batch of one would be taken for fixed
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        # FutureWarnings are torch's of itself; what it prints on a failure is in the error too.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning), redirect_stderr(io.StringIO()):
-            program: Any = torch.onnx.export(
-                _Logits(model, is_language).eval(),
-                (inputs,),
-                input_names=["input_ids" if is_language else "images"],
-                output_names=["logits"],
-                dynamic_shapes=({dim: torch.export.Dim(size) for dim, size in dynamic.items()},),
-                verbose=False,
-                dynamo=True,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ConfigError(f"{name} cannot be written as ONNX: {_cause(error)}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    for dim, size in zip(dynamic.values(), program.model.graph.inputs[0].shape, strict=False):
-        if isinstance(size, int):
-            raise ConfigError(f"{name} cannot be written as ONNX: its {dim} size is fixed to {size}")
-    return program
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of what an exporter's error is about."""
-    while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error).partition(";")[0]

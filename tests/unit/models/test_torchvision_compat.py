@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from fedlp.models import torchvision_compat
 from fedlp.models.torchvision_compat import ensure_operators, import_torchvision
 
 
@@ -29,3 +30,14 @@ def test_fresh_process_imports_both_without_a_warning() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_what_keeps_transformers_from_importing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision_compat, "_declared", [])
+    assert torchvision_compat.import_note() is None
+    monkeypatch.setattr(torchvision_compat, "_declared", ["nms"])
+    note = torchvision_compat.import_note()
+    assert note is not None
+    assert "Could not import module 'LlamaConfig'" in note
+    assert "pip uninstall torchvision" in note
+    assert "\n" not in note

@@ -192,6 +192,9 @@ def test_native_files_where_a_config_describes_the_model(
     config = json.loads((root / case / "config.json").read_text())
     assert (root / case / "modeling_pruned.py").exists() is not native
     assert config["use_cache"]
+    card = (root / case / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) is not native
+    assert "AutoModelForCausalLM.from_pretrained" in card
     assert config["architectures"] == [("" if native else "Pruned") + type(models[case]).__name__]
     assert (root / case / "generation_config.json").exists()
     stored = load_file(root / case / "model.safetensors")
@@ -202,6 +205,9 @@ def test_native_files_where_a_config_describes_the_model(
         assert config["auto_map"] == {"AutoModelForCausalLM": f"modeling_pruned.{config['architectures'][0]}"}
         assert [block["intermediate_size"] for block in config["pruned_blocks"]] == list(cut.mlp)
         assert [block["key_value_heads"] for block in config["pruned_blocks"]] == list(cut.attention)
+        neurons = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(config["model_type"], "intermediate_size")
+        blocks = [config | config["per_layer_config"].get(str(number), {}) for number in range(len(cut.mlp))]
+        assert [block[neurons] for block in blocks] == list(cut.mlp)
         assert load_file(root / f"{case}.found")["refused"], "the native class took the weights"
     assert config["model_type"] == MODELS[name][0]
 
