@@ -6,6 +6,7 @@ end all their parameters are cut out at once, which gives the same outputs and a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fedlp.models.spec import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.gradients import loss_gradients, output_fisher
+from fedlp.pruning.kernels.hessian import FALLBACK_DAMPING
 from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.reader_layers import Method, Reader
@@ -30,6 +32,9 @@ from fedlp.pruning.tracing.widths import WidthSpec, cut_model
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
+
+
+log = logging.getLogger("fedlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class Pruner:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
         collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
         widths: dict[str, Keep] = {}
-        reports = []
+        reports, singular = [], list[str]()
         for layer in self.layers:
             count, loss = layer.num_units - kept[layer.name], 0.0
             keep = torch.arange(layer.num_units)
@@ -132,9 +137,18 @@ class Pruner:
                 readers = collector.collect(layer) if self.method.needs_inputs else collector.readers(layer)
                 removed, loss = self._choose(layer, readers, count)
                 keep = self._rewrite(layer, readers, removed)
+                singular += [f"{reader.path} ({reader.moments.count} vectors)" for reader in readers if reader.singular]
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
+        if singular:
+            log.warning(
+                "Singular Hessian of the inputs of %d layers, the first %s; damping %s was added. Give more "
+                "calibration data, or set pruner.damping.",
+                len(singular),
+                singular[0],
+                FALLBACK_DAMPING,
+            )
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
 
     def refit(self, keeps: Mapping[str, Tensor]) -> nn.Module:

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedlp.pruning.kernels.hessian import Moments
+from fedlp.errors import CalibrationError
+from fedlp.pruning.kernels.hessian import FALLBACK_DAMPING, Moments
 from fedlp.pruning.kernels.obs import resolve_weight
 from fedlp.pruning.scores.criterion import UnitScore, check_score
 from fedlp.pruning.scores.obs import OBS
@@ -41,8 +42,8 @@ class Method:
     fisher : bool
         Weigh errors of outputs by their Fisher information, for scores that are solved for (OBS, SlimGPT).
     damping : float or None
-        Added to the Hessian, as a fraction of its mean diagonal entry; None for as little as rounding asks for, which
-        needs as many calibration vectors as a layer has inputs.
+        Added to the Hessian, as a fraction of its mean diagonal entry; None for what rounding asks for, and 0.01
+        where the Hessian is singular: with fewer calibration vectors than inputs, or inputs that depend on each other.
     keeps_batch_norm : bool
         Leave the variances of batch norms as they are, and subtract the change of a bias from their means; else both
         are estimated anew at the end. Outputs fitted to the dense model's vary less than these, and normalising them
@@ -112,6 +113,7 @@ class Reader:
         mean: Tensor | None = getattr(norm, "running_mean", None)
         self._mean = None if mean is None else mean.detach().clone()
         self._solved: tuple[Tensor, Tensor] | None = None
+        self.singular = False  # whether the Hessian was, and was damped without being asked for
 
     def shaped_weight(self) -> Tensor:
         """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
@@ -120,13 +122,23 @@ class Reader:
     def solve(self, method: Method) -> tuple[Tensor, Tensor]:
         """Return the full-width weights that fit the reader's target outputs best, and the inverse Hessian."""
         if self._solved is None:
-            inverse = self.moments.inverse_hessian(method.centred, method.damping, self.path)
+            inverse = self._inverse_hessian(method)
             weight = self.weight
             if self.moments.cross is not None:
                 missed = self.moments.target_hessian(method.centred) - weight @ self.moments.hessian(method.centred)
                 weight = weight + method.correction * missed @ inverse
             self._solved = weight, inverse
         return self._solved
+
+    def _inverse_hessian(self, method: Method) -> Tensor:
+        try:
+            return self.moments.inverse_hessian(method.centred, method.damping, self.path)
+        except CalibrationError:
+            if method.damping is not None:
+                raise
+        inverse = self.moments.inverse_hessian(method.centred, FALLBACK_DAMPING, self.path)
+        self.singular = True
+        return inverse
 
     def view(self, method: Method, score: UnitScore, fisher: Tensor | None) -> ReaderView:
         """Return a score's view of the reader; errors of its outputs are weighed by ``fisher``, (out, out)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlp.errors import CalibrationError
 
 MIN_DAMPING = 1e-6  # where none is asked for: against rounding only
+FALLBACK_DAMPING = 0.01  # where none is asked for and the Hessian is singular (SlimGPT's value)
 _RANK_TOLERANCE = 1e-9  # eigenvalues below this fraction of the largest count as zero, in an error message
 _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
 
@@ -120,6 +121,11 @@ class Moments:
         ----------
         damping : float or None
             None for ``MIN_DAMPING``; with fewer input vectors than inputs for none at all, which is an error.
+
+        Raises
+        ------
+        CalibrationError
+            As :func:`invert_hessian`.
         """
         hessian = self.hessian(centred)
         if damping is None:
