@@ -1,0 +1,50 @@
+"""One table: perplexity of the whole model and of each tier's own at the end; bytes up and down, MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.tables import runs_by_method
+from fedlp.report import Run
+
+MB, GMAC = 1e6, 1e9
+
+
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md`` from the packed runs in ``results`` to ``out``."""
+    lines = [
+        "# A pretrained language model that three of four tiers cannot hold",
+        "",
+        "Perplexity on held-out windows at the end: of the whole model, and of the sub-model that each tier's devices",
+        "run (named by the share of memory that it may use). Bytes and MACs are those of all clients and rounds.",
+    ]
+    for file in sorted(results.glob("*.runs.jsonl.xz")):
+        group = file.name.removesuffix(".runs.jsonl.xz")
+        lines += ["", f"## {group}", "", *_table(runs_by_method(results, group))]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(methods: dict[str, list[Run]]) -> list[str]:
+    names = {name for runs in methods.values() for run in runs for name in run.final_metrics}
+    tiers = sorted((name for name in names if name.startswith("tier_") and name.endswith("_perplexity")), reverse=True)
+    head = ["method", "seeds", "whole", *(name.split("_")[1] for name in tiers), "MB up", "MB down", "GMAC"]
+    rows = [head, ["---"] * len(head)]
+    for method, runs in sorted(methods.items()):
+        values = [_cell([run.final_metrics.get(name) for run in runs]) for name in ("perplexity", *tiers)]
+        costs = [
+            _cell([run.totals.get(name, 0.0) / scale for run in runs])
+            for name, scale in (("bytes_up", MB), ("bytes_down", MB), ("macs", GMAC))
+        ]
+        rows.append([f"`{method}`", str(len(runs)), *values, *costs])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if len(found) < len(values) or not found:
+        return "-"
+    spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
+    return f"{mean(found):.2f}{spread}"
