@@ -272,7 +272,7 @@ def test_files_of_the_user_are_found_from_any_folder(call: Call, tmp_path: Path)
     code, _, errors = call(*text, "num_rounds=1", "num_clients=2", "clients_per_round=2", "hydra.run.dir=run")
     assert code == 0, errors
     dataset = read(tmp_path / "run").config.dataset
-    assert (dataset.root, dataset.tokenizer) == (str(tmp_path / "words.txt"), "auto")
+    assert (dataset.root, dataset.tokenizer) == (str(tmp_path / "words.txt"), "bytes")
 
 
 def test_a_dry_run_writes_its_manifest_alone(call: Call, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_yaml_file_that_cannot_be_read(content: bytes, words: str, call: Call,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("sparsity=0.3", r"no option sparsity; it is an option of strategy=fedlp_plan \(strategy.sparsity=...\)"),
+        ("sparsity=0.3", r"did you mean strategy\.sparsity \(of strategy=fedlp_plan or oneshot\)"),
         ("lr=0.1", r"did you mean local.lr\?"),
         ("partition=dirichlet partition.alpha=0.001 num_clients=100", r"partition.min_examples \(0 allows clients"),
     ],
