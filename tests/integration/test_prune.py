@@ -62,7 +62,7 @@ def test_a_language_model_becomes_a_folder_that_transformers_loads(
     code, printed, progress = call(*text_model(language_model), *target, main=cli.prune_main)
     assert code == 0, progress
     assert "perplexity" in printed
-    assert progress.count("\n") == 6  # one line per layer
+    assert progress.count("layer ") == 6  # one line per layer
     report = json.loads((out / "prune.json").read_text())
     assert set(report) == KEYS
     blocks = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
