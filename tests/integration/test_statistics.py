@@ -69,5 +69,6 @@ def test_negative_variances_are_refused() -> None:
     names = [n for n in plan.submodels.spec.tensors if n in plan.submodels.statistics]
     values = {n: v.clone() for n, v in plan.initial_params().items() if n in names and v.is_floating_point()}
     next(value for name, value in values.items() if name.endswith("running_var"))[0] = -1.0
+    content = messages.encode_statistics(values, 3)
     with pytest.raises(ProtocolError, match=r"client 4: .* holds negative variances"):
-        messages.decode_statistics(messages.encode_statistics(values, 3), ClientProfile(4, 9), plan.submodels)
+        messages.decode_statistics(content, ClientProfile(4, 9), SubModel(), plan.submodels)

@@ -47,7 +47,7 @@ class ClientStore:
             write_atomically(folder / f"round-{server_round:06d}.safetensors", data)
         except OSError as error:
             raise DataError(
-                f"client {client_id} cannot save what it needs in later rounds ({one_line(error)}); make room there"
+                f"make room: client {client_id} cannot save what it needs in later rounds ({one_line(error)})"
             ) from error
         reachable = [version for version in self._rounds(client_id) if version <= server_round - self.horizon]
         for stale in reachable[:-1]:
