@@ -256,7 +256,7 @@ class Federation:
         return Shards(examples, {own.client_id: part}, config.dataset.client_test_fraction, config.seed)
 
     def server_runtime(self, state_dir: str) -> ClientRuntime:
-        """Return what the server evaluates with; where devices bring their own data, it holds no training data."""
+        """Return the server's evaluator; it holds no training data where devices bring their own."""
         if not self.config.dataset.on_devices:
             return self.runtime(state_dir)
         nobody = Shards(no_examples(), {})

@@ -41,7 +41,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True)
 class Subject:
-    """What is pruned: a trained model, its data, its widths and, of text, the tokenizer."""
+    """Pruning subject: a trained model, its data, its widths and the tokenizer of a language model."""
 
     spec: ModelSpec
     model: nn.Module

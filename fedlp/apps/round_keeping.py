@@ -72,7 +72,7 @@ class RoundKeeper:
         return bool(self.stopped_by)
 
     def results(self) -> dict[str, Any]:
-        """Return what the manifest has to say of it."""
+        """Return its entry in the manifest."""
         found: dict[str, Any] = {"stopped_by": self.stopped_by} if self.stopped_by else {}
         if self._best is not None:
             found["best"] = self._best.result()

@@ -58,7 +58,7 @@ class CalibratedPruner:
         self._calibration = cache(calibration)
 
     def evidence(self, params: Mapping[str, Tensor]) -> Evidence:
-        """Return what allocation rules may ask about the global model, measured when they ask."""
+        """Return the global model's evidence for allocation rules, measured on first use."""
         measures = bool(needs_of(self._rule) & {"error_curves", "model"})
         damping = self._method.damping
         method = Method(fisher=True, damping=damping, keeps_batch_norm=True) if measures else Method()

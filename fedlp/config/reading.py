@@ -58,7 +58,7 @@ def drop_unread(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def schema_node(schema: Any) -> Any:
-    """Return what Hydra starts a schema's config from: typed options, and an open node for each group of parts."""
+    """Return a schema's base config for Hydra: typed options, and an open node for each group of parts."""
     return OmegaConf.structured(_dataclass_of(schema, with_parts=True))
 
 

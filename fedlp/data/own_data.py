@@ -21,7 +21,7 @@ _TESTS = ("test", "validation", "valid")
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData(HeldOut):
-    """What a user's function returns.
+    """Return value of a user's function.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What several partitioners share: classes in random order, and a random share dealt evenly."""
+"""Shared parts of partitioners: classes in random order, and a random share dealt evenly."""
 
 from __future__ import annotations
 
