@@ -69,6 +69,10 @@ HELP = {
         (*_MODEL_GROUPS, "finetune"),
         (
             ("sparsity=0.3", "fraction removed of the prunable parameters; or target_params=, target_macs="),
+            (
+                "federated=true",
+                "calibration data stay with clients, who send sums (num_clients=20 clients_per_round=10)",
+            ),
             ("calibration.examples=256", "training examples that pruning looks at"),
             ("onnx=true", "also write model.onnx"),
         ),

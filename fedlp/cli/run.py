@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from fedlp.cli.common import output_dir, set_up_logging
 from fedlp.cli.sweeps import earlier_run, job_header, objective_of
-from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_plain, to_yaml, with_absolute_paths
+from fedlp.config import RunConfig, from_omegaconf, refuse_unread, schema_for, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
 
@@ -26,7 +26,7 @@ def run_job(composed: DictConfig) -> float | None:
     A job of a sweep whose folder holds its run is not run again: a finished one gives its objective, a stopped one goes
     on.
     """
-    config = from_omegaconf(composed, RunConfig)
+    config = from_omegaconf(composed, schema_for(composed))
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -45,7 +45,7 @@ def run_job(composed: DictConfig) -> float | None:
 
     if not config.dry_run:
         print(f"{job_header()}{_first_words(run_label(to_plain(config)), config)}  -> {out}", flush=True)
-    from fedlp.apps import federate as assembly
+    from fedlp.apps import runs as assembly
 
     cfg = to_yaml(config)
     if config.dry_run:
@@ -65,8 +65,9 @@ def run_job(composed: DictConfig) -> float | None:
 def _first_words(label: str, config: RunConfig) -> str:
     """Return the first line of a run."""
     verb = "going on, loading" if config.resume else "loading"
+    rounds = f"{config.num_rounds} rounds with " if config.trains else ""
     return (
-        f"{label}: {verb} {config.dataset.name} and {config.model.name}; {config.num_rounds} rounds with "
+        f"{label}: {verb} {config.dataset.name} and {config.model.name}; {rounds}"
         f"{config.clients_per_round} of {config.num_clients} clients"
     )
 

@@ -285,6 +285,9 @@ class PrivacyConfig:
 class RunConfig:
     """One federated run."""
 
+    trains: ClassVar[bool] = True
+    unread: ClassVar[frozenset[str]] = frozenset()
+
     seed: int = 0  # seed of all random streams, >= 0
     num_rounds: int = 10  # >= 1
     num_clients: int = 10  # clients of the federation, >= 1
