@@ -226,10 +226,20 @@ class Federation:
         Parameters
         ----------
         own : OwnPlace, optional
-            Where the device keeps its examples; read where ``dataset.on_devices`` is set.
+            Where the device keeps its examples; read where ``dataset.on_devices`` is set, refused elsewhere.
+
+        Raises
+        ------
+        DataError
+            If a device brings data to a run that does not read them, or brings none to a run that does.
         """
         config = self.config
-        key = state_dir, own if config.dataset.on_devices else None
+        if own is not None and not config.dataset.on_devices:
+            raise DataError(
+                f"the node brings data={own.path}, but this run trains on dataset={config.dataset.name} of its config; "
+                "run with dataset.on_devices=true, or start the node without data"
+            )
+        key = state_dir, own
         if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
             horizon = 2 * config.checkpoint_every

@@ -68,8 +68,11 @@ class HuggingFace(ImageOptions, LanguageData):
 
     # ---- facts
     def describe(self) -> DataInfo:
-        """Return the facts; loads the library's table, whose examples stay on disk."""
-        image, _, label = self._columns
+        """Return the facts; loads the library's table, whose examples stay on disk, where one is given."""
+        by_options = self.path is None and any(self._named_columns)
+        if by_options:
+            self._check_options()
+        image, _, label = self._named_columns if by_options else self._columns
         if image is not None:
             return self.info(self.name, self._labels)
         if label is None:
@@ -101,6 +104,30 @@ class HuggingFace(ImageOptions, LanguageData):
             train, test = (train.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return FederatedData(self.describe(), *self.limit(train, test, seed))
 
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this data set where it is not read."""
+        image, text, label = self._columns
+        found: dict[str, Any] = {"text_column": text} if image is None else {"image_column": image}
+        return found | {"label_column": label} | ({} if label is None else {"labels": self._labels})
+
+    @property
+    def _named_columns(self) -> tuple[str | None, str | None, str | None]:
+        """Columns that the options name."""
+        image, text, label = (
+            None if name == "auto" else name for name in (self.image_column, self.text_column, self.label_column)
+        )
+        return image, text, label
+
+    def _check_options(self) -> None:
+        """Raise ConfigError where options alone do not tell the columns and classes."""
+        image, text, label = self._named_columns
+        if image is None and text is None:
+            raise ConfigError("dataset=hf without a folder needs dataset.image_column or dataset.text_column")
+        if label is None and (image is not None or self.label_column == "auto"):
+            raise ConfigError("dataset=hf without a folder needs dataset.label_column; null for language modelling")
+        if label is not None and self.labels is None:
+            raise ConfigError("dataset=hf without a folder needs dataset.labels, the names of the classes")
+
     def read_documents(self) -> list[str]:
         """Return the non-empty texts of the text column."""
         column = self._columns[1]
@@ -118,7 +145,9 @@ class HuggingFace(ImageOptions, LanguageData):
         kinds = {name: type(features[name]).__name__ for name in names}
         texts = [name for name in names if getattr(features[name], "dtype", "") in ("string", "large_string")]
         label = self._find("label_column", names, [n for n in names if kinds[n] == "ClassLabel"], _LABELS)
-        image = self._find("image_column", names, [n for n in names if kinds[n] == "Image"], ("image", "img"))
+        images = [n for n in names if kinds[n] == "Image"]
+        is_text = self.image_column == "auto" and self.text_column not in (None, "auto")
+        image = None if is_text else self._find("image_column", names, images, ("image", "img"))
         if image is not None:
             if label is None:
                 raise DataError(
