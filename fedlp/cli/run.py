@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
 from fedlp.cli.sweeps import earlier_run, job_header, objective_of
@@ -26,6 +26,7 @@ def run_job(composed: DictConfig) -> float | None:
     A job of a sweep whose folder holds its run is not run again: a finished one gives its objective, a stopped one goes
     on.
     """
+    _announce(composed)  # the next line imports torch, which takes seconds
     config = from_omegaconf(composed, RunConfig)
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
@@ -44,7 +45,8 @@ def run_job(composed: DictConfig) -> float | None:
     from fedlp.report import run_label
 
     if not config.dry_run:
-        print(f"{job_header()}{_first_words(run_label(to_plain(config)), config)}  -> {out}", flush=True)
+        clients = f"{config.clients_per_round} of {config.num_clients} clients"
+        print(f"{run_label(to_plain(config))}: {config.num_rounds} rounds with {clients}", flush=True)
     from fedlp.apps import federate as assembly
 
     cfg = to_yaml(config)
@@ -62,13 +64,15 @@ def run_job(composed: DictConfig) -> float | None:
     return objective_of(config, manifest)
 
 
-def _first_words(label: str, config: RunConfig) -> str:
-    """Return the line that a run begins with."""
-    verb = "going on, loading" if config.resume else "loading"
-    return (
-        f"{label}: {verb} {config.dataset.name} and {config.model.name}; {config.num_rounds} rounds with "
-        f"{config.clients_per_round} of {config.num_clients} clients"
-    )
+def _announce(composed: DictConfig) -> None:
+    """Print the line that a run begins with: its data and model, and its folder."""
+    if composed.get("dry_run"):
+        return
+    if resume := composed.get("resume"):
+        print(f"going on with the run in {resume}", flush=True)
+    elif not (output_dir() / "manifest.json").is_file():
+        names = [str(OmegaConf.select(composed, f"{group}.name", default="?")) for group in ("dataset", "model")]
+        print(f"{job_header()}loading {' and '.join(names)}  -> {output_dir()}", flush=True)
 
 
 def _print_result(manifest: Mapping[str, Any], out: Path) -> None:

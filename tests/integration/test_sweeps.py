@@ -42,7 +42,7 @@ def test_a_job_returns_its_objective(call: Call, tmp_path: Path, returned: list[
     done = read(tmp_path / "sweep" / "0")
     assert returned == [done.manifest["final_metrics"]["loss"], None]
     first = out.splitlines()[0]
-    assert re.fullmatch(r"job 0 \(.*seed=0 objective=loss\): .* loading digits and fedlp_mlp; .*sweep/0", first)
+    assert re.fullmatch(r"job 0 \(.*seed=0 objective=loss\): loading digits and fedlp_mlp  -> .*sweep/0", first)
     assert errors.count("fedlp: job 1 (") == 1
 
 
