@@ -33,10 +33,11 @@ NUM_IMAGES, NUM_ROWS, NUM_TEXTS = 10_000, 1_000_000, 10_000
 
 def make_images(cifar: Path, folder: Path) -> Path:
     """Write JPEG files in a folder for each class; return their folder."""
-    import torchvision
     from PIL import Image
 
-    found = torchvision.datasets.CIFAR10(str(cifar), train=True)
+    from fedlp.models.torchvision_compat import import_torchvision
+
+    found = import_torchvision().datasets.CIFAR10(str(cifar), train=True)
     for number in range(NUM_IMAGES):
         image, label = found[number]
         path = folder / "photos" / CLASSES[label] / f"{number:05}.jpg"

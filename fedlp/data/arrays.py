@@ -75,7 +75,9 @@ class Arrays(HeldOut):
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ConfigError("dataset.labels names a class twice")
         if self.labels and self.num_outputs not in (None, len(self.labels)):
-            raise ConfigError(f"dataset.num_outputs={self.num_outputs}, but dataset.labels has {len(self.labels)} names")
+            raise ConfigError(
+                f"dataset.num_outputs={self.num_outputs}, but dataset.labels has {len(self.labels)} names"
+            )
 
     def describe(self) -> DataInfo:
         """Return the facts; reads the arrays, but where there is no file and the options tell all."""
@@ -141,7 +143,9 @@ class Arrays(HeldOut):
             is_exact = name == "num_outputs" and found.task in ("regression", "multi_label")
             if there is not None and asked is not None and (there > asked or (is_exact and there != asked)):
                 what = {"num_outputs": "outputs" if is_exact else "classes", "vocabulary": "tokens"}[name]
-                raise DataError(f"{self.path} has {there} {what}, but the config says {asked} (dataset.{name} or labels)")
+                raise DataError(
+                    f"{self.path} has {there} {what}, but the config says {asked} (dataset.{name} or labels)"
+                )
         return replace(
             found,
             num_classes=self._outputs or found.num_classes,

@@ -16,7 +16,7 @@ from fedlp.data.image_cache import cached_images, open_image
 from fedlp.data.imagefolder import ImageOptions
 from fedlp.data.reader import held_out_rows
 from fedlp.data.text import LanguageData
-from fedlp.data.tokenizers import encode_texts, vocabulary_size
+from fedlp.data.tokenizers import encode_texts, pair_separator, vocabulary_size
 from fedlp.errors import ConfigError, DataError
 from fedlp.registry import register
 from fedlp.rng import Stream, generator
@@ -51,6 +51,8 @@ class HuggingFace(ImageOptions, LanguageData):
     image_column, text_column, label_column : str or None
         "auto" finds a column by its type and name; None: there is none, so that ``label_column=null`` makes labelled
         text a language model's.
+    text_pair_column : str or None
+        Column of a second text, which is joined to the first one: a premise and a hypothesis, two sentences.
     client_column : str or None
         Column whose values are clients, for ``partition=column`` and ``partition=natural``.
     """
@@ -61,6 +63,7 @@ class HuggingFace(ImageOptions, LanguageData):
     test_split: str | None = "auto"
     image_column: str | None = "auto"
     text_column: str | None = "auto"
+    text_pair_column: str | None = None
     label_column: str | None = "auto"
     client_column: str | None = None
 
@@ -87,6 +90,7 @@ class HuggingFace(ImageOptions, LanguageData):
             num_test=None,
             vocabulary=vocabulary_size(self.tokenizer),
             labels=tuple(labels),
+            separator=None if self.text_pair_column is None else pair_separator(self.tokenizer),
         )
 
     def load(self, seed: int) -> FederatedData:
@@ -246,8 +250,9 @@ class HuggingFace(ImageOptions, LanguageData):
     def _read_texts(self, table: Any, text: str, label: str) -> Examples:
         import torch
 
-        texts = [value if isinstance(value, str) else "" for value in self._column(table, text)]
-        parts = encode_texts(texts, self.tokenizer, self.sequence_length)
+        texts = self._texts(table, text)
+        pairs = None if self.text_pair_column is None else self._texts(table, self.text_pair_column)
+        parts = encode_texts(texts, self.tokenizer, self.sequence_length, pairs)
         tokens = np.full((len(parts), self.sequence_length), IGNORE_INDEX, dtype=np.int64)
         for row, part in zip(tokens, parts, strict=True):
             row[: len(part)] = part
@@ -255,6 +260,11 @@ class HuggingFace(ImageOptions, LanguageData):
             number = next(index for index, part in enumerate(parts) if not len(part))
             raise DataError(f"hf: row {number} of {self._where} holds no text in column {text!r}; drop such rows")
         return Examples(torch.from_numpy(tokens), self._classes(table, label), self._owners(table))
+
+    def _texts(self, table: Any, column: str) -> list[str]:
+        if column not in table.column_names:
+            raise DataError(f"hf: {self._where} has no column {column!r}; set dataset.text_pair_column")
+        return [value if isinstance(value, str) else "" for value in self._column(table, column)]
 
     def _read_images(self, table: Any, image: str, label: str) -> Examples:
         import datasets

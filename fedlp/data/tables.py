@@ -218,9 +218,7 @@ class Table(HeldOut, ABC):
         return [name for name in (self.columns or table.columns) if name not in left_out]
 
     def _find_columns(self, table: Any) -> Columns:
-        return find_columns(
-            table, self._input_names(table), self.categorical, self.categories, str(self.path)
-        )
+        return find_columns(table, self._input_names(table), self.categorical, self.categories, str(self.path))
 
     def _encode(self, table: Any) -> tuple[DataInfo, Examples]:
         import torch

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,15 +265,6 @@ def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> N
     assert [line[:15] for line in errors.splitlines()] == ["mine: round 1/2", "mine: round 2/2"]
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"config.yaml", "rounds.jsonl", "manifest.json", "model.safetensors", "checkpoint"}
-
-
-def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch')\n")
-    code = "import sys; sys.argv[0] = 'fedlp'; sys.path.insert(0, '.'); from fedlp.cli import main; main()"
-    line = [sys.executable, "-c", code, "hydra.run.dir=run"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr.strip() == "torch"
-    assert re.fullmatch(r"loading digits and fedlp_cnn  -> \S+run", done.stdout.strip())
 
 
 def test_files_of_the_user_are_found_from_any_folder(call: Call, tmp_path: Path) -> None:

@@ -113,9 +113,7 @@ def test_a_client_of_one_example_trains_and_is_counted_as_without_test_examples(
     assert load_run(done.path).rounds[0].absent == {"no_test_examples": (0,)}
 
 
-def test_without_any_test_example_the_run_ends_all_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_any_test_example_the_run_ends_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = compose((*TINY, "dataset.max_train_examples=6", "num_rounds=1", "evaluation=both", HOLDS))
     with caplog.at_level(logging.WARNING, "fedlp"):
         Federation(config).run_locally(tmp_path / "run")
