@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.cli.sweeps import earlier_run, job_header, objective_of
+from fedlp.cli.sweeps import earlier_run, job_header, job_name, objective_of
 from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
@@ -44,9 +44,12 @@ def run_job(composed: DictConfig) -> float | None:
             return objective_of(config, manifest)
     from fedlp.report import run_label
 
+    def label(plain: dict[str, Any]) -> str:
+        return f"{job_name()}{run_label(plain)}"
+
     if not config.dry_run:
         clients = f"{config.clients_per_round} of {config.num_clients} clients"
-        print(f"{run_label(to_plain(config))}: {config.num_rounds} rounds with {clients}", flush=True)
+        print(f"{label(to_plain(config))}: {config.num_rounds} rounds with {clients}", flush=True)
     from fedlp.apps import federate as assembly
 
     cfg = to_yaml(config)
@@ -54,7 +57,7 @@ def run_job(composed: DictConfig) -> float | None:
         _print_costs(assembly.dry_run(cfg, out), out)
         return None
     try:
-        manifest = assembly.run(cfg, out, run_label)
+        manifest = assembly.run(cfg, out, label)
     except KeyboardInterrupt:
         if (out / "config.yaml").is_file():
             with suppress(OSError):  # the terminal may be gone
