@@ -2,10 +2,11 @@
 
     python experiments/data_readers/run.py --cifar DIR --model DIR --text DIR --work DIR
 
-makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged), a Parquet file of a million rows and a Hugging
-Face folder of 10,000 labelled texts, runs ``fedlp`` twice on each, with empty caches and with full ones, and writes
-``results/data_readers.json``. Memory is that of all processes of the run together, sampled every 0.2 s: proportional set
-size (shared pages counted once), and its anonymous part, which leaves out pages of memory-mapped files.
+makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged), a Parquet file of a million rows and Hugging
+Face folders of 10,000 labelled images and of 10,000 labelled texts, runs ``fedlp`` twice on each, with empty caches and
+with full ones, and writes ``results/data_readers.json``; ``--readers`` chooses some, and keeps the results of
+others. Memory is that of all processes of the run together, sampled every 0.2 s: proportional set size (shared pages
+counted once), and its anonymous part, which leaves out pages of memory-mapped files.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-SPREAD = ("num_clients=100", "clients_per_round=5", "num_rounds=1")
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+SPREAD = ("num_clients=200", "clients_per_round=5", "num_rounds=1", "dataset.max_test_examples=500")
+READERS = ("imagefolder", "parquet", "hf_images", "hf_text")
 NUM_IMAGES, NUM_ROWS, NUM_TEXTS = 10_000, 1_000_000, 10_000
 
 
@@ -60,6 +62,20 @@ def make_table(folder: Path) -> Path:
     table["default"] = (score > 0).astype(np.int64)
     table.to_parquet(folder / "loans.parquet")
     return folder / "loans.parquet"
+
+
+def make_labelled_images(cifar: Path, folder: Path) -> Path:
+    """Write a Hugging Face data set of images and classes; return its folder."""
+    import datasets
+
+    from fedlp.models.torchvision_compat import import_torchvision
+
+    found = import_torchvision().datasets.CIFAR10(str(cifar), train=True)
+    rows = [found[number] for number in range(NUM_IMAGES)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    columns = {"image": [image for image, _ in rows], "label": [label for _, label in rows]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "pictures"))
+    return folder / "pictures"
 
 
 def make_texts(text: Path, folder: Path) -> Path:
@@ -129,21 +145,25 @@ def measure(overrides: list[str], out: Path, cache: Path) -> dict[str, Any]:
         "first_round_s": round(first_round or time.monotonic() - began, 1),
         "peak_pss_mb": round(peaks[0]),
         "peak_anonymous_mb": round(peaks[1]),
+        "load_average": round(os.getloadavg()[0], 1),
         "accuracy": metrics["accuracy"],
     }
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Yield a name and the command of each reader, whose data are made first."""
-    work = arguments.work
-    images = make_images(arguments.cifar, work)
-    yield "imagefolder", ["dataset=imagefolder", f"dataset.path={images}", "dataset.size=64", "model=small_cnn"]
-    table = make_table(work)
-    columns = ["dataset.target=default", "dataset.client=branch", "partition=column"]
-    yield "parquet", ["dataset=parquet", f"dataset.path={table}", *columns, "model=fedlp_mlp"]
-    texts, model = make_texts(arguments.text, work), arguments.model
-    bert = ["dataset.sequence_length=64", "model=hf", f"model.path={model}", "local=adamw", "local.lr=0.0003"]
-    yield "hf", ["dataset=hf", f"dataset.path={texts}", *bert]
+def case(reader: str, arguments: argparse.Namespace) -> list[str]:
+    """Return the command of a reader, whose data are made first."""
+    work, model = arguments.work, arguments.model
+    if reader == "imagefolder":
+        path = make_images(arguments.cifar, work)
+        return ["dataset=imagefolder", f"dataset.path={path}", "dataset.size=64", "model=small_cnn"]
+    if reader == "parquet":
+        columns = ["dataset.target=default", "dataset.client=branch", "partition=natural"]
+        return ["dataset=parquet", f"dataset.path={make_table(work)}", *columns, "num_clients=100", "model=fedlp_mlp"]
+    if reader == "hf_images":
+        path = make_labelled_images(arguments.cifar, work)
+        return ["dataset=hf", f"dataset.path={path}", "dataset.size=32", "model=small_cnn"]
+    bert = ["dataset.sequence_length=32", "model=hf", f"model.path={model}", "local=adamw", "local.lr=0.0003"]
+    return ["dataset=hf", f"dataset.path={make_texts(arguments.text, work)}", *bert]
 
 
 def main() -> None:
@@ -156,14 +176,20 @@ def main() -> None:
         ("work", "scratch folder, which must not exist"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=READERS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True)
-    results = {}
-    for name, command in cases(arguments):
+    path = FOLDER / "results" / "data_readers.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
+    for name in arguments.readers:
+        command = case(name, arguments)
+        chosen = [word for word in SPREAD if word.partition("=")[0] not in {w.partition("=")[0] for w in command}]
+        shown = " ".join(["fedlp", *command, *chosen])
+        results[name] = {"command": shown.replace(f"{arguments.work}/", "").replace(str(arguments.model), "MODEL")}
         for state in ("first", "cached"):
-            found = measure([*command, *SPREAD], arguments.work / f"{name}-{state}", arguments.work / "cache")
-            results.setdefault(name, {})[state] = found
-            print(name, state, found, flush=True)
+            out = arguments.work / f"{name}-{state}"
+            results[name][state] = measure([*command, *chosen], out, arguments.work / "cache")
+            print(name, state, results[name][state], flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=FOLDER)
     import torch
 
@@ -175,7 +201,6 @@ def main() -> None:
         "cores": os.cpu_count(),
         "results": results,
     }
-    path = FOLDER / "results" / "data_readers.json"
     path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -60,9 +60,9 @@ def lines_of(page: Path) -> Iterator[str]:
     """Yield the commands of a page: lines of its blocks, and commands with options within its text."""
     text = page.read_text(encoding="utf-8")
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if kind in ("", "sh") and page.relative_to(ROOT).as_posix() not in ELSEWHERE:
-            joined = block.replace("\\\n", " ")
-            yield from (line for line in joined.splitlines() if line.split(" ")[0] in MAINS)
+        found = block.replace("\\\n", " ").splitlines() if kind in ("", "sh") else []
+        is_here = page.relative_to(ROOT).as_posix() not in ELSEWHERE
+        yield from (line for line in found if line.split(" ")[0] in MAINS and (is_here or " describe " in line))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     yield from (found for found in re.findall(r"`(fedlp[\w-]* [^`]+)`", prose) if found.split(" ")[0] in MAINS)
 
