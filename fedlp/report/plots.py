@@ -21,7 +21,7 @@ _MOST_MARKERS = 30
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """What a metric is drawn against."""
+    """Horizontal axis of a metric."""
 
     key: str
     title: str
@@ -60,7 +60,7 @@ _AXES = (
 
 
 def draw_plots(groups: Sequence[Group]) -> list[Plot]:
-    """Draw every plot for which the groups have numbers, in the order in which a reader wants them."""
+    """Draw every plot for which the groups have numbers, in order of importance."""
     with rc_context(STYLE):
         reported = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])  # with metrics of a user's own
         plots = [plot for metric in reported for plot in _curve_plots(groups, metric)]
