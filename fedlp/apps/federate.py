@@ -411,7 +411,7 @@ def _serve_rounds(
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
         evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed),
+        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
         dropout=config.fleet.dropout,
         extra_clients=config.fleet.extra_clients,
     )
