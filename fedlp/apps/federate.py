@@ -218,10 +218,20 @@ class Federation:
         Parameters
         ----------
         own : OwnPlace, optional
-            Location of the device's examples; read if ``dataset.on_devices``.
+            Location of the device's examples; read if ``dataset.on_devices``, refused otherwise.
+
+        Raises
+        ------
+        DataError
+            If a device brings data to a run that does not read them, or brings none to a run that does.
         """
         config = self.config
-        key = state_dir, own if config.dataset.on_devices else None
+        if own is not None and not config.dataset.on_devices:
+            raise DataError(
+                f"the node brings data={own.path}, but this run trains on dataset={config.dataset.name} of its config; "
+                "run with dataset.on_devices=true, or start the node without data"
+            )
+        key = state_dir, own
         if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
             horizon = 2 * config.checkpoint_every
@@ -364,7 +374,7 @@ def _serve_rounds(
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
         evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed),
+        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
         dropout=config.fleet.dropout,
         extra_clients=config.fleet.extra_clients,
     )

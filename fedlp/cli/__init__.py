@@ -17,6 +17,8 @@ def main() -> None:
     """Entry point of ``fedlp``: one federated run, a sweep (``-m``), a dry run, or a resumed run."""
     if sys.argv[1:2] == ["options"]:
         _list_options()
+    if sys.argv[1:2] == ["describe"]:
+        _describe()
     _answer("fedlp")
     from omegaconf import OmegaConf
 
@@ -94,6 +96,15 @@ def _list_options() -> None:
 
     groups = sys.argv[2:] or ["strategy"]
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))
+
+
+def _describe() -> None:
+    """Print the options that describe a sample of data, and exit."""
+    _answer("fedlp")
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.describe import describe
+
+    sys.exit(end(lambda: guard(lambda: describe(sys.argv[2:]))))
 
 
 def _name_folder(kind: str) -> None:

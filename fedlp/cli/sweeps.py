@@ -26,6 +26,12 @@ def job_header() -> str:
     return f"job {config.job.num} ({words}): "
 
 
+def job_name() -> str:
+    """Return the number of a sweep's job, which heads its lines where jobs run side by side."""
+    config = HydraConfig.get()
+    return f"job {config.job.num} " if config.mode == RunMode.MULTIRUN else ""
+
+
 def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None:
     """Return the objective reported to the sweeper; None if the run has no finite value of it."""
     final = manifest["final_metrics"]

@@ -228,7 +228,8 @@ class FleetConfig:
     seconds_per_example: float = 0.05  # devices: longest training time of one example
     upload_s: float = 60.0  # devices: longest time of one upload
     availability: Any = None  # probability that a client is available in a round, in (0, 1], or a CSV trace of client,
-    # from, to (rounds); always available if null
+    # from, to (rounds, or seconds with round_s); always available if null
+    round_s: float | None = None  # duration of a round on the clock of a trace in seconds; a trace in rounds if null
     dropout: float = 0.0  # probability that a client drops out after receiving its sub-model, in [0, 1)
     extra_clients: int = 0  # over-selection: clients asked beyond clients_per_round; the first answers count
     only_whole: bool = False  # whether only clients whose budget holds the whole model take part

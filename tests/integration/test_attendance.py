@@ -97,6 +97,8 @@ def test_clients_without_data_are_counted(once: Callable[..., Finished]) -> None
     [
         (["fleet.availability=0"], r"in \(0, 1\]"),
         (["fleet.availability=2"], r"in \(0, 1\]"),
+        (["fleet.round_s=60"], "set fleet.availability=FILE too"),
+        (["fleet.round_s=0", "fleet.availability=trace.csv"], "seconds above 0"),
         (["fleet.dropout=1"], r"in \[0, 1\)"),
         (["fleet.extra_clients=-1"], "at least 0"),
         (["fleet.extra_clients=11"], "num_clients - clients_per_round = 10"),

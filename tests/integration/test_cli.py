@@ -258,8 +258,9 @@ def test_the_command_that_goes_on(call: Call, once: Once, tmp_path: Path) -> Non
 def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> None:
     code, out, errors = call(*TINY, "hydra.run.dir=run", "label=mine")
     assert code == 0
-    first, last = out.splitlines()
-    assert re.fullmatch(r"mine: loading digits and fedlp_mlp; 2 rounds with 4 of 6 clients  -> \S+run", first)
+    first, second, last = out.splitlines()
+    assert re.fullmatch(r"loading digits and fedlp_mlp  -> \S+run", first)
+    assert second == "mine: 2 rounds with 4 of 6 clients"
     assert re.fullmatch(r"accuracy \S+  loss \S+  train_loss \S+  up \S+ MB  down \S+ MB  -> \S+run", last)
     assert [line[:15] for line in errors.splitlines()] == ["mine: round 1/2", "mine: round 2/2"]
     files = {path.name for path in (tmp_path / "run").iterdir()}
