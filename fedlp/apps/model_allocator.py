@@ -89,7 +89,10 @@ class Allocator:
         if "precomputed" in self.__dict__:
             return self.precomputed.readers
         collector = self._pruner.collector(None)
-        return {layer.name: collector.collect(layer) for layer in self.layers}
+        found = {layer.name: collector.collect(layer) for layer in self.layers}
+        for reader in [reader for readers in found.values() for reader in readers]:
+            reader.half = None  # nothing is solved for
+        return found
 
     def _weights(self) -> dict[str, list[Any]]:
         collector = self._pruner.collector(None)  # looks at no data for this

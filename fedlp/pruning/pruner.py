@@ -18,8 +18,7 @@ from fedlp.errors import AllocationError
 from fedlp.models.spec import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.calibration import Calibration
-from fedlp.pruning.gradients import loss_gradients, output_fisher
-from fedlp.pruning.kernels.hessian import FALLBACK_DAMPING
+from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.reader_layers import Method, Reader
@@ -35,6 +34,8 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 
 log = logging.getLogger("fedlp")
+
+_FEW = 10  # calibration vectors per input, below which a line says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Pruner:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
         collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
         widths: dict[str, Keep] = {}
-        reports, singular = [], list[str]()
+        reports, few = [], dict[str, int]()
         for layer in self.layers:
             count, loss = layer.num_units - kept[layer.name], 0.0
             keep = torch.arange(layer.num_units)
@@ -137,19 +138,27 @@ class Pruner:
                 readers = collector.collect(layer) if self.method.needs_inputs else collector.readers(layer)
                 removed, loss = self._choose(layer, readers, count)
                 keep = self._rewrite(layer, readers, removed)
-                singular += [f"{reader.path} ({reader.moments.count} vectors)" for reader in readers if reader.singular]
+                if self.method.needs_moments:
+                    few |= {r.path: r.moments.count for r in readers if r.moments.count < _FEW * r.weight.shape[1]}
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
-        if singular:
-            log.warning(
-                "Singular Hessian of the inputs of %d layers, the first %s; damping %s was added. Give more "
-                "calibration data, or set pruner.damping.",
-                len(singular),
-                singular[0],
-                FALLBACK_DAMPING,
-            )
+        self._warn_of_few(few)
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
+
+    def _warn_of_few(self, counts: Mapping[str, int]) -> None:
+        """Warn of readers with few calibration vectors per input; ``counts`` are theirs by path."""
+        if counts:
+            inputs = {path: weight_matrix(self.model.get_submodule(path)).shape[1] for path in counts}
+            path = min(counts, key=lambda path: counts[path] / inputs[path])
+            log.warning(
+                "Few calibration vectors: %.1f per input of %s, and fewer than %d for %d layers in all. More "
+                "(calibration.examples) would prune better.",
+                counts[path] / inputs[path],
+                path,
+                _FEW,
+                len(counts),
+            )
 
     def refit(self, keeps: Mapping[str, Tensor]) -> nn.Module:
         """Return the model with given units silenced and its readers refitted, uncut; may be called once.
@@ -169,13 +178,13 @@ class Pruner:
     # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
         """Return the collector of the layers' statistics, and of the dense model's outputs where it is given."""
-        return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
+        return Collector(self.model, dense, self.layers, self.data.batches, self.norms, self.method.shrinks)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
-        data = self.data
-        return output_fisher(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
+        data, measure = self.data, shrunk_fisher if self.method.shrinks else output_fisher
+        return measure(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
         """Return the model with the removed units cut out and its batch norms' statistics estimated anew."""
