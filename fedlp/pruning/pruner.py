@@ -20,7 +20,7 @@ from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_no
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
-from fedlp.pruning.layer_statistics import Collector, Collects
+from fedlp.pruning.layer_statistics import Collector, Collects, make_readers
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.scores.criterion import UnitScore, removal_order
 from fedlp.pruning.scores.evidence import Evidence
@@ -128,14 +128,14 @@ class Pruner:
         for layer in self.layers:
             if not 1 <= kept[layer.name] <= layer.num_units:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
-        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        collector = self._collector()
         widths: dict[str, Keep] = {}
         reports, few = [], dict[str, int]()
         for layer in self.layers:
             count, loss = layer.num_units - kept[layer.name], 0.0
             keep = torch.arange(layer.num_units)
             if count or self.method.corrects:
-                readers = collector.collect(layer) if self.method.needs_inputs else collector.readers(layer)
+                readers = self.readers(layer) if collector is None else collector.collect(layer)
                 removed, loss = self._choose(layer, readers, count)
                 keep = self._rewrite(layer, readers, removed)
                 if self.method.needs_moments:
@@ -168,11 +168,12 @@ class Pruner:
         keeps : mapping from layer name to int64 Tensor
             Units that stay, sorted; a layer that is absent keeps all.
         """
-        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        collector = self._collector()
         for layer in self.layers:
             if layer.name in keeps:
                 everything = torch.arange(layer.num_units)
-                self._rewrite(layer, collector.collect(layer), everything[~torch.isin(everything, keeps[layer.name])])
+                readers = self.readers(layer) if collector is None else collector.collect(layer)
+                self._rewrite(layer, readers, everything[~torch.isin(everything, keeps[layer.name])])
         return self.model
 
     # ----------------------------------------------------------------------- access to data, for subclasses to override
@@ -194,6 +195,16 @@ class Pruner:
         return model
 
     # ------------------------------------------------------------------------------------------------------- one layer
+    def _collector(self) -> Collects | None:
+        """Return the collector of the layers' statistics; None where the method needs none of them."""
+        if not self.method.needs_inputs:
+            return None
+        return self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return a layer's readers, without statistics."""
+        return make_readers(self.model, layer, self.norms, False)
+
     def view(self, layer: PrunableLayer, readers: Sequence[Reader], score: UnitScore | None = None) -> LayerView:
         """Return the view that a score, by default the method's, has of a layer whose readers have statistics."""
         score = self.method.score if score is None else score
