@@ -141,7 +141,7 @@ class PrunerConfig(PartConfig):
     correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
     fisher: bool = False  # obs: weigh outputs by their Fisher information
     damping: float | None = (
-        None  # of the Hessian, a fraction of its mean diagonal; null: for rounding only, or 0.01 where it is singular
+        None  # of the Hessian, a fraction of its mean diagonal; null: shrinkage by two halves of the data
     )
     keeps_batch_norm: bool = False  # classifiers: shift batch norms by what recovery adds, or estimate them anew
     shared: bool = False  # classifiers: also channels that several layers read, such as residual streams
