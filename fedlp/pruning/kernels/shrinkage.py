@@ -45,18 +45,34 @@ def solve_shrunk(
     CalibrationError
         As :func:`~fedlp.pruning.kernels.hessian.invert_hessian`, where inputs are not finite.
     """
-    whole, parts = moments.hessian(centred), [half, moments - half]
-    is_split = all(part.count for part in parts)
-    hessians = [part.hessian(centred) for part in parts] if is_split else []
-    share = hessian_weight(hessians[0], hessians[1], whole) if is_split else 0.0
+    whole, share, strength = moments.hessian(centred), 0.0, 0.0
+    if 0 < half.count < moments.count:
+        hessians, missed = [half.hessian(centred)], [_missed(weight, half, centred)]
+        rest = moments - half
+        hessians, missed = [*hessians, rest.hessian(centred)], [*missed, _missed(weight, rest, centred)]
+        del rest  # matrices are large
+        share = hessian_weight(hessians[0], hessians[1], whole)
+        if moments.cross is not None:
+            steps = [_step(m, h, share, layer) for m, h in zip(missed, hessians, strict=True)]
+            strength = correction * correction_weight(steps, missed, hessians)
+        del hessians
     inverse = invert_hessian(shrink_hessian(whole, share), _RIDGE, layer, moments.count)
-    if moments.cross is None or not is_split:
+    if not strength:
         return weight, inverse
-    missed = [part.target_hessian(centred) - weight @ h for part, h in zip(parts, hessians, strict=True)]
-    factors = [factor_hessian(shrink_hessian(h, share), _RIDGE, layer, moments.count // 2) for h in hessians]
-    steps = [torch.cholesky_solve(m.T, factor).T for m, factor in zip(missed, factors, strict=True)]
-    strength = correction * correction_weight(steps, missed, hessians)
-    return weight + strength * (moments.target_hessian(centred) - weight @ whole) @ inverse, inverse
+    return weight + strength * _missed(weight, moments, centred) @ inverse, inverse
+
+
+def _missed(weight: Tensor, moments: Moments, centred: bool) -> Tensor:
+    """Return the target Hessian less the weights times the Hessian, (out, n); nothing without targets."""
+    if moments.cross is None:
+        return weight[:0]
+    return moments.target_hessian(centred) - weight @ moments.hessian(centred)
+
+
+def _step(missed: Tensor, hessian: Tensor, share: float, layer: str) -> Tensor:
+    """Return the correction that one half of the data asks for, (out, n)."""
+    factor = factor_hessian(shrink_hessian(hessian, share), _RIDGE, layer, len(hessian))
+    return torch.cholesky_solve(missed.T, factor).T
 
 
 def hessian_weight(first: Tensor, second: Tensor, whole: Tensor) -> float:
