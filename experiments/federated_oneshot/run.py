@@ -58,7 +58,8 @@ SPLITS = {  # text -> the part of it that is taken, as fractions, and how many c
         "four texts": {"wikitext2-test": (0.0, 0.1, 2), **FOUR},
     },
 }
-OPTIONS = (("pruner=slimgpt",), ("pruner=obs", "pruner.fisher=false"), ("pruner=obs",))
+OBS = ("pruner=obs", "pruner.damping=1e-6")  # the default when the committed results were made
+OPTIONS = (("pruner=slimgpt",), (*OBS, "pruner.fisher=false"), OBS)
 METHODS = dict(zip(METHOD_NAMES, OPTIONS, strict=True))
 OVERRIDES = {
     "pooled, float32": (),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlp import cli
 from fedlp.apps import runs as assembly
@@ -24,7 +24,9 @@ from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.wire import messages
 from fedlp.models import state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.gradients import fisher_sums
+from fedlp.pruning.calibration import choose_half
+from fedlp.pruning.gradients import fisher_sums, pool_fisher
+from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.decoder import is_language_model
@@ -49,6 +51,7 @@ CASES = {
     "slimgpt": (*LLAMA, *SLIMGPT),
     "obs": (*LLAMA, *OBS, "pruner.fisher=false"),
     "obs, fisher": (*LLAMA, *OBS),
+    "obs, shrunk": (*LLAMA, "pruner=obs", "allocator=log_depth"),
     "wanda, diagonals only": (*LLAMA, "pruner=wanda", "allocator=uniform"),
     "cnn, slimgpt": (*CNN, *SLIMGPT),
     "cnn, obs": (*CNN, *OBS, "pruner.fisher=false"),
@@ -68,7 +71,7 @@ def report(done: Finished) -> dict[str, Any]:
 
 
 class Central(Pruner):
-    """A pruner whose Fisher information draws labels by client, as clients do."""
+    """A pruner whose Fisher information draws labels by client, as clients do, and whose halves are of clients."""
 
     def __init__(self, *arguments: Any) -> None:
         *arguments, self.shards = arguments
@@ -76,12 +79,28 @@ class Central(Pruner):
 
     def output_fisher(self, paths: Sequence[str]) -> dict[str, Tensor]:
         is_language = is_language_model(self.model)
+        parts = [(data.batches, data.seed) for data in self.shards]
+        if self.method.shrinks and len(parts) == 1:
+            parts = [(choose_half(batches, half), seed) for batches, seed in parts for half in (1, 2)]
         found = [
-            fisher_sums(self.model, paths, data.batches, torch.Generator().manual_seed(data.seed), not is_language)
-            for data in self.shards
+            fisher_sums(self.model, paths, batches, torch.Generator().manual_seed(seed), not is_language)
+            for batches, seed in parts
         ]
-        labels = sum(count for _, count in found)
-        return {path: sum(sums[path] for sums, _ in found) / labels for path in paths}  # type: ignore[misc]
+
+        def total(path: str, chosen: Sequence[tuple[dict[str, Tensor], int]]) -> tuple[Tensor, int]:
+            return torch.stack([sums[path] for sums, _ in chosen]).sum(dim=0), sum(count for _, count in chosen)
+
+        if self.method.shrinks:
+            return {path: pool_fisher([total(path, found[::2]), total(path, found[1::2])]) for path in paths}
+        return {path: sums / count for path in paths for sums, count in [total(path, found)]}
+
+    def collector(self, dense: nn.Module | None) -> Collects:
+        found = super().collector(dense)
+        if len(self.shards) > 1:
+            assert isinstance(found, Collector)
+            owners = [(number, batch) for number, data in enumerate(self.shards) for batch in data.batches]
+            found._firsts = [torch.full((len(batch),), number % 2 == 0) for number, batch in owners]
+        return found
 
 
 def prune_centrally(done: Finished, clients: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
@@ -119,6 +138,14 @@ def test_pooled_pruning_is_central_pruning_of_the_union(case: str, encoding: str
     done = once(*ONESHOT, *CASES[case], f"sums={encoding}")
     assert done.failures == []
     assert_close(done, prune_centrally(done), tolerance)
+
+
+def test_a_single_client_is_asked_about_halves_of_its_examples(once: Once) -> None:
+    alone = ("num_clients=1", "clients_per_round=1", "strategy.sums=float64")
+    done = once(*ONESHOT, *CASES["obs, shrunk"], *alone)
+    assert done.failures == []
+    assert [client["num_examples"] for client in done.rounds[1]["clients"]] == [8]  # 4 and 4
+    assert_close(done, prune_centrally(done, [0]), 1e-5)
 
 
 def test_what_is_written(once: Once) -> None:
