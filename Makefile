@@ -3,6 +3,7 @@
 # make test-slow   run that: real language models, stops and resumes, Flower's own engine
 # make test-hostile   attack it: 100,000 mutated replies of every kind, whole runs with attackers, memory over many rounds
 # make check  format, lint, types, all these tests
+# make docs   build the documents as a site in site/, offline; a warning or a dead link is an error
 # make deploy-demo   rehearse a deployment on this machine: SuperLink, TLS, three SuperNodes with keys
 # make test-deploy   test that, and what clients, server and network do wrong (as root: on hosts of their own); half an hour
 # make docker-test   build the images of docker/ and run a federation in them; needs Docker, else ends with 2
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint format types clean deploy-demo test-slow test-hostile test-deploy docker-test
+.PHONY: demo docs test check lint format types clean deploy-demo test-slow test-hostile test-deploy docker-test
 
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp_plan hydra.sweep.dir=$(DEMO)
@@ -28,6 +29,9 @@ test-slow: $(VENV)/.ready-dev
 test-hostile: $(VENV)/.ready-dev
 	FEDLP_HOSTILE_CASES=100000 $(BIN)/python -m pytest -m "not deploy" tests/hostile
 
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 deploy-demo: $(VENV)/.ready
 	$(BIN)/fedlp-deploy-demo
 
@@ -37,7 +41,7 @@ test-deploy: $(VENV)/.ready-dev
 docker-test:
 	docker/test.sh
 
-check: format lint types test test-slow
+check: format lint types docs test test-slow
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
@@ -61,4 +65,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build site

@@ -67,7 +67,7 @@ def option_page() -> str:
 
 def group_schemas() -> dict[str, Any]:
     """Return the schema of each group: of runs, and of the tools beside them."""
-    schemas = {}
+    schemas: dict[str, Any] = {}
     for config in (RunConfig, PruneConfig, SearchConfig):
         schemas |= {f.name: f.default_factory for f in fields(config) if is_dataclass(f.default_factory)}
     return schemas
@@ -165,7 +165,7 @@ def _prose(text: str) -> str:
     """Return text whose double backticks are Markdown's single ones, and whose markup characters mean themselves."""
     plain = re.sub(r"``(.+?)``", r"`\1`", text)
     parts = re.split(r"(`[^`]*`)", plain)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<{\[\]])", r"\\\1", part) for part in parts)
 
 
 def _meanings(doc: str) -> dict[str, str]:

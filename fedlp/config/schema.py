@@ -285,17 +285,17 @@ class PrivacyConfig:
 class RunConfig:
     """One federated run."""
 
-    seed: int = 0
-    num_rounds: int = 10
-    num_clients: int = 10
-    clients_per_round: int = 5
+    seed: int = 0  # of every random draw
+    num_rounds: int = 10  # rounds, >= 0
+    num_clients: int = 10  # clients among whom the data are divided, >= 1
+    clients_per_round: int = 5  # clients sampled in a round, >= 1
     min_clients: int = 1  # a round with fewer good updates leaves the model unchanged
     eval_every: int = 1  # rounds between evaluations of the global model; the last round always is
-    eval_batch_size: int = 500
-    checkpoint_every: int = 1
+    eval_batch_size: int = 500  # test examples that are evaluated at a time
+    checkpoint_every: int = 1  # rounds between checkpoints; the last round always has one
     device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
-    dry_run: bool = False
-    resume: str | None = None  # a run directory
+    dry_run: bool = False  # print the expected bytes and MACs; load no data, train nothing
+    resume: str | None = None  # run directory of a stopped run, which goes on
     plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
     keep_best: str | None = None  # metric; the model with its best value is written as model-best.safetensors too
     callbacks: list[Any] = field(default_factory=list)  # called after each round: names, MODULE:OBJECT, or mappings of
