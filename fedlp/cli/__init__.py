@@ -17,6 +17,8 @@ def main() -> None:
     """Run one federated run, a sweep (``-m``), a dry run, or go on with a stopped one."""
     if sys.argv[1:2] == ["options"]:
         _list_options()
+    if sys.argv[1:2] == ["new"]:
+        _make_project()
     _answer("fedlp")
     from omegaconf import OmegaConf
 
@@ -84,6 +86,15 @@ def _list_options() -> None:
 
     groups = sys.argv[2:] or ["strategy"]
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))
+
+
+def _make_project() -> None:
+    """Write a project of one's own, and exit."""
+    forgive_warnings()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.new import new_project
+
+    sys.exit(end(lambda: guard(lambda: new_project(sys.argv[2:]))))
 
 
 def _name_folder(kind: str) -> None:
