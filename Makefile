@@ -1,4 +1,5 @@
-# make demo   set up, train FedAvg, FedLP-Homo, FedLP-Hetero and plans with pruning on the embedded data, print and plot the result
+# make demo   set up, train FedAvg, FedLP-Homo, FedLP-Hetero and FedLP-Plan on built-in images, print a table, write a report page;
+#             it compares bytes; the accuracies show no order. Under two minutes after set-up on two idle cores
 # make test   set up, run the tests but for what takes long
 # make test-slow   run that: real language models, stops and resumes, Flower's own engine
 # make test-hostile   attack it: 100,000 mutated replies of every kind, whole runs with attackers, memory over many rounds
@@ -19,6 +20,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.ready
 	$(BIN)/fedlp -m experiment=demo strategy=fedavg,fedlp_homo,fedlp_hetero,fedlp_plan hydra.sweep.dir=$(DEMO)
 	$(BIN)/fedlp-report $(DEMO)
+	@echo "What this shows: how many bytes four methods send for one model, and that every part works."
+	@echo "What it does not: an order. The accuracies differ by a few of 359 test images, and so between machines."
+	@echo "Open $(DEMO)/report/report.html; docs/index.md goes on from here."
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

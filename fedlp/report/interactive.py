@@ -74,9 +74,7 @@ def _curves(groups: Sequence[Group], metric: Metric) -> Figure | None:
         "alt": f"{name.capitalize()}: " + "; ".join(_spoken(one) for one in curves) + ".",
         "label": f"test {metric.title}",
         "axes": [
-            {"key": key, "label": label}
-            for key, label, _ in _AXES
-            if max(max(one["x"][key]) for one in curves) > 0
+            {"key": key, "label": label} for key, label, _ in _AXES if max(max(one["x"][key]) for one in curves) > 0
         ],
         "curves": curves,
     }
