@@ -30,9 +30,8 @@ def on_files(files: Any, config: Any) -> Any:
     for readme in sorted(ROOT.glob("experiments/*/README.md")):
         experiment, target = readme.parent.name, f"results/{readme.parent.name}.md"
         text = _redirect(readme.read_text(encoding="utf-8"), f"experiments/{experiment}/README.md", target)
-        _add(
-            files, config, target, "---\nhide: [toc]\n---\n" + text + _tables(readme.parent, target)
-        )  # room for tables
+        front = "---\nhide: [toc]\n---\n"  # room for tables
+        _add(files, config, target, front + text + _tables(readme.parent, target))
     for figure in sorted(ROOT.glob("experiments/*/results/**/*.png")):
         name = figure.relative_to(ROOT).as_posix()
         files.append(File.generated(config, _figure(name), content=figure.read_bytes()))
