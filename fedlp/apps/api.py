@@ -69,8 +69,12 @@ def simulate(
         Test examples of the server; a tenth of ``train``, drawn by the seed, if absent.
     clients : int, optional
         Number of clients, 100 if absent; the length of a list.
-    strategy, fleet, partition : str, mapping or part
+    strategy : str, mapping or part
         A name, a mapping of ``name`` and options, or an object such as ``FedLPPlan(sparsity=0.3)``.
+    fleet : str, mapping or part, optional
+        The same, of the clients' budgets; no limits if absent.
+    partition : str, mapping or part
+        The same, of the division of the data among clients.
     rounds : int
         Rounds, >= 1.
     clients_per_round : int, optional

@@ -19,6 +19,8 @@ def main() -> None:
         _list_options()
     if sys.argv[1:2] == ["describe"]:
         _describe()
+    if sys.argv[1:2] == ["new"]:
+        _make_project()
     _answer("fedlp")
     from omegaconf import OmegaConf
 
@@ -105,6 +107,15 @@ def _describe() -> None:
     from fedlp.cli.describe import describe
 
     sys.exit(end(lambda: guard(lambda: describe(sys.argv[2:]))))
+
+
+def _make_project() -> None:
+    """Write a project of one's own, and exit."""
+    forgive_warnings()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.new import new_project
+
+    sys.exit(end(lambda: guard(lambda: new_project(sys.argv[2:]))))
 
 
 def _name_folder(kind: str) -> None:

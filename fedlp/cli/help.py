@@ -42,6 +42,8 @@ HELP = {
             ("fedlp model=my_pkg.nets:Net model.width=32 dataset=cifar10", "a model of one's own"),
             ("fedlp -m strategy=fedavg,fedlp_plan seed=0,1,2", "a sweep of six runs"),
             ("fedlp describe dataset=imagefolder dataset.path=SAMPLE", "options for devices with data of their own"),
+            ("fedlp new DIR", "a project of one's own: model, data, config and a test, which run"),
+            ("fedlp options strategy", "the options of a group: meaning, type, default"),
             ("fedlp resume=RUN_DIR", "go on with a stopped run; the same bytes as one never stopped"),
         ),
         (

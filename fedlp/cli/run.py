@@ -132,6 +132,14 @@ def report_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
     )
+    parser.add_argument(
+        "--format",
+        dest="formats",
+        action="append",
+        choices=["png", "svg", "pdf"],
+        metavar="FORMAT",
+        help="of the plots beside the page: png (default), svg or pdf; repeat it for several",
+    )
     return parser
 
 
@@ -139,6 +147,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write the report of some runs and print its table."""
     from fedlp.report import default_report_dir, find_runs, group_runs, summary_table, write_report
 
-    page = write_report(arguments.runs, arguments.out or default_report_dir(arguments.runs[0]))
+    out = arguments.out or default_report_dir(arguments.runs[0])
+    page = write_report(arguments.runs, out, formats=arguments.formats or ["png"])
     print(summary_table(group_runs(find_runs(arguments.runs))))
     print(f"report: {page}")
