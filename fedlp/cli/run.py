@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
 from fedlp.cli.sweeps import earlier_run, job_header, job_name, objective_of
-from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_plain, to_yaml, with_absolute_paths
+from fedlp.config import from_omegaconf, refuse_unread, schema_for, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
 
@@ -27,7 +27,7 @@ def run_job(composed: DictConfig) -> float | None:
     on.
     """
     _announce(composed)  # the next line imports torch, which takes seconds
-    config = from_omegaconf(composed, RunConfig)
+    config = from_omegaconf(composed, schema_for(composed))
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -49,8 +49,9 @@ def run_job(composed: DictConfig) -> float | None:
 
     if not config.dry_run:
         clients = f"{config.clients_per_round} of {config.num_clients} clients"
-        print(f"{label(to_plain(config))}: {config.num_rounds} rounds with {clients}", flush=True)
-    from fedlp.apps import federate as assembly
+        rounds = f"{config.num_rounds} rounds with " if config.trains else ""
+        print(f"{label(to_plain(config))}: {rounds}{clients}", flush=True)
+    from fedlp.apps import runs as assembly
 
     cfg = to_yaml(config)
     if config.dry_run:
@@ -131,6 +132,14 @@ def report_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
     )
+    parser.add_argument(
+        "--format",
+        dest="formats",
+        action="append",
+        choices=["png", "svg", "pdf"],
+        metavar="FORMAT",
+        help="of the plots beside the page: png (default), svg or pdf; repeat it for several",
+    )
     return parser
 
 
@@ -138,6 +147,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write the report of some runs and print its table."""
     from fedlp.report import default_report_dir, find_runs, group_runs, summary_table, write_report
 
-    page = write_report(arguments.runs, arguments.out or default_report_dir(arguments.runs[0]))
+    out = arguments.out or default_report_dir(arguments.runs[0])
+    page = write_report(arguments.runs, out, formats=arguments.formats or ["png"])
     print(summary_table(group_runs(find_runs(arguments.runs))))
     print(f"report: {page}")

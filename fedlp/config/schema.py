@@ -141,7 +141,7 @@ class PrunerConfig(PartConfig):
     correction: float = 0.0  # least_squares: weight of the dense model's outputs in the target, in [0, 1]
     fisher: bool = False  # obs: weigh outputs by their Fisher information
     damping: float | None = (
-        None  # of the Hessian, a fraction of its mean diagonal; null: for rounding only, or 0.01 where it is singular
+        None  # of the Hessian, a fraction of its mean diagonal; null: shrinkage by two halves of the data
     )
     keeps_batch_norm: bool = False  # classifiers: shift batch norms by recovery's bias; else re-estimate them
     shared: bool = False  # classifiers: also channels with several readers, such as residual streams
@@ -285,6 +285,9 @@ class PrivacyConfig:
 @dataclass
 class RunConfig:
     """One federated run."""
+
+    trains: ClassVar[bool] = True
+    unread: ClassVar[frozenset[str]] = frozenset()
 
     seed: int = 0  # seed of all random streams, >= 0
     num_rounds: int = 10  # >= 1

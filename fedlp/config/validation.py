@@ -6,6 +6,7 @@ import math
 import re
 
 from fedlp import registry
+from fedlp.config.federated_prune import FederatedPruneConfig
 from fedlp.config.schema import (
     CalibrationConfig,
     FleetConfig,
@@ -79,6 +80,13 @@ def validate_prune(config: PruneConfig) -> None:
     for name in ("lr", "alpha"):
         size = getattr(finetune, name)
         _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
+
+
+def validate_federated_prune(config: FederatedPruneConfig) -> None:
+    """Check every range of a federated one-shot pruning; ConfigError names the value and the allowed range."""
+    validate_prune(config.central())
+    _choice("unit_selection", config.unit_selection, ("server", "client"))
+    _choice("sums", config.sums, ("float32", "float64"))
 
 
 def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> None:

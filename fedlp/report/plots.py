@@ -11,12 +11,12 @@ from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fedlp.report.client_plots import client_plots
-from fedlp.report.figures import COLOURS, DASHES, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
+from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
 
-_MOST_MARKERS = 30
+_MOST_MARKERS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,10 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
     unit, unit_name = unit_for(max(axis.values(one)[-1] for one in curves.values()), axis.units)
     for index, one in curves.items():
         colour, x = COLOURS[index % len(COLOURS)], axis.values(one) / unit
-        marker = "o" if one.rounds.size <= _MOST_MARKERS else None  # a single point is nothing without one
-        dash = DASHES[index // len(COLOURS) % len(DASHES)]
-        axes.plot(x, one.mean, color=colour, linestyle=dash, marker=marker, ms=3.5, lw=1.7, label=plain(labels[index]))
+        every = max(1, -(-one.rounds.size // _MOST_MARKERS))
+        dash = DASHES[(index // len(COLOURS) + index) % len(DASHES)]
+        (line,) = axes.plot(x, one.mean, color=colour, linestyle=dash, lw=1.7, label=plain(labels[index]))
+        line.set(marker=MARKERS[index % len(MARKERS)], markersize=4.5, markevery=every)
         if (one.high > one.low).any():
             axes.fill_between(x, one.low, one.high, color=colour, alpha=0.16, lw=0)
     means = np.concatenate([one.mean[np.isfinite(one.mean)] for one in curves.values()])

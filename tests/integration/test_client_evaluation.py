@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.apps.federate import Federation
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
@@ -140,7 +140,10 @@ def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) ->
     ("overrides", "words"),
     [
         (["evaluation=clients"], "dataset.client_test_fraction"),
-        (["evaluation=both", HOLDS, "strategy=oneshot"], "strategy=oneshot"),
+        (
+            ["evaluation=both", HOLDS, "federated=true", "model=fedlp_cnn", "dataset=digits", "sparsity=0.3"],
+            "test set alone",
+        ),
         (["evaluation=nobody"], "evaluation=nobody"),
         (["dataset.client_test_fraction=1"], r"in \[0, 1\)"),
         (["evaluation=clients", HOLDS, "evaluation.tiers=true"], "needs the server's test set"),
@@ -149,4 +152,4 @@ def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) ->
 )
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        assembly.Federation(compose(overrides))
+        assembly.federation_of(compose(overrides))

@@ -28,7 +28,7 @@ def test_a_run_that_trained_nothing(call: Call, tmp_path: Path) -> None:
 
 
 def test_a_run_with_few_good_rounds_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from fedlp.apps.federate import make_runtime
+    from fedlp.apps.runs import make_runtime
     from fedlp.simulation.flower_apps import settings_of
 
     def breaks_later(message: Message, context: Context) -> Message:
@@ -94,7 +94,7 @@ def test_a_yaml_file_that_cannot_be_read(content: bytes, words: str, call: Call,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("sparsity=0.3", r"did you mean strategy\.sparsity \(of strategy=fedlp_plan or oneshot\)"),
+        ("sparsity=0.3", r"did you mean strategy\.sparsity \(of strategy=fedlp_plan\)"),
         ("lr=0.1", r"did you mean local.lr\?"),
         ("partition=dirichlet partition.alpha=0.001 num_clients=100", r"partition.min_examples \(0 allows clients"),
     ],

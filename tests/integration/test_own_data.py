@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at
 from fedlp.data.examples import Examples, Rows, concatenate
@@ -144,13 +144,13 @@ def test_examples_of_one_file_are_joined_without_a_copy() -> None:
         (["dataset=imagefolder", "dataset.on_devices=true"], "fedlp describe writes them"),
         (["dataset=digits", "dataset.on_devices=true"], "devices cannot bring their own"),
         ([*READS, "evaluation=both"], r"dataset\.server=PATH"),
-        ([*READS, "strategy=oneshot"], r"dataset\.server=PATH"),
+        ([*READS, "federated=true", "sparsity=0.3", "model=fedlp_cnn"], r"dataset\.server=PATH"),
         (["dataset.server=here"], r"dataset\.on_devices=true too"),
     ],
 )
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        assembly.Federation(compose(overrides))
+        assembly.federation_of(compose(overrides))
 
 
 def test_a_node_with_data_in_a_run_without_is_refused_by_name(
