@@ -211,15 +211,12 @@ class ClientProfile:
         Budget from the device's own file; None for that of the config's fleet.
     num_test : int or None
         Number of examples held out for evaluation; None if unknown.
-    num_partitions : int or None
-        Number of clients by the config of its node; None if unknown.
     """
 
     client_id: int
     num_examples: int
     budget: Budget | None = None
     num_test: int | None = None
-    num_partitions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,8 +292,6 @@ def make_client_app(
             path = context.node_config.get("budget")
             budget = None if path is None else read_budget(Path(str(path)))
             profile = load_runtime(message, context).profile(client_id, budget)
-            if isinstance(count := context.node_config.get("num-partitions"), int):
-                profile = replace(profile, num_partitions=count)
         except FedLPError as error:  # one line in the device's log, and the client's name in the server's
             log.error("client %d cannot take part: %s", client_id, error)
             return Message(Error(RAISED, f"client {client_id}: {error}"), reply_to=message)

@@ -17,7 +17,6 @@ from fedlp.types import Budget, ClientProfile
 log = logging.getLogger("fedlp")
 
 _POLL_S = 0.5
-_GRACE_S = 20.0  # for nodes of a federation that has grown
 _MOST_NAMES = 10
 
 
@@ -83,15 +82,12 @@ class Roster:
         FedLPError
             If too few clients have joined by then, or none can take part.
         """
-        began = time.monotonic()
-        deadline = began + timeout
+        deadline = time.monotonic() + timeout
         while True:
             for _ in self.refresh(grid, timeout):
                 pass
             if self._is_complete:
                 break
-            if time.monotonic() > began + _GRACE_S:
-                self._refuse_small_federation()
             if time.monotonic() > deadline:
                 self._begin_with_some(timeout)
                 break
@@ -147,18 +143,6 @@ class Roster:
         joined = len(self._profiles)
         is_waiting = self._postbox is not None and self._postbox.is_waiting
         return joined == self._num_clients or (not is_waiting and joined + len(self._failed) >= self._num_clients)
-
-    def _refuse_small_federation(self) -> None:
-        """Raise FedLPError if all nodes of the federation have answered, and they are fewer than clients."""
-        said = {profile.num_partitions for profile in self._profiles.values()}
-        count = next(iter(said), None)
-        answered = len(self._profiles) + len(self._failed)
-        if len(said) == 1 and count is not None and count <= answered < self._num_clients:
-            raise FedLPError(
-                f"this federation has {count} SuperNodes (num-partitions={count}), but the run num_clients="
-                f"{self._num_clients}; run with num_clients={count} and at most as many clients_per_round, or start "
-                f"{self._num_clients} SuperNodes (flwr run . --federation-config num-supernodes={self._num_clients})"
-            )
 
     def _begin_with_some(self, timeout: float) -> None:
         """Log the missing clients if enough have joined; else raise."""

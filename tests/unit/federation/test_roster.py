@@ -28,7 +28,6 @@ class Network(Grid):
     def __init__(self, **clients: int | str) -> None:
         self.clients = {int(node.removeprefix("n")): client for node, client in clients.items()}
         self.budgets: dict[int, Budget] = {}
-        self.sizes: dict[int, int] = {}
         self.empty: set[int] = set()
         self.unregistered: set[int] = set()
         self.silent: set[int] = set()
@@ -58,8 +57,7 @@ class Network(Grid):
         client = self.clients.get(node, "Node Unavailable")
         if isinstance(client, str):
             return Message(Error(2, client), reply_to=message)
-        count, size = 0 if node in self.empty else 10, self.sizes.get(node)
-        profile = ClientProfile(client, count, self.budgets.get(node), num_partitions=size)
+        profile = ClientProfile(client, 0 if node in self.empty else 10, self.budgets.get(node))
         return Message(messages.encode_profile(profile), reply_to=message)
 
     @property
@@ -94,22 +92,6 @@ def test_where_all_are_there_each_is_asked_once() -> None:
     assert [list(who.refresh(grid, LONG)) for _ in range(3)] == [[], [], []]
     assert joined(who) == {0: 3, 1: 7}
     assert grid.asked == [7, 3]
-
-
-def test_a_federation_of_another_size_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "_GRACE_S", -1.0)
-    grid = Network(n1=0, n2=1)
-    grid.sizes = {1: 2, 2: 2}
-    with pytest.raises(
-        FedLPError, match=r"has 2 SuperNodes .*num_clients=20; run with num_clients=2 .*num-supernodes=20"
-    ):
-        Roster(20, 1).join(grid, LONG)
-    who = Roster(2)
-    who.join(grid, LONG)
-    assert joined(who) == {0: 1, 1: 2}
-    grid.sizes = {1: 2, 2: 3}  # one of them is of a federation that has grown: others are waited for
-    with pytest.raises(FedLPError, match="joined within"):
-        Roster(20).join(grid, SHORT)
 
 
 def test_the_run_begins_when_the_time_is_up_with_those_who_are_there(caplog: pytest.LogCaptureFixture) -> None:
