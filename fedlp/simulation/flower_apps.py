@@ -60,8 +60,9 @@ def check_size(grid: Grid, num_clients: int, patience_s: float = 10.0) -> None:
     while is_simulated(grid) and (count := len(list(grid.get_node_ids()))) < num_clients:
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"Flower simulates {count} SuperNodes, but the run has num_clients={num_clients}; add "
-                f"--federation-config num-supernodes={num_clients} to flwr run, lower num_clients, or use fedlp simulation=ray"
+                f"Flower simulates {count} SuperNodes, but the run has num_clients={num_clients}; "
+                f"add --federation-config num-supernodes={num_clients} to flwr run, lower num_clients, "
+                "or use fedlp simulation=ray"
             )
         time.sleep(0.1)
 
