@@ -21,6 +21,7 @@ from fedlp import registry
 from fedlp.apps.federate import Federation
 from fedlp.apps.pruning_api import prune
 from fedlp.apps.result import Result
+from fedlp.apps.runs import federation_of
 from fedlp.config import DatasetConfig, RunConfig, compose, to_plain
 from fedlp.config.reading import part_groups
 from fedlp.data.conversion import as_examples, describe_examples
@@ -153,7 +154,7 @@ def run(
     composed = config if isinstance(config, RunConfig) else compose(list(config))
     if composed.simulation.engine != "local":
         raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
-    return _run(Federation(composed), out, progress)
+    return _run(federation_of(composed), out, progress)
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:

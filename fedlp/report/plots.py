@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ _AXES = (
 def draw_plots(groups: Sequence[Group]) -> list[Plot]:
     """Draw every plot for which the groups have numbers, in order of importance."""
     with rc_context(STYLE):
-        plots = [plot for metric in METRICS for plot in _curve_plots(groups, metric)]
+        reported = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])  # with metrics of a user's own
+        plots = [plot for metric in reported for plot in _curve_plots(groups, metric)]
         return [*plots, *client_plots(groups), *_upload_plots(groups), *coverage_plots(groups)]
 
 
@@ -88,7 +90,7 @@ def _curve_plots(groups: Sequence[Group], metric: Metric) -> list[Plot]:
     name = metric.name.replace("_", " ").capitalize()
     return [
         Plot(
-            f"{metric.name}_vs_{axis.key}.png",
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '_', metric.name)}_vs_{axis.key}.png",
             f"{name} {axis.title}",
             f"{name} {axis.caption}{band}.",
             _draw_curves(curves, labels, metric, axis),
