@@ -36,6 +36,7 @@ ELSEWHERE = {
     "docs/data.md": "tests/integration/test_tasks.py",
     "docs/deployment.md": "tests/deploy/test_recipe.py",
     "docs/docker.md": "tests/deploy/test_docker_commands.py",
+    "docs/index.md": "tests/integration/test_documents.py",
 }
 """Pages whose blocks a test of their own runs; commands within their text are run here."""
 
@@ -167,7 +168,7 @@ def test_a_command_of_the_pages_runs(line: str, workplace: dict[str, str], call:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
         words.append("hydra.sweeper.n_trials=2")
     given = {word.partition("=")[0] for word in words}
-    is_whole = {"options", "describe"} & {*words} or "resume" in given
+    is_whole = {"options", "describe", "new"} & {*words} or "resume" in given
     small = [] if is_whole else [word for word in SMALL.get(name, ()) if word.partition("=")[0] not in given]
     if name == "fedlp" and "simulation=ray" in words:
         done = execute(name, *words, *small, cwd=tmp_path)

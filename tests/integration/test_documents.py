@@ -1,4 +1,4 @@
-"""What the documents show runs: every block of a page with ``test:`` in its front matter, and of the README.
+"""What the documents show runs: every block of a page with ``test:`` in its front matter, from docs/index.md on.
 
 A block with a title is a file; the other blocks of ``python`` are one script, in their order among blocks of ``sh``.
 Blocks of ``text`` are not run.
@@ -108,28 +108,6 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     accuracy = float(re.search(r"FedLP-Plan +1 +\d+ +([\d.]+)", done.stdout)[1])  # type: ignore[index]
     assert accuracy > 90
-
-
-def _readme_commands() -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("fedlp")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", _readme_commands())
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
-    (tmp_path / "my_pkg").mkdir()
-    net = "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self, num_classes: int, width: int = 8):\n"
-    (tmp_path / "my_pkg/nets.py").write_text(f"{net}        super().__init__(width, num_classes)\n", encoding="utf-8")
-    steps = []
-    if "RUN_DIR" in command:
-        steps.append("fedlp num_rounds=1 num_clients=4 clients_per_round=2 hydra.run.dir=run")
-        command = command.replace("RUN_DIR ...", "run").replace("RUN_DIR", "run")
-    elif command.startswith("fedlp ") and not command.startswith(("fedlp options", "fedlp dry_run")):
-        command = command.replace("fedlp -m", "fedlp") + " --cfg job"  # composed, not trained
-        command = re.sub(r"=(\w+),[\w,]+", r"=\1", command)  # the first job of a sweep
-    _run("```sh\n" + "\n".join([*steps, command]) + "\n```\n", tmp_path)
 
 
 # ---- the site
