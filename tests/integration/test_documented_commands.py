@@ -36,6 +36,7 @@ ELSEWHERE = {
     "docs/data.md": "tests/integration/test_tasks.py",
     "docs/deployment.md": "tests/deploy/test_recipe.py",
     "docs/docker.md": "tests/deploy/test_docker_commands.py",
+    "docs/index.md": "tests/integration/test_documents.py",
 }
 """Pages whose blocks a test of their own runs; commands within their text are run here."""
 
