@@ -6,6 +6,7 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -60,6 +61,8 @@ from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
+
+log = logging.getLogger("fedlp")
 
 
 class Federation:
@@ -299,9 +302,15 @@ class Federation:
         )
 
     # ---- running
+    def say_whole_parts(self) -> None:
+        """Log which parts of the model stay whole, where the method cuts it."""
+        if line := self.submodels.whole_parts():
+            log.warning("%s", line)
+
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
+        self.say_whole_parts()
         runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
             if not self.config.resume:
@@ -463,6 +472,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     _plot_partition(federation, out)
     progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
+        federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         progress.close()
@@ -531,6 +541,7 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     directory = RunDirectory(out)
     directory.refuse_if_used()
     _plot_partition(plan, out)
+    plan.say_whole_parts()
     return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
 
 
