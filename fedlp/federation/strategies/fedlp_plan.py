@@ -144,7 +144,7 @@ def _whole_models(context: PolicyContext, rates: float | tuple[float, ...], uplo
     try:
         return LayerUploads.of(context, rates, upload_unit)
     except ConfigError as error:
-        context.submodels.refuse_narrow(str(error).partition(";")[0])
+        context.submodels.refuse_narrow(str(error).partition(", but")[0])
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
