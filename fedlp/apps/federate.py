@@ -395,30 +395,11 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    upload = config.upload
-    settings = RoundSettings(
-        num_clients=config.num_clients,
-        clients_per_round=config.clients_per_round,
-        seed=config.seed,
-        min_clients=config.min_clients,
-        eval_every=config.eval_every,
-        eval_batch_size=config.eval_batch_size,
-        local_epochs=config.local.epochs,
-        weighting=config.aggregator.weighting,
-        measures_statistics=config.aggregator.batch_norm == "static",
-        sends_deltas=upload.values == "deltas",
-        entropy_coding=upload.entropy_coding,
-        timeout_s=config.simulation.round_timeout_s,
-        evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed),
-        dropout=config.fleet.dropout,
-        extra_clients=config.fleet.extra_clients,
-    )
     strategy = FedLPStrategy(
         plan.submodels,
         plan.policy,
-        settings,
-        encoding=upload.make(),
+        _round_settings(config),
+        encoding=config.upload.make(),
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
@@ -440,6 +421,28 @@ def _serve_rounds(
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
     check_trained(manifest, directory.path)
     return manifest
+
+
+def _round_settings(config: RunConfig) -> RoundSettings:
+    """Return the settings of the server's rounds."""
+    return RoundSettings(
+        num_clients=config.num_clients,
+        clients_per_round=config.clients_per_round,
+        seed=config.seed,
+        min_clients=config.min_clients,
+        eval_every=config.eval_every,
+        eval_batch_size=config.eval_batch_size,
+        local_epochs=config.local.epochs,
+        weighting=config.aggregator.weighting,
+        measures_statistics=config.aggregator.batch_norm == "static",
+        sends_deltas=config.upload.values == "deltas",
+        entropy_coding=config.upload.entropy_coding,
+        timeout_s=config.simulation.round_timeout_s,
+        evaluates_tiers=config.evaluation.tiers,
+        availability=make_availability(config.fleet.availability, config.seed),
+        dropout=config.fleet.dropout,
+        extra_clients=config.fleet.extra_clients,
+    )
 
 
 def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
