@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from fedlp.config.federated_prune import FederatedPruneConfig
 from fedlp.config.schema import PrunerConfig, RunConfig
 from fedlp.config.tools import PruneConfig, SearchConfig
 from fedlp.errors import ConfigError
@@ -44,6 +45,8 @@ def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
 
 def _unread(config: object) -> dict[str, str]:
     match config:
+        case FederatedPruneConfig():
+            return _pruner_alone(config.pruner, True)
         case RunConfig():
             return {**_pruner_of_run(config), **_groups_of_run(config)}
         case PruneConfig():
@@ -78,8 +81,6 @@ def _pruner_alone(pruner: PrunerConfig, measures_curves: bool) -> dict[str, str]
 def _pruner_of_run(config: RunConfig) -> dict[str, str]:
     """Return the unread options of a score in a federated run."""
     pruner, options = config.pruner, config.strategy.options
-    if config.strategy.name == "oneshot":
-        return _pruner_alone(pruner, False)
     if config.strategy.name != "fedlp_plan":  # a method of one's own may read all
         return {}
     if options.get("submodels") == "pruned":
@@ -97,7 +98,7 @@ def _pruner_of_run(config: RunConfig) -> dict[str, str]:
     )
 
 
-_ONESHOT = "strategy=oneshot or fedlp-prune"
+_ONESHOT = "fedlp-prune"
 
 
 def _solves(pruner: PrunerConfig) -> bool:

@@ -174,7 +174,7 @@ out = ""
 @pytest.mark.ray
 def test_flwr_run_of_an_app_of_ones_own(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (elsewhere / "pyproject.toml").write_text(PROJECT)
-    (elsewhere / "other_package" / "apps.py").write_text("from fedlp.apps.federate import client_app, server_app\n")
+    (elsewhere / "other_package" / "apps.py").write_text("from fedlp.apps.runs import client_app, server_app\n")
     out, scratch, program = tmp_path_factory.mktemp("out") / "run", Path(tempfile.mkdtemp(prefix="f")), find_flwr()
     assert program is not None
     overrides = (*SETTINGS[:-1], *OWN_STRATEGY, *SMALL)

@@ -12,7 +12,7 @@ from fedlp.registry import lookup, names
 
 PRUNE = ("sparsity=0.5",)
 PLAN = ("strategy=fedlp_plan",)
-ONESHOT = ("strategy=oneshot",)
+FEDERATED = (*PRUNE, "federated=true")
 PRUNED = (*PLAN, "strategy.submodels=pruned", "upload.values=deltas")
 SOLVED = {"obs", "slimgpt"}  # scores that invert a Hessian
 
@@ -30,11 +30,11 @@ REFUSED = [
     (compose, (*PLAN, "pruner=magnitude", "pruner.damping=0.1"), "pruner=obs or slimgpt"),
     (compose, (*PLAN, "pruner.recovery=bias"), "strategy.compensate=true or submodels=pruned"),
     (compose, (*PLAN, "pruner.correction=0.5"), "strategy.submodels=pruned"),
-    (compose, (*PLAN, "pruner.keeps_batch_norm=true"), "strategy=oneshot or fedlp-prune"),
-    (compose, (*PLAN, "pruner.shared=true"), "strategy=oneshot or fedlp-prune"),
-    (compose, (*PRUNED, "pruner.shared=true"), "strategy=oneshot or fedlp-prune"),
+    (compose, (*PLAN, "pruner.keeps_batch_norm=true"), "fedlp-prune"),
+    (compose, (*PLAN, "pruner.shared=true"), "fedlp-prune"),
+    (compose, (*PRUNED, "pruner.shared=true"), "fedlp-prune"),
     (compose, (*PRUNED, "pruner=random", "pruner.fisher=true"), "pruner=obs or slimgpt"),
-    (compose, (*ONESHOT, "pruner=wanda", "pruner.fisher=true"), "pruner=obs or slimgpt"),
+    (compose_prune, (*FEDERATED, "pruner=wanda", "pruner.fisher=true"), "pruner=obs or slimgpt"),
     (compose, ("adapter.rank=4",), "adapter=lora"),
     (compose, ("privacy.epsilon=0.1",), "privacy=local_dp"),
     (compose, ("evaluation.personal_steps=3",), "evaluation=clients or both"),
@@ -53,7 +53,7 @@ ACCEPTED = [
     (compose, (*PLAN, "pruner=obs", "pruner.fisher=true", "pruner.damping=0.1")),
     (compose, (*PLAN, "strategy.compensate=true", "strategy.unit_selection=client", "pruner.recovery=bias")),
     (compose, (*PRUNED, "pruner.correction=0.5", "pruner.recovery=least_squares")),
-    (compose, (*ONESHOT, "pruner.shared=true", "pruner.keeps_batch_norm=true")),
+    (compose_prune, (*FEDERATED, "pruner.shared=true", "pruner.keeps_batch_norm=true")),
     (compose, ("adapter=lora", "adapter.rank=4")),
     (compose, ("privacy=local_dp", "privacy.epsilon=0.1")),
     (compose, ("fleet=tiers", "fleet.limited=[macs]")),

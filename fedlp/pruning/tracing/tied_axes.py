@@ -1,4 +1,4 @@
-"""Axes that are tied together as they turn out to be one."""
+"""Union of width axes that are tied together."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class AxisTable:
         return Dim(None, 1) if axis is None or self.is_whole(dim) else Dim(self._names[axis], entries)
 
     def final_sizes(self) -> dict[str, int]:
-        """Return the units of every axis that can lose some, oldest first."""
+        """Return the units of every axis that can lose some, in order of creation."""
         roots = [axis for axis, parent in enumerate(self._parents) if axis == parent and axis not in self._whole]
         roots.sort(key=lambda axis: self._births[axis])
         return {self._names[axis]: self._sizes[axis] for axis in roots}
