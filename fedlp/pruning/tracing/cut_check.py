@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +48,32 @@ def _fault(model: nn.Module, spec: WidthSpec, axes: Iterable[str], inputs: Tenso
     sizes = {axis: spec.axes[axis] for axis in axes}
     counts = [max(1, int(_FRACTIONS[i % 2] * size)) for i, size in enumerate(sizes.values())]
     widths = {axis: Keep.first(count, size) for (axis, size), count in zip(sizes.items(), counts, strict=True)}
+    batch = inputs[:1].expand(_BATCH, *inputs.shape[1:])
+    whole = run_copy(model, batch, _output_shape)
     try:
-        whole = _output_shape(model, inputs)
-        found = _output_shape(cut(model, spec, widths), inputs)
+        narrow = cut(model, spec, widths)
+        found = run_copy(narrow, batch, _output_shape)
+        if found == whole and _trains(model, batch):
+            run_copy(narrow, batch, _run_in_training)
     except Exception as error:  # whatever the model's own code raises
         return first_line(error)
     return "" if found == whole else f"its outputs are {tuple(found)}, not {tuple(whole)}"
 
 
 @torch.no_grad()
-def _output_shape(model: nn.Module, inputs: Tensor) -> torch.Size:
-    """Return the shape of the outputs of a batch, found without computing them unless operators need values."""
-    batch = inputs[:1].expand(_BATCH, *inputs.shape[1:])
-    return run_copy(model, batch, lambda copied, example: forward_logits(copied.eval(), example).shape)
+def _output_shape(model: nn.Module, batch: Tensor) -> torch.Size:
+    return forward_logits(model.eval(), batch).shape
+
+
+@torch.no_grad()
+def _run_in_training(model: nn.Module, batch: Tensor) -> None:
+    """Run what a model runs in training alone, such as auxiliary heads."""
+    model.train()(batch)
+
+
+def _trains(model: nn.Module, batch: Tensor) -> bool:
+    """Return whether the whole model runs in training mode."""
+    with suppress(Exception):
+        run_copy(model, batch, _run_in_training)
+        return True
+    return False

@@ -301,6 +301,28 @@ def test_the_cut_model_is_checked_and_what_breaks_it_stays_whole(layer: str, bro
     forward_logits(cut_model(model, spec, {name: Keep.first(3, size) for name, size in spec.axes.items()}), IMAGES)
 
 
+class AuxiliaryHead(nn.Module):
+    """A head that runs in training alone, on inputs of a fixed size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = nn.Linear(12, 10), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        return self.main(x) + 0.1 * self.auxiliary(x) if self.training else self.main(x)
+
+
+def test_the_cut_model_is_checked_in_training_mode_too() -> None:
+    model = Body(AuxiliaryHead())
+    spec = trace_widths(model, IMAGES)
+    assert dict(spec.axes) == AB
+    assert "fails" in spec.whole["c"]
+    cut_model(model, spec, {name: Keep.first(3, size) for name, size in spec.axes.items()}).train()(
+        torch.zeros(2, 3, 8, 8)
+    )
+
+
 def test_where_only_the_whole_cut_fails_nothing_is_cut() -> None:
     model = Body(pooled(nn.Linear(12, 10)))
     spec = trace_widths(model, IMAGES)
