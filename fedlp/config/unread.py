@@ -22,7 +22,9 @@ def refuse_unread(config: object, overrides: Iterable[str]) -> None:
     """
     overrides = list(overrides)
     refuse_unread_options(config, overrides)
-    for override in overrides if isinstance(config, RunConfig) else ():
+    if not isinstance(config, RunConfig):
+        return
+    for override in overrides:
         group = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if group in config.unread:
             raise ConfigError(f"fedlp-prune federated=true does not read {group}: drop {override.lstrip('+')}")

@@ -109,7 +109,7 @@ def _solves(pruner: PrunerConfig) -> bool:
 
 def _needs(target: Callable[..., object]) -> frozenset[str] | None:
     """Return the evidence that a part needs; None where only its instances say."""
-    needs = getattr(target, "needs", frozenset())
+    needs: object = getattr(target, "needs", frozenset())
     return frozenset(needs) if isinstance(needs, frozenset | set) else None
 
 
