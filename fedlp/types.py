@@ -392,6 +392,8 @@ class RoundRecord:
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
         Clients that could not be sampled: "unavailable" ones, and those with "no_data"; left out where empty.
+    phases : mapping from name to mapping
+        ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.
     """
 
     server_round: int
@@ -408,3 +410,4 @@ class RoundRecord:
     wall_time_s: float
     evaluations: tuple[ClientEvaluation, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
@@ -37,6 +38,7 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
+from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -111,6 +113,7 @@ class Federation:
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
+        check_secagg(config, self.policy)
 
     def initial_params(self) -> dict[str, Any]:
         """Return the tensors of the initial global model."""
@@ -280,6 +283,7 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
+            secagg=secagg_settings(config),
             oneshot=oneshot_settings(config) if self.is_oneshot else None,
         )
 
@@ -324,6 +328,8 @@ class Federation:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.is_oneshot:
             size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
+        if config.privacy.name == "secagg":  # masked values and shares
+            size = size * config.privacy.bits // 16 + 512 * config.clients_per_round
         app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
@@ -405,7 +411,8 @@ def _serve_rounds(
         dropout=config.fleet.dropout,
         extra_clients=config.fleet.extra_clients,
     )
-    strategy = FedLPStrategy(
+    secagg = secagg_settings(config)
+    strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
         plan.submodels,
         plan.policy,
         settings,

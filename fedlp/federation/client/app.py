@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
+from fedlp.federation.secagg import messages as secagg_messages
+from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
@@ -303,6 +305,9 @@ def make_client_app(
         instruction = messages.decode_instruction(message.content, runtime.submodels)
         if instruction.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+        if runtime.settings.secagg is not None:
+            client = secure_client(message, context)
+            return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
         update = runtime.train(instruction)
         reply = Message(
             messages.encode_update(update, runtime.submodels, runtime.settings.entropy_coding), reply_to=message
@@ -314,6 +319,22 @@ def make_client_app(
         folder = load_settings(message, context)[1] / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
+
+    def secure_client(message: Message, context: Context) -> SecAggClient:
+        runtime, folder = load_runtime(message, context), load_settings(message, context)[1]
+        settings = runtime.settings
+        if settings.secagg is None:
+            raise DataError("this run has no secure aggregation")
+        place = folder / str(client_id_of(context))
+        return SecAggClient(settings.secagg, runtime.submodels, place, settings.sends_deltas)
+
+    def secure(message: Message, context: Context) -> Message:
+        client = secure_client(message, context)
+        content = client.answer(message.metadata.message_type, message.content, client_id_of(context))
+        return Message(content, reply_to=message)
+
+    for kind in secagg_messages.KINDS:
+        app.query(kind.removeprefix("query."))(secure)
 
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answer)
@@ -340,6 +361,18 @@ def make_client_app(
         return Message(messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message)
 
     return app
+
+
+def train_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, instruction: TrainInstruction
+) -> RecordDict:
+    """Return a masked update; the client's secrets are forgotten where there is none."""
+    secrets, most_examples = client.begin_masking(content, instruction.client_id)
+    try:
+        return client.mask(secrets, most_examples, instruction, runtime.train(instruction))
+    except BaseException:
+        client.forget()
+        raise
 
 
 def client_id_of(context: Context) -> int:
