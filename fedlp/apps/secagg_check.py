@@ -65,7 +65,10 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
     if aggregator.name != "coverage_average":
         return f"needs aggregator=coverage_average: aggregator={aggregator.name} looks at single updates"
     if upload.name != "float32" or upload.error_feedback or upload.entropy_coding:
-        return "needs upload=float32 without error_feedback or entropy_coding: masked values are integers of their own"
+        return (
+            "needs upload=float32 upload.error_feedback=false upload.entropy_coding=false: masked values have an encoding "
+            "of their own"
+        )
     if getattr(policy, "measures_statistics", False) or aggregator.batch_norm == "static":
         return (
             "needs aggregator.batch_norm=average or whole, or a model without batch norm: single clients send static "
