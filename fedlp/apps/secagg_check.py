@@ -66,8 +66,8 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
         return f"needs aggregator=coverage_average: aggregator={aggregator.name} looks at single updates"
     if upload.name != "float32" or upload.error_feedback or upload.entropy_coding:
         return (
-            "needs upload=float32 upload.error_feedback=false upload.entropy_coding=false: masked values have an encoding "
-            "of their own"
+            "needs upload=float32 upload.error_feedback=false upload.entropy_coding=false: masked values are integers "
+            "already"
         )
     if getattr(policy, "measures_statistics", False) or aggregator.batch_norm == "static":
         return (

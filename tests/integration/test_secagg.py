@@ -15,6 +15,7 @@ from fedlp.apps import federate as assembly
 from fedlp.federation.secagg import client, strategy
 from fedlp.federation.secagg import messages as phases
 from fedlp.federation.wire import messages
+from fedlp.report import load_run
 from tests.integration.running import TINY, TINY_CNN, App, Call, Finished, assert_refused, run
 
 Once = Callable[..., Finished]
@@ -65,6 +66,7 @@ def test_bytes_of_every_phase_are_counted_both_ways(once: Once) -> None:
         for way in ("bytes_down", "bytes_up"):
             assert sum(phase[way] for phase in line["phases"].values()) == line[way]
             assert all(phase[way] > 0 for phase in line["phases"].values())
+    assert [record.phases for record in load_run(done.path).rounds] == [line["phases"] for line in done.rounds]
     assert "phases" not in once(*TINY, "strategy=fedavg").rounds[0]
 
 

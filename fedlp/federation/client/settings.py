@@ -41,13 +41,13 @@ class ClientSettings:
     method : Method
         Score of units, and recovery of the weights that stay.
     calibration : CalibrationConfig
-        Examples that scores look at.
+        Calibration examples of scores.
     privacy : PrivacyConfig
         Noise on uploads.
     secagg : SecAggSettings or None
         Settings of secure aggregation, where updates are masked.
     oneshot : OneShotSettings or None
-        Settings of federated one-shot pruning, where that is the run.
+        Settings of federated one-shot pruning, if the run is one.
     """
 
     local: LocalConfig
