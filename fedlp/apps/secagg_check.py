@@ -64,11 +64,8 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
         return "needs strategy.unit_selection=server: units that clients choose give each another index set"
     if aggregator.name != "coverage_average":
         return f"needs aggregator=coverage_average: aggregator={aggregator.name} looks at single updates"
-    if upload.name != "float32" or upload.error_feedback or upload.entropy_coding:
-        return (
-            "needs upload=float32 upload.error_feedback=false upload.entropy_coding=false: masked values are integers "
-            "already"
-        )
+    if upload.name != "float32" or upload.error_feedback:
+        return "needs upload=float32 upload.error_feedback=false: masked values are integers already"
     if getattr(policy, "measures_statistics", False) or aggregator.batch_norm == "static":
         return (
             "needs aggregator.batch_norm=average or whole, or a model without batch norm: single clients send static "
