@@ -43,6 +43,12 @@ def check_secagg(config: RunConfig, policy: Policy) -> None:
             f"{_WHAT} opens sums of privacy.min_group={settings.min_group} updates or more, but "
             f"clients_per_round={config.clients_per_round}; raise it, or lower privacy.min_group"
         )
+    evaluation = config.evaluation
+    if evaluation.name != "central" and (evaluation.clients or config.num_clients) < settings.min_group:
+        raise ConfigError(
+            f"{_WHAT} opens sums of privacy.min_group={settings.min_group} evaluations or more, but evaluation.clients="
+            f"{evaluation.clients}; raise it"
+        )
     fixed = FixedPoint(settings.bits, settings.value_range, config.clients_per_round)
     if fixed.fraction_bits < _LEAST_FRACTION_BITS:
         raise ConfigError(
@@ -71,8 +77,6 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
             "needs aggregator.batch_norm=average or whole, or a model without batch norm: single clients send static "
             "statistics"
         )
-    if config.evaluation.name != "central":
-        return "needs evaluation=central: clients send the sums of their evaluations one by one"
     if config.fleet.extra_clients:
         return "needs fleet.extra_clients=0: a client that is left out has dealt shares already"
     return ""

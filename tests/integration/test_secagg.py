@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedlp.apps import federate as assembly
-from fedlp.federation.secagg import client, strategy
+from fedlp.federation.secagg import client
 from fedlp.federation.secagg import messages as phases
 from fedlp.federation.wire import messages
 from fedlp.report import load_run
@@ -138,6 +138,21 @@ def test_each_group_is_a_secure_sum_of_its_own(case: str, once: Once) -> None:
     assert_close(secure, plain, bound=1e-5 if case == "batch norms" else 1e-6)
 
 
+def test_evaluations_on_clients_are_a_sum_too(once: Once) -> None:
+    case = (*TINY, "strategy=fedavg", "evaluation=both", "dataset.client_test_fraction=0.3")
+    secure, plain = once(*case, SECAGG), once(*case)
+    assert secure.failures == []
+    for masked, open_ in zip(secure.rounds, plain.rounds, strict=True):
+        assert "evaluations" not in masked
+        assert masked["phases"]["evaluate"]["bytes_up"] > 0
+        for way in ("bytes_down", "bytes_up"):
+            assert sum(phase[way] for phase in masked["phases"].values()) == masked[way]
+        assert masked["macs"] == pytest.approx(open_["macs"], rel=0.05)
+        for name in ("client_loss", "client_accuracy"):
+            assert masked["metrics"][name] == pytest.approx(open_["metrics"][name], abs=1e-5)
+        assert "client_accuracy_worst" not in masked["metrics"]
+
+
 def test_a_group_that_is_too_small_in_a_round_loses_its_round(once: Once) -> None:
     case = (*TINY, "strategy=heterofl", *FLEET, SECAGG, "clients_per_round=5", "num_rounds=4")
     done = once(*case)
@@ -180,7 +195,7 @@ def test_a_client_that_cheats_in_a_phase_is_named_and_the_run_goes_on(
     own = {server_round: reason for server_round, client_id, reason in done.failures if client_id == 4}
     assert own == {1: first, 2: then}
     others = {(server_round, reason) for server_round, client_id, reason in done.failures if client_id != 4}
-    lost = {"sealed": {(1, "group_lost"), (2, "group_lost")}, "seed-digest": {(1, "group_lost")}}
+    lost = {"sealed": {(1, "group_lost")}, "seed-digest": {(1, "group_lost")}}
     assert others == lost.get(key, set()), "one that is convicted is left out of later rounds"
 
 
@@ -204,7 +219,7 @@ def test_the_server_opens_no_update(once: Once, tmp_path: Path, monkeypatch: pyt
         raise AssertionError("the server opens an update")
 
     monkeypatch.setattr(client.FixedPoint, "encode", noted)
-    monkeypatch.setattr(strategy.phases, "decode_masked", seen)
+    monkeypatch.setattr(phases, "decode_masked", seen)
     monkeypatch.setattr(messages, "decode_update", opened)
     done = run(tmp_path / "run", *TINY, "strategy=fedavg", SECAGG)
     assert done.model == once(*TINY, "strategy=fedavg", SECAGG).model
@@ -229,7 +244,10 @@ def test_the_server_opens_no_update(once: Once, tmp_path: Path, monkeypatch: pyt
             "strategy=heterofl fleet=tiers",
             "needs aggregator.batch_norm=average or whole",
         ),
-        ("strategy=fedavg evaluation=clients dataset.client_test_fraction=0.2", "needs evaluation=central"),
+        (
+            "strategy=fedavg evaluation=clients evaluation.clients=2 dataset.client_test_fraction=0.2",
+            "evaluations or more, but evaluation.clients=2",
+        ),
         ("strategy=fedavg fleet.extra_clients=1", "needs fleet.extra_clients=0"),
         ("strategy=fedavg clients_per_round=2", "privacy.min_group=3 updates or more, but clients_per_round=2"),
         ("strategy=fedavg privacy.value_range=1e9", "bits behind the point .* or set privacy.bits=64"),

@@ -352,6 +352,9 @@ def make_client_app(
         request = messages.decode_evaluation_request(message.content, runtime.submodels)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
+        if runtime.settings.secagg is not None:
+            client = secure_client(message, context)
+            return Message(evaluate_masked(runtime, client, message.content, request), reply_to=message)
         return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
     @app.evaluate("central")
@@ -370,6 +373,18 @@ def train_masked(
     secrets, most_examples = client.begin_masking(content, instruction.client_id)
     try:
         return client.mask(secrets, most_examples, instruction, runtime.train(instruction))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def evaluate_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, request: EvaluationRequest
+) -> RecordDict:
+    """Return masked evaluation sums; the client's secrets are forgotten where there are none."""
+    secrets, _ = client.begin_masking(content, request.client_id)
+    try:
+        return client.mask_sums(secrets, request.client_id, *runtime.evaluate_own(request))
     except BaseException:
         client.forget()
         raise

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlp.errors import DataError, ProtocolError
 from fedlp.federation.secagg import messages
+from fedlp.federation.secagg.evaluation import EvaluationSums
 from fedlp.federation.secagg.fixed_point import FixedPoint, flatten
 from fedlp.federation.secagg.keys import (
     DIGEST_BYTES,
@@ -40,6 +41,7 @@ from fedlp.federation.secagg.sums import SumLayout
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.record_access import read_integer, say_why
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps
+from fedlp.tasks import Sums
 from fedlp.types import ClientUpdate, Keep, SubModel, TrainInstruction
 
 SEED, KEY, WHOLE_SEED = "seed", "key", "whole seed"  # kinds of secrets, in digests
@@ -180,6 +182,14 @@ class SecAggClient:
         values = fixed.encode(flat, share)
         sums = SumLayout.of(instruction, self._submodels, len(dealers), most_examples)
         parts: tuple[Words, Words] = values, sums.encode(update, fixed.clips(flat))
+        self._add_masks(parts, known, client_id)
+        return messages.encode_masked(known.server_round, client_id, *parts)
+
+    def mask_sums(self, known: Secrets, client_id: int, sums: Sums, num_examples: int) -> RecordDict:
+        """Return a client's masked evaluation sums; DataError where one is not finite."""
+        empty = FixedPoint(self._settings.bits, 1.0, len(known.dealers)).encode(np.empty(0), 1.0)
+        layout = EvaluationSums.of(sums, len(known.dealers))
+        parts: tuple[Words, Words] = empty, layout.encode(sums, num_examples)
         self._add_masks(parts, known, client_id)
         return messages.encode_masked(known.server_round, client_id, *parts)
 

@@ -171,8 +171,10 @@ class GroupSum:
         """Return the secret of an owner."""
         points = {self.group.index(x) + 1: share for x, share in sorted(shares.items()) if share != NO_SHARE}
         if len(points) < needed:
-            text = f"client {owner}, round {self._round}: {len(shares) - len(points)} clients could not open its shares"
-            raise BadDealer(owner, text, is_proven=False)
+            missing = len(shares) - len(points)
+            text = f"client {owner}, round {self._round}: {missing} clients could not open its shares"
+            # As many liars could have stopped the group by their silence.
+            raise BadDealer(owner, text, is_proven=missing > len(self._keys) - needed)
         try:
             return combine_shares(dict(islice(points.items(), needed)))
         except ValueError:

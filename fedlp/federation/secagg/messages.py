@@ -12,7 +12,8 @@ unmask   whose updates came       a share of the own mask's seed of each client 
 =======  =======================  =========================================================================
 
 Clients of a group are sorted by id. Bytes are concatenations of one item per client, so their lengths are known.
-Decoders raise :class:`ProtocolError` naming the client.
+Decoders raise :class:`ProtocolError` naming the client. In an evaluation on clients a request to evaluate takes the
+place of the instruction. Longer than other files: all messages have one door.
 """
 
 from __future__ import annotations

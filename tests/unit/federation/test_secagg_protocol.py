@@ -222,6 +222,17 @@ def test_a_share_that_was_not_dealt_names_its_holder(tmp_path: Path) -> None:
 def test_shares_that_nobody_can_open_name_their_dealer(tmp_path: Path) -> None:
     with pytest.raises(BadDealer, match="client 7, round 3: 4 clients could not open its shares") as caught:
         play(tmp_path, CHANGES, tamper=in_record("shares", 7, "sealed", lambda data: bytes(len(data))))
+    assert caught.value.is_proven
+
+
+def test_shares_that_some_cannot_open_do_no_harm_unless_others_drop_out(tmp_path: Path) -> None:
+    def spoil(data: bytes) -> bytes:  # those for two of the four others
+        return bytes(len(data) // 2) + data[len(data) // 2 :]
+
+    tamper = in_record("shares", 7, "sealed", spoil)
+    assert mean(play(tmp_path, CHANGES, tamper=tamper)) == pytest.approx(np.mean(list(CHANGES.values())), abs=1e-6)
+    with pytest.raises(BadDealer, match="client 7, round 3: 2 clients could not open its shares") as caught:
+        play(tmp_path, CHANGES, gone={"unmask": (11,)}, tamper=tamper)
     assert not caught.value.is_proven
 
 
