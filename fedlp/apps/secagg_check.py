@@ -62,8 +62,6 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
     """Return what stands in the way of sums; empty where nothing does."""
     options, upload, aggregator = config.strategy.options, config.upload, config.aggregator
     rates = options.get("layer_preserving_rate", 1.0)
-    if config.strategy.name == "oneshot":
-        return "does not go with strategy=oneshot: it sums updates, not moments"
     if min(rates if isinstance(rates, list) else [rates]) < 1:
         return "needs strategy.layer_preserving_rate=1: draws give every client another index set"
     if options.get("unit_selection", "server") == "client":

@@ -239,7 +239,6 @@ def test_the_server_opens_no_update(once: Once, tmp_path: Path, monkeypatch: pyt
             "strategy=fedavg upload.values=deltas upload.error_feedback=true",
             "upload.error_feedback=false",
         ),
-        ("strategy=oneshot allocator=uniform", "does not go with strategy=oneshot"),
         (
             "strategy=heterofl fleet=tiers",
             "needs aggregator.batch_norm=average or whole",
