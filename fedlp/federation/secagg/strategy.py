@@ -177,7 +177,8 @@ class SecureStrategy(FedLPStrategy):
                 continue
             params, sums, weight = opened
             average.add(params, group.layout.keeps, weight)
-            answers.append((group.assigned, sums.report))
+            returned = {**group.assigned.submodel.widths, **group.assigned.returned}
+            answers.append((group.assigned, replace(sums.report, widths=returned)))
             good += len(group.sum.survivors)
             if sums.train_loss is not None:
                 losses.append((sums.train_loss, sums.examples))
