@@ -59,7 +59,7 @@ def check_secagg(config: RunConfig, policy: Policy) -> None:
 
 
 def _refusal(config: RunConfig, policy: Policy) -> str:
-    """Return what stands in the way of sums; empty where nothing does."""
+    """Return the first option that sums cannot serve, and its remedy; empty if all can."""
     options, upload, aggregator = config.strategy.options, config.upload, config.aggregator
     rates = options.get("layer_preserving_rate", 1.0)
     if min(rates if isinstance(rates, list) else [rates]) < 1:

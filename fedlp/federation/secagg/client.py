@@ -1,7 +1,7 @@
 """The client's side of secure aggregation: keys, shares, the masked update, and the shares that open a sum.
 
-Each answer is given once a round, in this order, and what it needs lasts on disk. A client refuses what would show its
-update: a second mask of one round, a group below ``min_group``, both secrets of one client, or its keys under another
+Each answer is given once a round, in this order, and the secrets that it needs last on disk. A client refuses requests
+that would show its update: a second mask of one round, a group below ``min_group``, both secrets of one client, or its keys under another
 name.
 """
 
@@ -85,7 +85,7 @@ class SecAggClient:
         self._store.delete()
 
     def _make_keys(self, server_round: int, client_id: int) -> RecordDict:
-        """Return fresh public keys; those of an earlier round are forgotten."""
+        """Return fresh public keys; the keys of an earlier round are forgotten."""
         sealing, masking, seed = (system.token_bytes(KEY_BYTES) for _ in range(3))
         made = Secrets(server_round, "keys", sealing, masking, seed)
         self._store.save(made)

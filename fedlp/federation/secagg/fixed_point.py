@@ -5,7 +5,7 @@ A value :math:`d` in :math:`[-R, R]` of a client of weight :math:`w` is sent as 
 .. math:: q = \operatorname{round}(2^f d w / M), \qquad f = \lfloor \log_2 ((2^{b-1} - 1 - n) / (n R)) \rfloor
 
 of ``n`` clients whose largest weight is M. Sums of n integers do not wrap, and the weighted mean is off by at most
-:math:`n M / (W 2^{f+1})`, where W is the sum of the weights of those that count; values beyond the range are clipped,
+:math:`n M / (W 2^{f+1})`, where W is the sum of the weights that count; values beyond the range are clipped,
 and how many were is part of the sum. Values are differences from the received ones. Buffers and integers, such as
 running variances and batches seen, have a range and a step that are ``BUFFER_RANGE`` times as large.
 
@@ -27,7 +27,7 @@ from fedlp.federation.secagg.keys import Words
 from fedlp.federation.wire.packing import Signature
 
 BUFFER_RANGE = 1024.0
-_MOST_FRACTION_BITS = 44  # float64 holds what has more of them no better
+_MOST_FRACTION_BITS = 44  # float64 resolves no more of a value near the range
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class FixedPoint:
 
 
 def flatten(params: Mapping[str, Tensor], signature: Signature, trained: frozenset[str]) -> NDArray[np.float64]:
-    """Return differences as one vector in units of their ranges: those of buffers are divided by ``BUFFER_RANGE``."""
+    """Return differences as one vector in units of their ranges: buffers are divided by ``BUFFER_RANGE``."""
     parts = [np.empty(0)]
     for name, _, _ in signature:
         part = params[name].detach().cpu().to(torch.float64).reshape(-1).numpy()

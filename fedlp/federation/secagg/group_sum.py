@@ -20,7 +20,7 @@ Opening = tuple[Sequence[bytes], Sequence[bytes]]
 
 
 class BadDealer(ProtocolError):
-    """Shares of a client's secret do not give what it committed to."""
+    """Shares of a client's secret do not give the secret that it committed to."""
 
     def __init__(self, client_id: int, text: str, is_proven: bool) -> None:
         super().__init__(text)
@@ -33,7 +33,7 @@ class GroupSum:
     Parameters
     ----------
     settings : SecAggSettings
-        Those of the clients.
+        Settings of the clients.
     """
 
     def __init__(self, settings: SecAggSettings, server_round: int) -> None:

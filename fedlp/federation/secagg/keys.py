@@ -51,12 +51,12 @@ def agree(private: bytes, public: bytes, purpose: str, server_round: int, one: i
 
 
 def seal(key: bytes, plaintext: bytes, server_round: int, sender: int, receiver: int) -> bytes:
-    """Return what only the receiver can open; a key seals one message each way."""
+    """Return a message that only the receiver can open; a key seals one message each way."""
     return AESGCM(key).encrypt(sender.to_bytes(12), plaintext, _names(server_round, sender, receiver))
 
 
 def open_sealed(key: bytes, sealed: bytes, server_round: int, sender: int, receiver: int) -> bytes | None:
-    """Return what the sender sealed; None where it is not its."""
+    """Return the plaintext that the sender sealed; None if the sender did not."""
     try:
         return AESGCM(key).decrypt(sender.to_bytes(12), sealed, _names(server_round, sender, receiver))
     except InvalidTag:

@@ -230,7 +230,7 @@ def decode_masked(
     Raises
     ------
     ProtocolError
-        For anything but exactly the integers that were asked for; what is not masked is not looked at.
+        For anything but exactly the integers that were asked for; other records are not read.
     """
     who = f"client {client_id}, round {server_round}"
     try:

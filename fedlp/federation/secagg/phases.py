@@ -83,7 +83,7 @@ class SecureExchange:
         self._settings, self._grid, self._node, self._round, self._fail = settings, grid, node, round_, fail
 
     def is_large_enough(self, client_ids: Collection[int]) -> bool:
-        """Return whether clients may be a group; those of one that is too small are counted as failures."""
+        """Return whether clients may be a group; clients of a group that is too small are counted as failures."""
         if len(client_ids) >= self._settings.least(len(client_ids)):
             return True
         least = self._settings.min_group

@@ -19,7 +19,7 @@ _NAME = "secagg.json"
 
 @dataclass(frozen=True)
 class Secrets:
-    """What a client must know between the messages of a round.
+    """Secrets of a client between the messages of a round.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class SecretStore:
         self._path = folder / _NAME
 
     def save(self, secrets: Secrets) -> None:
-        """Write secrets in place of those there, whole or not at all; DataError where the disk refuses."""
+        """Replace the secrets on disk, whole or not at all; DataError if the disk refuses."""
         data = json.dumps(_to_plain(secrets)).encode()
         partial = self._path.with_suffix(".partial")
         try:

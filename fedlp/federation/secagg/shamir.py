@@ -42,12 +42,12 @@ def split_secret(secret: bytes, threshold: int, count: int) -> list[bytes]:
 
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes:
-    """Return the secret of some shares by their points; ValueError where they are not those of 32 bytes."""
+    """Return the secret of some shares by their points; ValueError if they give more than 32 bytes."""
     points = sorted(shares)
     terms = zip(_weights(tuple(points)), (int.from_bytes(shares[point]) for point in points), strict=True)
     secret = sum(weight * value for weight, value in terms) % PRIME
     if secret >= 2**256:
-        raise ValueError("the shares are not those of one secret")
+        raise ValueError("the shares do not give one secret")
     return secret.to_bytes(SECRET_BYTES)
 
 

@@ -67,7 +67,7 @@ class SecureStrategy(FedLPStrategy):
     secagg : SecAggSettings
         Settings of secure aggregation.
     *args, **kwargs
-        Those of ``FedLPStrategy``.
+        Parameters of ``FedLPStrategy``.
     """
 
     def __init__(self, *args: Any, secagg: SecAggSettings, **kwargs: Any) -> None:
@@ -208,7 +208,7 @@ class SecureStrategy(FedLPStrategy):
         Raises
         ------
         ProtocolError
-            If they cannot be those of the group's clients.
+            If they cannot be sums over the group's clients.
         """
         survivors, dealers = group.sum.survivors, group.sum.dealers
         layout = SumLayout.of(group.assigned, self.submodels, len(dealers), group.most_examples)
@@ -240,7 +240,7 @@ class SecureStrategy(FedLPStrategy):
         self.state = replace(self.state, suspects=tuple(sorted({*self.state.suspects, client_id})))
 
     def _add_up(self, layout: SubModelLayout, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a client of the mean update would have sent, in the model's dtypes."""
+        """Return the tensors that a client of the mean update would have sent, in the model's dtypes."""
         assert self.state is not None
         before = layout.slice(self.state.params)
         found = {}
@@ -255,7 +255,7 @@ class SecureStrategy(FedLPStrategy):
         return found
 
     def _add_cost(self, client_id: int, member: Member, group: TrainGroup, sums: DataSums | None) -> None:
-        """Record the cost of a client: bytes of all phases; its examples are those of its profile."""
+        """Record the cost of a client: bytes of all phases; its examples are taken from its profile."""
         counts = sums is not None and client_id in group.sum.survivors
         examples = self._roster.profile(client_id).num_examples if counts else 0
         macs = self._costs.macs(group.assigned.submodel).training * examples * self.settings.local_epochs
@@ -273,7 +273,7 @@ class SecureStrategy(FedLPStrategy):
 
 
 def index_set(assigned: Assignment) -> object:
-    """Return what clients have in common whose updates can be added up: sub-model, units returned, tensors."""
+    """Return a key that clients share if their updates can be added up: sub-model, units returned, tensors."""
     submodel = assigned.submodel
     return (
         submodel.depth,

@@ -117,7 +117,7 @@ class SumLayout:
         return fixed
 
     def decode(self, total: NDArray[np.uint64], server_round: int, client_id: int) -> DataSums:
-        """Return what a sum of vectors says; ``client_id`` is one of the clients."""
+        """Return the sums that a sum of vectors stands for; ``client_id`` is one of the clients."""
         values = total.view(np.int64).astype(np.float64)
         examples, lossy, clipped, macs = (float(value) for value in values[:_COUNTS])
         loss = float(values[_COUNTS]) / self._scale(_RATIO_BITS) * self.most_examples
