@@ -1,8 +1,8 @@
 """The client's side of secure aggregation: keys, shares, the masked update, and the shares that open a sum.
 
 Each answer is given once a round, in this order, and the secrets that it needs last on disk. A client refuses requests
-that would show its update: a second mask of one round, a group below ``min_group``, both secrets of one client, or its keys under another
-name.
+that would show its update: a second mask of one round, a group below ``min_group``, both secrets of one client, or its
+keys under another name.
 """
 
 from __future__ import annotations
