@@ -396,6 +396,8 @@ class RoundRecord:
     absent : mapping from reason to client ids
         Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
         for want of examples held out: "no_test_examples". Left out where empty.
+    phases : mapping from name to mapping
+        ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.
     """
 
     server_round: int
@@ -412,3 +414,4 @@ class RoundRecord:
     wall_time_s: float
     evaluations: tuple[ClientEvaluation, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ _WHAT = "privacy=local_dp"
 
 def check_privacy(config: RunConfig, submodels: SubModels) -> None:
     """Raise ConfigError, with the remedy, if uploads cannot be noised or would not be private."""
-    if config.privacy.name == "none":
+    if config.privacy.name != "local_dp":
         return
     options, fleet = config.strategy.options, config.fleet
     rates = options.get("layer_preserving_rate", 1.0)

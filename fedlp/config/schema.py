@@ -272,7 +272,8 @@ class CallbackConfig(PartConfig):
 class PrivacyConfig:
     """Privacy of uploads; ``docs/privacy.md`` states the guarantees.
 
-    ``name`` is "none", or "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``.
+    ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; or "secagg": the
+    server learns sums over groups of clients, and no single update.
     """
 
     name: str = "none"
@@ -280,6 +281,11 @@ class PrivacyConfig:
     epsilon: float = 0.5  # epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1
     delta: float = 1e-5  # delta of one upload, in (0, 1)
     seeded: bool = False  # whether noise is drawn from the run's seed, which any reader of the config can subtract
+    threshold: float = 0.6  # secagg: fraction of a group whose shares open its sum, in (0.5, 1]; others may drop out
+    min_group: int = 3  # secagg: updates without which no sum is opened, at least 2
+    bits: int = 32  # secagg: bits of each masked value, 32 or 64
+    value_range: float = 4.0  # secagg: largest absolute change of a weight in a round, > 0; larger ones are clipped
+    phase_timeout_s: float = 300.0  # secagg: seconds that a phase without training waits for clients, > 0
 
 
 @dataclass

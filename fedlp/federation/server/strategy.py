@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
+from fedlp.federation.aggregation.aggregator import Accumulator
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
@@ -119,8 +120,7 @@ class FedLPStrategy(EvaluatingStrategy):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
             self._prepare(server_round)
-            requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-            arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
+            arrays, metrics = self._train_round(server_round, arrays, grid, timeout)
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
@@ -133,6 +133,13 @@ class FedLPStrategy(EvaluatingStrategy):
                 break
         result.arrays = arrays
         return result
+
+    def _train_round(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Send the instructions of a round, aggregate the replies; return the new model and the round's metrics."""
+        requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
+        return self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
 
     def _meet_budgets(self) -> None:
         """Fit the policy to devices' own budgets."""
@@ -213,7 +220,7 @@ class FedLPStrategy(EvaluatingStrategy):
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
         cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
-        dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
+        dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
@@ -254,6 +261,10 @@ class FedLPStrategy(EvaluatingStrategy):
         }
         return {reason: client_ids for reason, client_ids in found.items() if client_ids}
 
+    def _draw_dropouts(self, server_round: int, cohort: Sequence[int]) -> frozenset[int]:
+        """Return the clients that drop out after they got their sub-model."""
+        return draw_dropouts(self.settings.seed, server_round, cohort, self.settings.dropout)
+
     def _drop(self, instruction: Assignment, bytes_down: int) -> None:
         """Count a client that received its sub-model and dropped out."""
         client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
@@ -282,7 +293,7 @@ class FedLPStrategy(EvaluatingStrategy):
         """
         assert self.state is not None
         state = self.state
-        average = self._aggregator.begin(state.params if self._sends_weights else _without_floats(state.params))
+        average = self._aggregator.begin(self._before_round())
         guard = RoundGuard(state, self._trainable, self._sends_weights)
         losses: list[tuple[float, int]] = []
         answers: list[Answer] = []
@@ -297,11 +308,30 @@ class FedLPStrategy(EvaluatingStrategy):
             answers.append((instruction, update.report()))
             if "train-loss" in update.metrics:
                 losses.append((update.metrics["train-loss"], update.num_examples))
+        good = len(self._round.cohort) - len(self._round.failures)
+        return self._conclude(server_round, average, guard, answers, losses, good)
+
+    def _before_round(self) -> Mapping[str, Tensor]:
+        """Return the values that updates are averaged over: the model's, or zeros where they are differences."""
+        assert self.state is not None
+        return self.state.params if self._sends_weights else _without_floats(self.state.params)
+
+    def _conclude(
+        self,
+        server_round: int,
+        average: Accumulator,
+        guard: RoundGuard,
+        answers: Sequence[Answer],
+        losses: Sequence[tuple[float, int]],
+        good: int,
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Make the aggregate of ``good`` updates the new model, where they are enough and it is sound."""
+        assert self.state is not None
+        state = self.state
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
-        good = len(self._round.cohort) - len(self._round.failures)
         if good >= self.settings.min_clients:
             params, coverage = average.result()
             if not self._sends_weights:
