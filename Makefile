@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FIGURES ?= runs/hostile.json
 DEMO := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -26,7 +27,7 @@ test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-hostile: $(VENV)/.ready-dev
-	FEDLP_HOSTILE_CASES=100000 $(BIN)/python -m pytest -m "not deploy" tests/hostile
+	FEDLP_HOSTILE_FIGURES=$(FIGURES) FEDLP_HOSTILE_CASES=100000 $(BIN)/python -m pytest -m "not deploy" tests/hostile
 
 deploy-demo: $(VENV)/.ready
 	$(BIN)/fedlp-deploy-demo

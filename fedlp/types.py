@@ -392,6 +392,8 @@ class RoundRecord:
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
         Clients that could not be sampled: "unavailable" ones, and those with "no_data"; left out where empty.
+    privacy : mapping from str to float
+        ``epsilon`` at ``delta`` after the round, and what it is of; left out where empty.
     """
 
     server_round: int
@@ -408,3 +410,4 @@ class RoundRecord:
     wall_time_s: float
     evaluations: tuple[ClientEvaluation, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    privacy: Mapping[str, float] = field(default_factory=dict)

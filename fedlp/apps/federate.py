@@ -20,6 +20,7 @@ from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.privacy_ledger import PrivacyLedger, expected_privacy, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
@@ -167,7 +168,7 @@ class Federation:
             budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
         for client_id, budget in brought.items():
             budgets[client_id] = budget
-            if config.privacy.name != "none" and budget.upload_bytes is not None:
+            if config.privacy.name == "local_dp" and budget.upload_bytes is not None:
                 raise ConfigError(
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
@@ -302,6 +303,7 @@ class Federation:
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
+        ledger = make_ledger(self.config)  # where a budget cannot be met, nothing has been written yet
         runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
             if not self.config.resume:
@@ -312,7 +314,7 @@ class Federation:
                 if self.is_oneshot:
                     manifest = serve_oneshot(grid, config, self.submodels, self.server_data, directory, told)
                 else:
-                    manifest = _serve_rounds(grid, self, directory, runtime, told)
+                    manifest = _serve_rounds(grid, self, directory, runtime, told, ledger)
                 tracker.end(manifest)
         return manifest
 
@@ -368,7 +370,12 @@ def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = (
 
 
 def _serve_rounds(
-    grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    grid: Grid,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = _load_state(directory, plan.config)
@@ -378,7 +385,7 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
@@ -418,6 +425,8 @@ def _serve_rounds(
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
         observers=(keeper, *observers),
         state=state,
     )
@@ -518,7 +527,7 @@ def _check_device(name: str) -> None:
 def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     """Write and return a manifest with expected costs, without loading data or training."""
     plan = Federation(from_yaml(cfg))
-    expected = plan.expected()
+    expected = {**plan.expected(), **expected_privacy(plan.config)}
     per_round = plan.config.clients_per_round
     totals = {
         "rounds": plan.config.num_rounds,

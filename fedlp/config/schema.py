@@ -269,16 +269,24 @@ class CallbackConfig(PartConfig):
 
 @dataclass
 class PrivacyConfig:
-    """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
+    """Noise on updates; see ``docs/privacy.md`` for what that promises.
 
-    ``name`` is "none", or "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``.
+    ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; or "central_dp": the
+    server clips each update and noises their sum.
     """
 
     name: str = "none"
     clipping_norm: float = 1.0  # longest update (L2 norm over all weights); the sensitivity is twice this
-    epsilon: float = 0.5  # of one upload, > 0; the Gaussian mechanism keeps its promise below 1
-    delta: float = 1e-5  # of one upload, in (0, 1)
-    seeded: bool = False  # draw noise from the run's seed, which whoever reads the config can take off again
+    epsilon: float | None = 0.5  # local_dp: of one upload, > 0; the Gaussian mechanism keeps its promise below 1.
+    # central_dp: of the whole run, for which the noise is found; null where noise_multiplier is given
+    delta: float = 1e-5  # in (0, 1): local_dp: of one upload, and at which their total is accounted; else of the run
+    seeded: bool = False  # local_dp: draw noise from the run's seed, which any reader of the config can take off again
+    noise_multiplier: float | None = None  # central_dp: standard deviation of the noise on the sum, in clipping norms
+    clipping_quantile: float | None = None  # central_dp: quantile of the norms that the clipping norm adapts to, from
+    # clipping_norm on (Andrew et al., 2021), in (0, 1); fixed where null
+    max_epsilon: float | None = None  # the run ends before its epsilon would pass this
+    accountant: str = "pld"  # "pld" (tight) or "rdp" (quick), of dp-accounting
+    secure_noise: bool = False  # central_dp: cohorts and noise from the operating system; no run is repeatable then
 
 
 @dataclass
