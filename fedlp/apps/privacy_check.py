@@ -16,15 +16,13 @@ _WHAT = "privacy=local_dp"
 
 
 def check_privacy(config: RunConfig, submodels: SubModels) -> None:
-    """Raise ConfigError, with the remedy, where uploads are to be noised but could not be, or would not be private."""
+    """Raise ConfigError, with the remedy, if uploads cannot be noised or would not be private."""
     if config.privacy.name == "central_dp":
         check_central_privacy(config, submodels)
     if config.privacy.name != "local_dp":
         return
     _refuse_options(config, "noise_multiplier", "clipping_quantile", "secure_noise")
     options, fleet = config.strategy.options, config.fleet
-    if config.strategy.name == "oneshot":
-        raise ConfigError(f"{_WHAT} does not go with strategy=oneshot: clients send sums over their data, not weights")
     rates = options.get("layer_preserving_rate", 1.0)
     if min(rates if isinstance(rates, list) else [rates]) < 1:
         raise ConfigError(f"{_WHAT} needs strategy.layer_preserving_rate=1: clients must return all that they received")
@@ -66,7 +64,6 @@ def check_central_privacy(config: RunConfig, submodels: SubModels) -> None:
             "for which the noise is found)"
         )
     for holds, remedy in (
-        (config.strategy.name != "oneshot", "another strategy: oneshot pools sums over clients' data, without noise"),
         (config.aggregator.name == "coverage_average", "aggregator=coverage_average: only a sum can be noised"),
         (config.aggregator.weighting == "equal", "aggregator.weighting=equal: each client counts once"),
         (config.min_clients <= 1, "min_clients=1: whether a round counts must not depend on who answers"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.privacy_accounting import Accountant
