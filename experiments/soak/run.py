@@ -50,6 +50,7 @@ def soak(num_clients: int, per_round: int, num_rounds: int) -> dict[str, Any]:
     config = compose((*COMMON, f"dataset.count={num_clients}", *options))
     points: list[dict[str, Any]] = []
     times: list[float] = []
+    spent = [time.process_time()]
     step = num_rounds // SAMPLES
 
     def watch(record: RoundRecord, _: object) -> None:
@@ -61,12 +62,14 @@ def soak(num_clients: int, per_round: int, num_rounds: int) -> dict[str, Any]:
                 {
                     "round": record.server_round,
                     "median_ms": round(1e3 * statistics.median(times), 2),
+                    "server_cpu_ms": round(1e3 * (time.process_time() - spent[0]) / step, 2),
                     "server_mb": round(resident("self"), 1),
                     "worker_mb": round(sum(map(resident, workers)), 1),
                     "handles": len(os.listdir("/proc/self/fd")),
                 }
             )
             times.clear()
+            spent[0] = time.process_time()
 
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +90,17 @@ def main() -> None:
     """Run what is missing, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one leg, by name")
-    only = parser.parse_args().only
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rounds of each leg")
+    given = parser.parse_args()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     for name, leg in LEGS.items():
         path = results / f"{name}.json"
-        if path.exists() or only not in (None, name):
+        if path.exists() or given.only not in (None, name):
             continue
-        path.write_text(json.dumps(soak(*leg), indent=1) + "\n")
+        num_clients, per_round, num_rounds = leg
+        found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)))
+        path.write_text(json.dumps(found, indent=1) + "\n")
         print(name, path.read_text()[:300], flush=True)
     regenerate(results, results)
 

@@ -11,14 +11,8 @@ LEGS = {  # clients, clients a round, rounds
     "large-rounds": (100_000, 1_000, 100),
 }
 HEAD = (
-    "clients",
-    "a round",
-    "rounds",
-    "median ms a round",
-    "server MB",
-    "worker MB",
-    "handles",
-    "kB on record a round",
+    *("clients", "a round", "rounds", "median ms a round", "server's CPU ms a round", "server MB", "worker MB"),
+    *("handles", "kB on record a round"),
 )
 
 
@@ -33,7 +27,10 @@ def regenerate(results: Path, out: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         first, last = found["points"][1], found["points"][-1]
         cells = [f"{found[key]:,}" for key in ("num_clients", "clients_per_round", "num_rounds")]
-        cells += [f"{first[key]:g} → {last[key]:g}" for key in ("median_ms", "server_mb", "worker_mb", "handles")]
+        cells += [
+            f"{first[key]:g} → {last[key]:g}"
+            for key in ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
+        ]
         rows.append("| " + " | ".join([*cells, f"{found['record_bytes_per_round'] / 1e3:.1f}"]) + " |")
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(rows) + "\n", encoding="utf-8")

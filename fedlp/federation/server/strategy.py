@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -256,10 +256,11 @@ class FedLPStrategy(EvaluatingStrategy):
             ttl = self.settings.timeout_s
             yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
 
-    def _absent(self, present: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""
+        joined = self._roster.client_ids
         found = {
-            "unavailable": tuple(sorted({*self._roster.client_ids} - {*present})),
+            "unavailable": tuple(sorted({*joined} - {*present})) if len(joined) > len(present) else (),
             "no_data": tuple(self._roster.idle_ids),
         }
         return {reason: client_ids for reason, client_ids in found.items() if client_ids}
