@@ -10,6 +10,7 @@ LEGS = {  # clients, clients a round, rounds
     "many-clients": (100_000, 50, 2_000),
     "large-rounds": (100_000, 1_000, 100),
 }
+MEASURED = ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
 HEAD = (
     *("clients", "a round", "rounds", "median ms a round", "server's CPU ms a round", "server MB", "worker MB"),
     *("handles", "kB on record a round"),

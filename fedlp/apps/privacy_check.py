@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from fedlp.allocation.evidence import needs_of
 from fedlp.config import RunConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.submodels import SubModels
@@ -84,6 +85,10 @@ def check_central_privacy(config: RunConfig, submodels: SubModels) -> None:
         (
             "unit_selection" not in options or not make_method(config.pruner).score.needs,
             "pruner=random: scores of units would tell of clients' data without any noise",
+        ),
+        (
+            "unit_selection" not in options or "input_norms" not in needs_of(config.allocator.make()),
+            "allocator=uniform: norms of clients' inputs would be pooled without noise",
         ),
     ):
         if not holds:

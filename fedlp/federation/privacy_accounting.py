@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -105,8 +106,9 @@ def has_accountant() -> bool:
 
 def _library() -> Any:
     try:
-        import dp_accounting
-        import dp_accounting.rdp
+        with redirect_stderr(sys.__stderr__):  # absl, which it imports, closes a stream that stands in for it
+            import dp_accounting
+            import dp_accounting.rdp
     except ImportError as error:
         raise ConfigError('epsilon needs the package dp-accounting; run: pip install "fedlp[dp]"') from error
     return dp_accounting

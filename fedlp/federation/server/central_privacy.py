@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,16 +118,20 @@ def expected_holders(
     policy: Policy,
     submodels: SubModels,
     server_round: int,
-    privacy: CentralPrivacy,
+    client_ids: Sequence[int],
+    sampling_rate: float,
     memory: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
 ) -> dict[str, dict[Keeps | None, float]]:
-    """Return how many clients are expected to return each part of each tensor, from what all clients are assigned."""
+    """Return how many clients are expected to return each part of each tensor, from what clients are assigned.
+
+    ``client_ids`` are all that could be sampled at some time, whether or not they are there.
+    """
     found: dict[str, dict[Keeps | None, float]] = defaultdict(lambda: defaultdict(float))
-    for holding in holdings_of(policy, server_round, range(privacy.num_clients), memory, params):
+    for holding in holdings_of(policy, server_round, client_ids, memory, params):
         layout = submodels.layout(holding.submodel)
         for name in (holding.uploads & layout.name_set) - submodels.spec.frozen:
-            found[name][layout.keeps.get(name)] += privacy.sampling_rate * holding.count
+            found[name][layout.keeps.get(name)] += sampling_rate * holding.count
     return {name: dict(parts) for name, parts in found.items()}
 
 

@@ -353,7 +353,16 @@ class FedLPStrategy(EvaluatingStrategy):
         params = state.params if self._sends_weights else _without_floats(state.params)
         if self._private is None:
             return self._aggregator.begin(params)
-        holders = expected_holders(self.policy, self.submodels, server_round, self._private, state.memory, state.params)
+        clients = [client_id for client_id in range(self.settings.num_clients) if self._takes_part(client_id)]
+        holders = expected_holders(
+            self.policy,
+            self.submodels,
+            server_round,
+            clients,
+            self._private.sampling_rate,
+            state.memory,
+            state.params,
+        )
         return self._private.begin(server_round, params, holders, state.memory)
 
     def _receive(
