@@ -31,7 +31,7 @@ from fedlp.simulation.local import LocalGrid  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "runs.jsonl"
-HOSTILE = {name: 3 if "3 of 10" in name else 1 for name in SETTINGS if "sign flip" in name}
+HOSTILE = {"sign flip, 1 of 10": 1, "sign flip, 3 of 10": 3, "sign flip, 10^6 examples": 1}
 COMMON = "model=fedlp_mlp num_clients=10 clients_per_round=10 num_rounds=10 eval_every=10 local.lr=0.1 strategy=fedavg"
 
 
