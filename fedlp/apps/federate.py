@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
@@ -167,7 +168,7 @@ class Federation:
             budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
         for client_id, budget in brought.items():
             budgets[client_id] = budget
-            if config.privacy.name != "none" and budget.upload_bytes is not None:
+            if config.privacy.name == "local_dp" and budget.upload_bytes is not None:
                 raise ConfigError(
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
@@ -331,11 +332,11 @@ class Federation:
         self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
     ) -> dict[str, Any]:
         """Train on a grid; return the manifest."""
-        return _serve_rounds(grid, self, directory, runtime, observers)
+        return _serve_rounds(grid, self, directory, runtime, observers, make_ledger(self.config))
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        size: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.config.privacy.name == "secagg":  # masked values and shares
             size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
         return size
@@ -357,7 +358,12 @@ class Federation:
 
 
 def _serve_rounds(
-    grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    grid: Grid,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = load_state(directory, plan.config)
@@ -367,7 +373,7 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
@@ -389,6 +395,8 @@ def _serve_rounds(
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
         observers=(keeper, *observers),
         state=state,
     )
