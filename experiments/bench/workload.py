@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,11 +61,11 @@ def run_fedlp(
     averaging. The test set has one image and is looked at after the last round only.
     """
     from fedlp.apps.federate import Federation
-    from fedlp.config import compose, to_yaml
+    from fedlp.config import compose
     from fedlp.data.datasets import DataInfo, Examples
     from fedlp.data.examples import FederatedData
     from fedlp.federation.client.app import make_client_app
-    from fedlp.federation.server.strategy import FedLPStrategy
+    from fedlp.federation.server.strategy import FedLPStrategy, RoundSettings
     from fedlp.federation.wire import messages
     from fedlp.simulation.local import LocalGrid
 
@@ -82,20 +83,19 @@ def run_fedlp(
     data = FederatedData(info, Examples(images, targets, None), test)
     federation = Federation(config, data=data, parts=parts)
     runtime = federation.runtime("unused")
-    app = make_client_app(lambda cfg, state_dir: runtime)
+    out = Path("unused")
+    app = make_client_app(lambda cfg, state_dir, own=None: runtime, lambda message, context: ("", out))
     params = federation.initial_params()
     strategy = FedLPStrategy(
-        config,
         federation.submodels,
         federation.policy,
+        RoundSettings(num_clients, cohort, config.seed, eval_every=num_rounds),
         evaluate=runtime.evaluate,
         num_test=1,
-        macs=lambda submodel: 0.0,
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    settings: dict[str, bool | float | int | str] = {"cfg": to_yaml(config), "out": "unused"}
-    with LocalGrid(lambda: app, num_clients, workers, size, settings) as grid:
+    with LocalGrid(lambda: app, num_clients, workers, size) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 
