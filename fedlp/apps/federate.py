@@ -6,6 +6,7 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -58,8 +59,12 @@ from fedlp.tasks import task_of, with_task
 from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
+from fedlp.training.stacked_pass import find_obstacle
+from fedlp.training.stacked_rule import pays, stack_size
 from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
+
+log = logging.getLogger("fedlp")
 
 
 class Federation:
@@ -281,6 +286,7 @@ class Federation:
             calibration=config.calibration,
             privacy=config.privacy,
             oneshot=oneshot_settings(config) if self.is_oneshot else None,
+            batched=config.simulation.batched,
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
@@ -331,8 +337,21 @@ class Federation:
             num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
             message_bytes=size + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
+            cohort=self.stack_size(size),
         ) as grid:
             return self.serve(grid, out, observers)
+
+    def stack_size(self, num_bytes: int) -> int:
+        """Return how many clients of ``num_bytes`` each a worker trains together; says why where it cannot."""
+        config = self.config
+        batched, model = config.simulation.batched, self.submodels.skeleton().to(config.device)
+        if not batched or self.is_oneshot or (batched == "auto" and not pays(model)):
+            return 1
+        if obstacle := find_obstacle(model, self.info, config.local, frozenset(), pads=False):
+            level = logging.INFO if batched == "auto" else logging.WARNING
+            log.log(level, "clients train one by one, for simulation.batched=%s: %s", batched, obstacle)
+            return 1
+        return stack_size(num_bytes, config.clients_per_round)
 
 
 class Holder:

@@ -203,6 +203,8 @@ class SimulationConfig:
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
     workers: int | None = None  # processes; as many as cores where absent
     round_timeout_s: float = 3600.0  # a client that has not answered by then is counted as failed
+    batched: Any = False  # local: clients of one shape train together, with parameters stacked; equal up to rounding.
+    # false, true, or "auto": where that was measured to be faster
 
 
 @dataclass

@@ -50,6 +50,8 @@ def validate(config: RunConfig) -> None:
     _validate_evaluation(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
+    is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
+    _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
     if simulation.workers is not None:
         _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
     _require(

@@ -61,6 +61,11 @@ class Task(ABC):
     metrics: tuple[str, ...] = ()
 
     # ---- a batch
+    @property
+    def averages_rows(self) -> bool:
+        """Whether the training loss of a batch is the mean of the losses of its examples, each by itself."""
+        return False
+
     def prepare(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
         """Return a batch as the model reads it.
 

@@ -46,6 +46,11 @@ class Classification(Task):
             raise ConfigError(f"task.class_weights={weights} must be null, balanced or one finite weight per class")
         object.__setattr__(self, "class_weights", tuple(weights))
 
+    @property
+    def averages_rows(self) -> bool:
+        """Whether classes have equal weights."""
+        return self.class_weights is None
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy, smoothed and weighted as the options say."""
         weights = self.class_weights

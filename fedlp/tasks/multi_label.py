@@ -38,6 +38,11 @@ class MultiLabel(Task):
                 raise ConfigError(f"task.positive_weights={self.positive_weights} must be finite numbers above 0")
             object.__setattr__(self, "positive_weights", tuple(self.positive_weights))
 
+    @property
+    def averages_rows(self) -> bool:
+        """Always."""
+        return True
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over examples and labels."""
         weights = self.positive_weights

@@ -36,6 +36,11 @@ class Regression(Task):
         if self.huber is not None and not 0 < self.huber < float("inf"):
             raise ConfigError(f"task.huber={self.huber} is not allowed: it must be null or a finite number above 0")
 
+    @property
+    def averages_rows(self) -> bool:
+        """Always."""
+        return True
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error, or Huber's loss."""
         wanted = _like(targets, outputs)

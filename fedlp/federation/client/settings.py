@@ -45,6 +45,8 @@ class ClientSettings:
         Noise on uploads.
     oneshot : OneShotSettings or None
         Settings of federated one-shot pruning, where that is the run.
+    batched : bool or "auto"
+        Whether clients that one process is given at once train together; "auto" where that pays.
     """
 
     local: LocalConfig
@@ -62,3 +64,4 @@ class ClientSettings:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     oneshot: OneShotSettings | None = None
+    batched: bool | str = False
