@@ -29,12 +29,15 @@ class Workload:
     input_shape: tuple[int, int, int]
     examples: int
     batch_size: int
+    options: tuple[str, ...] = ()
 
 
 WORKLOADS = {
     "cnn": Workload("small_cnn", (3, 32, 32), examples=500, batch_size=50),
     "cnn_short": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
+    "mlp": Workload("fedlp_mlp", (1, 8, 8), examples=10, batch_size=10),
+    "digits": Workload("fedlp_mlp", (1, 8, 8), examples=18, batch_size=10),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }
 
@@ -54,6 +57,7 @@ def run_fedlp(
     num_rounds: int,
     workers: int,
     observe: Callable[[float], None] = lambda seconds: None,
+    batched: bool = False,
 ) -> None:
     """Run FedAvg through fedlp's strategy, messages and client app on its local engine.
 
@@ -71,7 +75,7 @@ def run_fedlp(
 
     overrides = [f"model={work.model}", "strategy=fedavg", f"num_clients={num_clients}", f"clients_per_round={cohort}"]
     overrides += [f"num_rounds={num_rounds}", f"eval_every={num_rounds}", f"local.batch_size={work.batch_size}"]
-    config = compose([*overrides, f"local.lr={LR}"])
+    config = compose([*overrides, f"local.lr={LR}", f"simulation.batched={batched}", *work.options])
     channels = work.input_shape[0]
     count = num_clients * work.examples
     info = DataInfo(
@@ -95,7 +99,7 @@ def run_fedlp(
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    with LocalGrid(lambda: app, num_clients, workers, size) as grid:
+    with LocalGrid(lambda: app, num_clients, workers, size, cohort=federation.stack_size(size)) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 
