@@ -11,7 +11,7 @@ log = logging.getLogger("fedlp")
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Raise ConfigError, with the remedy, where clients are to evaluate but could not."""
+    """Raise ConfigError, with the remedy, if evaluation on clients is impossible."""
     name = config.evaluation.name
     if name != "central" and not config.dataset.client_test_fraction:
         raise ConfigError(
@@ -27,7 +27,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def _check_without_test_set(config: RunConfig) -> None:
-    """Raise ConfigError where the server needs a test set, which it has not."""
+    """Raise ConfigError if the server needs a test set that it lacks."""
     evaluation = config.evaluation
     wants = {
         "evaluation=both": evaluation.name == "both",
@@ -41,7 +41,7 @@ def _check_without_test_set(config: RunConfig) -> None:
 
 
 def refuse_simulation(config: RunConfig) -> None:
-    """Raise ConfigError for simulated clients that are to bring their own data."""
+    """Raise ConfigError for simulated clients with devices' own data."""
     if config.dataset.on_devices:
         raise ConfigError(
             "dataset.on_devices=true is for SuperNodes, each with data of its own (docs/deployment.md); a simulation "

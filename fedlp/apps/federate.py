@@ -68,7 +68,7 @@ log = logging.getLogger("fedlp")
 
 
 class Federation:
-    """One federated run before its first round: model, data, policy and costs, each made when it is first needed.
+    """One federated run before its first round: model, data, policy and costs, each made on first use.
 
     Parameters
     ----------
@@ -123,14 +123,14 @@ class Federation:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The data set; DataError where devices hold it."""
+        """The data set; DataError if devices hold it."""
         if self.config.dataset.on_devices:
             raise DataError("dataset.on_devices=true: the training data are on the devices")
         return replace(self._read.load(self.config.seed), info=self.info)
 
     @cached_property
     def server_data(self) -> FederatedData:
-        """The data that the server needs: no training data where devices bring their own, and its own test set."""
+        """Data of the server: its own test set, and no training data if devices bring their own."""
         if not self.config.dataset.on_devices:
             return self.data
         place, test = self.config.dataset.server, no_examples()
@@ -149,7 +149,7 @@ class Federation:
 
     @cached_property
     def pruner(self) -> CalibratedPruner:
-        """Pruning of sub-models on the server's copy of the data set, which is read when the first one is pruned."""
+        """Pruning of sub-models on the server's copy of the data set, read on first use."""
         config, wanted = self.config, self.config.calibration
 
         def calibration() -> Calibration:
@@ -160,7 +160,7 @@ class Federation:
         return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
 
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
-        """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet."""
+        """Return the policy that meets every client's budget: its device's own, else its fleet's."""
         config, submodels = self.config, self.submodels
         encoding: Encoding = config.upload.make()
 
@@ -226,12 +226,12 @@ class Federation:
         )
 
     def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
-        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them.
+        """Return the runtime of a client process: data, partition, models. The local engine's workers inherit it.
 
         Parameters
         ----------
         own : OwnPlace, optional
-            Where the device keeps its examples; read where ``dataset.on_devices`` is set.
+            Location of the device's examples; read if ``dataset.on_devices``.
         """
         config = self.config
         key = state_dir, own if config.dataset.on_devices else None
@@ -250,7 +250,7 @@ class Federation:
         return self._runtimes[key]
 
     def _own_shards(self, own: OwnPlace | None) -> Shards:
-        """Return the one client's examples that a device holds."""
+        """Return the examples of the one client on a device."""
         config = self.config
         if own is None:
             raise DataError(
@@ -290,7 +290,7 @@ class Federation:
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
-        """Return the settings of evaluations on clients; None where there are none."""
+        """Return the settings of evaluations on clients; None if there are none."""
         config = self.config
         if config.evaluation.name == "central":
             return None
@@ -355,7 +355,7 @@ class Federation:
 
 
 class Holder:
-    """Owner of the one federation that an app's process works for; a new config ends the life of the last one."""
+    """Owner of an app process's federation; a new config replaces the last one."""
 
     def __init__(self) -> None:
         self._held: tuple[str, Federation] | None = None
@@ -372,7 +372,7 @@ _APP = Holder()
 
 
 def make_plan(cfg: str) -> Federation:
-    """Return the federation of a config (YAML) as this process's apps see it."""
+    """Return the federation of a config (YAML) for this process's apps."""
     return _APP.of(cfg)
 
 
@@ -463,7 +463,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     Parameters
     ----------
     label : callable
-        Names a run from its plain config.
+        Returns the name of a run from its plain config.
     """
     config = from_yaml(cfg)
     refuse_simulation(config)
@@ -498,13 +498,13 @@ def _reader(config: RunConfig) -> Reader:
 
 
 def _plot_partition(federation: Federation, out: Path) -> None:
-    """Draw the partition where the config asks for it."""
+    """Draw the partition if the config asks for it."""
     if federation.config.plot_partition:
         plot_partition(federation.parts, federation.data.train.targets, out / "partition.png")
 
 
 def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
-    """Return where to go on; ConfigError where that is beyond the run's end. None: from the start."""
+    """Return the state to resume from, None for a new run; ConfigError if it lies beyond the run's end."""
     state = directory.resume() if config.resume else None
     if state is not None and state.server_round > config.num_rounds:
         raise ConfigError(
@@ -515,7 +515,7 @@ def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | Non
 
 
 def check_fits(state: ServerState, submodels: SubModels) -> None:
-    """Raise CheckpointError where a checkpoint is not one of this model."""
+    """Raise CheckpointError if a checkpoint does not fit this model."""
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.params.items()}
     for name, info in submodels.spec.tensors.items():
         if found.get(name) != (info.shape, info.dtype):
@@ -526,7 +526,7 @@ def check_fits(state: ServerState, submodels: SubModels) -> None:
 
 
 def _check_device(name: str) -> None:
-    """Raise ConfigError where this machine has no such device; CUDA is not started, which would not survive a fork."""
+    """Raise ConfigError if this machine has no such device; CUDA is not initialised, as it cannot be forked."""
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ConfigError(

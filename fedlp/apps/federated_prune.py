@@ -1,4 +1,4 @@
-"""Federated one-shot pruning: ``fedlp-prune`` where the calibration data stay with the clients.
+"""Federated one-shot pruning: ``fedlp-prune`` with calibration data that stay with the clients.
 
 ``unit_selection=server``: for each layer in order, clients run their own examples through the model pruned so far and
 send second moments of the layer's inputs; the server adds them up and prunes the layer as :class:`Pruner` does.
@@ -49,14 +49,14 @@ _REFERENCE_EXAMPLES = 8  # random inputs, whose means clients measure their own 
 
 
 class FederatedOneshot:
-    """One run: what is pruned, the clients, and the lines and files that come of it.
+    """One run of federated one-shot pruning: model, clients, records and files.
 
     Parameters
     ----------
     data : FederatedData
         Its test examples give the metrics before and after.
     observers : callables
-        Told of every finished line of ``rounds.jsonl``.
+        Called with every finished line of ``rounds.jsonl``.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FederatedOneshot:
 
     # ---- two ways
     def _by_moments(self, pool: ClientPool, before: Mapping[str, float]) -> Pruned:
-        """Return the model pruned on what clients send; leaves the last line open, for the metrics after."""
+        """Return the model pruned on clients' moments; the last record stays open for the metrics after pruning."""
         subject, method = self.subject, make_method(self.config.pruner)
         example = subject.spec.example_inputs(_REFERENCE_EXAMPLES)
         seed = torch_seed(self.config.seed, Stream.CALIBRATION, 1)
@@ -126,7 +126,7 @@ class FederatedOneshot:
         return pruner.prune(kept, note)
 
     def _by_votes(self, pool: ClientPool, _: Mapping[str, float]) -> Pruned:
-        """Return the model with the units that most clients would keep, and the weights they had."""
+        """Return the model with the units of most votes, and their unchanged weights."""
         subject, method = self.subject, make_method(self.config.pruner)
         example = subject.spec.example_inputs(1)
         data = Calibration([example], [], 0)
@@ -194,7 +194,7 @@ def serve_oneshot(
     Raises
     ------
     FedLPError
-        If too few clients answer, their data are too few, or the folder already holds a pruned model.
+        If too few clients answer, data are too few, or the folder already holds a pruned model.
     """
     if (directory.path / REPORT).exists():
         raise ConfigError(f"hydra.run.dir={directory.path} already holds a pruned model; choose another folder")
@@ -205,7 +205,7 @@ def serve_oneshot(
 
 
 def oneshot_settings(config: RunConfig) -> OneShotSettings:
-    """Return the settings of federated one-shot pruning that a config holds."""
+    """Return the settings of federated one-shot pruning of a config."""
     return OneShotSettings(
         method=make_method(config.pruner),
         seed=config.seed,
@@ -222,7 +222,7 @@ def oneshot_settings(config: RunConfig) -> OneShotSettings:
 
 
 def prune_config(config: RunConfig) -> PruneConfig:
-    """Return the config of the same pruning in one place."""
+    """Return the config of the same central pruning."""
     return PruneConfig(
         seed=config.seed,
         sparsity=config.strategy.sparsity,

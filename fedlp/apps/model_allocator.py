@@ -1,4 +1,4 @@
-"""Allocation on one model whose data are here: the evidence that a rule asks for, measured when it is asked for."""
+"""Allocation on one model with central data: evidence measured on demand."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Readers = Mapping[str, Sequence[Reader]]
 
 
 def rule_names() -> tuple[str, ...]:
-    """Return the allocation rules that need no file."""
+    """Return the allocation rules without a file."""
     return tuple(name for name in registry.names("allocator") if name != "plan")
 
 
 class Allocator:
-    """Allocates the units of one model.
+    """Allocation of the units of one model.
 
     Parameters
     ----------
     pruner : Pruner
-        Gives statistics of the dense model, when a rule asks for them; its model is taken over then.
+        Supplier of statistics of the dense model; its model is consumed on first use.
     cost : callable
         Cost of a choice of units kept.
     """
@@ -48,7 +48,7 @@ class Allocator:
         self._prunable = self._whole - cost(dict.fromkeys(self.units, 0))
 
     def limit(self, sparsity: float) -> float:
-        """Return the cost that remains at a mean sparsity of the prunable units."""
+        """Return the remaining cost at a mean sparsity of the prunable units."""
         return self._whole - sparsity * self._prunable
 
     def allocate(self, rule: Any, limit: float) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Allocator:
     # ------------------------------------------------------------------------------------------------------ statistics
     @cached_property
     def evidence(self) -> Evidence:
-        """Measurements that rules may ask for."""
+        """Measurements for rules."""
         return Evidence(
             self.layers,
             0.5,
@@ -117,7 +117,7 @@ class Allocator:
         return compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves)
 
     def _sensitivities(self) -> dict[str, float]:
-        """Return the divergence that halving one layer alone causes."""
+        """Return the divergence caused by halving one layer alone."""
         halves = {layer.name: -(-layer.num_units // 2) for layer in self.layers}
         return {name: self.precomputed.divergence({**self.units, name: half}) for name, half in halves.items()}
 

@@ -16,7 +16,7 @@ _WHAT = "privacy=local_dp"
 
 
 def check_privacy(config: RunConfig, submodels: SubModels) -> None:
-    """Raise ConfigError, with the remedy, where uploads are to be noised but could not be, or would not be private."""
+    """Raise ConfigError, with the remedy, if uploads cannot be noised or would not be private."""
     if config.privacy.name == "none":
         return
     options, fleet = config.strategy.options, config.fleet

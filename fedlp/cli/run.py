@@ -1,4 +1,4 @@
-"""``fedlp``: one federated run, a dry run, or a stopped run that goes on; and ``fedlp-report`` on what runs leave."""
+"""``fedlp``: one federated run, a dry run or a resumed run; ``fedlp-report``: the report of finished runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedlp.config.resuming import check_run, resumed_config
 
 
 def run_job(composed: DictConfig) -> float | None:
-    """Run what a composed config says; return the objective, which is None of a dry run.
+    """Run a composed config; return the objective, None for a dry run.
 
     A job of a sweep whose folder holds its run is not run again: a finished one gives its objective, a stopped one goes
     on.
@@ -63,7 +63,7 @@ def run_job(composed: DictConfig) -> float | None:
 
 
 def _first_words(label: str, config: RunConfig) -> str:
-    """Return the line that a run begins with."""
+    """Return the first line of a run."""
     verb = "going on, loading" if config.resume else "loading"
     return (
         f"{label}: {verb} {config.dataset.name} and {config.model.name}; {config.num_rounds} rounds with "
@@ -72,7 +72,7 @@ def _first_words(label: str, config: RunConfig) -> str:
 
 
 def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
-    """Print the final metrics, the task's first one at the front, and the bytes; say where a callback ended the run."""
+    """Print the final metrics, the task's first one in front, the bytes, and the callback that ended the run."""
     final, totals = manifest["final_metrics"], manifest["totals"]
     if stopped_by := manifest.get("stopped_by"):
         asked = manifest["config"]["num_rounds"]
@@ -83,7 +83,7 @@ def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
 
 
 def run_dir(resume: str | None) -> str:
-    """Return where a run writes: a folder named by the time, or the run that is resumed."""
+    """Return the output folder of a run: time-stamped, or that of the resumed run."""
     return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f") if resume is None else str(check_run(resume))
 
 

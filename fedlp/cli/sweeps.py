@@ -1,4 +1,4 @@
-"""Sweeps: the objective of a job and its direction, jobs whose folder holds their run already, a header per job."""
+"""Sweeps: objective and direction, jobs that are finished or stopped already, headers of jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FREE = ("resume", "simulation")  # options in which a run that goes on may diff
 
 
 def job_header() -> str:
-    """Return the number and the overrides of a sweep's job; nothing outside of sweeps."""
+    """Return number and overrides of a sweep's job; empty outside of sweeps."""
     config = HydraConfig.get()
     if config.mode != RunMode.MULTIRUN:
         return ""
@@ -27,7 +27,7 @@ def job_header() -> str:
 
 
 def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None:
-    """Return the metric that a sweeper is told of; None where the run has no finite value of it."""
+    """Return the objective reported to the sweeper; None if the run has no finite value of it."""
     final = manifest["final_metrics"]
     names = [config.objective] if config.objective else sorted(final, key=lambda name: name == "train_loss")
     value = final.get(names[0]) if names else None
@@ -35,7 +35,7 @@ def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None
 
 
 def sweep_direction(overrides: Iterable[str]) -> list[str]:
-    """Return the override that tells Optuna's sweeper the direction of the objective, where the user does not.
+    """Return the override of Optuna's direction that follows the objective, unless the user sets one.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def sweep_direction(overrides: Iterable[str]) -> list[str]:
 
 
 def earlier_run(config: RunConfig, out: Path) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Return the config that a job of a sweep goes on with, and the manifest where its run is finished.
+    """Return the config of a sweep's resumed job, and the manifest if its run is finished.
 
     Raises
     ------

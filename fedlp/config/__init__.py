@@ -1,4 +1,4 @@
-"""From Hydra's config tree to a checked :class:`RunConfig`: composing, reading, writing.
+"""Composition, reading and writing of a validated :class:`RunConfig`.
 
 Hydra checks the names and types of fixed groups, a part's signature those of its own options; :func:`validate` checks
 ranges. Past this package a config is a plain dataclass.
@@ -110,25 +110,25 @@ ROOTS: dict[type, str] = {RunConfig: "config", PruneConfig: "prune", ProfileConf
 
 
 def config_dir() -> Path:
-    """Return the config tree: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the config tree: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def schema_of(root: str) -> type:
-    """Return the schema from which a root of ``conf`` starts."""
+    """Return the schema of a root of ``conf``."""
     return next(schema for schema, name in ROOTS.items() if name == root)
 
 
 @cache
 def register_schema(root: str) -> None:
-    """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows often."""
+    """Register the schema of one root of ``conf``; only one, since Hydra copies its whole store often."""
     ConfigStore.instance().store(name=f"{root}_schema", node=schema_node(schema_of(root)))
 
 
 def prepare(root: str, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line as Hydra is to see them."""
+    """Return the overrides of a command line in the form for Hydra."""
     return prepare_overrides(schema_of(root), config_dir(), overrides)
 
 
@@ -192,7 +192,7 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
 
 
 def todays_config(values: Mapping[str, Any], schema: type = RunConfig) -> dict[str, Any]:
-    """Return plain values in today's layout; of a config that an earlier version wrote, those that are read."""
+    """Return plain values in the current layout; options of earlier versions that are no longer read are dropped."""
     return dict(values) if is_current(values) else drop_unread(schema, current_config(values))
 
 
@@ -202,7 +202,7 @@ def to_yaml(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> s
 
 
 def from_yaml(text: str) -> RunConfig:
-    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
+    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError if it does not fit."""
     try:
         created = OmegaConf.create(text)
         if not isinstance(created, DictConfig):
@@ -223,7 +223,7 @@ def read_run_config(path: Path) -> RunConfig:
 
 
 def with_absolute_paths(config: _Config) -> _Config:
-    """Return the config with its local files named so that they are found from any working folder."""
+    """Return the config with absolute paths of its local files."""
     dataset, model = config.dataset, config.model
     paths = {key: dataset.options.get(key) for key in ("root", "path", "test_path", "tokenizer")}
     found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
@@ -240,7 +240,7 @@ def with_absolute_paths(config: _Config) -> _Config:
 
 
 def _absolute(name: str) -> str:
-    """Return the absolute path of what exists; the name of anything else, which may lie on a hub."""
+    """Return the absolute path of an existing file; any other name unchanged, since it may be a hub's."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 
@@ -257,7 +257,7 @@ def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> 
 
 
 def explain(error: BaseException, schema: type = RunConfig) -> str:
-    """Return in one line what an error of Hydra or OmegaConf says: our own words at its root, where there are some."""
+    """Return an error of Hydra or OmegaConf as one line; the message of a FedLPError at its root takes precedence."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FedLPError):
@@ -281,7 +281,7 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
 
 
 def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
-    """Return in one line where and why YAML cannot be read."""
+    """Return position and reason of a YAML error as one line."""
     mark, problem = error.problem_mark, error.problem or "it is not YAML"
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     file = f"{mark.name}, " if mark is not None and not mark.name.startswith("<") else ""

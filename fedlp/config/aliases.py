@@ -1,4 +1,4 @@
-"""Renamed options: old names stay, and warn once."""
+"""Renamed options: old names are aliases that warn once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _told: set[str] = set()
 
 
 def current_override(override: str) -> str:
-    """Return a command line override in today's names; says on stderr, once, that an old one was used."""
+    """Return a command line override under current names; an old name warns once on stderr."""
     key, equals, value = override.partition("=")
     prefix, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
     if name == "strategy.encoding" and value == "float64":  # of sums, which one-shot pruning sends
@@ -52,7 +52,7 @@ def current_override(override: str) -> str:
 
 
 def is_current(config: Mapping[str, Any]) -> bool:
-    """Return whether a stored config is in today's layout."""
+    """Return whether a stored config has the current layout."""
     strategy = config.get("strategy")
     if not isinstance(strategy, Mapping) or "upload" in config:
         return True
@@ -60,7 +60,7 @@ def is_current(config: Mapping[str, Any]) -> bool:
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored config in today's layout: one that an earlier version wrote is divided into today's groups."""
+    """Return a stored config in the current layout; one of an earlier version is divided into the current groups."""
     if is_current(config):
         return dict(config)
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
@@ -91,5 +91,5 @@ def _tell(old: str, new: str) -> None:
 
 
 def current_overrides(overrides: Iterable[str]) -> list[str]:
-    """Return overrides in today's names."""
+    """Return overrides under current names."""
     return [current_override(override) for override in overrides]

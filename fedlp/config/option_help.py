@@ -13,7 +13,7 @@ from fedlp.errors import ConfigError
 
 
 def describe_group(group: str) -> str:
-    """Return the options of a group, choice by choice; ConfigError where there is no such group."""
+    """Return the options of a group, choice by choice; ConfigError if there is no such group."""
     groups = part_groups(RunConfig)
     made = {f.name: f.default_factory for f in fields(RunConfig)}
     if group not in made:
@@ -30,7 +30,7 @@ def describe_group(group: str) -> str:
 
 
 def _source_options(schema: type) -> str:
-    """Return a schema's docstring and its fields with their comments, as its source has them."""
+    """Return a schema's docstring and its fields with their comments, read from its source."""
     body = [line.strip() for line in inspect.getsource(schema).splitlines()]
     names = {f.name for f in fields(schema)} - {"name", "options"}
     kept, ours = [], False

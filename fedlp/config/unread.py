@@ -1,4 +1,4 @@
-"""Overrides of groups that the chosen strategy does not read: refused, not ignored."""
+"""Refusal of overrides of groups that the chosen strategy does not read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_unread(config: RunConfig, overrides: Iterable[str]) -> None:
 
 
 def unread_groups(strategy: str) -> frozenset[str]:
-    """Return the groups that a strategy, by name, does not read; none where it cannot be imported here."""
+    """Return the groups that a strategy, by name, does not read; empty if it cannot be imported here."""
     try:
         target = registry.lookup("strategy", strategy)
     except ConfigError:

@@ -1,4 +1,4 @@
-"""The ranges of config values, checked once where a config enters; past that they are trusted."""
+"""Ranges of config values, checked once where a config enters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedlp.errors import ConfigError
 
 
 def validate(config: RunConfig) -> None:
-    """Check every range; ConfigError says which value is wrong and what is allowed."""
+    """Check every range; ConfigError names the value and the allowed range."""
     for name in ("num_rounds", "num_clients", "clients_per_round", "eval_every", "eval_batch_size", "checkpoint_every"):
         _require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
@@ -60,7 +60,7 @@ def validate(config: RunConfig) -> None:
 
 
 def validate_prune(config: PruneConfig) -> None:
-    """Check every range of a one-shot pruning; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a one-shot pruning; ConfigError names the value and the allowed range."""
     targets = {name: getattr(config, name) for name in ("sparsity", "target_params", "target_macs")}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
@@ -98,7 +98,7 @@ def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> N
 
 
 def validate_profile(config: ProfileConfig) -> None:
-    """Check every range of a profile; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a profile; ConfigError names the value and the allowed range."""
     densities = config.densities
     fits = bool(densities) and all(0 < value <= 1 for value in densities) and len(set(densities)) == len(densities)
     _require(fits and max(densities) == 1, "densities", densities, "different numbers in (0, 1], 1 among them")
@@ -155,7 +155,7 @@ def _validate_fleet(fleet: FleetConfig) -> None:
 
 
 def validate_search(config: SearchConfig) -> None:
-    """Check every range of a search; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a search; ConfigError names the value and the allowed range."""
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
     search = config.search
     _choice("search.space", search.space, ("trees", "chains"))

@@ -37,7 +37,7 @@ class Arrays(HeldOut):
         Name of the task; found from the targets where "auto".
     mean, std : list of float or None
         Normalisation along the second dimension (channels, features); of images on a [0, 1] scale. None: no
-        normalisation, but for images' [0, 1] scale.
+        normalisation, except images' [0, 1] scale.
     augment : bool
         Whether training images are cropped at random after padding by ``padding`` pixels, and mirrored if ``flip``.
     """
@@ -56,7 +56,7 @@ class Arrays(HeldOut):
         return self._info(parts["train"], parts.get("test"))
 
     def load(self, seed: int) -> FederatedData:
-        """Return the examples, split by the seed where there are no arrays of a test part."""
+        """Return the examples, split by the seed if there are no test arrays."""
         parts = self._read()
         info, train = self._info(parts["train"], parts.get("test")), parts["train"]
         if "test" in parts:
@@ -78,7 +78,7 @@ class Arrays(HeldOut):
         return replace(counted, mean=mean, std=std, augment=self.augment, padding=self.padding, flip=self.flip)
 
     def _read(self) -> dict[str, Examples]:
-        """Return the examples of ``train`` and, where it is there, ``test``."""
+        """Return the examples of ``train`` and, if present, ``test``."""
         found = self._load()
         parts = {}
         for part, ending in (("train", ""), ("train", "_train"), ("test", "_test")):

@@ -1,4 +1,4 @@
-"""Data that devices bring: read by the run's own reader at another place, against facts that the config alone gives."""
+"""Devices' own data: read by the run's reader at another path, checked against the facts of the config."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PLACES = ("path", "root")
 
 @dataclass(frozen=True)
 class OwnPlace:
-    """Where a device keeps its examples.
+    """Location of a device's examples.
 
     Attributes
     ----------
     client_id : int
-        Client that the device is.
+        Client id of the device.
     path : str
-        File or folder, of the kind that the run's ``dataset`` reads.
+        File or folder in the format of the run's ``dataset``.
     """
 
     client_id: int
@@ -34,12 +34,12 @@ class OwnPlace:
 
 
 def reader_at(config: DatasetConfig, place: str | None) -> Reader:
-    """Return the reader of a config at another file or folder; None: at none, for facts of the config alone.
+    """Return the reader of a config at another file or folder; None for facts of the config alone.
 
     Raises
     ------
     ConfigError
-        If the data set has no option for a place.
+        If the data set has no option for a path.
     """
     known = registry.options("dataset", config.target)
     option = next((name for name in _PLACES if name in known), None)
@@ -53,12 +53,12 @@ def reader_at(config: DatasetConfig, place: str | None) -> Reader:
 
 
 def describe_for_devices(config: DatasetConfig) -> DataInfo:
-    """Return the facts that the config alone gives, so that they are the same on all devices and on the server.
+    """Return the facts of the config alone, equal on all devices and on the server.
 
     Raises
     ------
     ConfigError
-        If they depend on data: classes that are not listed, columns that are not named.
+        If facts depend on data: classes not listed, columns not named.
     """
     try:
         return reader_at(config, None).describe()

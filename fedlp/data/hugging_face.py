@@ -113,7 +113,7 @@ class HuggingFace(ImageOptions, LanguageData):
     # ---- columns
     @cached_property
     def _columns(self) -> tuple[str | None, str | None, str | None]:
-        """Names of the columns of images, texts and labels; None for those that there are none of."""
+        """Names of the columns of images, texts and labels; None if there is none."""
         features, names = self._table.features, self._table.column_names
         kinds = {name: type(features[name]).__name__ for name in names}
         texts = [name for name in names if getattr(features[name], "dtype", "") in ("string", "large_string")]
@@ -133,7 +133,7 @@ class HuggingFace(ImageOptions, LanguageData):
         return None, text, label
 
     def _find(self, option: str, names: Sequence[str], typed: Sequence[str], usual: Sequence[str]) -> str | None:
-        """Return a column that is asked for, or that its type or name gives away."""
+        """Return a column by its given name, else by type or common names."""
         asked = getattr(self, option)
         if asked is not None and asked != "auto":
             if asked not in names:

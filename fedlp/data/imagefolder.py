@@ -36,7 +36,7 @@ class ImageOptions(HeldOut):
     Attributes
     ----------
     size : int or [height, width]
-        Pixels that every image is resized to.
+        Pixels after resizing.
     channels : int
         3 for colour, 1 for grey.
     fit : str
@@ -44,9 +44,9 @@ class ImageOptions(HeldOut):
     augment : bool
         Whether training images are cropped at random after padding by ``padding`` pixels, and mirrored if ``flip``.
     mean, std : list of float or None
-        Normalisation by channel on a [0, 1] scale; ImageNet's where None.
+        Normalisation by channel on a [0, 1] scale; ImageNet's if None.
     labels : list of str or None
-        Names of the classes in their order; sorted names of the folders where None.
+        Names of the classes in their order; sorted names of the folders if None.
     """
 
     size: int | list[int] = 64

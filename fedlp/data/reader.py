@@ -49,7 +49,7 @@ class Limited:
     Attributes
     ----------
     max_train_examples, max_test_examples : int or None
-        Size of a random subset, kept in the order of the whole set; all examples where None.
+        Size of a random subset, kept in the order of the whole set; all examples if None.
     """
 
     max_train_examples: int | None = None

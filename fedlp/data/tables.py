@@ -32,27 +32,27 @@ class Table(HeldOut, ABC):
     path : str
         The file, or a folder of such files.
     test_path : str or None
-        Another file that is the test part; a share of the rows where None.
+        Another file that is the test part; a share of the rows if None.
     target : str or list of str
         Column of the class or value; several columns for several values or labels.
     client : str or None
         Column that names the client that owns a row, for ``partition=column`` and ``partition=natural``.
     columns : list of str or None
-        Columns that are inputs; all others where None.
+        Input columns; all but target and client if None.
     exclude : list of str
         Columns that are left out.
     categorical : list of str or None
-        Columns whose values are categories; those without numbers where None.
+        Categorical columns; all columns without numbers if None.
     categories : mapping from column to list
         Categories that are known beforehand, in their order; those of the file where a column is absent.
     task : str
-        "classification", "regression", "multi_label", or "auto" for what the target looks like.
+        "classification", "regression", "multi_label", or "auto" by the type of the target.
     labels : list or None
-        Classes in their order; those of the file, sorted, where None.
+        Classes in their order; those of the file, sorted, if None.
     standardize : bool
-        Whether the mean of each numeric column is taken off, and its deviation divided by.
+        Whether numeric columns are standardised: mean subtracted, divided by the standard deviation.
     mean, std : list of float or None
-        Normalisation of every input, indicators among them; measured on the file where None.
+        Normalisation of every input, indicators among them; measured on the file if None.
     """
 
     path: str | None = None
@@ -111,7 +111,7 @@ class Table(HeldOut, ABC):
         return FederatedData(info, *self.limit(train, test, seed))
 
     def _describe_options(self) -> DataInfo:
-        """Return the facts that options alone give; ConfigError where one is absent."""
+        """Return the facts of the options alone; ConfigError if one is missing."""
         names = [name for name in self.columns or () if name not in {*self._targets, *self.exclude, self.client}]
         categorical = {*(self.categorical or ()), *self.categories}
         numeric = tuple(name for name in names if name not in categorical)
@@ -223,7 +223,7 @@ class Table(HeldOut, ABC):
         return info, Examples(torch.from_numpy(inputs), torch.from_numpy(targets), groups)
 
     def _normalisation(self, inputs: Any, columns: Columns) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation of every input; 0 and 1 for indicators, empty where nothing is standardised."""
+        """Return mean and deviation of every input; 0 and 1 for indicators, empty if nothing is standardised."""
         if self.mean is not None and self.std is not None:
             if not len(self.mean) == len(self.std) == len(columns.names):
                 raise ConfigError(
@@ -280,7 +280,7 @@ class Csv(Table):
     Attributes
     ----------
     separator : str
-        Between columns; "auto" looks at the first line.
+        Column separator; "auto" is found from the first line.
     """
 
     separator: str = ","
@@ -289,7 +289,7 @@ class Csv(Table):
     pattern = "*.csv"
 
     def read_file(self, path: Path) -> Any:
-        """Return one file; a first line of names is expected."""
+        """Return one file, whose first line holds the column names."""
         import pandas
 
         automatic = self.separator == "auto"
@@ -305,7 +305,7 @@ class Parquet(Table):
     pattern = "*.parquet"
 
     def read_file(self, path: Path) -> Any:
-        """Return the columns that are needed of one file."""
+        """Return the required columns of one file."""
         import pandas
 
         return pandas.read_parquet(path, columns=self._needed())

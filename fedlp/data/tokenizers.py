@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, or a tokenizer of Hugging Face."""
+"""Tokenizers: bytes, or one of Hugging Face."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENCODE_BATCH: Final = 1000
 
 
 def vocabulary_size(tokenizer: str) -> int:
-    """Return the number of tokens, 256 for bytes; DataError where the tokenizer cannot be loaded."""
+    """Return the number of tokens, 256 for bytes; DataError if the tokenizer cannot be loaded."""
     return 256 if tokenizer in BYTES else len(load_tokenizer(tokenizer))
 
 
@@ -47,7 +47,7 @@ def encode_documents(documents: list[str], tokenizer: str, name: str) -> tuple[N
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return a tokenizer by name or folder; DataError where it cannot be loaded."""
+    """Return a tokenizer by name or folder; DataError if it cannot be loaded."""
     from fedlp.models.torchvision_compat import import_torchvision
 
     import_torchvision()

@@ -1,4 +1,4 @@
-"""The examples that pruning may look at."""
+"""Calibration examples of pruning."""
 
 from __future__ import annotations
 

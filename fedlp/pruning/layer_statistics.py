@@ -1,4 +1,4 @@
-"""Statistics of the inputs of each layer's readers, in a model that is pruned layer by layer, beside the dense one."""
+"""Statistics of the inputs of each layer's readers, in a model that is pruned layer by layer, and in the dense one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlp.types import PrunableLayer
 
 
 class Collects(Protocol):
-    """Source of the statistics of each layer, wherever the data are."""
+    """Source of the statistics of each layer, for central or distributed data."""
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
@@ -36,12 +36,12 @@ def make_readers(model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str
 
 
 class Collector:
-    """Collector of statistics that goes through a model's layers in order.
+    """Collector of statistics, layer by layer in the order of the model.
 
     Parameters
     ----------
     model : nn.Module
-        May change between layers: each layer is seen through the changes before it.
+        May change between layers: statistics of a layer include all earlier changes.
     dense : nn.Module or None
         The dense model, if readers are to be fitted to its outputs. In blocks that add to a residual stream the target
         also makes up for the drift of the stream.

@@ -1,6 +1,6 @@
-"""Pruning one model layer by layer on calibration data, each layer seen through the layers pruned before it.
+"""Layer-wise pruning of one model on calibration data; statistics of a layer include all earlier pruning.
 
-While the layers are gone through, removed units are silenced: their columns in the readers' weights are zero. At the
+During pruning, removed units are silenced: their columns in the readers' weights are zero. At the
 end all their parameters are cut out at once, which gives the same outputs and a smaller dense model.
 """
 
@@ -44,7 +44,7 @@ class LayerReport:
     Attributes
     ----------
     loss : float
-        In units of the layer's squared output error, weighed by Fisher information where the method says so; NaN where
+        In units of the layer's squared output error, weighed by Fisher information with ``fisher``; NaN if
         the score gives no losses.
     """
 
@@ -70,12 +70,12 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes one model with one method.
+    """Pruner of one model with one method.
 
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode; not changed.
+        In evaluation mode; not modified.
     spec : WidthSpec
         Its width axes.
     layers : sequence of PrunableLayer
@@ -122,7 +122,7 @@ class Pruner:
         AllocationError
             If a layer cannot keep that many units.
         CalibrationError
-            If the calibration data are too few for a layer or give values that are not finite; names it.
+            If the calibration data are too few for a layer or give non-finite values; names it.
         """
         for layer in self.layers:
             if not 1 <= kept[layer.name] <= layer.num_units:
@@ -152,7 +152,7 @@ class Pruner:
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
 
     def refit(self, keeps: Mapping[str, Tensor]) -> nn.Module:
-        """Return the model with given units silenced and its readers refitted, uncut; may be called once.
+        """Return the uncut model with removed units silenced and readers refitted; may be called once.
 
         Parameters
         ----------
@@ -168,7 +168,7 @@ class Pruner:
 
     # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
-        """Return the collector of the layers' statistics, and of the dense model's outputs where it is given."""
+        """Return the collector of the layers' statistics, and of the dense model's outputs if given."""
         return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
@@ -178,7 +178,7 @@ class Pruner:
         return output_fisher(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out and its batch norms' statistics estimated anew."""
+        """Return the model with the removed units cut out and its batch norms' statistics re-estimated."""
         model = cut_model(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
@@ -186,7 +186,7 @@ class Pruner:
 
     # ------------------------------------------------------------------------------------------------------- one layer
     def view(self, layer: PrunableLayer, readers: Sequence[Reader], score: UnitScore | None = None) -> LayerView:
-        """Return the view that a score, by default the method's, has of a layer whose readers have statistics."""
+        """Return the view of a layer with statistics for a score, by default the method's."""
         score = self.method.score if score is None else score
         views = tuple(reader.view(self.method, score, self._fisher.get(reader.path)) for reader in readers)
         return LayerView(layer, self._evidence, score.needs, views)
@@ -203,7 +203,7 @@ class Pruner:
         return torch.tensor(found.order), found.losses[-1]
 
     def _rewrite(self, layer: PrunableLayer, readers: Sequence[Reader], removed: Tensor) -> Tensor:
-        """Give the readers their new weights; return the units that stay."""
+        """Write the readers' new weights; return the kept units."""
         everything = torch.arange(layer.num_units)
         gone = torch.isin(everything, removed)
         for reader in readers:

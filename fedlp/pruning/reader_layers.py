@@ -1,4 +1,4 @@
-"""How a model is pruned, and one *reader* during pruning: a layer whose inputs are the units that may be removed.
+"""Pruning method, and *readers*: layers whose inputs are the prunable units.
 
 A reader keeps the statistics of its inputs, and its weights before and after.
 """
@@ -23,7 +23,7 @@ from fedlp.pruning.tracing.units import kept_columns, weight_matrix, write_weigh
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Pruning method: the score that chooses units, and the recovery of the weights that stay.
+    """Pruning method: score of units, and recovery of the kept weights.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Method:
         Saliency of units; those of the least saliency are removed. ``fedlp.registry.lookup("score", name)()`` gives one
         by name.
     recovery : "none", "bias" or "least_squares"
-        Readers keep their weights; keep them and add the means of removed inputs to their bias; or are fitted anew to
+        Readers keep their weights; keep them and add the means of removed inputs to their bias; or are refitted to
         the inputs that stay.
     centred : bool
         least_squares: fit with a bias, which takes the means of removed inputs.
@@ -42,7 +42,7 @@ class Method:
     fisher : bool
         Weigh errors of outputs by their Fisher information, for scores that are solved for (OBS, SlimGPT).
     damping : float or None
-        Added to the Hessian, as a fraction of its mean diagonal entry; None for what rounding asks for, and 0.01
+        Added to the Hessian, as a fraction of its mean diagonal entry; None for the least that rounding needs, and 0.01
         where the Hessian is singular: with fewer calibration vectors than inputs, or inputs that depend on each other.
     keeps_batch_norm : bool
         Leave the variances of batch norms as they are, and subtract the change of a bias from their means; else both
@@ -78,7 +78,7 @@ class Method:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether all second moments of inputs are needed, not only those of each input by itself."""
+        """Whether all second moments of inputs are needed, not only the diagonal."""
         return self.recovery == "least_squares" or "moments" in self.score.needs
 
     @property
@@ -88,7 +88,7 @@ class Method:
 
 
 class Reader:
-    """One reader during pruning: a linear layer or convolution whose inputs are the units that may be removed.
+    """Reader during pruning: a linear layer or convolution whose inputs are the prunable units.
 
     Parameters
     ----------

@@ -19,11 +19,11 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Seen(Exception):
-    """All watched modules have run."""
+    """Signal that all watched modules have run."""
 
 
 class StagedRun:
-    """A model and calibration batches, waiting before one of its stages.
+    """Forward run of calibration batches, paused before one of the stages.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class StagedRun:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Run the current stage on every batch, and wait before the next one."""
+        """Run the current stage on every batch, and pause before the next one."""
         for batch in range(len(self._states)):
             self._states[batch] = self._run(batch)
         self.current += 1

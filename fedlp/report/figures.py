@@ -1,4 +1,4 @@
-"""What all plots share: palette, style, and a figure that becomes a PNG without a display."""
+"""Common parts of plots: palette, style, and rendering to PNG without a display."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _setting(groups: Sequence[Group]) -> str:
-    """What all runs share, of the values that a reader asks for first."""
+    """Main settings shared by all runs."""
     configs = [flatten(group.config) for group in groups]
     shared = {key: {show(config[key]) for config in configs if key in config} for key in _SETTING}
     words = [f"{_SETTING[key]} <b>{_text(*values)}</b>" for key, values in shared.items() if len(values) == 1]

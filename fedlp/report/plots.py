@@ -20,7 +20,7 @@ _MOST_MARKERS = 30
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """What a metric is drawn against."""
+    """Horizontal axis of a metric."""
 
     key: str
     title: str
@@ -59,7 +59,7 @@ _AXES = (
 
 
 def draw_plots(groups: Sequence[Group]) -> list[Plot]:
-    """Draw every plot for which the groups have numbers, in the order in which a reader wants them."""
+    """Draw every plot for which the groups have numbers, in order of importance."""
     with rc_context(STYLE):
         plots = [plot for metric in METRICS for plot in _curve_plots(groups, metric)]
         return [*plots, *client_plots(groups), *_upload_plots(groups), *coverage_plots(groups)]

@@ -1,4 +1,4 @@
-"""How a one-shot pruning spread its sparsity over layers."""
+"""Plot of a one-shot pruning's sparsity over layers."""
 
 from __future__ import annotations
 

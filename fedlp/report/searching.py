@@ -1,4 +1,4 @@
-"""How a search for an allocation function went."""
+"""Plot of a search for an allocation function."""
 
 from __future__ import annotations
 

@@ -77,14 +77,14 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table: means over a group's counted runs; None where there is nothing to tell.
+    """Row of the table: means over a group's counted runs; None if unknown.
 
     Attributes
     ----------
     final, best : Spread or None
         The metric of the last evaluated model, and of the best one, in the metric's unit.
     bytes_up, bytes_down, macs : float or None
-        Totals of a whole run. A dry run's are what is expected if no client fails.
+        Totals of a whole run; of a dry run the expected ones if no client fails.
     params_per_client, expected_params_per_client : float or None
         Parameters sent to and from one client in one round, measured and predicted.
     """
@@ -112,7 +112,7 @@ def metric_of(group: Group) -> Metric | None:
 
 
 def evaluations(run: Run, metric: Metric) -> dict[int, float]:
-    """Return ``{server_round: value}`` of the evaluated rounds in the metric's unit; NaN for what is not finite."""
+    """Return ``{server_round: value}`` of the evaluated rounds in the metric's unit; NaN for non-finite values."""
     values = {
         record.server_round: record.metrics[metric.name] * metric.scale
         for record in run.rounds
@@ -138,7 +138,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def curve(group: Group, metric: Metric) -> Curve | None:
-    """Return the group's curve of ``metric``; None where no round was evaluated by every counted run."""
+    """Return the group's curve of ``metric``; None if no round was evaluated by every counted run."""
     runs = [run for run in group.counted if run.rounds]
     if not runs:
         return None

@@ -1,4 +1,4 @@
-"""How messages cross to worker processes: a JSON frame through a pipe, arrays through shared memory.
+"""Transport of messages to worker processes: a JSON frame through a pipe, arrays through shared memory.
 
 Nothing is pickled. A frame holds one message or several: ``length of the JSON, JSON, small arrays``; large arrays lie
 in the slot's area, where the receiver reads them without a copy. An area that already holds the very same arrays (a
@@ -39,7 +39,7 @@ class Area:
         self._holds: tuple[Any, ...] = ()
 
     def write(self, buffers: Sequence[Any]) -> None:
-        """Lay the buffers one after another, but for a leading part that the area holds already."""
+        """Write the buffers one after another, except a leading part that the area holds already."""
         end = sum(_aligned(len(buffer)) for buffer in buffers)
         if end > len(self._view):
             raise FedLPError(f"a message of {end} bytes is larger than the engine's slots of {len(self._view)} bytes")
@@ -87,7 +87,7 @@ def encode_frame(items: Sequence[Item], area: Area) -> bytes:
 
 
 def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> list[Item]:
-    """Invert :func:`encode_frame`; ``wrap`` makes arrays of views that hold until the slot is used again."""
+    """Invert :func:`encode_frame`; ``wrap`` makes arrays of views, valid until the slot is reused."""
     (size,) = _LENGTH.unpack_from(frame)
     head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])
     if head["inline"]:

@@ -40,13 +40,13 @@ class ClientSettings:
     method : Method
         Score of units, and recovery of the weights that stay.
     calibration : CalibrationConfig
-        Examples that scores look at.
+        Calibration examples of scores.
     privacy : PrivacyConfig
         Noise on uploads.
     oneshot : OneShotSettings or None
-        Settings of federated one-shot pruning, where that is the run.
+        Settings of federated one-shot pruning, if the run is one.
     batched : bool or "auto"
-        Whether clients that one process is given at once train together; "auto" where that pays.
+        Whether clients of one message train together; "auto" for models for which it was measured to be faster.
     """
 
     local: LocalConfig

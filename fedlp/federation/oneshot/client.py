@@ -1,7 +1,7 @@
-"""The client's side of federated one-shot pruning: sums over its own examples, through the model pruned so far.
+"""Client side of federated one-shot pruning: sums over its own examples, through the model pruned so far.
 
-Any process may be asked anything: what changed in the model so far lies on the client's disk, and is checked by the
-name of the state it leads to. A process that is asked again goes on where it was.
+Any process can answer any request: changes of the model so far lie on the client's disk, and are checked by the
+digest of the resulting state. A repeated request continues from the cached state.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _MOST_CLIENTS = 16  # whose place in the model one process remembers
 
 
 class PoolingClient:
-    """All that a client process needs to answer, for any client.
+    """Responder of a client process, for any client.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class PoolingClient:
         kind : str
             The message's type.
         folder : Path
-            Where the client keeps what changed in the model so far.
+            Folder of the model's changes so far.
         """
         axes = tuple(self._spec.axes)
         request = messages.decode_request(content, kind, axes, self._signature)
@@ -148,7 +148,7 @@ class PoolingClient:
                 }
 
     def _collector(self, client_id: int, layer: int) -> Collector:
-        """Return what has gone through the model up to this layer at most."""
+        """Return the collector of activations up to this layer at most."""
         last, collector = self._collectors.get(client_id, (layer + 1, None))
         if collector is None or last > layer:
             dense = self._initial if self._method.corrects else None
@@ -168,7 +168,7 @@ class PoolingClient:
         return self._states.signature(layers)
 
     def _reach(self, request: Request, folder: Path) -> bool:
-        """Bring the model to the state that is asked about and remember it; return False if it cannot be reached."""
+        """Bring the model to the requested state and store it; return False if it cannot be reached."""
         if self._states.name not in (request.base, request.state):
             self._states = self._first_state()
             self._load(folder, {request.base, request.state})
@@ -180,9 +180,9 @@ class PoolingClient:
         return True
 
     def _load(self, folder: Path, wanted: set[bytes]) -> None:
-        """Take on what lies in a folder, up to the first state that is wanted.
+        """Apply the changes stored in a folder, up to the first wanted state.
 
-        Files of another run lead elsewhere, as do damaged ones: the server then sends all of it again.
+        Files of another run and damaged ones lead to other states: the server then sends all changes again.
         """
         for file in sorted(folder.glob(_FILES)):
             if self._states.name in wanted:
@@ -199,7 +199,7 @@ class PoolingClient:
             self._states.take([layer], tensors)
 
     def _save(self, folder: Path, request: Request) -> None:
-        """Write what came with a request; what begins with the first state makes the rest out of date."""
+        """Store the changes of a request; changes from the first state on replace all others."""
         if request.base == self._states.names[0]:
             for file in folder.glob(_FILES):
                 file.unlink()

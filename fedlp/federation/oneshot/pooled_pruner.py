@@ -1,4 +1,4 @@
-"""A pruner without data of its own: second moments, Fisher information and batch norms come from clients."""
+"""Pruner without own data: second moments, Fisher information and batch norms come from clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedlp.types import Keep, PrunableLayer
 
 
 def check_pooled(score: UnitScore) -> None:
-    """Raise ConfigError if a score reads what clients do not send."""
+    """Raise ConfigError if a score reads statistics that clients do not send."""
     if missing := score.needs & {"gradients", "model"}:
         raise ConfigError(
             f"score {score_name(score)} needs {' and '.join(sorted(missing))}, which clients do not send; choose "
@@ -40,14 +40,14 @@ def check_pooled(score: UnitScore) -> None:
 
 
 class PooledPruner(Pruner):
-    """A pruner without data: whatever looks at data asks the clients.
+    """Pruner whose statistics are requested from clients.
 
     Parameters
     ----------
     model, spec, layers, method
         As of :class:`Pruner`.
     example : Tensor
-        Inputs of a few examples that resemble nobody's data.
+        Inputs of a few synthetic examples.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PooledPruner(Pruner):
 
     @cached_property
     def states(self) -> ModelStates:
-        """The states of the model so far."""
+        """States of the model so far."""
         return ModelStates(self.model, self.layers, self.norms, self.method)
 
     @cached_property
@@ -76,7 +76,7 @@ class PooledPruner(Pruner):
         return count_positions(self.model, self.layers, self._example)
 
     def collector(self, dense: nn.Module | None) -> PooledCollector:
-        """Return what asks the clients for the statistics of each layer."""
+        """Return the collector of clients' statistics of each layer."""
         return PooledCollector(self, dense is not None)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
@@ -88,7 +88,7 @@ class PooledPruner(Pruner):
 
     @torch.no_grad()
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out, and what its batch norms see on the clients' examples."""
+        """Return the model with the removed units cut out, and batch norm statistics on the clients' examples."""
         parts = norm_parts(self.model)
         if parts and not self.method.keeps_batch_norm:
             sums, counts = self.pool.total(Question(wire.NORMS), parts, self.states)
@@ -100,9 +100,9 @@ class PooledPruner(Pruner):
 
 
 class PooledCollector:
-    """Collects the statistics of layers from clients.
+    """Collector of statistics of layers from clients.
 
-    Inputs are measured from what they are on the example: all that clients send is small where they are much alike.
+    Inputs are measured from their values on the example, so that sums of similar inputs stay small.
     """
 
     def __init__(self, pruner: PooledPruner, targets: bool) -> None:

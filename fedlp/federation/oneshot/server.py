@@ -1,6 +1,6 @@
-"""The server's side of federated one-shot pruning: clients send sums over their examples, the server prunes.
+"""Server side of federated one-shot pruning: clients send sums over their examples, the server prunes.
 
-Sums of disjoint data sets add up, so pruning on what all clients send is pruning on their data in one place; nobody
+Sums of disjoint data sets add up, so pruning on all clients' sums is pruning on their data in one place; no client
 sends data, and since the server only adds, neither would it have to see a single client's sums.
 """
 
@@ -36,7 +36,7 @@ _Answer = TypeVar("_Answer")
 
 
 class ClientPool:
-    """The clients whose data are pooled: one cohort for the whole run, asked again and again.
+    """Clients whose data are pooled: one cohort for the whole run.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class ClientPool:
     axes : sequence of str
         The model's width axes.
     macs : float
-        What one example costs a client per question, at most.
+        Largest cost of one example per question.
     """
 
     def __init__(self, grid: Grid, roster: Roster, settings: OneShotSettings, axes: Sequence[str], macs: float) -> None:
@@ -59,12 +59,12 @@ class ClientPool:
 
     # ---- rounds: one per layer
     def begin(self, server_round: int) -> None:
-        """Start counting for a new line of ``rounds.jsonl``."""
+        """Start the counts of a new line of ``rounds.jsonl``."""
         self._round = RoundUnderWay(server_round, ())
         self._spent: dict[int, dict[str, int]] = {}
 
     def finish(self, coverage: Mapping[str, float], metrics: dict[str, float], wall_time_s: float) -> RoundRecord:
-        """Return the line of what happened since :meth:`begin`; its cohort is who was asked anything."""
+        """Return the record since :meth:`begin`; its cohort holds all clients that were asked."""
         self._round.cohort = tuple(sorted(self._spent))
         self._round.costs = [
             ClientCost(client_id=client_id, macs=self._macs * spent["num_examples"], **spent)
@@ -84,7 +84,7 @@ class ClientPool:
         Raises
         ------
         FedLPError
-            If fewer than ``min_clients`` give a good answer, or nobody.
+            If fewer than ``min_clients``, or none, give a good answer.
         """
         sums: dict[str, Tensor] = {}
         counts = []
@@ -122,12 +122,12 @@ class ClientPool:
     ) -> Iterator[tuple[int, _Answer, int]]:
         """Yield each client's id, answer and number of examples, in order; failures are counted and named.
 
-        Clients that lack the state they were thought to have are sent all changes at the end.
+        Clients that lack the expected base state are sent all changes at the end.
 
         Parameters
         ----------
         decode : callable
-            Returns an answer from its records, the most examples it may be about and what errors call the client.
+            Returns an answer from its records, the most examples allowed and the client's name in errors.
         params_up : int
             Numbers in an answer.
         """
@@ -151,7 +151,7 @@ class ClientPool:
         self._require(good, question, states)
 
     def _require(self, good: int, question: Question, states: ModelStates) -> None:
-        """Raise FedLPError where too few answers are good."""
+        """Raise FedLPError if too few answers are good."""
         if good < max(1, self._settings.min_clients):
             raise FedLPError(
                 f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "

@@ -1,8 +1,8 @@
-"""Clients come and go: which are there in a round, and which drop out in the middle of it.
+"""Availability of clients in a round, and drop-outs in mid-round.
 
 Draws are keyed on round and client, so that a resumed run has the same ones. A trace is a CSV file with the columns
-``client``, ``from`` and ``to``: the first and last round, both included, of a stretch in which the client is there; an
-empty ``to`` has no end. A client without a row is never there.
+``client``, ``from`` and ``to``: the first and last round, both included, of a stretch of availability; an
+empty ``to`` has no end. A client without a row is never available.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fedlp.errors import DataError, one_line
 from fedlp.rng import Stream, generator
 
 Stretches = Mapping[int, tuple[tuple[int, float], ...]]
-"""First and last round of each stretch in which a client is there, by client id."""
+"""First and last round of each stretch of availability, by client id."""
 
 _COLUMNS = ("client", "from", "to")
 
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Which clients are there.
+    """Availability of clients by round.
 
     Attributes
     ----------
     seed : int
         Seed of every draw, >= 0.
     probability : float
-        Probability that a client is there in a round, in [0, 1]; not read where there is a trace.
+        Probability that a client is available in a round, in [0, 1]; not read if there is a trace.
     stretches : mapping, optional
         A trace.
     """
@@ -41,7 +41,7 @@ class Availability:
     stretches: Stretches | None = None
 
     def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
-        """Return those of some clients that are there in a round, in their order."""
+        """Return the available ones of some clients in a round, in their order."""
         return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
 
     def _is_there(self, server_round: int, client_id: int) -> bool:
@@ -53,14 +53,14 @@ class Availability:
 
 
 def make_availability(setting: str | float | None, seed: int) -> Availability:
-    """Return the availability that a config asks for: a file with a trace, a probability, or all clients always."""
+    """Return the availability of a config: a trace file, a probability, or all clients always."""
     if isinstance(setting, str):
         return Availability(seed, stretches=read_trace(Path(setting).expanduser()))
     return Availability(seed, 1.0 if setting is None else float(setting))
 
 
 def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probability: float) -> frozenset[int]:
-    """Return the clients of a cohort that drop out after they got their sub-model."""
+    """Return the clients of a cohort that drop out after receiving their sub-model."""
     if not probability:
         return frozenset()
     return frozenset(
@@ -76,7 +76,7 @@ def read_trace(path: Path) -> Stretches:
     Raises
     ------
     DataError
-        If the file cannot be read, lacks a column, or a line is no client with two rounds; names it.
+        If the file cannot be read, lacks a column, or has an invalid line; names it.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,4 +1,4 @@
-"""One-shot pruning where the data stay: options of ``fedlp-prune federated=true``; no model is trained."""
+"""Federated one-shot pruning: options of ``fedlp-prune federated=true``; no model is trained."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels on
 
 @dataclass(slots=True)
 class Moments:
-    """Running sums over input vectors x of one layer, and optionally over the outputs t that they should give.
+    """Running sums over input vectors x of one layer, and optionally over target outputs t.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Moments:
     def empty(
         cls, size: int, targets: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> Moments:
-        """Return the moments of nothing, for ``size`` inputs and ``targets`` target outputs (0 for none)."""
+        """Return empty moments, for ``size`` inputs and ``targets`` target outputs (0 for none)."""
         total = torch.zeros(size, dtype=dtype, device=device)
         gram = total.new_zeros(size, size)
         if not targets:
@@ -54,7 +54,7 @@ class Moments:
         return cls(0, total, gram, total.new_zeros(targets), total.new_zeros(targets, size))
 
     def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
-        """Take in (tokens, n) inputs, and (tokens, out) targets where targets are collected; any float dtype."""
+        """Add (tokens, n) inputs, and (tokens, out) targets if targets are collected; any float dtype."""
         x = inputs.to(self.gram.dtype)
         for start in range(0, x.shape[1], _PANEL):
             stop = start + _PANEL
@@ -104,7 +104,7 @@ class Moments:
     def hessian(self, centred: bool) -> Tensor:
         r"""Return :math:`H = \frac{2}{N}\sum x x^\top`, (n, n), of inputs less their mean if ``centred``.
 
-        Centring is what a constant input that is never removed comes to: the means of removed inputs then go into a
+        Centring is equivalent to a constant input that is never removed: the means of removed inputs then go into a
         bias, and cost nothing (the Schur complement of the constant).
         """
         matrix = self.gram.tril() + self.gram.tril(-1).T
