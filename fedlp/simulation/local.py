@@ -271,7 +271,7 @@ class LocalGrid(Grid):
             worker.tasks[0].since = time.monotonic()
         for (index, message), (about, content) in zip(task.messages, items, strict=True):
             if content is not None:
-                done[index] = Message(content, reply_to=message)
+                done[index] = flower_compat.make_reply(content, message)
             else:
                 code, reason = about["error"]
                 done[index] = Message(Error(code, reason), reply_to=message)

@@ -96,6 +96,10 @@ class Task(ABC):
             As the data set holds them, before :meth:`prepare`; they may be on another device.
         """
 
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the training loss of each example, (n,), of a task that averages rows."""
+        raise NotImplementedError
+
     def criterion(self, examples: Examples) -> LossFn:
         """Return the training loss for one client's examples; class weights may depend on all of them."""
         return self.loss

@@ -57,6 +57,11 @@ class Classification(Task):
         given = None if weights is None or isinstance(weights, str) else torch.tensor(weights).to(outputs)
         return self._cross_entropy(outputs, targets, given)
 
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each example, smoothed as the options say."""
+        labels = targets.to(outputs.device)
+        return F.cross_entropy(outputs, labels, reduction="none", label_smoothing=self.label_smoothing)
+
     def criterion(self, examples: Examples) -> LossFn:
         """Return the loss with weights inverse to the counts of the client's classes where they are ``balanced``."""
         if self.class_weights != "balanced" or not len(examples):

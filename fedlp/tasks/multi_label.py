@@ -49,6 +49,13 @@ class MultiLabel(Task):
         given = None if weights is None else torch.tensor(weights).to(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), pos_weight=given)
 
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the binary cross-entropy of each example, averaged over its labels."""
+        weights = self.positive_weights
+        given = None if weights is None else torch.tensor(weights).to(outputs)
+        wanted = targets.to(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, wanted, pos_weight=given, reduction="none").mean(dim=1)
+
     def loss_sum(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the binary cross-entropy of each example, averaged over labels and summed over examples."""
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="sum") / outputs.shape[-1]

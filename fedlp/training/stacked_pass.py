@@ -20,6 +20,7 @@ from fedlp.rng import Stream, generator
 from fedlp.tasks import Task, task_of
 from fedlp.tasks.causal_lm import CausalLM
 from fedlp.training.loop import seed_torch
+from fedlp.training.stacked_linear import StackedLinears
 
 Still = tuple[Tensor, int | None]
 """A tensor that is not trained: (clients, ...) and 0, or one for all clients and None."""
@@ -81,16 +82,17 @@ def stacked_losses(
     values = {name: x for name, (x, _) in still.items()}
     shape = batch.raw.shape[:2]
     stacked = inputs.reshape(*shape, *inputs.shape[1:])
-    outputs: Tensor = vmap(forward, in_dims=(0, 0, axes, 0))(dict(trained), dict(moving), values, stacked)
+    with StackedLinears():
+        outputs: Tensor = vmap(forward, in_dims=(0, 0, axes, 0))(dict(trained), dict(moving), values, stacked)
     if batch.offsets is not None:
         outputs = outputs + batch.offsets[:, None]
     losses: Tensor
-    if batch.weights is None:
-        losses = vmap(task.loss)(outputs, batch.raw, batch.targets)
-        return losses
-    each = vmap(lambda *row: task.loss(*(part[None] for part in row)))
-    losses = each(outputs.flatten(0, 1), batch.raw.flatten(0, 1), batch.targets.flatten(0, 1))
-    return (losses.reshape(shape) * batch.weights).sum(dim=1)
+    if task.averages_rows:
+        by_row = task.row_losses(outputs.flatten(0, 1), batch.raw.flatten(0, 1), batch.targets.flatten(0, 1))
+        losses = by_row.reshape(shape)
+        return losses.mean(dim=1) if batch.weights is None else (losses * batch.weights).sum(dim=1)
+    losses = vmap(task.loss)(outputs, batch.raw, batch.targets)
+    return losses
 
 
 def draws(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 MOST_PARAMS = 50_000
 """Trained numbers of a model whose stack still pays on a CPU; see ``experiments/bench/cohorts.py``."""
 
-_STACK_BYTES = 1 << 21  # of the parameters of one stack
+_STACK_BYTES = 1 << 24  # of the parameters of one stack
 _MOST_CLIENTS = 64
 _LEAST_STACKS = 4  # of a round, so that workers share them
 

@@ -42,6 +42,7 @@ from fedlp.models.layers import masked_gradients
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
+from fedlp.simulation.flower_compat import make_reply
 from fedlp.tasks import Sums
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
@@ -340,8 +341,7 @@ def make_client_app(
 
     def respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:
         settings = runtime.settings
-        content = messages.encode_update(update, runtime.submodels, settings.entropy_coding)
-        reply = Message(content, reply_to=message)
+        reply = make_reply(messages.encode_update(update, runtime.submodels, settings.entropy_coding), message)
         return protect_update(settings.privacy, settings.seed, update, message, reply, context)
 
     @app.train()
@@ -352,7 +352,8 @@ def make_client_app(
     @app.cohort
     def train_cohort(received: Sequence[tuple[Message, Context]]) -> list[Message | Exception]:
         runtime = load_runtime(*received[0])
-        read = [attempt(lambda pair: read_instruction(runtime, *pair), pair) for pair in received]
+        known: messages.Known = {}
+        read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
         updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
         replies: list[Message | Exception] = []
         for pair, one in zip(received, read, strict=True):
@@ -394,9 +395,11 @@ def make_client_app(
     return app
 
 
-def read_instruction(runtime: ClientRuntime, message: Message, context: Context) -> TrainInstruction:
-    """Return a message's instruction; DataError where it is another client's."""
-    instruction = messages.decode_instruction(message.content, runtime.submodels)
+def read_instruction(
+    runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
+) -> TrainInstruction:
+    """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
+    instruction = messages.decode_instruction(message.content, runtime.submodels, known)
     if instruction.client_id != client_id_of(context):
         raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
     return instruction
