@@ -37,7 +37,7 @@ WORKLOADS = {
     "cnn_short": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
     "mlp": Workload("fedlp_mlp", (1, 8, 8), examples=10, batch_size=10),
-    "digits": Workload("fedlp_mlp", (1, 8, 8), examples=18, batch_size=10),
+    "digits": Workload("fedlp_mlp", (1, 8, 8), examples=14, batch_size=10),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }
 
