@@ -58,9 +58,8 @@ def main() -> None:
             found = paired_rounds(name, num_clients, 3 if args.quick else 9, batched)
             report = compare(f"{case}, {how}", found["wall"], "ms")
             ratio = 1 / report["ratio_over_fedlp"]["bare loop"]["median"]
-            print(
-                f"fedlp / bare loop: {ratio:.2f} of its time, {found['processor_ratio']:.2f} of its processor seconds"
-            )
+            spent = found["processor_ratio"]
+            print(f"fedlp / bare loop: {ratio:.2f} of its time, {spent:.2f} of its processor seconds")
             results[f"{case}, {how}"] = report | {"processor_ratio": spent}
     write_report(args.json, args.quick, results)
 
