@@ -43,9 +43,10 @@ def make_app() -> ClientApp:
     return app
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[(1, 1), (3, 1), (2, 4)], ids=["1 worker", "3 workers", "cohorts of 4"])
 def grid(request: pytest.FixtureRequest) -> Iterator[LocalGrid]:
-    with LocalGrid(make_app, num_clients=6, num_workers=request.param, message_bytes=1 << 17) as grid:
+    workers, cohort = request.param
+    with LocalGrid(make_app, num_clients=6, num_workers=workers, message_bytes=1 << 17, cohort=cohort) as grid:
         yield grid
 
 
