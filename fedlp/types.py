@@ -209,11 +209,14 @@ class ClientProfile:
     ----------
     budget : Budget or None
         Budget from the device's own file; None for that of the config's fleet.
+    num_test : int or None
+        Number of examples held out for evaluation; None if unknown.
     """
 
     client_id: int
     num_examples: int
     budget: Budget | None = None
+    num_test: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +397,8 @@ class RoundRecord:
     evaluations : tuple of ClientEvaluation
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
-        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; left out where empty.
+        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
+        for want of examples held out: "no_test_examples". Left out where empty.
     """
 
     server_round: int

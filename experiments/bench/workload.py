@@ -64,6 +64,7 @@ def run_fedlp(
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
+    from fedlp.apps.batching import cohort_size
     from fedlp.apps.federate import Federation
     from fedlp.config import compose
     from fedlp.data.datasets import DataInfo, Examples
@@ -99,7 +100,9 @@ def run_fedlp(
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    with LocalGrid(lambda: app, num_clients, workers, size, cohort=federation.stack_size(size)) as grid:
+    with LocalGrid(
+        lambda: app, num_clients, workers, size, cohort=cohort_size(config, federation.submodels, federation.info)
+    ) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 

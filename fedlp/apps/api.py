@@ -21,6 +21,7 @@ from fedlp import registry
 from fedlp.apps.federate import Federation
 from fedlp.apps.pruning_api import prune
 from fedlp.apps.result import Result
+from fedlp.apps.runs import federation_of
 from fedlp.config import DatasetConfig, RunConfig, compose, to_plain
 from fedlp.config.reading import part_groups
 from fedlp.data.conversion import as_examples, describe_examples
@@ -68,8 +69,12 @@ def simulate(
         Test examples of the server; a tenth of ``train``, drawn by the seed, if absent.
     clients : int, optional
         Number of clients, 100 if absent; the length of a list.
-    strategy, fleet, partition : str, mapping or part
+    strategy : str, mapping or part
         A name, a mapping of ``name`` and options, or an object such as ``FedLPPlan(sparsity=0.3)``.
+    fleet : str, mapping or part, optional
+        The same, of the clients' budgets; no limits if absent.
+    partition : str, mapping or part
+        The same, of the division of the data among clients.
     rounds : int
         Rounds, >= 1.
     clients_per_round : int, optional
@@ -149,7 +154,7 @@ def run(
     composed = config if isinstance(config, RunConfig) else compose(list(config))
     if composed.simulation.engine != "local":
         raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
-    return _run(Federation(composed), out, progress)
+    return _run(federation_of(composed), out, progress)
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:

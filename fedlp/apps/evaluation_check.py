@@ -17,11 +17,6 @@ def check_evaluation(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluation={name} needs examples that clients hold out: set dataset.client_test_fraction, such as 0.2"
         )
-    if name != "central" and config.strategy.name == "oneshot":
-        raise ConfigError("strategy=oneshot evaluates on the server's test set alone: choose evaluation=central")
-    fleet = config.fleet
-    if config.strategy.name == "oneshot" and (fleet.availability is not None or fleet.dropout or fleet.extra_clients):
-        raise ConfigError("strategy=oneshot asks one cohort: drop fleet.availability, fleet.dropout and extra_clients")
     if config.dataset.on_devices and config.dataset.server is None:
         _check_without_test_set(config)
 
@@ -32,7 +27,6 @@ def _check_without_test_set(config: RunConfig) -> None:
     wants = {
         "evaluation=both": evaluation.name == "both",
         "evaluation.tiers=true": evaluation.tiers,
-        "strategy=oneshot": config.strategy.name == "oneshot",
     }
     if asking := next((option for option, is_set in wants.items() if is_set), None):
         raise ConfigError(f"{asking} needs a test set of the server: set dataset.server=PATH")

@@ -127,8 +127,8 @@ def _open_run(path: Path) -> _Run:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path} is not a run directory (it has no config.yaml)")
     config = read_run_config(path / "config.yaml")
-    if config.strategy.name == "oneshot":
-        raise ConfigError(f"{path} is a run of strategy=oneshot, whose one model is in {path / 'model'} already")
+    if not config.trains:
+        raise ConfigError(f"{path} is a one-shot pruning, whose one model is in {path / 'model'} already")
     state = load_checkpoint(path / "checkpoint")
     if state is None:
         raise CheckpointError(f"{path} has no checkpoint yet, so there is no model to export")

@@ -89,11 +89,14 @@ class Allocator:
         if "precomputed" in self.__dict__:
             return self.precomputed.readers
         collector = self._pruner.collector(None)
-        return {layer.name: collector.collect(layer) for layer in self.layers}
+        found = {layer.name: collector.collect(layer) for layer in self.layers}
+        for reader in [reader for readers in found.values() for reader in readers]:
+            reader.half = None  # nothing is solved for
+        return found
 
     def _weights(self) -> dict[str, list[Any]]:
-        collector = self._pruner.collector(None)  # looks at no data for this
-        return {x.name: [r.shaped_weight().cpu().numpy() for r in collector.readers(x)] for x in self.layers}
+        readers = self._pruner.readers
+        return {layer.name: [r.shaped_weight().cpu().numpy() for r in readers(layer)] for layer in self.layers}
 
     def _of_readers(self, read: Any) -> dict[str, list[Any]]:
         return {name: [read(reader) for reader in found] for name, found in self._readers.items()}

@@ -17,21 +17,35 @@ def main() -> None:
     """Entry point of ``fedlp``: one federated run, a sweep (``-m``), a dry run, or a resumed run."""
     if sys.argv[1:2] == ["options"]:
         _list_options()
+    if sys.argv[1:2] == ["describe"]:
+        _describe()
+    if sys.argv[1:2] == ["new"]:
+        _make_project()
     _answer("fedlp")
     from omegaconf import OmegaConf
 
     from fedlp.cli.run import run_dir, run_job
+    from fedlp.config import federated_prune_overrides
 
     OmegaConf.register_new_resolver("fedlp.run_dir", run_dir, use_cache=True, replace=True)
-    _run("config", run_job)
+    pruning = federated_prune_overrides(sys.argv[1:])
+    if pruning is not None:  # its name was strategy=oneshot
+        sys.argv[1:] = pruning
+        _name_folder("pruned")
+    _run("config" if pruning is None else "federated_prune", run_job)
 
 
 def prune_main() -> None:
     """Entry point of ``fedlp-prune``: one-shot pruning of a trained model; ``-m`` for sweeps."""
     _answer("fedlp-prune")
+    _name_folder("pruned")
+    if "federated=true" in sys.argv[1:]:
+        from fedlp.cli.run import run_job
+
+        _run("federated_prune", run_job)
     from fedlp.cli.tools import prune_job
 
-    _name_folder("pruned")
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "federated=false"]
     _run("prune", prune_job)
 
 
@@ -84,6 +98,24 @@ def _list_options() -> None:
 
     groups = sys.argv[2:] or ["strategy"]
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))
+
+
+def _describe() -> None:
+    """Print the options that describe a sample of data, and exit."""
+    _answer("fedlp")
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.describe import describe
+
+    sys.exit(end(lambda: guard(lambda: describe(sys.argv[2:]))))
+
+
+def _make_project() -> None:
+    """Write a project of one's own, and exit."""
+    forgive_warnings()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.new import new_project
+
+    sys.exit(end(lambda: guard(lambda: new_project(sys.argv[2:]))))
 
 
 def _name_folder(kind: str) -> None:

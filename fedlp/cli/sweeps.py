@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ def job_header() -> str:
         return ""
     words = " ".join(word.lstrip("+") for word in config.overrides.task)
     return f"job {config.job.num} ({words}): "
+
+
+def job_name() -> str:
+    """Return the number of a sweep's job, which heads its lines where jobs run side by side."""
+    config = HydraConfig.get()
+    return f"job {config.job.num} " if config.mode == RunMode.MULTIRUN else ""
 
 
 def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None:
@@ -70,19 +76,19 @@ def earlier_run(config: RunConfig, out: Path) -> tuple[RunConfig, dict[str, Any]
     if not finished and not directory.has_checkpoints():
         return config, None  # it reached none: from the start
     stored = read_run_config(out / "config.yaml")
-    if differing := _differing(to_plain(stored), to_plain(config)):
+    free = _FREE if stored.trains else (*_FREE, "num_rounds")  # pruning has a round for each layer
+    if differing := _differing(to_plain(stored), to_plain(config), free):
         raise ConfigError(f"{out} holds a run with another {' and '.join(differing)}; choose another hydra.sweep.dir")
     if finished:
         manifest = directory.read_manifest()
-        if manifest["totals"].get("good_rounds") == 0 and stored.strategy.name != "oneshot":
+        if manifest["totals"].get("good_rounds") == 0 and stored.trains:
             raise ConfigError(f"{out} holds a run that trained nothing; delete it to try again")
         return config, manifest
     return replace(config, resume=str(out)), None
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of the options in which two configs differ; one-shot pruning sets its own number of rounds."""
-    free = (*_FREE, *(["num_rounds"] if one["strategy"].get("name") == "oneshot" else []))
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Return the names of the options in which two configs differ, without free ones."""
     names = []
     for key in (key for key in one if key not in free and one[key] != other.get(key)):
         if isinstance(one[key], dict) and isinstance(other.get(key), dict):

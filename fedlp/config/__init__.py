@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.aliases import current_config, is_current
+from fedlp.config.federated_prune import FederatedPruneConfig, federated_prune_overrides, schema_for
 from fedlp.config.overrides import prepare_overrides
 from fedlp.config.own_tokenizer import with_tokenizer
 from fedlp.config.parts import PartConfig
@@ -53,7 +54,13 @@ from fedlp.config.schema import (
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
 from fedlp.config.unread import refuse_unread, unread_groups
-from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
+from fedlp.config.validation import (
+    validate,
+    validate_federated_prune,
+    validate_profile,
+    validate_prune,
+    validate_search,
+)
 from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
@@ -66,6 +73,7 @@ __all__ = [
     "DatasetConfig",
     "DeviceConfig",
     "EvaluationConfig",
+    "FederatedPruneConfig",
     "FinetuneConfig",
     "FleetConfig",
     "LocalConfig",
@@ -90,12 +98,14 @@ __all__ = [
     "compose_search",
     "config_dir",
     "explain",
+    "federated_prune_overrides",
     "from_omegaconf",
     "from_yaml",
     "prepare",
     "read_run_config",
     "refuse_unread",
     "register_schema",
+    "schema_for",
     "schema_of",
     "to_plain",
     "to_yaml",
@@ -106,7 +116,13 @@ __all__ = [
 ]
 
 _Config = TypeVar("_Config", RunConfig, PruneConfig, ProfileConfig, SearchConfig)
-ROOTS: dict[type, str] = {RunConfig: "config", PruneConfig: "prune", ProfileConfig: "profile", SearchConfig: "search"}
+ROOTS: dict[type, str] = {
+    RunConfig: "config",
+    PruneConfig: "prune",
+    FederatedPruneConfig: "federated_prune",
+    ProfileConfig: "profile",
+    SearchConfig: "search",
+}
 
 
 def config_dir() -> Path:
@@ -135,12 +151,15 @@ def prepare(root: str, overrides: Sequence[str]) -> list[str]:
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config that the command line ``fedlp OVERRIDES`` would run.
 
+    With ``federated=true`` among the overrides it is that of ``fedlp-prune``, a :class:`FederatedPruneConfig`.
+
     Raises
     ------
     ConfigError
         For an option that does not exist, a value of the wrong type or out of range.
     """
-    return _compose(RunConfig, overrides)
+    pruning = federated_prune_overrides(overrides)
+    return _compose(RunConfig, overrides) if pruning is None else _compose(FederatedPruneConfig, pruning)
 
 
 def compose_prune(overrides: Sequence[str] = ()) -> PruneConfig:
@@ -182,6 +201,8 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     match config:
         case RunConfig():
             validate(config)
+            if isinstance(config, FederatedPruneConfig):
+                validate_federated_prune(config)
         case PruneConfig():
             validate_prune(config)
         case ProfileConfig():
@@ -207,7 +228,9 @@ def from_yaml(text: str) -> RunConfig:
         created = OmegaConf.create(text)
         if not isinstance(created, DictConfig):
             raise ConfigError("it does not map names to values")
-        return from_omegaconf(created, RunConfig)
+        return from_omegaconf(
+            created, schema_for(current_config(cast(dict[str, Any], OmegaConf.to_container(created))))
+        )
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, ConfigError) as error:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 

@@ -170,7 +170,11 @@ def _no_such_option(schema: type[PartConfig], group: str, name: str, option: str
     if close := get_close_matches(option, known, 1):
         return f"{text}; did you mean {group}.{close[0]}?"
     others = [other for other in parts_with(schema.kind, option) if other != name]
-    return f"{text}; " + (f"{', '.join(others)} read it" if others else f"it has {', '.join(sorted(known))}")
+    return f"{text}; " + (
+        f"{', '.join(others)} {'read' if len(others) > 1 else 'reads'} it"
+        if others
+        else f"it has {', '.join(sorted(known))}"
+    )
 
 
 def parts_with(kind: str, option: str) -> list[str]:

@@ -39,6 +39,10 @@ def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     if foreign:
         raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
     stored = read_run_config(folder / "config.yaml")
+    if not stored.trains:
+        raise ConfigError(
+            f"{folder} is a one-shot pruning, which cannot be resumed: start it anew in another hydra.run.dir"
+        )
     stored.resume = str(folder)
     for name in names:
         if name == "num_rounds":

@@ -141,7 +141,7 @@ class PrunerConfig(PartConfig):
     correction: float = 0.0  # least_squares: weight of the dense model's outputs in the target, in [0, 1]
     fisher: bool = False  # obs: weigh outputs by their Fisher information
     damping: float | None = (
-        None  # of the Hessian, a fraction of its mean diagonal; null: for rounding only, or 0.01 where it is singular
+        None  # of the Hessian, a fraction of its mean diagonal; null: shrinkage by two halves of the data
     )
     keeps_batch_norm: bool = False  # classifiers: shift batch norms by recovery's bias; else re-estimate them
     shared: bool = False  # classifiers: also channels with several readers, such as residual streams
@@ -230,7 +230,8 @@ class FleetConfig:
     seconds_per_example: float = 0.05  # devices: longest training time of one example
     upload_s: float = 60.0  # devices: longest time of one upload
     availability: Any = None  # probability that a client is available in a round, in (0, 1], or a CSV trace of client,
-    # from, to (rounds); always available if null
+    # from, to (rounds, or seconds with round_s); always available if null
+    round_s: float | None = None  # duration of a round on the clock of a trace in seconds; a trace in rounds if null
     dropout: float = 0.0  # probability that a client drops out after receiving its sub-model, in [0, 1)
     extra_clients: int = 0  # over-selection: clients asked beyond clients_per_round; the first answers count
     only_whole: bool = False  # whether only clients whose budget holds the whole model take part
@@ -286,6 +287,9 @@ class PrivacyConfig:
 @dataclass
 class RunConfig:
     """One federated run."""
+
+    trains: ClassVar[bool] = True
+    unread: ClassVar[frozenset[str]] = frozenset()
 
     seed: int = 0  # seed of all random streams, >= 0
     num_rounds: int = 10  # >= 1

@@ -6,6 +6,7 @@ import math
 import re
 
 from fedlp import registry
+from fedlp.config.federated_prune import FederatedPruneConfig
 from fedlp.config.schema import (
     CalibrationConfig,
     FleetConfig,
@@ -83,6 +84,13 @@ def validate_prune(config: PruneConfig) -> None:
         _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
 
 
+def validate_federated_prune(config: FederatedPruneConfig) -> None:
+    """Check every range of a federated one-shot pruning; ConfigError names the value and the allowed range."""
+    validate_prune(config.central())
+    _choice("unit_selection", config.unit_selection, ("server", "client"))
+    _choice("sums", config.sums, ("float32", "float64"))
+
+
 def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> None:
     _choice("pruner.recovery", pruner.recovery, ("least_squares", "bias", "none"))
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
@@ -144,6 +152,10 @@ def _validate_fleet(fleet: FleetConfig) -> None:
     there = fleet.availability
     fits = there is None or isinstance(there, str) or (_is_number(there) and 0 < there <= 1)
     _require(fits, "fleet.availability", there, "a probability in (0, 1], a CSV file, or null")
+    is_duration = fleet.round_s is None or 0 < fleet.round_s < math.inf
+    _require(is_duration, "fleet.round_s", fleet.round_s, "a finite number of seconds above 0, or null")
+    if fleet.round_s is not None and not isinstance(there, str):
+        raise ConfigError("fleet.round_s is for a trace in seconds: set fleet.availability=FILE too")
     _require(0 <= fleet.dropout < 1, "fleet.dropout", fleet.dropout, "in [0, 1)")
     _require(fleet.extra_clients >= 0, "fleet.extra_clients", fleet.extra_clients, "at least 0")
     for name, device in fleet.devices.items():

@@ -41,6 +41,8 @@ class DataInfo:
         Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
     labels : tuple of str
         Name of each class or label; empty if they have none.
+    separator : int or None
+        Token at the end of the first of two texts, for models that read token types.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DataInfo:
     flip: bool = False
     vocabulary: int | None = None
     labels: tuple[str, ...] = ()
+    separator: int | None = None
 
 
 class Rows:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,10 @@ class ImageFolder(ImageOptions):
     def describe(self) -> DataInfo:
         """Return the facts; lists folders, opens no image."""
         return self.info("imagefolder", self.labels or self._labels_of(self._parts()))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this folder where it is not read."""
+        return {"labels": list(self.describe().labels)}
 
     def load(self, seed: int) -> FederatedData:
         """Return the images, split by the seed where the folder has no test part; classes are held out in proportion.

@@ -21,7 +21,11 @@ from fedlp.rng import Stream, generator
 
 @runtime_checkable
 class Reader(Protocol):
-    """A data set by its options."""
+    """A data set by its options.
+
+    A reader whose option is ``path`` or ``root`` may have a method ``facts``: the options by which ``describe`` gives
+    the same facts where that place is None, as on devices that bring data of their own.
+    """
 
     def describe(self) -> DataInfo:
         """Return the facts that a model needs; reads as little as they ask for.

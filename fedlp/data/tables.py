@@ -6,10 +6,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.data.reader import HeldOut, held_out_rows
@@ -89,7 +91,20 @@ class Table(HeldOut, ABC):
         """Return the facts; reads the file, where one is given, for its categories, classes and normalisation."""
         if self.path is None and self.columns:
             return self._describe_options()
-        return self._encode(self._read())[0]
+        return self._encoded[0]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this table where it is not read."""
+        table = self._read()
+        columns = self._find_columns(table)
+        task, labels = self._encode_target(table)[1:3]
+        mean, std = self._normalisation(columns.encode(table), columns)
+        found: dict[str, Any] = {"columns": self._input_names(table), "task": task}
+        if columns.categories:
+            found["categories"] = {name: list(values) for name, values in columns.categories.items()}
+        if task == "classification":
+            found["labels"] = list(labels)
+        return found | ({"mean": _rounded(mean), "std": _rounded(std)} if mean else {"standardize": False})
 
     def load(self, seed: int) -> FederatedData:
         """Return the rows, split by the seed where there is no test file; classes are held out in proportion.
@@ -99,11 +114,9 @@ class Table(HeldOut, ABC):
         DataError
             If a file or column is absent, a value is of the wrong kind, or a label is unknown; names it.
         """
-        table = self._read()
-        info, whole = self._encode(table)
-        if "__test__" in table:
-            held_out = table["__test__"].to_numpy()
-        else:
+        info, whole, held_out = self._encoded
+        del vars(self)["_encoded"]  # the examples below are copies
+        if held_out is None:
             strata = whole.targets.numpy() if whole.targets.dtype.is_floating_point is False else np.zeros(len(whole))
             strata = strata if strata.ndim == 1 else np.zeros(len(whole))
             held_out = held_out_rows(strata.astype(np.int64), self.test_fraction, generator(seed, Stream.DATA, 0))
@@ -193,12 +206,24 @@ class Table(HeldOut, ABC):
         )
 
     # ---- encoding
+    @cached_property
+    def _encoded(self) -> tuple[DataInfo, Examples, NDArray[np.bool_] | None]:
+        """Facts, all rows, and which of them are of a test file; the files are read once for all of these."""
+        table = self._read()
+        return *self._encode(table), table["__test__"].to_numpy(dtype=np.bool_) if "__test__" in table else None
+
+    def _input_names(self, table: Any) -> list[str]:
+        """Return the columns that are inputs."""
+        left_out = {*self._targets, *self.exclude, self.client, "__test__"}
+        return [name for name in (self.columns or table.columns) if name not in left_out]
+
+    def _find_columns(self, table: Any) -> Columns:
+        return find_columns(table, self._input_names(table), self.categorical, self.categories, str(self.path))
+
     def _encode(self, table: Any) -> tuple[DataInfo, Examples]:
         import torch
 
-        left_out = {*self._targets, *self.exclude, self.client, "__test__"}
-        names = [name for name in (self.columns or table.columns) if name not in left_out]
-        columns = find_columns(table, names, self.categorical, self.categories, str(self.path))
+        columns = self._find_columns(table)
         inputs = columns.encode(table)
         mean, std = self._normalisation(inputs, columns)
         for place in range(len(columns.numeric)):
@@ -270,6 +295,10 @@ class Table(HeldOut, ABC):
         if column.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: target {column.name} holds no numbers; set dataset.task=classification")
         return column.to_numpy(dtype=np.float32)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
 
 
 @register("dataset", "csv")

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import from_yaml
 from fedlp.deployment.certificates import make_certificates
 from fedlp.deployment.loopback import LoopbackFederation, SuperNode

@@ -37,7 +37,8 @@ class PrecomputedModel:
         self.layers = pruner.layers
         self.losses: dict[str, tuple[float, ...]] = {}
         self._method, self._model, self._batches = pruner.method, pruner.model, list(batches)
-        collector = Collector(pruner.model, None, pruner.layers, pruner.data.batches, pruner.norms)
+        batches, halves = pruner.data.batches, pruner.method.shrinks
+        collector = Collector(pruner.model, None, pruner.layers, batches, pruner.norms, halves)
         self.readers: dict[str, list[Reader]] = {}
         self._orders: dict[str, Tensor] = {}
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}

@@ -24,7 +24,8 @@ _METHODS = {
     "fjord": "FjORD",
     "fedrolex": "FedRolex",
     "fedlp_plan": "FedLP-Plan",
-    "fedlp": "FedLP-Plan",  # its name in runs of earlier versions
+    "fedlp": "FedLP-Plan",  # names in runs of earlier versions
+    "oneshot": "one-shot pruning",
 }
 _METHOD_VALUE = {"fedlp_homo": "layer_preserving_rate", "fedlp_hetero": "depths"}
 _PARTITION_VALUE = {"dirichlet": "alpha", "shards": "shards_per_client", "mixed": "mixrate", "devices": "mixrate"}
@@ -69,6 +70,8 @@ def run_label(config: Mapping[str, Any]) -> str:
     """Return the run's own ``label``, or its method with the value that defines it, such as ``FedLP-Homo(0.5)``."""
     if config.get("label") is not None:
         return clean(str(config["label"]))
+    if config.get("federated"):
+        return "one-shot pruning"
     strategy = _section(config, "strategy")
     name = clean(str(strategy.get("name", "run")))
     label = _METHODS.get(name, name)

@@ -26,10 +26,10 @@ from fedlp.simulation.outcome import read_outcome
 
 _APP = '''"""Stands for the installed fedlp in Flower's app bundle."""
 
-import fedlp.apps.federate
+import fedlp.apps.runs
 
-server_app = fedlp.apps.federate.server_app
-client_app = fedlp.apps.federate.client_app
+server_app = fedlp.apps.runs.server_app
+client_app = fedlp.apps.runs.client_app
 '''
 _PROJECT = """[project]
 name = "fedlp-flower"

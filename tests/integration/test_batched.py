@@ -93,7 +93,5 @@ def test_convolutions_train_one_by_one(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         batched = run(tmp_path / "batched", *case, BATCHED)
     assert batched.model == alone.model
-    assert [record.message for record in caplog.records if "one by one" in record.message] == [
-        "clients train one by one, for simulation.batched=True: its convolutions are slower in a stack on a CPU, and "
-        "other ties win in pools"
-    ]
+    (line,) = [record.message for record in caplog.records if "one by one" in record.message]
+    assert line.startswith("clients train one by one, although simulation.batched=true: its convolutions")

@@ -98,7 +98,7 @@ class ClientRuntime:
 
     def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
         """Return the client's profile."""
-        return ClientProfile(client_id, self.shards.size(client_id), budget)
+        return ClientProfile(client_id, self.shards.size(client_id), budget, self.shards.test_size(client_id))
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the requested tensors."""

@@ -47,6 +47,10 @@ class Shards:
         """Return the number of a client's training examples; DataError if there is no such client."""
         return len(self._split(client_id)[0])
 
+    def test_size(self, client_id: int) -> int:
+        """Return the number of a client's test examples; DataError where there is no such client."""
+        return len(self._split(client_id)[1])
+
     def of(self, client_id: int) -> Examples:
         """Return a client's training examples."""
         return self._examples.select(self._split(client_id)[0])

@@ -18,7 +18,6 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
 from fedlp.models.adapters import has_adapters, merge_adapters
-from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.magnitude import Magnitude
@@ -219,8 +218,7 @@ class Uploads:
 
     @property
     def _method(self) -> Method:
-        method = self._settings.method
-        return replace(method, correction=0.0, damping=DAMPING if method.damping is None else method.damping)
+        return replace(self._settings.method, correction=0.0)
 
 
 def _differences(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:

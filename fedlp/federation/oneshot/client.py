@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.packing import Signature
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.calibration import Calibration, choose_half
 from fedlp.pruning.gradients import fisher_sums
 from fedlp.pruning.layer_statistics import Collector
 from fedlp.pruning.pruner import Pruner
@@ -75,7 +76,7 @@ class PoolingClient:
         self._method = settings.method
         self._dtype = settings.dtype
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
-        self._collectors: dict[int, tuple[int, Collector]] = {}
+        self._collectors: dict[tuple[int, int], tuple[int, Collector]] = {}  # by client and half
         self._states = self._first_state()
 
     def calibration(self, client_id: int) -> Calibration:
@@ -84,7 +85,9 @@ class PoolingClient:
             self._calibrations[client_id] = self._draw(client_id)
         self._calibrations.move_to_end(client_id)
         while len(self._calibrations) > _MOST_CLIENTS:
-            self._collectors.pop(self._calibrations.popitem(last=False)[0], None)
+            gone = self._calibrations.popitem(last=False)[0]
+            for half in range(3):
+                self._collectors.pop((gone, half), None)
         return self._calibrations[client_id]
 
     def _draw(self, client_id: int) -> Calibration:
@@ -114,6 +117,8 @@ class PoolingClient:
         if not self._reach(request, folder):
             return messages.encode_lack()
         data = self.calibration(client_id)
+        if request.question.half:
+            data = self._half(client_id, request.question.half)
         num_examples = data.num_examples
         if kind == messages.VOTE:
             pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
@@ -127,7 +132,7 @@ class PoolingClient:
         match request.question.kind:
             case messages.MOMENTS:
                 number = request.question.layer
-                collector, layer = self._collector(client_id, number), self._layers[number]
+                collector, layer = self._collector(client_id, request.question.half, data, number), self._layers[number]
                 reference = request.question.reference
                 if reference is None:
                     raise ProtocolError("the server's question has no reference")
@@ -147,14 +152,21 @@ class PoolingClient:
                     name: mean.to(torch.float64) * len(data.batches) for name, mean in means.items()
                 }
 
-    def _collector(self, client_id: int, layer: int) -> Collector:
+    def _half(self, client_id: int, half: int) -> Calibration:
+        """Return every other one of a client's calibration examples, or the rest."""
+        data = self.calibration(client_id)
+        batches = choose_half(data.batches, half)
+        if not batches:
+            raise ProtocolError(f"the server asks for half of {data.num_examples} examples")
+        return replace(data, batches=batches, labels=[])
+
+    def _collector(self, client_id: int, half: int, data: Calibration, layer: int) -> Collector:
         """Return the collector of activations up to this layer at most."""
-        last, collector = self._collectors.get(client_id, (layer + 1, None))
+        last, collector = self._collectors.get((client_id, half), (layer + 1, None))
         if collector is None or last > layer:
             dense = self._initial if self._method.corrects else None
-            batches = self.calibration(client_id).batches
-            collector = Collector(self._states.model, dense, self._layers, batches, self._norms)
-        self._collectors[client_id] = layer, collector
+            collector = Collector(self._states.model, dense, self._layers, data.batches, self._norms)
+        self._collectors[client_id, half] = layer, collector
         return collector
 
     # ---- states of the model

@@ -35,6 +35,7 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
     model, layers = _skeleton(settings, submodels)
     method, lines = settings.method, count_lines(settings, submodels)
     down = {"params": 0, "bytes": 0}
+    asked = 2 if method.shrinks and settings.clients_per_round == 1 else 1  # a single client, about halves
     if not settings.votes:
         norms = following_batch_norms(model, submodels.spec.example_inputs(1))
         states = ModelStates(model, layers, norms, method)
@@ -45,9 +46,9 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
             down["bytes"] += math.prod(shape) * dtype.itemsize
         if method.needs_inputs:
             readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
-            down["params"] += sum(len(reader.moments.total) for reader in readers)
-            down["bytes"] += 4 * sum(len(reader.moments.total) for reader in readers)
-    up = sum(_answer_sizes(settings, submodels))
+            down["params"] += asked * sum(len(reader.moments.total) for reader in readers)
+            down["bytes"] += 4 * asked * sum(len(reader.moments.total) for reader in readers)
+    up = asked * sum(_answer_sizes(settings, submodels))
     return {
         "params_down_per_client": down["params"] / lines,
         "params_up_per_client": up / lines,

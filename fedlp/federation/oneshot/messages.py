@@ -72,12 +72,15 @@ class Question:
         Origin of the inputs of the layer's readers, concatenated, for moments; float32.
     kept : mapping from layer name to int
         Number of kept units, for a vote.
+    half : int
+        0 for all examples of a client, 1 for every other one, 2 for the rest.
     """
 
     kind: str
     layer: int = 0
     reference: Tensor | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
+    half: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | 
     content = RecordDict({QUESTION: record})
     if request.question.kept:
         record["kept"] = encode_counts(request.question.kept, axes)
+    if request.question.half:
+        record["half"] = request.question.half
     if request.question.reference is not None:
         content[REFERENCE] = encode_params({REFERENCE: request.question.reference})
     if request.layers:
@@ -131,7 +136,10 @@ def decode_request(
         numbers = record.get("layers", [])
         layers = tuple(int(number) for number in numbers)  # type: ignore[union-attr]
         kept = decode_counts(read_bytes(record, "kept"), axes) if "kept" in record else {}
-        question = Question(kind, read_integer(record, "layer"), _reference(content), kept)
+        half = read_integer(record, "half") if "half" in record else 0
+        if half not in (0, 1, 2):
+            raise ValueError(f"there is no half {half}")
+        question = Question(kind, read_integer(record, "layer"), _reference(content), kept, half)
         tensors = read_tensors(content, PARAMS, signature(layers)) if layers else {}
         return Request(question, read_bytes(record, "base"), read_bytes(record, "state"), layers, tensors)
     except (KeyError, IndexError, ValueError, TypeError) as error:

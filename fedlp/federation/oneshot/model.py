@@ -140,17 +140,14 @@ def moment_sums(readers: Sequence[Reader]) -> dict[str, Tensor]:
     return sums
 
 
-def fill_moments(
-    readers: Sequence[Reader], sums: Mapping[str, Tensor], counts: Mapping[str, int], origins: Mapping[str, Tensor]
-) -> None:
-    """Set the moments of readers from sums over ``counts`` input vectors measured from ``origins``, by path."""
-    for reader in readers:
-        path = reader.path
-        diagonal = sums.get(f"{path}.diagonal")
-        gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
-        targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
-        reader.moments = Moments(counts[path], sums[f"{path}.total"], gram, *targets).shifted(-origins[path])
-        reader.moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+def read_moments(path: str, sums: Mapping[str, Tensor], count: int, origin: Tensor) -> Moments:
+    """Return a reader's moments from sums over ``count`` input vectors that were measured from ``origin``, (n,)."""
+    diagonal = sums.get(f"{path}.diagonal")
+    gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
+    targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
+    moments = Moments(count, sums[f"{path}.total"], gram, *targets).shifted(-origin)
+    moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+    return moments
 
 
 def split_reference(reference: Tensor, readers: Sequence[Reader]) -> dict[str, Tensor]:

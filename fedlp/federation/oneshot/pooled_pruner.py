@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.federation.oneshot import messages as wire
-from fedlp.federation.oneshot.messages import Question
+from fedlp.federation.oneshot.messages import Part, Question
 from fedlp.federation.oneshot.model import (
     ModelStates,
     count_positions,
-    fill_moments,
     fisher_parts,
     moment_parts,
     norm_parts,
     norm_statistics,
+    read_moments,
     split_reference,
 )
 from fedlp.federation.oneshot.server import ClientPool
+from fedlp.pruning.gradients import pool_fisher
 from fedlp.pruning.layer_statistics import Collector, make_readers
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method, Reader
@@ -81,10 +82,22 @@ class PooledPruner(Pruner):
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of all readers' outputs on the clients' examples."""
-        parts = fisher_parts(self.model, self.layers)
-        sums, counts = self.pool.total(Question(wire.FISHER), parts, self.states)
-        labels = sum(counts) * self.positions[1]
-        return {path: (sums[path].tril() + sums[path].tril(-1).T) / labels for path in paths}
+        parts, question = fisher_parts(self.model, self.layers), Question(wire.FISHER)
+        shrinks, labels = self.method.shrinks, self.positions[1]
+        found = self.ask(question, parts)
+        halves = [
+            ({path: sums[path].tril() + sums[path].tril(-1).T for path in paths}, sum(counts) * labels)
+            for sums, counts in found
+        ]
+        if not shrinks:
+            return {path: total / halves[0][1] for path, total in halves[0][0].items()}
+        return {path: pool_fisher([(sums[path], count) for sums, count in halves]) for path in paths}
+
+    def ask(self, question: Question, parts: Sequence[Part]) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return the clients' sums and example counts, by halves where the method shrinks what they give."""
+        if self.method.shrinks:
+            return self.pool.halves(question, parts, self.states)
+        return [self.pool.total(question, parts, self.states)]
 
     @torch.no_grad()
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
@@ -111,7 +124,8 @@ class PooledCollector:
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
-        return make_readers(self._pruner.model, layer, self._pruner.norms, self._targets)
+        pruner = self._pruner
+        return make_readers(pruner.model, layer, pruner.norms, self._targets, pruner.method.shrinks)
 
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the clients' statistics added up."""
@@ -121,7 +135,11 @@ class PooledCollector:
         if not any(part.symmetric for part in parts):
             reference.zero_()  # a diagonal needs no digits to spare, and must not become negative
         question = Question(wire.MOMENTS, list(pruner.layers).index(layer), reference)
-        sums, counts = pruner.pool.total(question, parts, pruner.states)
-        seen = {path: positions * sum(counts) for path, positions in pruner.positions[0].items()}
-        fill_moments(readers, sums, seen, split_reference(reference, readers))
+        origins, found = split_reference(reference, readers), pruner.ask(question, parts)
+        for reader in readers:
+            path, positions = reader.path, pruner.positions[0][reader.path]
+            halves = [read_moments(path, sums, positions * sum(counts), origins[path]) for sums, counts in found]
+            reader.moments = sum(halves[1:], halves[0])
+            if reader.half is not None and len(halves) > 1:
+                reader.half = halves[0]
         return readers

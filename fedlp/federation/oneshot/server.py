@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -86,13 +87,35 @@ class ClientPool:
         FedLPError
             If fewer than ``min_clients``, or none, give a good answer.
         """
-        sums: dict[str, Tensor] = {}
-        counts = []
-        for values, count in self.answers(question, parts, states):
-            sums = {name: sums[name] + value for name, value in values.items()} if sums else dict(values)
-            counts.append(count)
-        full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
-        return {**sums, **full}, counts
+        return self._add(question, parts, states, 1)[0]
+
+    def halves(
+        self, question: Question, parts: Sequence[Part], states: ModelStates
+    ) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return two halves of :meth:`total`: of every other good client and of the rest, if any.
+
+        A cohort of one client is asked twice, about every other one of its examples and about the rest.
+        """
+        client_id = self.cohort[0]
+        if len(self.cohort) == 1 and min(self._roster.profile(client_id).num_examples, self._settings.examples) > 1:
+            return [self.total(replace(question, half=half), parts, states) for half in (1, 2)]
+        return self._add(question, parts, states, 2)
+
+    def _add(
+        self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
+    ) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return the sums and example counts of the good clients by turns in some groups, those of nobody left out."""
+        sums: list[dict[str, Tensor]] = [{} for _ in range(groups)]
+        counts: list[list[int]] = [[] for _ in range(groups)]
+        for number, (values, count) in enumerate(self.answers(question, parts, states)):
+            group = number % groups
+            before = sums[group]
+            sums[group] = {name: before[name] + value for name, value in values.items()} if before else dict(values)
+            counts[group].append(count)
+        for found in sums:
+            symmetric = [part for part in parts if part.symmetric and found]
+            found |= {part.name: wire.unpack_symmetric(found[part.name], part.shape[0]) for part in symmetric}
+        return [(found, asked) for found, asked in zip(sums, counts, strict=True) if asked]
 
     def answers(
         self, question: Question, parts: Sequence[Part], states: ModelStates

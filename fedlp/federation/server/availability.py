@@ -2,14 +2,15 @@
 
 Draws are keyed on round and client, so that a resumed run has the same ones. A trace is a CSV file with the columns
 ``client``, ``from`` and ``to``: the first and last round, both included, of a stretch of availability; an
-empty ``to`` has no end. A client without a row is never available.
+empty ``to`` has no end. A client without a row is never available. With a duration of a round, ``from`` and ``to`` are
+seconds since the start of the run: a client is available in the rounds that begin in one of its stretches.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,16 @@ class Availability:
         return bool(generator(self.seed, Stream.AVAILABILITY, server_round, client_id).random() < self.probability)
 
 
-def make_availability(setting: str | float | None, seed: int) -> Availability:
-    """Return the availability of a config: a trace file, a probability, or all clients always."""
+def make_availability(setting: str | float | None, seed: int, round_s: float | None = None) -> Availability:
+    """Return the availability of a config: a trace file, a probability, or all clients always.
+
+    Parameters
+    ----------
+    round_s : float, optional
+        Duration of a round in seconds, > 0, for a trace in seconds.
+    """
     if isinstance(setting, str):
-        return Availability(seed, stretches=read_trace(Path(setting).expanduser()))
+        return Availability(seed, stretches=read_trace(Path(setting).expanduser(), round_s))
     return Availability(seed, 1.0 if setting is None else float(setting))
 
 
@@ -70,7 +77,7 @@ def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probabili
     )
 
 
-def read_trace(path: Path) -> Stretches:
+def read_trace(path: Path, round_s: float | None = None) -> Stretches:
     """Return the stretches of a trace file.
 
     Raises
@@ -87,20 +94,23 @@ def read_trace(path: Path) -> Stretches:
     for number, row in enumerate(rows, start=2):
         if missing := [name for name in _COLUMNS if name not in row]:
             raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
-        client_id, stretch = _read_row(row, f"{path}, line {number}")
-        found.setdefault(client_id, []).append(stretch)
+        client_id, first, last = _read_row(row, f"{path}, line {number}", int if round_s is None else float)
+        if round_s is not None:
+            first, last = 1 + math.ceil(first / round_s), 1 + last // round_s
+        found.setdefault(client_id, []).append((int(first), last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")
     return {client_id: tuple(stretches) for client_id, stretches in found.items()}
 
 
-def _read_row(row: Mapping[str, str | None], where: str) -> tuple[int, tuple[int, float]]:
-    """Return a client and the first and last round of a stretch."""
+def _read_row(row: Mapping[str, str | None], where: str, read: Callable[[str], float]) -> tuple[int, float, float]:
+    """Return a client and the beginning and end of a stretch, in rounds or seconds."""
     try:
-        client_id, first = int(row["client"] or ""), int(row["from"] or "")
-        last = int(row["to"]) if (row["to"] or "").strip() else math.inf  # type: ignore[arg-type]
+        client_id, first = int(row["client"] or ""), read(row["from"] or "")
+        last = read(end) if (end := (row["to"] or "").strip()) else math.inf
     except ValueError as error:
-        raise DataError(f"{where}: client, from and to must be whole numbers ({error})") from error
-    if client_id < 0 or not 0 <= first <= last:
-        raise DataError(f"{where}: client {client_id} is there from {first} to {last}, which is no stretch of rounds")
-    return client_id, (first, last)
+        kind = "whole numbers" if read is int else "numbers, client a whole one"
+        raise DataError(f"{where}: client, from and to must be {kind} ({error})") from error
+    if client_id < 0 or not 0 <= first <= last or first == math.inf:
+        raise DataError(f"{where}: client {client_id} is there from {first} to {last}, which is no stretch")
+    return client_id, first, last

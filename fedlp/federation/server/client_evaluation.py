@@ -99,6 +99,8 @@ class ClientEvaluator:
 
     def choose(self, server_round: int, client_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the evaluating clients of a round, sorted."""
+        if not client_ids:
+            return ()
         count = self._settings.num_clients or len(client_ids)
         return sample_cohort(self._settings.seed, server_round, client_ids, count, Stream.EVALUATION)
 

@@ -180,7 +180,7 @@ class EvaluatingStrategy(Strategy):
         """
         assert self.state is not None
         assert self._clients is not None
-        chosen = self._clients.choose(server_round, self._present(server_round))
+        chosen = self._clients.choose(server_round, self._with_test_examples(server_round))
         measured = self.submodels.layout(self._evaluated)
         asked = [
             Asked(
@@ -193,6 +193,16 @@ class EvaluatingStrategy(Strategy):
             for client_id, submodel in self._held(server_round, chosen)
         ]
         return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+
+    def _with_test_examples(self, server_round: int) -> list[int]:
+        """Return the clients present that hold out examples; the round's record names the others."""
+        client_ids = self._present(server_round)
+        without = tuple(i for i in client_ids if self._roster.profile(i).num_test == 0)
+        if without:
+            self._round.absent = {**self._round.absent, "no_test_examples": without}
+        if len(without) == len(client_ids):
+            log.warning("round %d: no client evaluates, since none holds out an example", server_round)
+        return [client_id for client_id in client_ids if client_id not in without]
 
     def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
         """Yield clients and their sub-models in a round; a client whose budget cannot be met is left out."""

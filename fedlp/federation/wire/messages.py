@@ -357,6 +357,8 @@ _MOST_VECTORS = 10**12  # of one client and round
 def encode_profile(profile: ClientProfile) -> RecordDict:
     """Return the records of a client's profile."""
     record = ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})
+    if profile.num_test is not None:
+        record["num-test"] = profile.num_test
     for name, limit in given_limits(profile.budget):
         record[_BUDGET[name]] = float(limit)
     return RecordDict({PROFILE: record})
@@ -368,13 +370,16 @@ def decode_profile(content: RecordDict) -> ClientProfile:
         record = read_config(content, PROFILE)
         limits = {name: read_limit(record, key) for name, key in _BUDGET.items() if key in record}
         budget = Budget(**limits) if limits else None
-        profile = ClientProfile(read_integer(record, "client-id"), read_integer(record, "num-examples"), budget)
+        num_test = read_integer(record, "num-test") if "num-test" in record else None
+        profile = ClientProfile(
+            read_integer(record, "client-id"), read_integer(record, "num-examples"), budget, num_test
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0:
         raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
-    if profile.num_examples:  # a client may have none
-        check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
+    for count in filter(None, (profile.num_examples, profile.num_test)):  # a client may have none
+        check_count(count, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
