@@ -117,7 +117,7 @@ def test_a_client_that_is_silent_is_given_up(grid: LocalGrid) -> None:
 
 def test_a_message_beyond_the_slots_is_refused(grid: LocalGrid) -> None:
     with pytest.raises(FedLPError, match="larger than the engine's slots"):
-        list(grid.stream(instructions(size=100_000), timeout=60))
+        list(grid.stream(instructions(size=400_000), timeout=60))
 
 
 def test_flowers_own_fedavg_runs_on_it(grid: LocalGrid) -> None:
