@@ -6,8 +6,8 @@ fewer steps than others leaves the stack when it is done; a batch that is smalle
 weight 0 where the task's loss is a mean over examples, and computed apart where it is not.
 
 A client's result does not depend on the other clients, not in a bit (but for the last bits of batch norms), and agrees
-with that of training alone up to rounding: 1e-5 of a tensor's largest entry after a few steps. ``stacked_pass.find_obstacle`` compares both
-for each architecture before its first use.
+with that of training alone up to rounding: 1e-5 of a tensor's largest entry after a few steps.
+``stacked_pass.find_obstacle`` compares both for each architecture before its first use.
 """
 
 from __future__ import annotations
