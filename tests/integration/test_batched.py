@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fedlp.apps.federate import Federation
+from fedlp.config import compose
+from fedlp.errors import ConfigError
+from fedlp.federation.client import cohort_training
+from fedlp.types import ClientUpdate, TrainInstruction
 from tests.integration.running import TINY, Finished, run
 from tests.integration.test_round import Once
 
@@ -95,3 +100,38 @@ def test_convolutions_train_one_by_one(tmp_path: Path, caplog: pytest.LogCapture
     assert batched.model == alone.model
     (line,) = [record.message for record in caplog.records if "one by one" in record.message]
     assert line.startswith("clients train one by one, although simulation.batched=true: its convolutions")
+
+
+def instructions(federation: Federation, client_ids: list[int]) -> list[TrainInstruction]:
+    params = federation.initial_params()
+    found = []
+    for client_id in client_ids:
+        assigned = federation.policy.assign(1, client_id, {}, params)
+        found.append(TrainInstruction(1, client_id, assigned.submodel, assigned.uploads, params=params))
+    return found
+
+
+def test_clients_do_train_together_and_one_that_fails_is_alone_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def spy(model: object, trainees: list[object], *rest: object) -> object:
+        sizes.append(len(trainees))
+        return train_stacked(model, trainees, *rest)  # type: ignore[arg-type]
+
+    train_stacked = cohort_training.train_stacked
+    monkeypatch.setattr(cohort_training, "train_stacked", spy)
+    federation = Federation(compose([*TINY, "strategy=fedavg", BATCHED]))
+    runtime = federation.runtime(str(tmp_path))
+    updates = list(runtime.train_cohort(instructions(federation, [0, 1, 99, 2])))
+    assert [isinstance(update, ClientUpdate) for update in updates] == [True, True, False, True]
+    assert "there is no client 99" in str(updates[2])
+    assert sizes == [3]
+
+
+def test_it_is_the_local_engines() -> None:
+    with pytest.raises(ConfigError, match="simulation.batched"):
+        compose([*TINY[:-1], "simulation=ray", BATCHED])
+    with pytest.raises(ConfigError, match="true, false or auto"):
+        compose([*TINY, "simulation.batched=sometimes"])
