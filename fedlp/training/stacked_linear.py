@@ -52,10 +52,10 @@ class _Linear(torch.autograd.Function):
             return F.linear(x, weight, bias), 0
         stack = _first(weight, in_dims[1], info.batch_size)
         flat = x.flatten(1, -2)
-        if bias is None:
-            product = _Product.apply(flat, stack, flat.new_zeros(()).expand(len(stack), stack.shape[1]))
-        else:
-            product = _Product.apply(flat, stack, _first(bias, in_dims[2], info.batch_size))
+        added = flat.new_zeros(()).expand(len(stack), stack.shape[1])
+        if bias is not None:
+            added = _first(bias, in_dims[2], info.batch_size)
+        product: Tensor = _Product.apply(flat, stack, added)  # type: ignore[no-untyped-call]
         return product.reshape(*x.shape[:-1], stack.shape[1]), 0
 
 
@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
         return torch.baddbmm(biases[:, None], inputs, weights.mT)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of inputs, weights and biases; those of the weights are contiguous."""
         inputs, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
