@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -50,6 +51,8 @@ from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
+
+log = logging.getLogger("fedlp")
 
 
 class Federation:
@@ -302,9 +305,15 @@ class Federation:
         )
 
     # ---- running
+    def say_whole_parts(self) -> None:
+        """Log which parts of the model stay whole, where the method cuts it."""
+        if line := self.submodels.whole_parts():
+            log.warning("%s", line)
+
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
+        self.say_whole_parts()
         runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
             if not self.config.resume:
@@ -362,30 +371,11 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    upload = config.upload
-    settings = RoundSettings(
-        num_clients=config.num_clients,
-        clients_per_round=config.clients_per_round,
-        seed=config.seed,
-        min_clients=config.min_clients,
-        eval_every=config.eval_every,
-        eval_batch_size=config.eval_batch_size,
-        local_epochs=config.local.epochs,
-        weighting=config.aggregator.weighting,
-        measures_statistics=config.aggregator.batch_norm == "static",
-        sends_deltas=upload.values == "deltas",
-        entropy_coding=upload.entropy_coding,
-        timeout_s=config.simulation.round_timeout_s,
-        evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
-        dropout=config.fleet.dropout,
-        extra_clients=config.fleet.extra_clients,
-    )
     strategy = FedLPStrategy(
         plan.submodels,
         plan.policy,
-        settings,
-        encoding=upload.make(),
+        _round_settings(config),
+        encoding=config.upload.make(),
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
@@ -407,6 +397,28 @@ def _serve_rounds(
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
     check_trained(manifest, directory.path)
     return manifest
+
+
+def _round_settings(config: RunConfig) -> RoundSettings:
+    """Return the settings of the server's rounds."""
+    return RoundSettings(
+        num_clients=config.num_clients,
+        clients_per_round=config.clients_per_round,
+        seed=config.seed,
+        min_clients=config.min_clients,
+        eval_every=config.eval_every,
+        eval_batch_size=config.eval_batch_size,
+        local_epochs=config.local.epochs,
+        weighting=config.aggregator.weighting,
+        measures_statistics=config.aggregator.batch_norm == "static",
+        sends_deltas=config.upload.values == "deltas",
+        entropy_coding=config.upload.entropy_coding,
+        timeout_s=config.simulation.round_timeout_s,
+        evaluates_tiers=config.evaluation.tiers,
+        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
+        dropout=config.fleet.dropout,
+        extra_clients=config.fleet.extra_clients,
+    )
 
 
 def _reader(config: RunConfig) -> Reader:

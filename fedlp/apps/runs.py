@@ -95,6 +95,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     _plot_partition(federation, out)
     progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
+        federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         progress.close()
@@ -137,6 +138,7 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     directory = RunDirectory(out)
     directory.refuse_if_used()
     _plot_partition(plan, out)
+    plan.say_whole_parts()
     return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
 
 

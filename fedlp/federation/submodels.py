@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from fedlp.errors import ConfigError
 from fedlp.federation.bounded_cache import BoundedCache
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
-from fedlp.pruning.tracing.units import find_layers, weight_matrix
+from fedlp.pruning.tracing.units import prunable_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
 
@@ -105,8 +106,17 @@ class SubModels:
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
-        """Prunable layers; of a classifier also channels with several readers."""
-        return find_layers(self.skeleton(), self.widths, shared=not self.spec.reads_tokens)
+        """What units can be removed from, of a classifier also channels that several layers read; may be nothing."""
+        return prunable_layers(self.skeleton(), self.widths, shared=not self.spec.reads_tokens)
+
+    def whole_parts(self) -> str:
+        """Return in one line which parts of the model stay whole and why; empty where none does or nothing is cut."""
+        return self.widths.whole_line() if "widths" in self.__dict__ else ""
+
+    def refuse_narrow(self, asked: str) -> NoReturn:
+        """Raise ConfigError that says why a model of which nothing can be cut cannot do what is asked."""
+        why = self.whole_parts() or "no layer alone reads what another computes"
+        raise ConfigError(f"{asked}, but nothing of model {self.spec.blueprint.name} can be cut: {why}")
 
     @cached_property
     def reader_columns(self) -> dict[str, int]:

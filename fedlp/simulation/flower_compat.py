@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.metadata import Metadata
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "Run",
     "become_server",
+    "is_simulated",
     "make_array",
     "make_instruction",
     "make_record",
@@ -37,6 +39,11 @@ def become_server() -> None:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = RUN_ID
     TaskIdentity.node_id = SERVER_NODE
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Return whether a ServerApp's grid is that of Flower's simulation runtime."""
+    return type(grid).__module__.startswith("flwr.superlink.grid.inmemory")
 
 
 def make_run() -> Run:

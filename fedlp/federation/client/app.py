@@ -23,7 +23,7 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.data.device_data import OwnPlace
 from fedlp.errors import DataError, FedLPError
 from fedlp.federation.budgets import read_budget
-from fedlp.federation.client.cohort_app import CohortApp, attempt
+from fedlp.federation.client.cohort_app import CohortApp, Received, attempt
 from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
@@ -302,10 +302,10 @@ class MakeRuntime(Protocol):
     def __call__(self, cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime: ...  # noqa: D102
 
 
-def make_client_app(
-    make_runtime: MakeRuntime,
-    read_settings: Callable[[Message, Context], tuple[str, Path]],
-) -> ClientApp:
+ReadSettings = Callable[[Message, Context], tuple[str, Path]]
+
+
+def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> ClientApp:
     """Return the Flower app around a runtime.
 
     Parameters
@@ -315,84 +315,100 @@ def make_client_app(
     read_settings : callable
         Returns the config (YAML) and the run directory of a message or the node's run config.
     """
-    app = CohortApp()
+    app, answers = CohortApp(), _Answers(make_runtime, read_settings)
+    app.query("capabilities")(answers.capabilities)
+    for kind in pooling_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answers.pooling)
+    app.query("statistics")(answers.statistics)
+    app.train()(answers.train)
+    app.cohort(answers.train_cohort)
+    app.evaluate("client")(answers.evaluate_own)
+    app.evaluate("central")(answers.evaluate)
+    return app
 
-    def load_settings(message: Message, context: Context) -> tuple[str, Path]:
-        cfg, out = read_settings(message, context)
-        return cfg, Path(str(context.node_config.get("state-dir", out / "clients")))
 
-    def load_runtime(message: Message, context: Context) -> ClientRuntime:
-        cfg, state_dir = load_settings(message, context)
-        place = context.node_config.get("data")
-        own = None if place is None else OwnPlace(client_id_of(context), str(place))
-        return make_runtime(cfg, str(state_dir), own) if own else make_runtime(cfg, str(state_dir))
+class _Answers:
+    """The answers of a client to the server's messages."""
 
-    @app.query("capabilities")
-    def query(message: Message, context: Context) -> Message:
+    def __init__(self, make_runtime: MakeRuntime, read_settings: ReadSettings) -> None:
+        self._make_runtime, self._read_settings = make_runtime, read_settings
+
+    def capabilities(self, message: Message, context: Context) -> Message:
+        """Return what the client says of itself; an error reply where it cannot take part."""
         client_id = client_id_of(context)
         try:
             path = context.node_config.get("budget")
             budget = None if path is None else read_budget(Path(str(path)))
-            profile = load_runtime(message, context).profile(client_id, budget)
+            profile = self._runtime(message, context).profile(client_id, budget)
         except FedLPError as error:  # one line in the device's log, and the client's name in the server's
             log.error("client %d cannot take part: %s", client_id, error)
             return Message(Error(RAISED, f"client {client_id}: {error}"), reply_to=message)
         return Message(messages.encode_profile(profile), reply_to=message)
 
-    def respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:
-        settings = runtime.settings
-        reply = make_reply(messages.encode_update(update, runtime.submodels, settings.entropy_coding), message)
-        return protect_update(settings.privacy, settings.seed, update, message, reply, context)
+    def train(self, message: Message, context: Context) -> Message:
+        """Return the update that an instruction asks for."""
+        runtime = self._runtime(message, context)
+        return _respond(runtime, message, context, runtime.train(read_instruction(runtime, message, context)))
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
-        return respond(runtime, message, context, runtime.train(read_instruction(runtime, message, context)))
-
-    @app.cohort
-    def train_cohort(received: Sequence[tuple[Message, Context]]) -> list[Message | Exception]:
-        runtime = load_runtime(*received[0])
+    def train_cohort(self, received: Received) -> list[Message | Exception]:
+        """Return the update that each of several instructions asks for, or why there is none."""
+        runtime = self._runtime(*received[0])
         known: messages.Known = {}
         read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
         updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
         replies: list[Message | Exception] = []
         for pair, one in zip(received, read, strict=True):
             update = one if isinstance(one, Exception) else next(updates)
-            send = partial(respond, runtime, *pair)
+            send = partial(_respond, runtime, *pair)
             replies.append(update if isinstance(update, Exception) else attempt(send, update))
         return replies
 
-    def answer(message: Message, context: Context) -> Message:
-        runtime, client_id = load_runtime(message, context), client_id_of(context)
-        folder = load_settings(message, context)[1] / str(client_id)
+    def pooling(self, message: Message, context: Context) -> Message:
+        """Return the answer to a question of one-shot pruning."""
+        runtime, client_id = self._runtime(message, context), client_id_of(context)
+        folder = self._state_dir(message, context) / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
-    for kind in pooling_messages.KINDS:
-        app.query(kind.removeprefix("query."))(answer)
-
-    @app.query("statistics")
-    def statistics(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def statistics(self, message: Message, context: Context) -> Message:
+        """Return the batch norm statistics of a sub-model on the client's examples."""
+        runtime = self._runtime(message, context)
         submodel, params = messages.decode_submodel(message.content, runtime.submodels)
         found = runtime.statistics(submodel, params, client_id_of(context))
         return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
-    @app.evaluate("client")
-    def evaluate_own(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def evaluate_own(self, message: Message, context: Context) -> Message:
+        """Return the evaluation sums on the client's own test examples."""
+        runtime = self._runtime(message, context)
         request = messages.decode_evaluation_request(message.content, runtime.submodels)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
         return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
-    @app.evaluate("central")
-    def evaluate(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Return the evaluation sums on a range of the test examples."""
+        runtime = self._runtime(message, context)
         submodel, params, start, stop = messages.decode_range(message.content, runtime.submodels)
         return Message(messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message)
 
-    return app
+    def _runtime(self, message: Message, context: Context) -> ClientRuntime:
+        cfg, _ = self._read_settings(message, context)
+        state_dir, place = str(self._state_dir(message, context)), context.node_config.get("data")
+        if place is None:
+            return self._make_runtime(cfg, state_dir)
+        return self._make_runtime(cfg, state_dir, OwnPlace(client_id_of(context), str(place)))
+
+    def _state_dir(self, message: Message, context: Context) -> Path:
+        """Return the folder of the clients' files."""
+        _, out = self._read_settings(message, context)
+        return Path(str(context.node_config.get("state-dir", out / "clients")))
+
+
+def _respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:
+    """Return the reply that holds an update."""
+    settings = runtime.settings
+    reply = make_reply(messages.encode_update(update, runtime.submodels, settings.entropy_coding), message)
+    return protect_update(settings.privacy, settings.seed, update, message, reply, context)
 
 
 def read_instruction(

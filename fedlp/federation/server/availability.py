@@ -96,7 +96,7 @@ def read_trace(path: Path, round_s: float | None = None) -> Stretches:
             raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
         client_id, first, last = _read_row(row, f"{path}, line {number}", int if round_s is None else float)
         if round_s is not None:
-            first, last = 1 + math.ceil(first / round_s), 1 + last // round_s
+            first, last = 1 + math.ceil(first / round_s), last if last == math.inf else 1 + last // round_s
         found.setdefault(client_id, []).append((int(first), last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")

@@ -56,6 +56,8 @@ class WidthStrategy:
     def policy(self, context: PolicyContext) -> Policy:
         """Return the policy; with budgets each client gets the largest level within its budget."""
         levels = tuple(self.widths)
+        if min(levels) < 1 and not context.submodels.widths.axes:
+            context.submodels.refuse_narrow(f"strategy.widths={list(levels)} asks for narrow sub-models")
         shares = self.width_probabilities or [1.0 / len(levels)] * len(levels)
         drawn = WidthSlices(
             context.seed, context.submodels, self.rolls, self.nests, levels, tuple(shares), None, context.batch_norm
