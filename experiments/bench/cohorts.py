@@ -125,11 +125,11 @@ def paired_rounds(name: str, num_clients: int, num_rounds: int, batched: bool) -
 def main() -> None:
     args = parse_args(__doc__.splitlines()[0])
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"training": training_table(3 if args.quick else 9)}
+    results: dict[str, Any] = {"training": training_table(3 if args.quick else 5)}
     for case, (name, num_clients) in CASES.items():
         for batched in (False, True):
             how = "batched" if batched else "one by one"
-            found = paired_rounds(name, num_clients, 3 if args.quick else 9, batched)
+            found = paired_rounds(name, num_clients, 3 if args.quick else 5, batched)
             report = compare(f"{case}, {how}", found["wall"], "ms")
             ratio = 1 / report["ratio_over_fedlp"]["bare loop"]["median"]
             spent = found["processor_ratio"]
