@@ -308,7 +308,10 @@ class ClientUpdate(ClientReport):
 
     def report(self) -> ClientReport:
         """Return the answer without its tensors."""
-        return ClientReport(**{f.name: getattr(self, f.name) for f in fields(ClientReport)})
+        return ClientReport(**{name: getattr(self, name) for name in _REPORTED})
+
+
+_REPORTED = tuple(item.name for item in fields(ClientReport))
 
 
 @dataclass(frozen=True, slots=True)
