@@ -50,6 +50,7 @@ class Progress:
         parts = [
             f"round {done}/{self._num_rounds}",
             self._metrics,
+            _epsilon(line.get("privacy") or {}),
             f"up {self._bytes_up / 1e6:.2f} MB",
             f"{len(failures)} failed" if failures else "",
             f"{_duration(left)} left" if done < self._num_rounds else f"done in {_duration(elapsed)}",
@@ -113,6 +114,11 @@ def fit_line(label: str, parts: list[str], width: int) -> str:
 
 
 _SHORTEST_LABEL, _MOST_KEPT = 8, 2
+
+
+def _epsilon(privacy: Mapping[str, Any]) -> str:
+    epsilon = privacy.get("epsilon")
+    return "" if epsilon is None else f"epsilon {epsilon:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -22,7 +22,8 @@ def cohort_size(config: RunConfig, submodels: SubModels, info: DataInfo) -> int:
     model = submodels.skeleton().to(config.device)
     if batched == "auto" and not pays(model):
         return 1
-    if obstacle := find_obstacle(model, info, config.local, frozenset(), pads=False):
+    obstacle = "secure aggregation masks client by client" if config.privacy.name == "secagg" else ""
+    if obstacle := obstacle or find_obstacle(model, info, config.local, frozenset(), pads=False):
         level = logging.INFO if batched == "auto" else logging.WARNING
         log.log(level, "clients train one by one, although simulation.batched=%s: %s", str(batched).lower(), obstacle)
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.batching import cohort_size
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
@@ -31,6 +33,7 @@ from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
+from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -99,6 +102,7 @@ class Federation:
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
+        check_secagg(config, self.policy)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -165,7 +169,7 @@ class Federation:
             budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
         for client_id, budget in brought.items():
             budgets[client_id] = budget
-            if config.privacy.name != "none" and budget.upload_bytes is not None:
+            if config.privacy.name == "local_dp" and budget.upload_bytes is not None:
                 raise ConfigError(
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
@@ -286,6 +290,7 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
+            secagg=secagg_settings(config),
             batched=config.simulation.batched,
         )
 
@@ -329,11 +334,14 @@ class Federation:
         self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
     ) -> dict[str, Any]:
         """Train on a grid; return the manifest."""
-        return _serve_rounds(grid, self, directory, runtime, observers)
+        return _serve_rounds(grid, self, directory, runtime, observers, make_ledger(self.config))
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        size: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        if self.config.privacy.name == "secagg":  # masked values and shares
+            size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
+        return size
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
@@ -353,7 +361,12 @@ class Federation:
 
 
 def _serve_rounds(
-    grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    grid: Grid,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = load_state(directory, plan.config)
@@ -363,7 +376,7 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
@@ -371,7 +384,8 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    strategy = FedLPStrategy(
+    secagg = secagg_settings(config)
+    strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
         plan.submodels,
         plan.policy,
         _round_settings(config),
@@ -384,6 +398,8 @@ def _serve_rounds(
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
         observers=(keeper, *observers),
         state=state,
     )

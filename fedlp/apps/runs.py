@@ -16,6 +16,7 @@ import torch
 from fedlp.apps.evaluation_check import refuse_simulation
 from fedlp.apps.federate import Federation, load_state
 from fedlp.apps.federated_prune import FederatedPruning
+from fedlp.apps.privacy_ledger import expected_privacy
 from fedlp.apps.round_keeping import check_trained
 from fedlp.config import RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
@@ -125,7 +126,7 @@ def _check_device(name: str) -> None:
 def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     """Write and return a manifest with expected costs, without loading data or training."""
     plan = federation_of(from_yaml(cfg))
-    expected = plan.expected()
+    expected = {**plan.expected(), **expected_privacy(plan.config)}
     per_round = plan.config.clients_per_round
     totals = {
         "rounds": plan.config.num_rounds,

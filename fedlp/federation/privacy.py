@@ -38,8 +38,9 @@ def protect_update(
 
     The number of examples is not changed. DataError if training changed no entry, which the mod cannot scale.
     """
-    if privacy.name == "none":
+    if privacy.name != "local_dp":
         return reply
+    assert privacy.epsilon is not None
     key = update.server_round, update.client_id
     rng = generator(seed, Stream.PRIVACY, *key) if privacy.seeded else np.random.default_rng()
     reply.content[METRICS] = MetricRecord({"num-examples": reply.content.metric_records[METRICS]["num-examples"]})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -34,6 +34,8 @@ from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
+from fedlp.federation.secagg import messages as secagg_messages
+from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
@@ -319,6 +321,8 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
     app.query("capabilities")(answers.capabilities)
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answers.pooling)
+    for kind in secagg_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answers.secure)
     app.query("statistics")(answers.statistics)
     app.train()(answers.train)
     app.cohort(answers.train_cohort)
@@ -348,11 +352,17 @@ class _Answers:
     def train(self, message: Message, context: Context) -> Message:
         """Return the update that an instruction asks for."""
         runtime = self._runtime(message, context)
-        return _respond(runtime, message, context, runtime.train(read_instruction(runtime, message, context)))
+        instruction = read_instruction(runtime, message, context)
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
+        return _respond(runtime, message, context, runtime.train(instruction))
 
     def train_cohort(self, received: Received) -> list[Message | Exception]:
         """Return the update that each of several instructions asks for, or why there is none."""
         runtime = self._runtime(*received[0])
+        if runtime.settings.secagg is not None:
+            raise DataError("updates of secure aggregation are masked one by one")
         known: messages.Known = {}
         read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
         updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
@@ -370,6 +380,21 @@ class _Answers:
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
+    def secure(self, message: Message, context: Context) -> Message:
+        """Return the answer to a message of secure aggregation beside training."""
+        content = self._secure_client(message, context).answer(
+            message.metadata.message_type, message.content, client_id_of(context)
+        )
+        return Message(content, reply_to=message)
+
+    def _secure_client(self, message: Message, context: Context) -> SecAggClient:
+        runtime = self._runtime(message, context)
+        settings = runtime.settings
+        if settings.secagg is None:
+            raise DataError("this run has no secure aggregation")
+        folder = self._state_dir(message, context) / str(client_id_of(context))
+        return SecAggClient(settings.secagg, runtime.submodels, folder, settings.sends_deltas)
+
     def statistics(self, message: Message, context: Context) -> Message:
         """Return the batch norm statistics of a sub-model on the client's examples."""
         runtime = self._runtime(message, context)
@@ -383,6 +408,9 @@ class _Answers:
         request = messages.decode_evaluation_request(message.content, runtime.submodels)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(evaluate_masked(runtime, client, message.content, request), reply_to=message)
         return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
@@ -402,6 +430,30 @@ class _Answers:
         """Return the folder of the clients' files."""
         _, out = self._read_settings(message, context)
         return Path(str(context.node_config.get("state-dir", out / "clients")))
+
+
+def train_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, instruction: TrainInstruction
+) -> RecordDict:
+    """Return a masked update; the client's secrets are forgotten where there is none."""
+    secrets, most_examples = client.begin_masking(content, instruction.client_id)
+    try:
+        return client.mask(secrets, most_examples, instruction, runtime.train(instruction))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def evaluate_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, request: EvaluationRequest
+) -> RecordDict:
+    """Return masked evaluation sums; the client's secrets are forgotten where there are none."""
+    secrets, _ = client.begin_masking(content, request.client_id)
+    try:
+        return client.mask_sums(secrets, request.client_id, *runtime.evaluate_own(request))
+    except BaseException:
+        client.forget()
+        raise
 
 
 def _respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:

@@ -43,6 +43,8 @@ class Availability:
 
     def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
         """Return the available ones of some clients in a round, in their order."""
+        if self.stretches is None and self.probability >= 1:
+            return list(client_ids)
         return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
 
     def _is_there(self, server_round: int, client_id: int) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 from fedlp.errors import ConfigError
@@ -99,6 +100,16 @@ class WidthSlices(StatelessPolicy):
         """Return the client's width in (0, 1]."""
         if self.levels_by_client is not None:
             return self.levels_by_client[client_id]
+        if client_id not in self._drawn:
+            self._drawn[client_id] = self._draw(client_id)
+        return self._drawn[client_id]
+
+    @cached_property
+    def _drawn(self) -> dict[int, float]:
+        """Widths by client, as far as they were asked for."""
+        return {}
+
+    def _draw(self, client_id: int) -> float:
         return self.levels[sample_level(self.seed, Stream.WIDTHS, client_id, self.probabilities)]
 
     def submodel(self, server_round: int, client_id: int) -> SubModel:
