@@ -200,3 +200,13 @@ def test_a_dataclass_of_ones_own_in_python(elsewhere: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) >= 0.0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["at the top", "in the function"])
+def test_a_loader_of_torchvisions(elsewhere: Path, place: str) -> None:
+    """Even next to a torchvision that was built for another torch."""
+    line = "from torchvision.datasets import FakeData"
+    top, inner = (line, "pass") if place == "at the top" else ("", line)
+    body = (inner, "from torchvision.transforms import ToTensor", "return FakeData(60, (3, 8, 8), 4, ToTensor())")
+    (elsewhere / "pictures.py").write_text("\n    ".join([f"{top}\n\ndef load():", *body]))
+    call("fedlp", "dataset=pictures:load", "model=linear", "dry_run=true", "hydra.run.dir=dry", cwd=elsewhere)
