@@ -170,11 +170,18 @@ out = ""
 """
 
 
+APPS = """import fedlp.apps.runs
+
+server_app = fedlp.apps.runs.server_app  # Flower looks for assignments
+client_app = fedlp.apps.runs.client_app
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_flwr_run_of_an_app_of_ones_own(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (elsewhere / "pyproject.toml").write_text(PROJECT)
-    (elsewhere / "other_package" / "apps.py").write_text("from fedlp.apps.runs import client_app, server_app\n")
+    (elsewhere / "other_package" / "apps.py").write_text(APPS)
     out, scratch, program = tmp_path_factory.mktemp("out") / "run", Path(tempfile.mkdtemp(prefix="f")), find_flwr()
     assert program is not None
     overrides = (*SETTINGS[:-1], *OWN_STRATEGY, *SMALL)
