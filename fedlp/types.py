@@ -398,6 +398,8 @@ class RoundRecord:
         for want of examples held out: "no_test_examples". Left out where empty.
     privacy : mapping from str to float
         ``epsilon`` at ``delta`` after the round, and its noise; left out if empty.
+    phases : mapping from name to mapping
+        ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.
     """
 
     server_round: int
@@ -415,3 +417,4 @@ class RoundRecord:
     evaluations: tuple[ClientEvaluation, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     privacy: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

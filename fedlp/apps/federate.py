@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
 from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
@@ -31,6 +32,7 @@ from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
+from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -99,6 +101,7 @@ class Federation:
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self.policy = self.fit({})
+        check_secagg(config, self.policy)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -286,6 +289,7 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
+            secagg=secagg_settings(config),
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
@@ -332,7 +336,10 @@ class Federation:
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        size: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        if self.config.privacy.name == "secagg":  # masked values and shares
+            size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
+        return size
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
@@ -374,7 +381,8 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    strategy = FedLPStrategy(
+    secagg = secagg_settings(config)
+    strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
         plan.submodels,
         plan.policy,
         _round_settings(config),

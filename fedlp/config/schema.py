@@ -272,8 +272,9 @@ class CallbackConfig(PartConfig):
 class PrivacyConfig:
     """Privacy of updates; ``docs/privacy.md`` states the guarantees.
 
-    ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; or "central_dp": the
-    server clips each update and noises their sum.
+    ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; "central_dp": the
+    server clips each update and noises their sum; or "secagg": the server learns sums over groups of clients, and no
+    single update.
     """
 
     name: str = "none"
@@ -281,15 +282,18 @@ class PrivacyConfig:
     epsilon: float | None = 0.5  # local_dp: epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1;
     # central_dp: epsilon of the whole run, from which the noise is found; null if noise_multiplier is given
     delta: float = 1e-5  # delta in (0, 1): of one upload (local_dp), and of the epsilon on record
-    seeded: bool = (
-        False  # local_dp: whether noise is drawn from the run's seed, which any reader of the config can subtract
-    )
+    seeded: bool = False  # local_dp: whether noise comes from the run's seed; any reader of the config can subtract it
     noise_multiplier: float | None = None  # central_dp: standard deviation of the noise on the sum, in clipping norms
     clipping_quantile: float | None = None  # central_dp: quantile of the norms that the clipping norm adapts to, from
     # clipping_norm on (Andrew et al., 2021), in (0, 1); fixed if null
     max_epsilon: float | None = None  # the run ends before its epsilon would pass this
     accountant: str = "pld"  # accountant of dp-accounting: "pld" (tight) or "rdp" (quick)
     secure_noise: bool = False  # central_dp: cohorts and noise from the operating system; no run can be repeated then
+    threshold: float = 0.6  # secagg: fraction of a group whose shares open its sum, in (0.5, 1]; others may drop out
+    min_group: int = 3  # secagg: updates without which no sum is opened, at least 2
+    bits: int = 32  # secagg: bits of each masked value, 32 or 64
+    value_range: float = 4.0  # secagg: largest absolute change of a weight in a round, > 0; larger ones are clipped
+    phase_timeout_s: float = 300.0  # secagg: seconds that a phase without training waits for clients, > 0
 
 
 @dataclass

@@ -129,9 +129,11 @@ def _groups_of_run(config: RunConfig) -> dict[str, str]:
 
 
 def _kind_of_privacy(option: str) -> str:
-    return f"privacy={'central_dp' if option in _CENTRAL else 'local_dp'}"
+    kind = "central_dp" if option in _CENTRAL else "secagg" if option in _SECAGG else "local_dp"
+    return f"privacy={kind}"
 
 
+_SECAGG = frozenset({"threshold", "min_group", "bits", "value_range", "phase_timeout_s"})
 _CENTRAL = frozenset({"noise_multiplier", "clipping_quantile", "secure_noise"})
 _UNCODED = frozenset({"float32", "bfloat16"})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
+from fedlp.federation.secagg import messages as secagg_messages
+from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
@@ -277,6 +279,8 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
     app.query("capabilities")(answers.capabilities)
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answers.pooling)
+    for kind in secagg_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answers.secure)
     app.query("statistics")(answers.statistics)
     app.train()(answers.train)
     app.evaluate("client")(answers.evaluate_own)
@@ -308,6 +312,9 @@ class _Answers:
         instruction = messages.decode_instruction(message.content, runtime.submodels)
         if instruction.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
         update = runtime.train(instruction)
         reply = Message(
             messages.encode_update(update, runtime.submodels, runtime.settings.entropy_coding), reply_to=message
@@ -320,6 +327,21 @@ class _Answers:
         folder = self._state_dir(message, context) / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
+
+    def secure(self, message: Message, context: Context) -> Message:
+        """Return the answer to a message of secure aggregation beside training."""
+        content = self._secure_client(message, context).answer(
+            message.metadata.message_type, message.content, client_id_of(context)
+        )
+        return Message(content, reply_to=message)
+
+    def _secure_client(self, message: Message, context: Context) -> SecAggClient:
+        runtime = self._runtime(message, context)
+        settings = runtime.settings
+        if settings.secagg is None:
+            raise DataError("this run has no secure aggregation")
+        folder = self._state_dir(message, context) / str(client_id_of(context))
+        return SecAggClient(settings.secagg, runtime.submodels, folder, settings.sends_deltas)
 
     def statistics(self, message: Message, context: Context) -> Message:
         """Return the batch norm statistics of a sub-model on the client's examples."""
@@ -334,6 +356,9 @@ class _Answers:
         request = messages.decode_evaluation_request(message.content, runtime.submodels)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(evaluate_masked(runtime, client, message.content, request), reply_to=message)
         return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
@@ -353,6 +378,30 @@ class _Answers:
         """Return the folder of the clients' files."""
         _, out = self._read_settings(message, context)
         return Path(str(context.node_config.get("state-dir", out / "clients")))
+
+
+def train_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, instruction: TrainInstruction
+) -> RecordDict:
+    """Return a masked update; the client's secrets are forgotten where there is none."""
+    secrets, most_examples = client.begin_masking(content, instruction.client_id)
+    try:
+        return client.mask(secrets, most_examples, instruction, runtime.train(instruction))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def evaluate_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, request: EvaluationRequest
+) -> RecordDict:
+    """Return masked evaluation sums; the client's secrets are forgotten where there are none."""
+    secrets, _ = client.begin_masking(content, request.client_id)
+    try:
+        return client.mask_sums(secrets, request.client_id, *runtime.evaluate_own(request))
+    except BaseException:
+        client.forget()
+        raise
 
 
 def client_id_of(context: Context) -> int:

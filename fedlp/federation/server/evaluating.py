@@ -185,11 +185,17 @@ class EvaluatingStrategy(Strategy):
 
         With static batch norms, a client of any other than the measured sub-model measures its own.
         """
+        assert self._clients is not None
+        asked = self._asked_clients(server_round)
+        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+
+    def _asked_clients(self, server_round: int) -> list[Asked]:
+        """Return the clients that are to evaluate their sub-models."""
         assert self.state is not None
         assert self._clients is not None
         chosen = self._clients.choose(server_round, self._with_test_examples(server_round))
         measured = self.submodels.layout(self._evaluated)
-        asked = [
+        return [
             Asked(
                 client_id,
                 self._roster.node(client_id),
@@ -199,7 +205,6 @@ class EvaluatingStrategy(Strategy):
             )
             for client_id, submodel in self._held(server_round, chosen)
         ]
-        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
 
     def _with_test_examples(self, server_round: int) -> list[int]:
         """Return the clients present that hold out examples; the round's record names the others."""

@@ -35,6 +35,7 @@ class RoundUnderWay:
     evaluations: list[ClientEvaluation] = field(default_factory=list)
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     privacy: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -55,6 +56,7 @@ class RoundUnderWay:
             evaluations=tuple(self.evaluations),
             absent=self.absent,
             privacy=self.privacy,
+            phases=self.phases,
         )
 
 

@@ -126,8 +126,7 @@ class FedLPStrategy(EvaluatingStrategy):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
             self._prepare(server_round)
-            requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-            arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
+            arrays, metrics = self._train_round(server_round, arrays, grid, timeout)
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
@@ -140,6 +139,13 @@ class FedLPStrategy(EvaluatingStrategy):
                 break
         result.arrays = arrays
         return result
+
+    def _train_round(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Send the instructions of a round, aggregate the replies; return the new model and the round's metrics."""
+        requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
+        return self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
 
     def _meet_budgets(self) -> None:
         """Fit the policy to devices' own budgets."""
@@ -223,7 +229,7 @@ class FedLPStrategy(EvaluatingStrategy):
         else:
             cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
-        dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
+        dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
@@ -264,6 +270,10 @@ class FedLPStrategy(EvaluatingStrategy):
             "no_data": tuple(self._roster.idle_ids),
         }
         return {reason: client_ids for reason, client_ids in found.items() if client_ids}
+
+    def _draw_dropouts(self, server_round: int, cohort: Sequence[int]) -> frozenset[int]:
+        """Return the clients that drop out after they got their sub-model."""
+        return draw_dropouts(self.settings.seed, server_round, cohort, self.settings.dropout)
 
     def _drop(self, instruction: Assignment, bytes_down: int) -> None:
         """Count a client that received its sub-model and dropped out."""
@@ -308,11 +318,30 @@ class FedLPStrategy(EvaluatingStrategy):
             answers.append((instruction, update.report()))
             if "train-loss" in update.metrics and self._private is None:
                 losses.append((update.metrics["train-loss"], update.num_examples))
+        good = len(self._round.cohort) - len(self._round.failures)
+        return self._conclude(server_round, average, guard, answers, losses, good)
+
+    def _before_round(self) -> Mapping[str, Tensor]:
+        """Return the values that updates are averaged over: the model's, or zeros where they are differences."""
+        assert self.state is not None
+        return self.state.params if self._sends_weights else _without_floats(self.state.params)
+
+    def _conclude(
+        self,
+        server_round: int,
+        average: Accumulator,
+        guard: RoundGuard,
+        answers: Sequence[Answer],
+        losses: Sequence[tuple[float, int]],
+        good: int,
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Make the aggregate of ``good`` updates the new model, where they are enough and it is sound."""
+        assert self.state is not None
+        state = self.state
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
-        good = len(self._round.cohort) - len(self._round.failures)
         if good >= self.settings.min_clients or self._private is not None:
             params, coverage = average.result()
             if not self._sends_weights:
@@ -350,7 +379,7 @@ class FedLPStrategy(EvaluatingStrategy):
 
     def _begin(self, server_round: int, state: ServerState) -> Accumulator:
         """Return the round's accumulator."""
-        params = state.params if self._sends_weights else _without_floats(state.params)
+        params = self._before_round()
         if self._private is None:
             return self._aggregator.begin(params)
         clients = [client_id for client_id in range(self.settings.num_clients) if self._takes_part(client_id)]
