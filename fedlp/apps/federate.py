@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.allocation.budget.costs import given_limits
+from fedlp.apps.batching import cohort_size
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
@@ -290,6 +291,7 @@ class Federation:
             calibration=config.calibration,
             privacy=config.privacy,
             secagg=secagg_settings(config),
+            batched=config.simulation.batched,
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
@@ -353,6 +355,7 @@ class Federation:
             num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
             message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
+            cohort=cohort_size(config, self.submodels, self.info),
         ) as grid:
             return self.serve(grid, out, observers)
 

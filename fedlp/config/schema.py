@@ -203,6 +203,8 @@ class SimulationConfig:
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
     workers: int | None = None  # worker processes, >= 1; number of cores if null
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
+    batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;
+    # true, false, or "auto": models for which it was measured to be faster
 
 
 @dataclass
@@ -273,8 +275,7 @@ class PrivacyConfig:
     """Privacy of updates; ``docs/privacy.md`` states the guarantees.
 
     ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; "central_dp": the
-    server clips each update and noises their sum; or "secagg": the server learns sums over groups of clients, and no
-    single update.
+    server clips each update and noises their sum; or "secagg": the server learns sums over groups of clients alone.
     """
 
     name: str = "none"
@@ -282,7 +283,7 @@ class PrivacyConfig:
     epsilon: float | None = 0.5  # local_dp: epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1;
     # central_dp: epsilon of the whole run, from which the noise is found; null if noise_multiplier is given
     delta: float = 1e-5  # delta in (0, 1): of one upload (local_dp), and of the epsilon on record
-    seeded: bool = False  # local_dp: whether noise comes from the run's seed; any reader of the config can subtract it
+    seeded: bool = False  # local_dp: noise from the run's seed, which any reader of the config can subtract
     noise_multiplier: float | None = None  # central_dp: standard deviation of the noise on the sum, in clipping norms
     clipping_quantile: float | None = None  # central_dp: quantile of the norms that the clipping norm adapts to, from
     # clipping_norm on (Andrew et al., 2021), in (0, 1); fixed if null

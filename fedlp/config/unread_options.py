@@ -55,15 +55,15 @@ def _unread(config: object) -> dict[str, str]:
             needs = _needs(config.allocator.target)
             return {
                 **_pruner_alone(config.pruner, needs is None or bool(needs & _ERROR_CURVES)),
-                **{f"finetune.{name}": f"finetune={_who_reads(name)}" for name in options},
+                **{f"finetune.{name}": f"finetune={_who_reads(name, _FINETUNE)}" for name in options},
             }
         case SearchConfig():
             return _pruner_alone(config.pruner, False)
     return {}
 
 
-def _who_reads(option: str) -> str:
-    return " or ".join(name for name, options in _FINETUNE.items() if option in options)
+def _who_reads(option: str, choices: Mapping[str, Iterable[str]]) -> str:
+    return " or ".join(name for name, options in choices.items() if option in options)
 
 
 # ---- the pruner
@@ -117,10 +117,13 @@ def _needs(target: Callable[..., object]) -> frozenset[str] | None:
 def _groups_of_run(config: RunConfig) -> dict[str, str]:
     fleet, clients = config.fleet, config.evaluation.name != "central"
     tiers, devices = bool(fleet.fractions), bool(fleet.devices)
-    adapter, privacy = config.adapter.name != "none", config.privacy.name != "none"
+    adapter, privacy = config.adapter.name != "none", _PRIVACY[config.privacy.name]
     return _named(
         *((f"adapter.{name}", adapter, "adapter=lora") for name in vars(config.adapter) if name != "name"),
-        *((f"privacy.{name}", privacy, _kind_of_privacy(name)) for name in vars(config.privacy) if name != "name"),
+        *(
+            (f"privacy.{name}", name in privacy, f"privacy={_who_reads(name, _PRIVACY)}")
+            for name in vars(config.privacy).keys() - {"name"}
+        ),
         *((f"evaluation.{name}", clients, "evaluation=clients or both") for name in ("clients", "personal_steps")),
         *((f"fleet.{name}", tiers, "fleet=tiers") for name in ("limited", "shares")),
         *((f"fleet.{name}", devices, "fleet=mixed") for name in ("memory_share", "seconds_per_example", "upload_s")),
@@ -128,13 +131,13 @@ def _groups_of_run(config: RunConfig) -> dict[str, str]:
     )
 
 
-def _kind_of_privacy(option: str) -> str:
-    kind = "central_dp" if option in _CENTRAL else "secagg" if option in _SECAGG else "local_dp"
-    return f"privacy={kind}"
-
-
-_SECAGG = frozenset({"threshold", "min_group", "bits", "value_range", "phase_timeout_s"})
-_CENTRAL = frozenset({"noise_multiplier", "clipping_quantile", "secure_noise"})
+_BOTH = frozenset({"clipping_norm", "epsilon", "delta", "max_epsilon", "accountant"})
+_PRIVACY = {
+    "none": frozenset[str](),
+    "local_dp": _BOTH | {"seeded"},
+    "central_dp": _BOTH | {"noise_multiplier", "clipping_quantile", "secure_noise"},
+    "secagg": frozenset({"threshold", "min_group", "bits", "value_range", "phase_timeout_s"}),
+}
 _UNCODED = frozenset({"float32", "bfloat16"})
 
 

@@ -51,6 +51,10 @@ def validate(config: RunConfig) -> None:
     _validate_evaluation(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
+    is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
+    _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
+    fits = not simulation.batched or simulation.engine == "local"
+    _require(fits, "simulation.batched", simulation.batched, f"false with simulation={simulation.engine}")
     if simulation.workers is not None:
         _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
     _require(

@@ -95,6 +95,8 @@ class SubModels:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.names = tuple(spec.tensors)
+        self.name_set = frozenset(self.names)
+        self._uncut: dict[int | None, SubModelLayout] = {}  # by depth
         self._layout = BoundedCache(self._make_layout, lambda layout: layout.num_bytes, _CACHE_BYTES)
 
     @cached_property
@@ -133,7 +135,12 @@ class SubModels:
 
     def layout(self, submodel: SubModel) -> SubModelLayout:
         """Return the layout of a sub-model."""
-        return self._layout(submodel.depth, tuple(sorted(submodel.widths.items())))
+        if submodel.widths:
+            return self._layout(submodel.depth, tuple(sorted(submodel.widths.items())))
+        found = self._uncut.get(submodel.depth)
+        if found is None:
+            found = self._uncut[submodel.depth] = self._make_layout(submodel.depth, ())
+        return found
 
     def _make_layout(self, depth: int | None, widths: tuple[tuple[str, Keep], ...]) -> SubModelLayout:
         if depth is not None and not 1 <= depth <= len(self.spec.depths):

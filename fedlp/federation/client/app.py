@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.data.device_data import OwnPlace
 from fedlp.errors import DataError, FedLPError
 from fedlp.federation.budgets import read_budget
+from fedlp.federation.client.cohort_app import CohortApp, Received, attempt
+from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
 from fedlp.federation.client.settings import ClientSettings
@@ -42,10 +44,11 @@ from fedlp.models.layers import masked_gradients
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
+from fedlp.simulation.flower_compat import make_reply
 from fedlp.tasks import Sums
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
-from fedlp.training.loop import train_locally
+from fedlp.training.loop import TrainResult, train_locally
 from fedlp.training.schedules import Moment
 from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
 
@@ -86,6 +89,7 @@ class ClientRuntime:
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+        self._trainer = CohortTrainer(settings, info)
 
     @cached_property
     def pooling(self) -> PoolingClient:
@@ -100,24 +104,71 @@ class ClientRuntime:
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the requested tensors."""
-        seed, client_id, server_round = self.settings.seed, instruction.client_id, instruction.server_round
+        prepared = self._prepare(instruction)
+        return self._finish(prepared, *self._train_alone(prepared))
+
+    def train_cohort(self, instructions: Sequence[TrainInstruction]) -> Iterator[ClientUpdate | Exception]:
+        """Yield the update of each client, or why there is none; clients of one shape train together where they can.
+
+        An update is that of :meth:`train` up to rounding, and does not depend on who else is in the cohort. Its tensors
+        hold until the next one is asked for.
+        """
+        prepared = [attempt(self._prepare, instruction) for instruction in instructions]
+        together = self._trainer.train([one for one in prepared if isinstance(one, Prepared)])
+
+        def update(one: Prepared) -> ClientUpdate:
+            found: tuple[TrainResult, Mapping[str, Tensor]] | None = together.get(one.instruction.client_id)
+            return self._finish(one, *(found or self._train_alone(one)))
+
+        for one in prepared:
+            yield attempt(update, one) if isinstance(one, Prepared) else one
+
+    def _prepare(self, instruction: TrainInstruction) -> Prepared:
+        """Return all that a client's training needs."""
         instruction = self._with_frozen(instruction)
-        model, state = self._load_submodel(instruction)
-        examples = self.shards.of(client_id)
-        rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
-        nested = self._nested(instruction.submodel, model)
-        with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
-            moment = Moment(server_round, self.settings.num_rounds)
+        model, state = self._shaped(instruction.submodel)
+        personal = self._load_personal(instruction.submodel, instruction.client_id, instruction.server_round)
+        return Prepared(
+            instruction=instruction,
+            model=model,
+            state=state,
+            values={**instruction.params, **personal} if personal else instruction.params,
+            examples=self.shards.of(instruction.client_id),
+            nested=self._nested(instruction.submodel, model),
+            frozen=frozenset(self._frozen(instruction)),
+            masks=self._uploads.gradient_masks(instruction, model),
+        )
+
+    def _train_alone(self, prepared: Prepared) -> tuple[TrainResult, Mapping[str, Tensor]]:
+        """Train one client's sub-model in place."""
+        load_tensors(prepared.state, prepared.values)
+        model, instruction = prepared.model, prepared.instruction
+        with masked_gradients(model, prepared.masks):
             result = train_locally(
-                model, examples, self.info, self.settings.local, rng, nested, self._frozen(instruction), moment
+                model,
+                prepared.examples,
+                self.info,
+                self.settings.local,
+                prepared.rng(self.settings.seed),
+                prepared.nested,
+                prepared.frozen,
+                Moment(instruction.server_round, self.settings.num_rounds),
             )
-        self._save_personal(instruction, state)
+        return result, prepared.state
+
+    def _finish(self, prepared: Prepared, result: TrainResult, trained: Mapping[str, Tensor]) -> ClientUpdate:
+        """Return the update of a trained client, and keep what it needs in later rounds."""
+        instruction, examples = prepared.instruction, prepared.examples
+        client_id, server_round = instruction.client_id, instruction.server_round
+        self._save_personal(instruction, trained)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
         if self._uploads.is_plain(instruction):
-            sent = {name: tensor for name, tensor in state.items() if name in instruction.uploads}
+            sent = {name: tensor for name, tensor in trained.items() if name in instruction.uploads}
             return ClientUpdate(server_round, client_id, len(examples), metrics, params=sent)
+        if trained is not prepared.state:
+            load_tensors(prepared.state, trained)
         residual = self._load_residual(instruction)
-        upload = self._uploads.make(instruction, model, examples, residual)
+        upload = self._uploads.make(instruction, prepared.model, examples, residual)
         if upload.residual and self.store is not None:
             self.store.save(client_id, server_round, upload.residual)
         if upload.macs:
@@ -182,15 +233,6 @@ class ClientRuntime:
             model = cut_model(model, self.submodels.widths, widths)
         model = model.to(self.device)
         return model, state_tensors(model)
-
-    def _load_submodel(self, instruction: TrainInstruction) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the sub-model with the instruction's values, and its live tensors."""
-        submodel = instruction.submodel
-        model, state = self._shaped(submodel)
-        load_tensors(state, instruction.params)
-        personal = self._load_personal(submodel, instruction.client_id, instruction.server_round)
-        load_tensors(state, personal)
-        return model, state
 
     def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
         """Return the instruction completed by stored frozen tensors; received ones are stored.
@@ -275,7 +317,7 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
     read_settings : callable
         Returns the config (YAML) and the run directory of a message or the node's run config.
     """
-    app, answers = ClientApp(), _Answers(make_runtime, read_settings)
+    app, answers = CohortApp(), _Answers(make_runtime, read_settings)
     app.query("capabilities")(answers.capabilities)
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answers.pooling)
@@ -283,6 +325,7 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
         app.query(kind.removeprefix("query."))(answers.secure)
     app.query("statistics")(answers.statistics)
     app.train()(answers.train)
+    app.cohort(answers.train_cohort)
     app.evaluate("client")(answers.evaluate_own)
     app.evaluate("central")(answers.evaluate)
     return app
@@ -309,17 +352,26 @@ class _Answers:
     def train(self, message: Message, context: Context) -> Message:
         """Return the update that an instruction asks for."""
         runtime = self._runtime(message, context)
-        instruction = messages.decode_instruction(message.content, runtime.submodels)
-        if instruction.client_id != client_id_of(context):
-            raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+        instruction = read_instruction(runtime, message, context)
         if runtime.settings.secagg is not None:
             client = self._secure_client(message, context)
             return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
-        update = runtime.train(instruction)
-        reply = Message(
-            messages.encode_update(update, runtime.submodels, runtime.settings.entropy_coding), reply_to=message
-        )
-        return protect_update(runtime.settings.privacy, runtime.settings.seed, instruction, message, reply, context)
+        return _respond(runtime, message, context, runtime.train(instruction))
+
+    def train_cohort(self, received: Received) -> list[Message | Exception]:
+        """Return the update that each of several instructions asks for, or why there is none."""
+        runtime = self._runtime(*received[0])
+        if runtime.settings.secagg is not None:
+            raise DataError("updates of secure aggregation are masked one by one")
+        known: messages.Known = {}
+        read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
+        updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
+        replies: list[Message | Exception] = []
+        for pair, one in zip(received, read, strict=True):
+            update = one if isinstance(one, Exception) else next(updates)
+            send = partial(_respond, runtime, *pair)
+            replies.append(update if isinstance(update, Exception) else attempt(send, update))
+        return replies
 
     def pooling(self, message: Message, context: Context) -> Message:
         """Return the answer to a question of one-shot pruning."""
@@ -402,6 +454,23 @@ def evaluate_masked(
     except BaseException:
         client.forget()
         raise
+
+
+def _respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:
+    """Return the reply that holds an update."""
+    settings = runtime.settings
+    reply = make_reply(messages.encode_update(update, runtime.submodels, settings.entropy_coding), message)
+    return protect_update(settings.privacy, settings.seed, update, message, reply, context)
+
+
+def read_instruction(
+    runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
+) -> TrainInstruction:
+    """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
+    instruction = messages.decode_instruction(message.content, runtime.submodels, known)
+    if instruction.client_id != client_id_of(context):
+        raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+    return instruction
 
 
 def client_id_of(context: Context) -> int:

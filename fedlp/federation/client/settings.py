@@ -48,6 +48,8 @@ class ClientSettings:
         Settings of secure aggregation, where updates are masked.
     oneshot : OneShotSettings or None
         Settings of federated one-shot pruning, if the run is one.
+    batched : bool or "auto"
+        Whether clients of one message train together; "auto" for models for which it was measured to be faster.
     """
 
     local: LocalConfig
@@ -66,3 +68,4 @@ class ClientSettings:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secagg: SecAggSettings | None = None
     oneshot: OneShotSettings | None = None
+    batched: bool | str = False

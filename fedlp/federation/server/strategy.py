@@ -41,6 +41,7 @@ from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.rng import Stream, generator
+from fedlp.simulation.flower_compat import make_request
 from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
@@ -253,14 +254,16 @@ class FedLPStrategy(EvaluatingStrategy):
                 record = encoded[*kind, held] = messages.encode_params({name: values[name] for name in names})
             if digest:
                 self._round.frozen[client_id] = digest
-            instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
+            instruction = assigned
+            if frozen := self.submodels.spec.frozen:
+                instruction = replace(assigned, uploads=assigned.uploads - frozen)
             content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
             if client_id in dropped:
                 self._drop(instruction, messages.count_bytes(content))
                 continue
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.settings.timeout_s
-            yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
+            yield make_request(content, self._roster.node(client_id), messages.TRAIN, str(server_round), ttl)
 
     def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""
