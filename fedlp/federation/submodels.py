@@ -16,6 +16,7 @@ from fedlp.errors import ConfigError
 from fedlp.federation.bounded_cache import BoundedCache
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
+from fedlp.models.unallocated import without_parameters
 from fedlp.pruning.tracing.units import find_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
@@ -99,18 +100,23 @@ class SubModels:
     @cached_property
     def widths(self) -> WidthSpec:
         """The axes that width slices cut, found by tracing the model once."""
-        return trace_widths(self.skeleton(), self.spec.example_inputs(1))
+        return trace_widths(self._measured, self.spec.example_inputs(1))
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
         """What units can be removed from; of a classifier also channels that several layers read."""
-        return find_layers(self.skeleton(), self.widths, shared=not self.spec.reads_tokens)
+        return find_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
 
     @cached_property
     def reader_columns(self) -> dict[str, int]:
         """Columns of the weight of each module that reads a prunable layer, in the order of the layers."""
-        model = self.skeleton()
+        model = self._measured
         return {path: weight_matrix(model.get_submodule(path)).shape[1] for x in self.layers for path in x.readers}
+
+    @property
+    def _measured(self) -> nn.Module:
+        """A model of the global architecture, of which only shapes are read; language models take no memory."""
+        return self.shapes() if self.spec.reads_tokens else self.skeleton()
 
     @cached_property
     def statistics(self) -> frozenset[str]:
@@ -120,6 +126,11 @@ class SubModels:
     def skeleton(self) -> nn.Module:
         """Return a model of the global architecture whose values do not matter (nothing pretrained is loaded)."""
         return self.spec.build_depth(len(self.spec.depths), seed=0, client_id=0)
+
+    def shapes(self) -> nn.Module:
+        """Return a language model of the global architecture whose parameters take no memory."""
+        with without_parameters():
+            return self.skeleton()
 
     def layout(self, submodel: SubModel) -> SubModelLayout:
         """Return the layout of a sub-model."""

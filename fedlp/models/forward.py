@@ -43,16 +43,23 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Iterator[tuple[nn.Module, Tensor]]:
     """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
 
     Nothing is allocated or computed, and the model is not touched. Whatever the device of the model, the operators that
     run are the same.
+
+    Parameters
+    ----------
+    device : "meta" or "cpu"
+        "cpu" runs the operators of a CPU, whose attention keeps no matrix of weights; "meta" counts all that attention
+        multiplies.
     """
     mode = FakeTensorMode()
 
     def convert(tensor: Tensor) -> Tensor:
-        return mode.from_tensor(tensor.detach().to("meta"))
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     memo: dict[int, Any] = {id(p): nn.Parameter(convert(p), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}

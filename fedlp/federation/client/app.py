@@ -37,6 +37,7 @@ from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
+from fedlp.models.unallocated import allocate
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
@@ -173,11 +174,13 @@ class ClientRuntime:
         """Return a model of the sub-model's shapes and its live tensors; which units it holds changes no shape."""
         if depth is not None:
             model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
+        elif counts and self.submodels.spec.reads_tokens:
+            model = self.submodels.shapes()  # a device may not have the memory for the whole model
         else:
             model = self.submodels.skeleton()
         if counts:
             widths = {axis: Keep.first(count, size) for axis, count, size in counts}
-            model = cut_model(model, self.submodels.widths, widths)
+            model = allocate(cut_model(model, self.submodels.widths, widths))
         model = model.to(self.device)
         return model, state_tensors(model)
 

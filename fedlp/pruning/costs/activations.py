@@ -34,7 +34,7 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
     held: list[Tensor] = []  # so that no storage takes another's place
     reading: list[str | None] = []
     written: list[str | None] = [None]
-    with shapes_only(model, inputs[:1].expand(_BATCH, *inputs.shape[1:])) as (shapes, batch):
+    with shapes_only(model, inputs[:1].expand(_BATCH, *inputs.shape[1:]), "cpu") as (shapes, batch):
         own = {_storage(tensor) for tensor in named_tensors(shapes).values()}
 
         def pack(tensor: Tensor) -> Tensor:
