@@ -47,7 +47,7 @@ def overrides(data: Path, case: str) -> list[str]:
     folder = data / "models" / model
     batch = next((int(x.partition("=")[2]) for x in options if x.startswith("local.batch_size=")), 8)
     return [
-        *("experiment=pretrained", "model=hf", f"model.path={folder}", f"dataset.tokenizer={folder}"),
+        *("experiment=pretrained", f"model.path={folder}", f"dataset.tokenizer={folder}"),
         *(f"dataset.root={data}/text/wikitext2-test.txt", "partition=iid", "strategy.sparsity=0"),
         *(
             "num_clients=6",

@@ -94,8 +94,13 @@ def run_all(arguments: argparse.Namespace) -> int:
     tuned = arguments.out / f"{arguments.model}-correlation-1"
     for seed in arguments.seeds:
         common = [
-            *("experiment=pretrained", "model=hf", f"model.path={model}", f"dataset.tokenizer={model}"),
-            *("dataset=experiments.pretrained.domains:Domains", f"dataset.files=[{','.join(map(str, texts))}]"),
+            *("experiment=pretrained", f"model.path={model}", f"dataset.tokenizer={model}"),
+            *(
+                "partition=natural",
+                "dataset=experiments.pretrained.domains:Domains",
+                "dataset.max_train_examples=null",
+                f"dataset.files=[{','.join(map(str, texts))}]",
+            ),
             *(
                 f"dataset.correlation={arguments.correlation}",
                 f"dataset.homes=[{','.join(map(str, _homes(seed)))}]",

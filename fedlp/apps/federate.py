@@ -6,6 +6,7 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -18,10 +19,17 @@ from numpy.typing import NDArray
 
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
-from fedlp.apps.federated_prune import oneshot_settings, serve_oneshot
+from fedlp.apps.federated_prune import oneshot_settings, pooled_settings, serve_oneshot
+from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
-from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
+from fedlp.apps.submodel_pruning import (
+    CalibratedPruner,
+    check_adapters,
+    check_pooled_calibration,
+    first_examples,
+)
+from fedlp.apps.tier_table import describe_tiers
 from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
@@ -37,6 +45,7 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -60,6 +69,8 @@ from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
+
+log = logging.getLogger("fedlp")
 
 
 class Federation:
@@ -110,6 +121,7 @@ class Federation:
         self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
+        self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
 
     def initial_params(self) -> dict[str, Any]:
@@ -143,13 +155,33 @@ class Federation:
         return partition_examples(config.partition, self.data.train, config.num_clients, config.seed, kinds)
 
     @cached_property
+    def pooled(self) -> OneShotSettings | None:
+        """Settings of the calibration of sub-models on clients' sums; None where the server has examples."""
+        config, options = self.config, self.config.strategy.options
+        may_prune = self.submodels.spec.blueprint.is_pretrained
+        asked = options.get("submodels", "slices")
+        if not (asked == "pruned" or (asked is None and may_prune)):
+            return None
+        has_data = not config.dataset.on_devices or config.dataset.server is not None
+        asked = options.get("calibrate_on") or ("server" if has_data else "clients")
+        if asked == "server" and not has_data:
+            raise ConfigError("strategy.calibrate_on=server needs dataset.server: the training data are on the devices")
+        if asked == "server":
+            return None
+        check_pooled_calibration(config)
+        return pooled_settings(config, pooled_method(make_method(config.pruner), self.submodels))
+
+    @cached_property
     def pruner(self) -> CalibratedPruner:
-        """Pruning of sub-models on the server's copy of the data set, which is read when the first one is pruned."""
+        """Pruning of sub-models on examples of the server, read when the first one is pruned, or on clients' sums."""
         config, wanted = self.config, self.config.calibration
+        if self.pooled is not None:
+            return PooledSubModelPruner(self.submodels, self.pooled, config.allocator.make(), lambda: self._capable)
 
         def calibration() -> Calibration:
-            train = self.data.train
-            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device)
+            own = config.dataset.on_devices
+            train = self.server_data.test if own else self.data.train
+            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device, own)
 
         method = make_method(config.pruner)
         return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
@@ -172,6 +204,7 @@ class Federation:
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
                 )
+        self._capable = self._holders_of_all(budgets, cost)
         whole = cost(SubModel()) if config.fleet.only_whole else {}
         limits = [given_limits(budget) if config.fleet.only_whole else [] for budget in budgets]
         self._apart = {i for i, found in enumerate(limits) if any(whole[name] > limit for name, limit in found)}
@@ -191,8 +224,21 @@ class Federation:
             allocator=config.allocator.make(),
             batch_norm=config.aggregator.batch_norm,
             scores_units=bool(make_method(config.pruner).score.needs),
+            is_pretrained=submodels.spec.blueprint.is_pretrained,
         )
         return self._with_batch_norm(context)
+
+    @staticmethod
+    def _holders_of_all(budgets: Sequence[Budget | None], cost: Callable[[SubModel], dict[str, float]]) -> set[int]:
+        """Return the clients whose budgets hold the whole model; uploads do not count."""
+        whole = cost(SubModel()) if any(budget is not None for budget in budgets) else {}
+        return {
+            client_id
+            for client_id, budget in enumerate(budgets)
+            if all(
+                whole[name] <= limit for name, limit in given_limits(budget) if name in whole and name != "upload_bytes"
+            )
+        }
 
     def takes_part(self, client_id: int) -> bool:
         """Return whether a client may be sampled."""
@@ -280,7 +326,7 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
-            oneshot=oneshot_settings(config) if self.is_oneshot else None,
+            oneshot=oneshot_settings(config) if self.is_oneshot else self.pooled,
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
@@ -296,6 +342,17 @@ class Federation:
             num_clients=config.evaluation.clients,
             steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
             is_private=config.privacy.name != "none",
+        )
+
+    def describe_tiers(self, policy: Policy, state: ServerState, directory: RunDirectory) -> dict[str, Any]:
+        """Return what each tier of the fleet holds, has sent and reaches; see :mod:`fedlp.apps.tier_table`."""
+        config, lines = self.config, directory.read_lines()
+        return describe_tiers(
+            tier_names(config.fleet, config.num_clients, config.seed),
+            lambda client_id: policy.assign(state.server_round, client_id, state.memory, state.params).submodel,
+            lambda submodel: submodel_costs(submodel, self.submodels, self.costs, config.local),
+            lines,
+            lines[-1]["metrics"] if lines else {},
         )
 
     # ---- running
@@ -324,6 +381,8 @@ class Federation:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.is_oneshot:
             size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
+        elif self.pooled is not None:
+            size = max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
         app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
@@ -418,17 +477,23 @@ def _serve_rounds(
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
+        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
         observers=(keeper, *observers),
         state=state,
     )
     initial = messages.encode_params(plan.initial_params())
+    if note := getattr(plan.policy, "note", ""):
+        log.warning(note)
     try:
         if not is_over:
             strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
-    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
+    results = keeper.results()
+    if config.evaluation.tiers:
+        results["tiers"] = plan.describe_tiers(strategy.policy, strategy.state, directory)
+    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest
 

@@ -221,6 +221,20 @@ def oneshot_settings(config: RunConfig) -> OneShotSettings:
     )
 
 
+def pooled_settings(config: RunConfig, method: Method) -> OneShotSettings:
+    """Return the settings of pruning the sub-models of ``strategy=fedlp_plan`` on clients' sums."""
+    return OneShotSettings(
+        method=method,
+        seed=config.seed,
+        device=config.device,
+        clients_per_round=config.clients_per_round,
+        timeout_s=config.simulation.round_timeout_s,
+        examples=config.calibration.examples,
+        batch_size=config.calibration.batch_size,
+        shared=True,
+    )
+
+
 def prune_config(config: RunConfig) -> PruneConfig:
     """Return the config of the same pruning in one place."""
     return PruneConfig(

@@ -318,6 +318,12 @@ def make_client_app(
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
+    @app.query(pooling_messages.MODEL.removeprefix("query."))
+    def take_model(message: Message, context: Context) -> Message:
+        runtime, client_id = load_runtime(message, context), client_id_of(context)
+        folder = load_settings(message, context)[1] / str(client_id)
+        return Message(runtime.pooling.take_model(message.content, folder), reply_to=message)
+
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answer)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -43,6 +44,17 @@ Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 Observer = Callable[[RoundRecord, ServerState], object]
 """Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
 
+
+class ClientCalibration(Protocol):
+    """What asks clients for calibration sums between rounds, and counts their costs."""
+
+    def connect(self, grid: Grid, roster: Roster) -> None:
+        """Take the clients to ask."""
+
+    def spent(self) -> tuple[list[ClientCost], list[ClientFailure]]:
+        """Return costs and failures since the last call."""
+
+
 EVAL_BATCHES = 4  # batches per evaluation message
 
 
@@ -64,6 +76,7 @@ class EvaluatingStrategy(Strategy):
         tiers: Mapping[int, str] | None = None,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         takes_part: Callable[[int], bool] = lambda client_id: True,
+        calibration: ClientCalibration | None = None,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
@@ -76,6 +89,7 @@ class EvaluatingStrategy(Strategy):
         self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
         self._tiers = tiers or {}
         self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
+        self._calibration = calibration
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it

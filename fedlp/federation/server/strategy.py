@@ -68,6 +68,8 @@ class FedLPStrategy(EvaluatingStrategy):
         Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
     takes_part : callable, optional
         Returns whether a client may be sampled; all may where absent.
+    calibration : ClientCalibration, optional
+        What asks clients for calibration sums before rounds; its costs are those of the round.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
@@ -111,6 +113,8 @@ class FedLPStrategy(EvaluatingStrategy):
         self.summary()
         self._roster.join(grid, timeout)
         self._meet_or_dismiss()
+        if self._calibration is not None:
+            self._calibration.connect(grid, self._roster)
         self._prepare(self.state.server_round + 1)
         self._warn_of_starved_layers()
         result = Result()
@@ -213,6 +217,10 @@ class FedLPStrategy(EvaluatingStrategy):
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
         cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
+        if self._calibration is not None:
+            costs, failures = self._calibration.spent()
+            self._round.costs.extend(costs)
+            self._round.failures.extend(failures)
         dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}

@@ -121,7 +121,9 @@ class PolicyContext:
     sends_deltas : bool
         Whether updates are differences from the received values.
     pruner : ServerPruner or None
-        Pruning on the server, where it holds calibration examples.
+        Pruning on the server, on calibration examples of its own or moments that clients send.
+    is_pretrained : bool
+        Whether training starts from pretrained weights.
     """
 
     seed: int
@@ -136,6 +138,7 @@ class PolicyContext:
     scores_units: bool = True
     sends_deltas: bool = False
     pruner: ServerPruner | None = None
+    is_pretrained: bool = False
 
     @property
     def is_limited(self) -> bool:
