@@ -1,7 +1,7 @@
-"""What can go wrong, in the words a user reads.
+"""Errors with one-line messages for users.
 
-Every error a user can cause is a :class:`FedLPError`; the command line prints its message as one line and exits with
-code 2. A message says what was wrong, where, and what to do.
+Every user error is a :class:`FedLPError`; the command line prints its message as one line and exits with
+code 2. A message names the fault, its place and the remedy.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ class FedLPError(Exception):
 
 
 class ConfigError(FedLPError):
-    """A config value is missing, misspelt or out of range."""
+    """Missing, misspelt or out-of-range config value."""
 
 
 class DataError(FedLPError):
-    """A data set or a partition cannot be had as asked."""
+    """Data set or partition that cannot be provided as requested."""
 
 
 class ProtocolError(FedLPError):
-    """A message breaks the protocol: wrong shape, type, range, round or plan."""
+    """Violation of the protocol by a message: wrong shape, type, range, round or plan."""
 
 
 class CalibrationError(FedLPError):
-    """Calibration data are too few or not finite, so that a layer's statistics cannot be had."""
+    """Calibration data too few or not finite for a layer's statistics."""
 
 
 class AllocationError(FedLPError):
-    """A budget cannot be met, or a sparsity plan does not fit the model."""
+    """Budget that cannot be met, or sparsity plan that does not fit the model."""
 
 
 class CheckpointError(FedLPError):
-    """A checkpoint is missing, damaged or of another run."""
+    """Missing or damaged checkpoint, or one of another run."""
 
 
 class TrainingError(FedLPError):
-    """A run ended, but no round changed the model."""
+    """Run that ended without a round that changed the model."""
 
 
 class EvaluationError(FedLPError):
-    """The global model could not be evaluated, wherever it was tried; the run can go on from its last checkpoint."""
+    """Failed evaluation of the global model in every worker; the run can be resumed from its last checkpoint."""
 
 
 _NOISE = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error of another library says, in one line, without what only its authors can use."""
+    """Return the message of another library's error as one line, without details of its internals."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
@@ -56,9 +56,9 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: object, most: int = 200) -> str:
-    """Return the first line of a text from outside, cut to ``most`` characters; empty where all of it is blank.
+    """Return the first non-blank line of an external text, cut to ``most`` characters; empty if there is none.
 
-    Characters that a terminal may obey or cannot show, such as escapes and changes of direction, become "?".
+    Control and non-printable characters, such as escapes and changes of direction, become "?".
     """
     head = str(text).strip()[: most + 1]
     line = next(iter(head.splitlines()), "")

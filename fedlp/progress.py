@@ -1,4 +1,4 @@
-"""Live progress: one line that is rewritten in a terminal, plain lines elsewhere."""
+"""Live progress: one rewritten line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, TextIO
 
 
 class Progress:
-    """Shows every finished round: its number, test metrics, uplink so far and the time that is left.
+    """Progress of rounds: number, test metrics, uplink so far and remaining time.
 
     Parameters
     ----------
     num_rounds : int
         Rounds of the whole run.
     label : str
-        What the line starts with.
+        Start of the line.
     done : int
-        Rounds finished before, when a run is resumed.
+        Rounds finished before a resumed run.
     """
 
     def __init__(self, num_rounds: int, label: str, done: int = 0, stream: TextIO | None = None) -> None:
@@ -72,7 +72,7 @@ ERASE_REST = "\x1b[K"  # of a terminal's line
 
 
 def width_of(stream: TextIO) -> int:
-    """Return the columns of a terminal; 80 where it does not tell."""
+    """Return the columns of a terminal; 80 if unknown."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -104,14 +104,14 @@ def _duration(seconds: float) -> str:
 
 
 class Counter:
-    """Shows how many of many things are done: in a terminal on one line, elsewhere every ten seconds.
+    """Progress of a count: one line in a terminal, elsewhere a line every ten seconds.
 
     Parameters
     ----------
     label : str
         Heads the line.
     total : int
-        Number of things.
+        Number of items.
 
     Use as a context manager.
     """
@@ -131,7 +131,7 @@ class Counter:
             self._stream.write("\n")
 
     def advance(self, count: int = 1) -> None:
-        """Count things that are done."""
+        """Count finished items."""
         self._done += count
         now = time.monotonic()
         if now - self._shown < self._every:

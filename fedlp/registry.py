@@ -1,6 +1,6 @@
-"""Registry of parts: models, allocators, scores, encodings and all else that a name in a config can stand for.
+"""Registry of parts: models, allocators, scores, encodings and every other named object of a config.
 
-A part is a class or function. Built-in parts, a user's own and those of installed packages come in by the same door::
+A part is a class or function. Built-in parts, a user's own and those of installed packages register alike::
 
     @register("allocator", "mine")
     @dataclass(frozen=True)
@@ -58,7 +58,7 @@ GIVEN: Mapping[str, frozenset[str]] = {
     "schedule": frozenset({"server_round", "num_rounds", "progress"}),
     "callback": frozenset({"record", "state", "task"}),
 }
-"""Parameters of each kind that fedlp supplies; all other parameters of a part are its options."""
+"""Parameters of each kind supplied by fedlp; all other parameters of a part are its options."""
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "strategy": ("policy",),
@@ -66,7 +66,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "aggregator": ("begin",),
     "server_optimizer": ("step",),
 }
-"""Methods that a class must have to be a part of some kinds."""
+"""Required methods of a class, by kind."""
 
 ALIASES: Mapping[tuple[str, str], str] = {("task", "language"): "causal_lm"}
 """Names of earlier versions, by kind, and the names of today."""
@@ -82,9 +82,9 @@ class Option:
     Attributes
     ----------
     annotation : object
-        Its type as written; ``Any`` where none is.
+        Type as written; ``Any`` if there is none.
     default : object
-        ``inspect.Parameter.empty`` where the option is required.
+        ``inspect.Parameter.empty`` if the option is required.
     """
 
     name: str
@@ -113,12 +113,12 @@ def register(kind: str, name: str) -> Callable[[_T], _T]:
 
 
 def lookup(kind: str, name: str) -> Callable[..., Any]:
-    """Return the part of a kind that a name or ``module:object`` stands for.
+    """Return the part of a kind by name or ``module:object``.
 
     Raises
     ------
     ConfigError
-        If there is no such part; names the close ones. If its module cannot be imported; says why.
+        If there is no such part; names close ones. If its module cannot be imported; quotes the reason.
     """
     _check_kind(kind)
     name = ALIASES.get((kind, name), name)
@@ -138,7 +138,7 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
 
 
 def name_of(kind: str, target: Callable[..., Any]) -> str:
-    """Return the name of a class or function as a part; one without a name is registered under its own."""
+    """Return the part name of a class or function; an unregistered one is registered under its own name."""
     _check_kind(kind)
     for (of, name), known in _PARTS.items():
         if of == kind and known is target:
@@ -151,7 +151,7 @@ def name_of(kind: str, target: Callable[..., Any]) -> str:
 
 
 def check_methods(kind: str, name: str, target: Callable[..., Any]) -> None:
-    """Raise ConfigError for a class without a method that parts of the kind have."""
+    """Raise ConfigError for a class without a required method of the kind."""
     missing = [method for method in METHODS.get(kind, ()) if not hasattr(target, method)]
     if isinstance(target, type) and missing:
         raise ConfigError(f"{kind} {name} has no method {missing[0]}, so it is no part of this kind")
@@ -211,7 +211,7 @@ def _check_kind(kind: str) -> None:
 
 @cache
 def _built_in(kind: str) -> dict[str, str]:
-    """Return the module of each built-in part of a kind, found by the text of its decorator."""
+    """Return the module of each built-in part of a kind, found by its decorator's source text."""
     spec = importlib.util.find_spec(HOMES[kind])
     found: dict[str, str] = {}
     decorator = re.compile(rf'^@register\("{kind}", "(\w+)"\)', re.MULTILINE)
@@ -224,7 +224,7 @@ def _built_in(kind: str) -> dict[str, str]:
 
 
 def _import_object(kind: str, name: str) -> Callable[..., Any]:
-    """Return the object of ``module:object``; modules of the working folder are found too."""
+    """Return the object of ``module:object``; modules in the working folder are included."""
     module, _, path = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

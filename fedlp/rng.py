@@ -1,4 +1,4 @@
-"""Named random streams: the same name gives the same numbers, whatever ran before.
+"""Named random streams: equal names give equal numbers, independent of earlier draws.
 
 Every random number of a run comes from ``generator(seed, stream, *key)``. A stream is keyed by values that have a
 meaning (round, client), never by how many numbers were drawn earlier, so a run can resume anywhere and clients can
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a stream of random numbers is for. Values are part of the reproducibility contract: never renumber."""
+    """Purpose of a random stream. Values are part of the reproducibility contract: never renumber."""
 
     MODEL = 1
     PARTITION = 2
@@ -49,7 +49,7 @@ def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
     seed : int
         The run's seed, >= 0.
     stream : Stream
-        What the numbers are for.
+        Purpose of the numbers.
     *key : int
         Further non-negative coordinates, such as the round and the client id.
     """

@@ -1,4 +1,4 @@
-"""The vocabulary: small frozen values that the floors hand to each other.
+"""Shared vocabulary: small frozen values passed between packages.
 
 Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted. A long file, because
 a vocabulary is looked up in one place.
@@ -38,7 +38,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class PrunableLayer:
-    """What units are removed from: one width axis, and the layers that read it.
+    """Prunable layer: one width axis, and the layers that read it.
 
     Attributes
     ----------
@@ -49,14 +49,14 @@ class PrunableLayer:
     unit_size : int
         Columns per unit in the weights of the first reader.
     num_params : int
-        Parameters that go if all units go and everything else stays.
+        Parameters removed with all units of this axis alone.
     coupled : tuple of str
         Tensors that lose entries with a unit.
     readers : tuple of str
         Paths of the layer's *readers*, the linear layers or convolutions whose inputs are the units, in the order of
         the model. They compensate for removed units.
     depth : float
-        Where in the network it lies, in [0, 1]; the layers of one transformer block lie at the same depth.
+        Relative position in the network, in [0, 1]; layers of one transformer block share a depth.
     """
 
     name: str
@@ -70,7 +70,7 @@ class PrunableLayer:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Which indices of one axis stay: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
+    """Kept indices of one axis: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
 
     size: int
     runs: tuple[tuple[int, int], ...]
@@ -113,12 +113,12 @@ class Keep:
 
     @property
     def count(self) -> int:
-        """How many indices stay."""
+        """Number of kept indices."""
         return sum(stop - start for start, stop in self.runs)
 
     @property
     def is_full(self) -> bool:
-        """Whether everything stays."""
+        """Whether all indices are kept."""
         return self.runs == ((0, self.size),)
 
     def indices(self) -> NDArray[np.int64]:
@@ -127,7 +127,7 @@ class Keep:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def within(self, outer: Keep) -> Keep:
-        """Return the same choice as positions among those of ``outer``, which must hold all of it."""
+        """Return the same indices as positions within ``outer``, a superset."""
         if outer.is_full:
             return self
         if self.is_full or not np.isin(self.indices(), outer.indices()).all():
@@ -135,11 +135,11 @@ class Keep:
         return Keep.from_indices(np.searchsorted(outer.indices(), self.indices()), outer.count)
 
     def repeat(self, unit: int) -> Keep:
-        """Return the same choice on an axis in which each index stands for ``unit`` consecutive entries."""
+        """Return the kept entries of an axis with ``unit`` consecutive entries per index."""
         return Keep(self.size * unit, tuple((start * unit, stop * unit) for start, stop in self.runs))
 
     def tile(self, copies: int) -> Keep:
-        """Return the same choice on each of ``copies`` axes that lie behind each other as one."""
+        """Return the same indices on each of ``copies`` concatenated axes."""
         runs: list[tuple[int, int]] = []
         for offset in range(0, copies * self.size, self.size):
             for start, stop in self.runs:
@@ -149,7 +149,7 @@ class Keep:
         return Keep(self.size * copies, tuple(runs))
 
     def before(self, other: Keep) -> Keep:
-        """Return this choice and, on an axis that lies behind this one, another, as one choice on both."""
+        """Return the kept indices of this axis concatenated with another."""
         shifted = [(start + self.size, stop + self.size) for start, stop in other.runs]
         runs = list(self.runs)
         if runs and shifted and runs[-1][1] == shifted[0][0]:
@@ -159,14 +159,14 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class SubModel:
-    """Which part of the global model a client gets, trains and returns.
+    """Sub-model: part of the global model that a client receives, trains and returns.
 
     Attributes
     ----------
     depth : int or None
         FedLP-Hetero: the prefix of this depth with a personal head; None for the whole depth.
     widths : mapping from axis name to Keep
-        Width slices: what stays of each named axis; an axis that is absent stays whole.
+        Width slices: kept indices of each named axis; an absent axis stays whole.
     nested_levels : tuple of float
         FjORD's ordered dropout: widths, relative to the global model, that local steps draw from; empty for none.
     """
@@ -178,7 +178,7 @@ class SubModel:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a client's sub-model may cost; None where there is no limit.
+    """Budget of a client's sub-model; None for no limit.
 
     Attributes
     ----------
@@ -187,7 +187,7 @@ class Budget:
     macs : float or None
         Multiply-accumulates of a forward pass on one example.
     memory_bytes : float or None
-        Peak of a training step: weights, gradients, optimiser state and a batch of activations.
+        Peak of a training step: weights, gradients, optimizer state and a batch of activations.
     upload_bytes : float or None
         Of one round.
     latency_s : float or None
@@ -203,17 +203,20 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
-    """What a client says of itself, once, before the first round.
+    """Profile that a client reports once, before the first round.
 
     Attributes
     ----------
     budget : Budget or None
-        What its device brought of its own; None leaves it to the config's fleet.
+        Budget from the device's own file; None for that of the config's fleet.
+    num_test : int or None
+        Number of examples held out for evaluation; None if unknown.
     """
 
     client_id: int
     num_examples: int
     budget: Budget | None = None
+    num_test: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +228,9 @@ class Assignment:
     uploads : frozenset of str
         Names of the tensors that the client sends back.
     kept : mapping from axis name to int
-        Units of each axis that the client chooses itself and sends; all it has of an axis that is absent.
+        Number of units of each axis that the client selects and sends; all units of an absent axis.
     returned : mapping from axis name to Keep
-        Units that the server has chosen for the client to send; of the global axis.
+        Units of the global axis that the server has selected for the client to send.
     evidence : frozenset of str
         Measurements that the client also sends: "unit_scores" (saliency of the units that it holds), "input_norms"
         (mean squares of the inputs of the modules that read them).
@@ -251,7 +254,7 @@ class TrainInstruction(Assignment):
     params : mapping from tensor name to Tensor
         Shared tensors of the client's sub-model, already sliced.
     held : bytes
-        Digest of the frozen tensors that did not travel, since the client holds them already; empty where all did.
+        Digest of the frozen tensors that the client already holds and that were not sent; empty if all were sent.
     """
 
     params: Mapping[str, Tensor] = field(default_factory=dict)
@@ -281,11 +284,11 @@ class ClientReport:
     Attributes
     ----------
     widths : mapping from axis name to Keep
-        Units of the global model that it returns; those of its sub-model where it was not asked to choose.
+        Returned units of the global model; those of its sub-model unless it selects units.
     scores : mapping from axis name to (units,)
-        Saliency of every unit that it holds, >= 0; empty where it was not asked.
+        Saliency of every held unit, >= 0; empty unless requested.
     input_norms : mapping from module path to InputNorms
-        Of the columns that it holds; empty where it was not asked.
+        Sums of squares of the held columns; empty unless requested.
     """
 
     server_round: int
@@ -299,7 +302,7 @@ class ClientReport:
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate(ClientReport):
-    """Answer of one client: its report, and exactly the tensors asked for, sliced to the units that it sends."""
+    """Answer of one client: its report and the requested tensors, sliced to the units that it sends."""
 
     params: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -310,7 +313,7 @@ class ClientUpdate(ClientReport):
 
 @dataclass(frozen=True, slots=True)
 class ClientFailure:
-    """Why a sampled client's answer was not used."""
+    """Reason that a sampled client's answer was not used."""
 
     client_id: int
     reason: str
@@ -324,7 +327,7 @@ class ClientCost:
     Attributes
     ----------
     train_loss : float or None
-        Mean training loss that the client sent; None where it sent none.
+        Mean training loss reported by the client; None if not reported.
     """
 
     client_id: int
@@ -363,7 +366,7 @@ class ClientEvaluation:
     Attributes
     ----------
     tier : str
-        Tier or device class of the fleet; share of the parameters that the sub-model has where there is no fleet.
+        Tier or device class of the fleet; without a fleet, the sub-model's share of the parameters.
     num_examples : int
         Test examples, >= 1.
     metrics : mapping from name to float
@@ -391,7 +394,8 @@ class RoundRecord:
     evaluations : tuple of ClientEvaluation
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
-        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; left out where empty.
+        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
+        for want of examples held out: "no_test_examples". Left out where empty.
     """
 
     server_round: int

@@ -28,9 +28,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedlp.apps import federate as assembly
 from fedlp.apps import prune as oneshot
-from fedlp.apps.federated_prune import prune_config
+from fedlp.apps import runs as assembly
 from fedlp.config import RunConfig, compose, to_yaml
 from fedlp.data.datasets import FederatedData
 from fedlp.models import state_tensors
@@ -59,12 +58,13 @@ SPLITS = {  # text -> the part of it that is taken, as fractions, and how many c
         "four texts": {"wikitext2-test": (0.0, 0.1, 2), **FOUR},
     },
 }
-OPTIONS = (("pruner=slimgpt",), ("pruner=obs", "pruner.fisher=false"), ("pruner=obs",))
+OBS = ("pruner=obs", "pruner.damping=1e-6")  # the default when the committed results were made
+OPTIONS = (("pruner=slimgpt",), (*OBS, "pruner.fisher=false"), OBS)
 METHODS = dict(zip(METHOD_NAMES, OPTIONS, strict=True))
 OVERRIDES = {
     "pooled, float32": (),
-    "pooled, float64": ("strategy.sums=float64",),
-    "votes": ("strategy.unit_selection=client",),
+    "pooled, float64": ("sums=float64",),
+    "votes": ("unit_selection=client",),
 }
 
 
@@ -97,7 +97,7 @@ class Case:
         """Return the command line of the pooled run."""
         model = self.data / "models" / self.model
         return (
-            *("strategy=oneshot", f"strategy.sparsity={ratio}", f"seed={self.seed}", "simulation.workers=1"),
+            *("federated=true", f"sparsity={ratio}", f"seed={self.seed}", "simulation.workers=1"),
             *(f"num_clients={CLIENTS}", f"clients_per_round={CLIENTS}", "partition=natural"),
             *("model=hf", f"model.path={model}", "dataset=text", f"dataset.root={self.texts}"),
             *("dataset.documents=file", f"dataset.tokenizer={model}", "dataset.test_fraction=0.33"),
@@ -169,7 +169,7 @@ class Runner:
             subject = oneshot.Subject(
                 runtime.submodels.spec, model, runtime.info, self._data(config), spec, tuple(pruner.layers)
             )
-            plain = prune_config(config)
+            plain = config.central()
             kept = oneshot.allocate(plain, subject, data, pruner)
             pruned = pruner.prune(kept).model
             seconds = time.monotonic() - started

@@ -111,7 +111,7 @@ ABLATIONS = {
     "trains-everything": [*EVERYTHING],
     "masks-random": [*LOSSES, "strategy.unit_selection=random"],
     "masks-client": [*CLIENTS],
-    "masks-client-compensated": [*CLIENTS, "strategy.compensate=true"],
+    "masks-client-compensated": [*CLIENTS, "strategy.compensate=true", "pruner.damping=0.01"],  # the default then
     "masks-client-seldom": [*CLIENTS, "strategy.refresh_every=10"],
     "masks-client-update": [*CLIENTS, "strategy.criterion=update"],
     "masks-client-error-feedback": [*CLIENTS, "upload.error_feedback=true"],

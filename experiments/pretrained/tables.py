@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from experiments.pretrained.figure import draw_tiers
 from experiments.tables import runs_by_method
 from fedlp.report import Run
 
@@ -23,6 +24,8 @@ def regenerate(results: Path, out: Path) -> None:
     for file in sorted(results.glob("*.runs.jsonl.xz")):
         group = file.name.removesuffix(".runs.jsonl.xz")
         lines += ["", f"## {group}", "", *_table(runs_by_method(results, group))]
+        out.mkdir(parents=True, exist_ok=True)
+        draw_tiers(runs_by_method(results, group), out / f"{group}-tiers.png")
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedlp.report.figures import COLOURS, DASHES, MARKERS
+
 METRICS = {
     "accuracy": "accuracy, %",
     "loss": "loss, nats per token, mean over unseen texts",
@@ -102,14 +104,13 @@ def _plot(path: Path, model: str, cells: Cells, is_classifier: bool) -> None:
         "magnitude",
         "random",
     )
-    for method in shown:
+    for index, method in enumerate(shown):
         points = sorted((ratio, values) for (name, ratio), values in cells.items() if name == method)
         if points:
             ratios = [ratio for ratio, _ in points]
             means = [statistics.mean(values) for _, values in points]
-            (line,) = axes.plot(
-                ratios, means, marker="o", label=method, linewidth=2.5 if method in ("ours", "dp") else 1.2
-            )
+            (line,) = axes.plot(ratios, means, label=method, linewidth=2.5 if method in ("ours", "dp") else 1.2)
+            line.set(color=COLOURS[index % 7], linestyle=DASHES[index % 4], marker=MARKERS[index % 9], markersize=5)
             low, high = [min(values) for _, values in points], [max(values) for _, values in points]
             axes.fill_between(ratios, low, high, color=line.get_color(), alpha=0.2)
     axes.axhline(dense, color="#888888", linestyle=":", label="dense")

@@ -1,1 +1,1 @@
-"""How sparsity is spread over layers: scores, rules, and budgets that are met exactly."""
+"""Allocation of sparsity to layers: statistics, rules, exact budgets."""

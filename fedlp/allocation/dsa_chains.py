@@ -7,8 +7,8 @@ score f. With z the scores brought to [0, 1] over the layers (min-max), the spar
 
 so that a higher score means more sparse. The meaning of each operation is that of the authors' code
 (github.com/lliai/DSA, ``lib/autolayer.py``), not of the paper's table: LOG and ABSLOG take elements that have no
-logarithm as 1, variances are unbiased, ENTROPY leaves out negative elements, what is still a vector at the end is
-averaged. LAMBDA is read by nobody there, nor here. The code writes into its argument; here it stays as it was.
+logarithm as 1, variances are unbiased, ENTROPY leaves out negative elements, a final vector is
+averaged. LAMBDA is unused there, and here. The code modifies its argument; this one does not.
 
 Deviations
 ----------
@@ -49,7 +49,7 @@ _FORM = re.compile(r"W:\(([^()]*)\)-\(([^()]*)\)-\(([^()]*)\)(?:-\(([^()]*)\))?"
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One chain; ``lamda`` is what its text has as LAMBDA, without a meaning."""
+    """One chain; ``lamda`` is the unused LAMBDA of its text."""
 
     stick: tuple[str, ...]
     deform: str
@@ -62,7 +62,7 @@ class Chain:
 
 
 def parse_chain(text: str) -> Chain:
-    """Return the chain that a text of the authors' form means.
+    """Return the chain of a text in the authors' form.
 
     Raises
     ------
@@ -96,14 +96,14 @@ def chain_scores(chain: Chain, elements: Mapping[str, Array], literal: bool = Fa
     Parameters
     ----------
     elements : mapping from layer name to array
-        Of any shape; the published chains are meant for Wanda's, ``metrics.wanda_elements``.
+        Elements of any shape; the published chains read Wanda's, ``metrics.wanda_elements``.
     literal : bool
         Without this module's deviations from the authors' code.
 
     Raises
     ------
     AllocationError
-        If an operation cannot take what it gets, or a score is not finite; names operation and layer.
+        If an operation cannot take its input, or a score is not finite; names operation and layer.
     """
     if chain.deform in MATRIX_ONLY:
         raise AllocationError(
@@ -178,13 +178,13 @@ def random_chain(rng: np.random.Generator) -> Chain:
 
 
 def mutate_chain(chain: Chain, rng: np.random.Generator) -> Chain:
-    """Return a chain of which one of the three stages is drawn anew."""
+    """Return a chain with one of the three stages redrawn."""
     stage = rng.integers(3)
     return _spliced([random_chain(rng) if place == stage else chain for place in range(3)])
 
 
 def cross_chains(one: Chain, other: Chain, rng: np.random.Generator) -> Chain:
-    """Return a chain each stage of which is that of either parent."""
+    """Return a chain with each stage from either parent."""
     return _spliced([one if draw else other for draw in rng.integers(2, size=3)])
 
 

@@ -1,6 +1,6 @@
-"""The operations of DSA's chains, from vectors to vectors, each as the authors' code means it.
+"""Operations of DSA's chains, from vectors to vectors, with the meaning of the authors' code.
 
-Vectors keep their dtype. What has no value in the reals becomes NaN or infinite, as there.
+Vectors keep their dtype. Values outside the reals become NaN or infinite, as in that code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Step = Callable[[Array], Array]
 
 
 class DomainError(ValueError):
-    """What an operation gets is nothing that it can take."""
+    """Input outside an operation's domain."""
 
 
 def _normalize(x: Array) -> Array:
@@ -33,7 +33,7 @@ def _std(x: Array) -> Array:
 
 
 def _entropy(x: Array) -> Array:
-    """Return the entropy, in nats, of what is not negative; probabilities next to 0 and 1 are kept off them."""
+    """Return the entropy, in nats, of the non-negative elements; probabilities are clipped away from 0 and 1."""
     valid = x[x >= 0]
     if not valid.size:
         return np.full(1, np.nan, dtype=x.dtype)

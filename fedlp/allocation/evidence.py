@@ -1,4 +1,4 @@
-"""Evidence: the measurements of a model that an allocation rule may look at, each made when a rule first asks for it.
+"""Evidence: measurements of a model for allocation rules, each made on first use.
 
 ========== ======================================================================================= ==================
 need       per layer                                                                               where it is known
@@ -32,7 +32,7 @@ NEEDS = ("weights", "input_norms", "unit_scores", "error_curves", "model")
 
 
 class AllocationRule(Protocol):
-    """Protocol of the kind ``allocator``; a function of these parameters is one too."""
+    """Protocol of the kind ``allocator``; functions of these parameters qualify."""
 
     def __call__(
         self, layers: Sequence[PrunableLayer], evidence: Evidence, cost: Cost, limit: float
@@ -41,7 +41,7 @@ class AllocationRule(Protocol):
 
 
 def needs_of(rule: object) -> frozenset[str]:
-    """Return the evidence that a rule reads; AllocationError for a need that does not exist."""
+    """Return the evidence that a rule reads; AllocationError for an unknown need."""
     found = frozenset(getattr(getattr(rule, "func", rule), "needs", ()))
     if unknown := sorted(found - set(NEEDS)):
         raise AllocationError(f"allocator {rule!r} needs {unknown[0]}, which is none of {', '.join(NEEDS)}")
@@ -55,7 +55,7 @@ class Evidence:
     ----------
     layers : sequence of PrunableLayer
     sparsity : float
-        Mean sparsity that the limit comes to, in [0, 1].
+        Mean sparsity that corresponds to the limit, in [0, 1].
     **suppliers : callable
         One function without arguments per need of ``NEEDS`` that can be met.
     """
@@ -94,7 +94,7 @@ class Evidence:
 
     @cached_property
     def statistics(self) -> Sequence[LayerStatistics]:
-        """All that searched functions look at: reductions of elements, sensitivities, error curves at one half."""
+        """Statistics for searched functions: reductions of elements, sensitivities, error curves at one half."""
         return self._get("model")  # type: ignore[no-any-return]
 
     @cached_property

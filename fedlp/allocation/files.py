@@ -11,7 +11,7 @@ from fedlp.errors import AllocationError, one_line
 
 
 def read_mapping(path: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file; AllocationError where it cannot be read."""
+    """Return the mapping in a YAML or JSON file; AllocationError if it cannot be read."""
     try:
         stored = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

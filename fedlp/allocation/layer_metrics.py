@@ -1,4 +1,4 @@
-r"""From the elements of a layer to a table of numbers: what every allocation rule chooses from.
+r"""Statistics of a layer's elements, one table for all allocation rules.
 
 A layer's elements come as three *leaves*, each an array of numbers >= 0:
 
@@ -52,20 +52,20 @@ KEYS: tuple[Key, ...] = tuple(
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What an allocation rule knows of one prunable layer.
+    """Statistics of one prunable layer for allocation rules.
 
     Attributes
     ----------
     table : mapping from (leaf, pre, reduce) to float
         One number per reduction in ``KEYS``, finite; only of the leaves that were given.
     depth : float
-        Where in the network it lies, in [0, 1].
+        Relative position in the network, in [0, 1].
     share : float
         Of the parameters of all prunable layers, in (0, 1].
     sensitivity : float
-        KL divergence from the dense model, in nats per label, with this layer alone pruned; nan where not measured.
+        KL divergence from the dense model, in nats per label, with this layer alone pruned; nan if not measured.
     curve : float
-        Its sparsity by error tables (``allocator=dp``) when half of all goes; nan where there are none.
+        Its sparsity by error curves (``allocator=dp``) at a mean sparsity of one half; nan without curves.
     """
 
     name: str
@@ -87,14 +87,14 @@ def compute_statistics(
     Parameters
     ----------
     elements : mapping from layer name to leaf to array
-        Of any shape; of a layer with several readers, those of all of them.
+        Elements of any shape; of a layer with several readers, of all of them.
     sensitivity, curve : mapping from layer name to float, optional
         As in :class:`LayerStatistics`, where measured.
 
     Raises
     ------
     AllocationError
-        If a layer has no elements, or some that are negative or not finite; names layer and leaf.
+        If a layer has no elements, or negative or non-finite ones; names layer and leaf.
     """
     whole = sum(layer.num_params for layer in layers)
     found = []
@@ -142,7 +142,7 @@ def _apply(values: Vector, pre: Pre) -> Vector:
 
 
 def _quantiles(values: Vector) -> Vector:
-    """Return the elements that the median and 99 % fall on: every ``pre`` rises, so they stay the same ones."""
+    """Return the elements at the median and the 99 % quantile; every ``pre`` is increasing, so they stay the same."""
     return np.quantile(values, [0.5, 0.99], method="higher")
 
 

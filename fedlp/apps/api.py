@@ -21,6 +21,7 @@ from fedlp import registry
 from fedlp.apps.federate import Federation
 from fedlp.apps.pruning_api import prune
 from fedlp.apps.result import Result
+from fedlp.apps.runs import federation_of
 from fedlp.config import DatasetConfig, RunConfig, compose, to_plain
 from fedlp.config.reading import part_groups
 from fedlp.data.conversion import as_examples, describe_examples
@@ -54,32 +55,36 @@ def simulate(
     progress: bool | None = None,
     **options: Any,
 ) -> Result:
-    """Train a model of one's own on one's own data, divided among simulated clients, in worker processes.
+    """Train a user's model on a user's data, partitioned among simulated clients, in worker processes.
 
     Parameters
     ----------
     model : nn.Module, callable or str
-        A module, whose values training starts from; a class or function that makes one (parameters named
+        A module with the initial values; a class or function that makes one (parameters named
         ``num_classes``, ``input_shape``, ``in_channels`` or ``in_features`` are supplied); or the name of a model.
     train : data or list of data
         A torch Dataset of (input, target) pairs, a Hugging Face dataset or arrays ``(x, y)``; a list of these gives
         each client its own.
     test : data, optional
-        Examples of the server; a tenth of ``train``, drawn by the seed, where absent.
+        Test examples of the server; a tenth of ``train``, drawn by the seed, if absent.
     clients : int, optional
-        Number of clients, 100 where absent; of a list its length.
-    strategy, fleet, partition : str, mapping or part
+        Number of clients, 100 if absent; the length of a list.
+    strategy : str, mapping or part
         A name, a mapping of ``name`` and options, or an object such as ``FedLPPlan(sparsity=0.3)``.
+    fleet : str, mapping or part, optional
+        The same, of the clients' budgets; no limits if absent.
+    partition : str, mapping or part
+        The same, of the division of the data among clients.
     rounds : int
         Rounds, >= 1.
     clients_per_round : int, optional
-        Clients that are sampled in a round; a tenth of all, at least 2, where absent.
+        Clients sampled per round; a tenth of all, at least 2, if absent.
     task : str, optional
-        Task of the data; found from the targets where absent.
+        Task of the data; found from the targets if absent.
     out : path, optional
-        Run directory; a new one under ``runs`` where absent.
+        Run directory; a new one under ``runs`` if absent.
     progress : bool, optional
-        Whether finished rounds are shown; in notebooks only where absent.
+        Whether finished rounds are shown; in notebooks only if absent.
     **options
         Further groups and options of the config: ``local={"lr": 0.1}``, ``upload="int8"``, ``eval_every=5``.
 
@@ -91,7 +96,7 @@ def simulate(
     Raises
     ------
     FedLPError
-        For options that do not exist or fit, and data that cannot be read.
+        For unknown or invalid options, and unreadable data.
 
     Examples
     --------
@@ -135,9 +140,9 @@ def run(
     config : RunConfig or sequence of str
         A config, or overrides as on the command line.
     out : path, optional
-        Run directory; a new one under ``runs`` where absent.
+        Run directory; a new one under ``runs`` if absent.
     progress : bool, optional
-        Whether finished rounds are shown; in notebooks only where absent.
+        Whether finished rounds are shown; in notebooks only if absent.
 
     Examples
     --------
@@ -149,7 +154,7 @@ def run(
     composed = config if isinstance(config, RunConfig) else compose(list(config))
     if composed.simulation.engine != "local":
         raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
-    return _run(Federation(composed), out, progress)
+    return _run(federation_of(composed), out, progress)
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:
@@ -164,7 +169,7 @@ def _run(federation: Federation, out: str | Path | None, progress: bool | None) 
 
 
 def _blueprint(module: nn.Module) -> Blueprint:
-    """Return the blueprint of a module whose values training starts from."""
+    """Return the blueprint of a module with initial values."""
     depths = getattr(module, "num_depths", 1)
     name = type(module).__name__
     return ModuleBlueprint(name, lambda: copy.deepcopy(module), depths if isinstance(depths, int) else 1)
@@ -174,7 +179,7 @@ def _blueprint(module: nn.Module) -> Blueprint:
 def _read_data(
     train: Any, test: Any, task: str | None, seed: int
 ) -> tuple[FederatedData, list[NDArray[np.int64]] | None]:
-    """Return the data, and each client's indices where the clients' data came apart."""
+    """Return the data, and each client's indices if data are given by client."""
     shards = [as_examples(part, what=f"train[{i}]") for i, part in enumerate(train)] if _is_list(train) else None
     whole = as_examples(train) if shards is None else _concatenate(shards)
     parts = None if shards is None else _split([len(shard) for shard in shards])
@@ -213,7 +218,7 @@ def _split(sizes: Sequence[int]) -> list[NDArray[np.int64]]:
 
 # ---- options
 def _overrides(chosen: Mapping[str, Any]) -> Iterable[str]:
-    """Yield overrides for groups and options that are given as Python values."""
+    """Yield overrides for groups and options given as Python values."""
     groups = part_groups(RunConfig)
     nested = {f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)}
     for group, value in chosen.items():
@@ -235,7 +240,7 @@ def _group_overrides(group: str, kind: str | None, value: Any) -> Iterable[str]:
 
 
 def _callback(value: Any) -> Any:
-    """Return a callback as the config names it: a name, or a mapping of name and options."""
+    """Return a callback in the form of the config: a name, or a mapping of name and options."""
     if isinstance(value, str | Mapping):
         return value
     if is_dataclass(value) and not isinstance(value, type):

@@ -11,28 +11,22 @@ log = logging.getLogger("fedlp")
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Raise ConfigError, with the remedy, where clients are to evaluate but could not."""
+    """Raise ConfigError, with the remedy, if evaluation on clients is impossible."""
     name = config.evaluation.name
     if name != "central" and not config.dataset.client_test_fraction:
         raise ConfigError(
             f"evaluation={name} needs examples that clients hold out: set dataset.client_test_fraction, such as 0.2"
         )
-    if name != "central" and config.strategy.name == "oneshot":
-        raise ConfigError("strategy=oneshot evaluates on the server's test set alone: choose evaluation=central")
-    fleet = config.fleet
-    if config.strategy.name == "oneshot" and (fleet.availability is not None or fleet.dropout or fleet.extra_clients):
-        raise ConfigError("strategy=oneshot asks one cohort: drop fleet.availability, fleet.dropout and extra_clients")
     if config.dataset.on_devices and config.dataset.server is None:
         _check_without_test_set(config)
 
 
 def _check_without_test_set(config: RunConfig) -> None:
-    """Raise ConfigError where the server needs a test set, which it has not."""
+    """Raise ConfigError if the server needs a test set that it lacks."""
     evaluation = config.evaluation
     wants = {
         "evaluation=both": evaluation.name == "both",
         "evaluation.tiers=true": evaluation.tiers,
-        "strategy=oneshot": config.strategy.name == "oneshot",
     }
     if asking := next((option for option, is_set in wants.items() if is_set), None):
         raise ConfigError(f"{asking} needs a test set of the server: set dataset.server=PATH")
@@ -41,7 +35,7 @@ def _check_without_test_set(config: RunConfig) -> None:
 
 
 def refuse_simulation(config: RunConfig) -> None:
-    """Raise ConfigError for simulated clients that are to bring their own data."""
+    """Raise ConfigError for simulated clients with devices' own data."""
     if config.dataset.on_devices:
         raise ConfigError(
             "dataset.on_devices=true is for SuperNodes, each with data of its own (docs/deployment.md); a simulation "

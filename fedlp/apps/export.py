@@ -50,7 +50,7 @@ _BATCH = 64  # examples that batch norms are measured on at a time
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run has left."""
+    """Files of a finished run."""
 
     path: Path
     plan: Federation
@@ -60,7 +60,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Artefact:
-    """A sub-model, its client's own head, and who has both."""
+    """Sub-model, personal head, and the clients that share both."""
 
     submodel: SubModel
     head: Mapping[str, Tensor]
@@ -68,7 +68,7 @@ class _Artefact:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"client-{self.clients[0]}"
 
 
@@ -77,13 +77,13 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the sub-models of a run's clients to ``out``; return the index, which is ``out/artefacts.json`` too.
 
-    Clients that share a sub-model share a folder, ``client-I`` of the first: what ``fedlp-prune`` writes, and
+    Clients that share a sub-model share a folder, ``client-I`` of the first: the files of ``fedlp-prune``, and
     ``model.onnx``. Nothing is left behind where anything fails.
 
     Parameters
     ----------
     clients : sequence of int or None
-        Whose; None for all, of whom those without one (a head that is not here, a budget out of reach) are named and
+        Client ids; None for all, of which those without a sub-model (head elsewhere, budget out of reach) are named and
         left out.
     examples : int
         Training examples of the run's data set on which narrower models measure their batch norms: the global model's
@@ -92,7 +92,7 @@ def export_run(
     Raises
     ------
     FedLPError
-        If there is no such run, checkpoint or client, ``out`` is there already, or a model cannot be written.
+        If there is no such run, checkpoint or client, ``out`` exists, or a model cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} is there already; choose another folder with --out")
@@ -127,8 +127,8 @@ def _open_run(path: Path) -> _Run:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path} is not a run directory (it has no config.yaml)")
     config = read_run_config(path / "config.yaml")
-    if config.strategy.name == "oneshot":
-        raise ConfigError(f"{path} is a run of strategy=oneshot, whose one model is in {path / 'model'} already")
+    if not config.trains:
+        raise ConfigError(f"{path} is a one-shot pruning, whose one model is in {path / 'model'} already")
     state = load_checkpoint(path / "checkpoint")
     if state is None:
         raise CheckpointError(f"{path} has no checkpoint yet, so there is no model to export")
@@ -138,7 +138,7 @@ def _open_run(path: Path) -> _Run:
 
 
 def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact], dict[int, str]]:
-    """Return the distinct sub-models, and why clients have none; whoever is asked for by number must have one."""
+    """Return the distinct sub-models, and reasons of clients without one; a client requested by id must have one."""
     count = run.plan.config.num_clients
     unknown = next((client for client in clients or () if not 0 <= client < count), None)
     if unknown is not None:
@@ -164,7 +164,7 @@ def _collect(run: _Run, clients: Sequence[int] | None) -> tuple[list[_Artefact],
 
 
 def _load_head(run: _Run, submodel: SubModel, client_id: int) -> Mapping[str, Tensor]:
-    """Return the tensors that a client's sub-model has of its own."""
+    """Return the personal tensors of a client's sub-model."""
     spec = run.plan.submodels.spec
     if submodel.depth in (None, len(spec.depths)):
         return {}
@@ -198,7 +198,7 @@ def _load_data(plan: Federation) -> FederatedData | None:
 def _write(
     run: _Run, artefact: _Artefact, data: FederatedData | None, folder: Path, onnx: bool, examples: int
 ) -> dict[str, Any]:
-    """Write one sub-model and return what the index says of it."""
+    """Write one sub-model and return its entry of the index."""
     plan, submodel = run.plan, artefact.submodel
     config, spec, submodels = plan.config, plan.submodels.spec, plan.submodels
     layout = submodels.layout(submodel)

@@ -1,26 +1,20 @@
-"""The one composition root: config in, objects out; and the two Flower apps that every engine runs.
-
-``flwr run .`` finds ``server_app`` and ``client_app`` here through ``pyproject.toml``. Their run config holds the whole
-composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``), and where to write (``out``).
-"""
+"""Composition root of a federated run: config in, objects out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
-from fedlp.apps.federated_prune import oneshot_settings, pooled_settings, serve_oneshot
-from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method
+from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.submodel_pruning import (
@@ -30,12 +24,11 @@ from fedlp.apps.submodel_pruning import (
     first_examples,
 )
 from fedlp.apps.tier_table import describe_tiers
-from fedlp.config import RunConfig, from_yaml, to_plain, to_yaml
+from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
 from fedlp.data.examples import no_examples
 from fedlp.data.partition import partition_examples
-from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
 from fedlp.federation.client.app import ClientRuntime, make_client_app
@@ -51,17 +44,14 @@ from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
-from fedlp.federation.strategies.oneshot import OneShot
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import adapted, describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
-from fedlp.progress import Progress
 from fedlp.pruning.pruner import Calibration
-from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
-from fedlp.simulation.flower_run import run_on_flower
+from fedlp.simulation.flower_apps import Grid, settings_of
 from fedlp.simulation.local import LocalGrid
 from fedlp.tasks import task_of, with_task
 from fedlp.trackers import tracking
@@ -74,7 +64,7 @@ log = logging.getLogger("fedlp")
 
 
 class Federation:
-    """One federated run before its first round: model, data, policy and costs, each made when it is first needed.
+    """One federated run before its first round: model, data, policy and costs, each made on first use.
 
     Parameters
     ----------
@@ -109,20 +99,25 @@ class Federation:
         check_loss(config.local, info)
         check_metrics(config, task_of(info))
         self.submodels = SubModels(spec)
-        check_privacy(config, self.submodels)
-        check_adapters(config)
-        check_evaluation(config)
+        self._check(config)
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()
-        self.is_oneshot = isinstance(self.strategy, OneShot)
-        if self.is_oneshot:
-            config = replace(config, num_rounds=oneshot_costs.count_lines(oneshot_settings(config), self.submodels))
-        self.config = config
+        self.config = self._with_length(config)
         self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
+
+    def _check(self, config: RunConfig) -> None:
+        """Raise ConfigError for options that do not go together."""
+        check_privacy(config, self.submodels)
+        check_adapters(config)
+        check_evaluation(config)
+
+    def _with_length(self, config: RunConfig) -> RunConfig:
+        """Return the config with its number of rounds."""
+        return config
 
     def initial_params(self) -> dict[str, Any]:
         """Return the tensors of the initial global model."""
@@ -130,14 +125,14 @@ class Federation:
 
     @cached_property
     def data(self) -> FederatedData:
-        """The data set; DataError where devices hold it."""
+        """The data set; DataError if devices hold it."""
         if self.config.dataset.on_devices:
             raise DataError("dataset.on_devices=true: the training data are on the devices")
         return replace(self._read.load(self.config.seed), info=self.info)
 
     @cached_property
     def server_data(self) -> FederatedData:
-        """The data that the server needs: no training data where devices bring their own, and its own test set."""
+        """Data of the server: its own test set, and no training data if devices bring their own."""
         if not self.config.dataset.on_devices:
             return self.data
         place, test = self.config.dataset.server, no_examples()
@@ -173,7 +168,7 @@ class Federation:
 
     @cached_property
     def pruner(self) -> CalibratedPruner:
-        """Pruning of sub-models on examples of the server, read when the first one is pruned, or on clients' sums."""
+        """Pruning of sub-models on the server's examples, read on first use, or on clients' sums."""
         config, wanted = self.config, self.config.calibration
         if self.pooled is not None:
             return PooledSubModelPruner(self.submodels, self.pooled, config.allocator.make(), lambda: self._capable)
@@ -187,7 +182,7 @@ class Federation:
         return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
 
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
-        """Return the policy that meets every client's budget: the one its device brought, else the one of its fleet."""
+        """Return the policy that meets every client's budget: its device's own, else its fleet's."""
         config, submodels = self.config, self.submodels
         encoding: Encoding = config.upload.make()
 
@@ -258,8 +253,6 @@ class Federation:
     def expected(self) -> dict[str, float]:
         """Return the expected cost of one client in one round."""
         config = self.config
-        if self.is_oneshot:
-            return oneshot_costs.expected_costs(oneshot_settings(config), self.submodels)
         cases = self.policy.cases(range(config.num_clients))
         upload = config.upload
         return expected_costs(
@@ -267,15 +260,25 @@ class Federation:
         )
 
     def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
-        """Return the parts of a client process: data, partition, models. The local engine's workers inherit them.
+        """Return the runtime of a client process: data, partition, models. The local engine's workers inherit it.
 
         Parameters
         ----------
         own : OwnPlace, optional
-            Where the device keeps its examples; read where ``dataset.on_devices`` is set.
+            Location of the device's examples; read if ``dataset.on_devices``, refused otherwise.
+
+        Raises
+        ------
+        DataError
+            If a device brings data to a run that does not read them, or brings none to a run that does.
         """
         config = self.config
-        key = state_dir, own if config.dataset.on_devices else None
+        if own is not None and not config.dataset.on_devices:
+            raise DataError(
+                f"the node brings data={own.path}, but this run trains on dataset={config.dataset.name} of its config; "
+                "run with dataset.on_devices=true, or start the node without data"
+            )
+        key = state_dir, own
         if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
             horizon = 2 * config.checkpoint_every
@@ -291,7 +294,7 @@ class Federation:
         return self._runtimes[key]
 
     def _own_shards(self, own: OwnPlace | None) -> Shards:
-        """Return the one client's examples that a device holds."""
+        """Return the examples of the one client on a device."""
         config = self.config
         if own is None:
             raise DataError(
@@ -326,11 +329,11 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
-            oneshot=oneshot_settings(config) if self.is_oneshot else self.pooled,
+            oneshot=self.pooled,
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
-        """Return the settings of evaluations on clients; None where there are none."""
+        """Return the settings of evaluations on clients; None if there are none."""
         config = self.config
         if config.evaluation.name == "central":
             return None
@@ -366,71 +369,42 @@ class Federation:
             config = replace(self.config, resume=None)
             with tracking(config.tracker.name, config.tracker.make, to_plain(config), directory.path) as tracker:
                 told = (*observers, lambda record, _: tracker.round(record))
-                if self.is_oneshot:
-                    manifest = serve_oneshot(grid, config, self.submodels, self.server_data, directory, told)
-                else:
-                    manifest = _serve_rounds(grid, self, directory, runtime, told)
+                manifest = self._serve(grid, directory, runtime, told)
                 tracker.end(manifest)
         return manifest
+
+    def _serve(
+        self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    ) -> dict[str, Any]:
+        """Train on a grid; return the manifest."""
+        return _serve_rounds(grid, self, directory, runtime, observers)
+
+    def message_bytes(self) -> int:
+        """Return an upper bound of the bytes of one message's arrays."""
+        model = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        return model if self.pooled is None else max(model, oneshot_costs.largest_message(self.pooled, self.submodels))
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
         config, out = self.config, out.absolute()
         refuse_simulation(config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
-        if self.is_oneshot:
-            size = max(size, oneshot_costs.largest_message(oneshot_settings(config), self.submodels))
-        elif self.pooled is not None:
-            size = max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
         app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
             lambda: app,
             num_clients=config.num_clients,
             num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
-            message_bytes=size + 4096 * len(self.submodels.spec.tensors),
+            message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
         ) as grid:
             return self.serve(grid, out, observers)
-
-
-class Holder:
-    """Owner of the one federation that an app's process works for; a new config ends the life of the last one."""
-
-    def __init__(self) -> None:
-        self._held: tuple[str, Federation] | None = None
-
-    def of(self, cfg: str) -> Federation:
-        """Return the federation of a config (YAML)."""
-        if self._held is None or self._held[0] != cfg:
-            self._held = None  # frees the last one's data first
-            self._held = (cfg, Federation(from_yaml(cfg)))
-        return self._held[1]
-
-
-_APP = Holder()
-
-
-def make_plan(cfg: str) -> Federation:
-    """Return the federation of a config (YAML) as this process's apps see it."""
-    return _APP.of(cfg)
-
-
-def make_runtime(cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
-    """Return the client runtime of this process's apps."""
-    return _APP.of(cfg).runtime(state_dir, own)
-
-
-def serve_run(grid: Grid, cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
-    """Run a federated run on a grid, from its start or from its last checkpoint; return the manifest."""
-    return _APP.of(cfg).serve(grid, out, observers)
 
 
 def _serve_rounds(
     grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
-    state = _load_state(directory, plan.config)
+    state = load_state(directory, plan.config)
     if state is None:
         directory.begin(to_yaml(config))
     else:
@@ -460,7 +434,7 @@ def _serve_rounds(
         entropy_coding=upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
         evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed),
+        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
         dropout=config.fleet.dropout,
         extra_clients=config.fleet.extra_clients,
     )
@@ -498,59 +472,12 @@ def _serve_rounds(
     return manifest
 
 
-def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
-    """Run a config (YAML) on the local engine; return the manifest."""
-    return Federation(from_yaml(cfg)).run_locally(out, observers)
-
-
-def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """Run on the config's engine with live progress; return the manifest.
-
-    Parameters
-    ----------
-    label : callable
-        Names a run from its plain config.
-    """
-    config = from_yaml(cfg)
-    refuse_simulation(config)
-    _check_device(config.device)
-    directory = RunDirectory(out)
-    state = None
-    if config.resume:
-        if isinstance(config.strategy.make(), OneShot):
-            raise ConfigError("a run of strategy=oneshot cannot be resumed: start it anew in another hydra.run.dir")
-        with directory.claim():
-            state = _load_state(directory, config)
-    else:
-        directory.refuse_if_used()
-    done = 0 if state is None else state.server_round
-    federation = Federation(config)
-    _plot_partition(federation, out)
-    progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
-    if config.simulation.engine == "ray":
-        workers = config.simulation.workers or count_cores()
-        run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
-        progress.close()
-        manifest = directory.read_manifest()
-        check_trained(manifest, out)
-        return manifest
-    manifest = federation.run_locally(out, [lambda record, _: progress.show(asdict(record))])
-    progress.close()
-    return manifest
-
-
 def _reader(config: RunConfig) -> Reader:
     return reader_at(config.dataset, None) if config.dataset.on_devices else make_reader(config.dataset)
 
 
-def _plot_partition(federation: Federation, out: Path) -> None:
-    """Draw the partition where the config asks for it."""
-    if federation.config.plot_partition:
-        plot_partition(federation.parts, federation.data.train.targets, out / "partition.png")
-
-
-def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
-    """Return where to go on; ConfigError where that is beyond the run's end. None: from the start."""
+def load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
+    """Return the state to resume from, None for a new run; ConfigError if it lies beyond the run's end."""
     state = directory.resume() if config.resume else None
     if state is not None and state.server_round > config.num_rounds:
         raise ConfigError(
@@ -561,7 +488,7 @@ def _load_state(directory: RunDirectory, config: RunConfig) -> ServerState | Non
 
 
 def check_fits(state: ServerState, submodels: SubModels) -> None:
-    """Raise CheckpointError where a checkpoint is not one of this model."""
+    """Raise CheckpointError if a checkpoint does not fit this model."""
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.params.items()}
     for name, info in submodels.spec.tensors.items():
         if found.get(name) != (info.shape, info.dtype):
@@ -569,35 +496,3 @@ def check_fits(state: ServerState, submodels: SubModels) -> None:
                 f"the checkpoint of round {state.server_round} does not fit the model of config.yaml (tensor {name}); "
                 f"restore the config.yaml that the run began with"
             )
-
-
-def _check_device(name: str) -> None:
-    """Raise ConfigError where this machine has no such device; CUDA is not started, which would not survive a fork."""
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(
-            f"device={name}: this machine has {count} CUDA devices that this PyTorch can use; set device=cpu"
-        )
-
-
-def dry_run(cfg: str, out: Path) -> dict[str, Any]:
-    """Write and return a manifest with expected costs, without loading data or training."""
-    plan = Federation(from_yaml(cfg))
-    expected = plan.expected()
-    per_round = plan.config.clients_per_round
-    totals = {
-        "rounds": plan.config.num_rounds,
-        "bytes_down": expected["bytes_down_per_client"] * per_round * plan.config.num_rounds,
-        "bytes_up": expected["bytes_up_per_client"] * per_round * plan.config.num_rounds,
-    }
-    if plan.info.num_train is not None:
-        examples = plan.info.num_train / plan.config.num_clients * per_round * plan.config.local.epochs
-        totals["macs"] = expected["training_macs_per_example"] * examples * plan.config.num_rounds
-    directory = RunDirectory(out)
-    directory.refuse_if_used()
-    _plot_partition(plan, out)
-    return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
-
-
-server_app = make_server_app(serve_run)
-client_app = make_client_app(make_runtime, settings_of)

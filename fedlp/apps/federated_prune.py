@@ -1,4 +1,4 @@
-"""Federated one-shot pruning: ``fedlp-prune`` where the calibration data stay with the clients.
+"""Federated one-shot pruning: ``fedlp-prune`` with calibration data that stay with the clients.
 
 ``unit_selection=server``: for each layer in order, clients run their own examples through the model pruned so far and
 send second moments of the layer's inputs; the server adds them up and prunes the layer as :class:`Pruner` does.
@@ -11,14 +11,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from fedlp.allocation.evidence import needs_of
 from fedlp.apps import prune as oneshot
-from fedlp.config import FinetuneConfig, PruneConfig, RunConfig, to_plain, to_yaml
+from fedlp.apps.federate import Federation
+from fedlp.config import FederatedPruneConfig, RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import ConfigError
+from fedlp.federation.client.app import ClientRuntime
+from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.oneshot import costs
 from fedlp.federation.oneshot import messages as wire
-from fedlp.federation.oneshot.costs import expected_costs
 from fedlp.federation.oneshot.messages import Question
 from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.oneshot.pooled_pruner import PooledPruner, check_pooled
@@ -49,28 +54,28 @@ _REFERENCE_EXAMPLES = 8  # random inputs, whose means clients measure their own 
 
 
 class FederatedOneshot:
-    """One run: what is pruned, the clients, and the lines and files that come of it.
+    """One run of federated one-shot pruning: model, clients, records and files.
 
     Parameters
     ----------
     data : FederatedData
         Its test examples give the metrics before and after.
     observers : callables
-        Told of every finished line of ``rounds.jsonl``.
+        Called with every finished line of ``rounds.jsonl``.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        config: FederatedPruneConfig,
         submodels: SubModels,
         data: FederatedData,
         directory: RunDirectory,
         observers: Iterable[Observer] = (),
     ) -> None:
-        if config.strategy.unit_selection == "server":
+        if config.unit_selection == "server":
             check_pooled(make_method(config.pruner).score)
         self.config, self.directory = config, directory
-        self.plain = prune_config(config)
+        self.plain = config.central()
         model = submodels.spec.build(config.seed).eval()
         shared = config.pruner.shared and not submodels.spec.reads_tokens
         layers = find_layers(model, submodels.widths, shared)
@@ -79,7 +84,7 @@ class FederatedOneshot:
         )
         self._observers = tuple(observers)
         self._settings = oneshot_settings(config)
-        self._expected = expected_costs(self._settings, submodels)
+        self._expected = costs.expected_costs(self._settings, submodels)
         self._coverage = {layer.name: 1.0 for layer in layers}
         self._records: list[RoundRecord] = []
         self._since = time.monotonic()
@@ -97,7 +102,7 @@ class FederatedOneshot:
         macs = count_macs(subject.model, example).forward * (1 + make_method(config.pruner).corrects)
         pool = ClientPool(grid, roster, self._settings, tuple(subject.widths.axes), macs)
         self._since = time.monotonic()
-        pruned = (self._by_votes if config.strategy.unit_selection == "client" else self._by_moments)(pool, before)
+        pruned = (self._by_votes if config.unit_selection == "client" else self._by_moments)(pool, before)
         round_weights(pruned.model, oneshot.written_dtype(self.plain, subject))
         after = oneshot.evaluate(pruned.model, subject, self.plain)
         self._finish_line(pool, after)
@@ -105,7 +110,7 @@ class FederatedOneshot:
 
     # ---- two ways
     def _by_moments(self, pool: ClientPool, before: Mapping[str, float]) -> Pruned:
-        """Return the model pruned on what clients send; leaves the last line open, for the metrics after."""
+        """Return the model pruned on clients' moments; the last record stays open for the metrics after pruning."""
         subject, method = self.subject, make_method(self.config.pruner)
         example = subject.spec.example_inputs(_REFERENCE_EXAMPLES)
         seed = torch_seed(self.config.seed, Stream.CALIBRATION, 1)
@@ -126,7 +131,7 @@ class FederatedOneshot:
         return pruner.prune(kept, note)
 
     def _by_votes(self, pool: ClientPool, _: Mapping[str, float]) -> Pruned:
-        """Return the model with the units that most clients would keep, and the weights they had."""
+        """Return the model with the units of most votes, and their unchanged weights."""
         subject, method = self.subject, make_method(self.config.pruner)
         example = subject.spec.example_inputs(1)
         data = Calibration([example], [], 0)
@@ -160,11 +165,11 @@ class FederatedOneshot:
         oneshot.save_pruned(pruned, self.subject, self.plain, self.directory.path / "model")
         report = oneshot.make_report(self.plain, self.subject, pruned, before, after)
         upload = encode_params(state_tensors(self.subject.model)).count_bytes()
-        by_layer = self._records if self.config.strategy.unit_selection == "server" else []
+        by_layer = self._records if self.config.unit_selection == "server" else []
         for layer, record in zip(report["layers"], by_layer, strict=False):
             layer |= {"bytes_up": record.bytes_up, "bytes_down": record.bytes_down, "clients": len(record.cohort)}
         report |= {
-            "masks": self.config.strategy.unit_selection,
+            "masks": self.config.unit_selection,
             "bytes_up": sum(record.bytes_up for record in self._records),
             "bytes_down": sum(record.bytes_down for record in self._records),
             "bytes_of_one_model_upload": upload,
@@ -178,34 +183,75 @@ class FederatedOneshot:
         return manifest
 
 
-def serve_oneshot(
-    grid: Grid,
-    config: RunConfig,
-    submodels: SubModels,
-    data: FederatedData,
-    directory: RunDirectory,
-    observers: Iterable[Observer] = (),
-) -> dict[str, Any]:
-    """Run federated one-shot pruning on a grid; return the manifest.
+class FederatedPruning(Federation):
+    """Federated one-shot pruning: the clients of a federation, asked for sums over their examples in place of training.
 
     Writes one line per layer to ``rounds.jsonl`` (one in all for votes), the pruned model to ``model/`` and the report
     to ``prune.json``. ``model.safetensors`` holds the pruned model's own tensors.
-
-    Raises
-    ------
-    FedLPError
-        If too few clients answer, their data are too few, or the folder already holds a pruned model.
     """
-    if (directory.path / REPORT).exists():
-        raise ConfigError(f"hydra.run.dir={directory.path} already holds a pruned model; choose another folder")
-    with one_thread():
-        run = FederatedOneshot(config, submodels, data, directory, observers)
-        directory.begin(to_yaml(config))
-        return run.run(grid)
+
+    config: FederatedPruneConfig
+
+    def _check(self, config: RunConfig) -> None:
+        """Raise ConfigError for options that pruning cannot honour."""
+        fleet = config.fleet
+        wrong = {
+            "adapter=lora trains adapters, and pruning trains nothing": config.adapter.name != "none",
+            "privacy protects uploads of weights, and clients send sums over their data": config.privacy.name != "none",
+            "the model is evaluated on the server's test set alone": config.evaluation.name != "central",
+            "all clients get one model: drop the fleet's budgets": bool(fleet.fractions or fleet.devices),
+            "one cohort is asked: drop fleet.availability, fleet.dropout and fleet.extra_clients": (
+                fleet.availability is not None or bool(fleet.dropout or fleet.extra_clients)
+            ),
+            "the server needs a test set: set dataset.server=PATH": (
+                config.dataset.on_devices and config.dataset.server is None
+            ),
+        }
+        if reason := next((text for text, is_so in wrong.items() if is_so), None):
+            raise ConfigError(f"fedlp-prune federated=true: {reason}")
+        if missing := sorted(needs_of(config.allocator.make()) - {"weights"}):
+            raise ConfigError(
+                f"fedlp-prune federated=true: the allocator needs {missing[0]}, which the server lacks; take a rule of "
+                "depth or weights: uniform, depth_line, log_depth, alphapruning, erk, plan"
+            )
+
+    def _with_length(self, config: RunConfig) -> RunConfig:
+        """Return the config with a round for each layer."""
+        assert isinstance(config, FederatedPruneConfig)
+        return replace(config, num_rounds=costs.count_lines(oneshot_settings(config), self.submodels))
+
+    def expected(self) -> dict[str, float]:
+        """Return the expected cost of one client in one round."""
+        return costs.expected_costs(oneshot_settings(self.config), self.submodels)
+
+    def client_settings(self) -> ClientSettings:
+        """Return the settings of clients."""
+        return replace(super().client_settings(), oneshot=oneshot_settings(self.config))
+
+    def message_bytes(self) -> int:
+        """Return an upper bound of the bytes of one message's arrays."""
+        return max(super().message_bytes(), costs.largest_message(oneshot_settings(self.config), self.submodels))
+
+    def _serve(
+        self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    ) -> dict[str, Any]:
+        """Prune on a grid; return the manifest.
+
+        Raises
+        ------
+        FedLPError
+            If too few clients answer, data are too few, or the folder already holds a pruned model.
+        """
+        if (directory.path / REPORT).exists():
+            raise ConfigError(f"hydra.run.dir={directory.path} already holds a pruned model; choose another folder")
+        with one_thread():
+            run = FederatedOneshot(self.config, self.submodels, self.server_data, directory, observers)
+            directory.begin(to_yaml(self.config))
+            return run.run(grid)
 
 
-def oneshot_settings(config: RunConfig) -> OneShotSettings:
-    """Return the settings of federated one-shot pruning that a config holds."""
+def oneshot_settings(config: FederatedPruneConfig) -> OneShotSettings:
+    """Return the settings of federated one-shot pruning of a config."""
     return OneShotSettings(
         method=make_method(config.pruner),
         seed=config.seed,
@@ -215,37 +261,7 @@ def oneshot_settings(config: RunConfig) -> OneShotSettings:
         timeout_s=config.simulation.round_timeout_s,
         examples=config.calibration.examples,
         batch_size=config.calibration.batch_size,
-        votes=config.strategy.unit_selection == "client",
+        votes=config.unit_selection == "client",
         shared=config.pruner.shared,
-        wide_sums=config.strategy.sums == "float64",
-    )
-
-
-def pooled_settings(config: RunConfig, method: Method) -> OneShotSettings:
-    """Return the settings of pruning the sub-models of ``strategy=fedlp_plan`` on clients' sums."""
-    return OneShotSettings(
-        method=method,
-        seed=config.seed,
-        device=config.device,
-        clients_per_round=config.clients_per_round,
-        timeout_s=config.simulation.round_timeout_s,
-        examples=config.calibration.examples,
-        batch_size=config.calibration.batch_size,
-        shared=True,
-    )
-
-
-def prune_config(config: RunConfig) -> PruneConfig:
-    """Return the config of the same pruning in one place."""
-    return PruneConfig(
-        seed=config.seed,
-        sparsity=config.strategy.sparsity,
-        eval_batch_size=config.eval_batch_size,
-        model=config.model,
-        dataset=config.dataset,
-        task=config.task,
-        pruner=config.pruner,
-        allocator=config.allocator,
-        calibration=config.calibration,
-        finetune=FinetuneConfig(name="none"),
+        wide_sums=config.sums == "float64",
     )

@@ -1,4 +1,4 @@
-"""Allocation on one model whose data are here: the evidence that a rule asks for, measured when it is asked for."""
+"""Allocation on one model with central data: evidence measured on demand."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Readers = Mapping[str, Sequence[Reader]]
 
 
 def rule_names() -> tuple[str, ...]:
-    """Return the allocation rules that need no file."""
+    """Return the allocation rules without a file."""
     return tuple(name for name in registry.names("allocator") if name != "plan")
 
 
 class Allocator:
-    """Allocates the units of one model.
+    """Allocation of the units of one model.
 
     Parameters
     ----------
     pruner : Pruner
-        Gives statistics of the dense model, when a rule asks for them; its model is taken over then.
+        Supplier of statistics of the dense model; its model is consumed on first use.
     cost : callable
         Cost of a choice of units kept.
     """
@@ -48,7 +48,7 @@ class Allocator:
         self._prunable = self._whole - cost(dict.fromkeys(self.units, 0))
 
     def limit(self, sparsity: float) -> float:
-        """Return the cost that remains at a mean sparsity of the prunable units."""
+        """Return the remaining cost at a mean sparsity of the prunable units."""
         return self._whole - sparsity * self._prunable
 
     def allocate(self, rule: Any, limit: float) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Allocator:
     # ------------------------------------------------------------------------------------------------------ statistics
     @cached_property
     def evidence(self) -> Evidence:
-        """Measurements that rules may ask for."""
+        """Measurements for rules."""
         return Evidence(
             self.layers,
             0.5,
@@ -89,11 +89,14 @@ class Allocator:
         if "precomputed" in self.__dict__:
             return self.precomputed.readers
         collector = self._pruner.collector(None)
-        return {layer.name: collector.collect(layer) for layer in self.layers}
+        found = {layer.name: collector.collect(layer) for layer in self.layers}
+        for reader in [reader for readers in found.values() for reader in readers]:
+            reader.half = None  # nothing is solved for
+        return found
 
     def _weights(self) -> dict[str, list[Any]]:
-        collector = self._pruner.collector(None)  # looks at no data for this
-        return {x.name: [r.shaped_weight().cpu().numpy() for r in collector.readers(x)] for x in self.layers}
+        readers = self._pruner.readers
+        return {layer.name: [r.shaped_weight().cpu().numpy() for r in readers(layer)] for layer in self.layers}
 
     def _of_readers(self, read: Any) -> dict[str, list[Any]]:
         return {name: [read(reader) for reader in found] for name, found in self._readers.items()}
@@ -117,7 +120,7 @@ class Allocator:
         return compute_statistics(self.layers, elements, self._sensitivities(), self.half_by_curves)
 
     def _sensitivities(self) -> dict[str, float]:
-        """Return the divergence that halving one layer alone causes."""
+        """Return the divergence caused by halving one layer alone."""
         halves = {layer.name: -(-layer.num_units // 2) for layer in self.layers}
         return {name: self.precomputed.divergence({**self.units, name: half}) for name, half in halves.items()}
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedlp.apps.submodel_pruning import CalibratedPruner
+from fedlp.config import RunConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.oneshot.pooled_pruner import PooledPruner, check_pooled
 from fedlp.federation.oneshot.server import ClientPool
@@ -110,6 +111,20 @@ class PooledSubModelPruner(CalibratedPruner):
         if digest_tensors(self._params) != self._initial:
             pool.send_model({name: self._params[name] for name in self._submodels.names})
         return pool
+
+
+def pooled_settings(config: RunConfig, method: Method) -> OneShotSettings:
+    """Return the settings of calibration on clients' sums."""
+    return OneShotSettings(
+        method=method,
+        seed=config.seed,
+        device=config.device,
+        clients_per_round=config.clients_per_round,
+        timeout_s=config.simulation.round_timeout_s,
+        examples=config.calibration.examples,
+        batch_size=config.calibration.batch_size,
+        shared=True,
+    )
 
 
 def pooled_method(method: Method, submodels: SubModels) -> Method:

@@ -16,12 +16,10 @@ _WHAT = "privacy=local_dp"
 
 
 def check_privacy(config: RunConfig, submodels: SubModels) -> None:
-    """Raise ConfigError, with the remedy, where uploads are to be noised but could not be, or would not be private."""
+    """Raise ConfigError, with the remedy, if uploads cannot be noised or would not be private."""
     if config.privacy.name == "none":
         return
     options, fleet = config.strategy.options, config.fleet
-    if config.strategy.name == "oneshot":
-        raise ConfigError(f"{_WHAT} does not go with strategy=oneshot: clients send sums over their data, not weights")
     rates = options.get("layer_preserving_rate", 1.0)
     if min(rates if isinstance(rates, list) else [rates]) < 1:
         raise ConfigError(f"{_WHAT} needs strategy.layer_preserving_rate=1: clients must return all that they received")

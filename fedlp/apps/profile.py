@@ -1,4 +1,4 @@
-"""What a model costs on this device as it is cut, from config to files: the composition root of ``fedlp-profile``."""
+"""Composition root of ``fedlp-profile``: training costs of a model on this device over densities."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PEAK_RESET = "5"  # what Linux's clear_refs takes to forget the peak of a proce
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured."""
+    """Subject of a profile."""
 
     spec: ModelSpec
     model: nn.Module
@@ -51,7 +51,7 @@ def profile(config: ProfileConfig, out: Path) -> dict[str, Any]:
     """Measure training steps of a model cut uniformly; write ``profile.json`` and ``budget.yaml``; return the report.
 
     ``budget.yaml`` holds the fields of :class:`~fedlp.types.Budget`: the limits of the config, and the device's free
-    memory where none was given. The columns ``macs`` and ``step_s`` of the report make a
+    memory if none was given. The columns ``macs`` and ``step_s`` of the report form a
     :class:`~fedlp.allocation.budget.costs.LatencyTable`.
 
     Raises
@@ -88,7 +88,7 @@ def profile(config: ProfileConfig, out: Path) -> dict[str, Any]:
 def describe_costs(
     model: nn.Module, widths: WidthSpec, layers: tuple[PrunableLayer, ...], spec: ModelSpec, local: LocalConfig
 ) -> CostModel:
-    """Return what a model's prunable layers cost when trained as ``local`` says."""
+    """Return the costs of a model's prunable layers under the local training options."""
     axes = {layer.name for layer in layers}
     inputs = spec.example_inputs(1)
     return make_costs(
@@ -102,7 +102,7 @@ def describe_costs(
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that are free on a device now."""
+    """Return the free bytes of a device now."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")
@@ -148,7 +148,7 @@ def _evaluate(costs: CostModel, kept: Mapping[str, int]) -> list[float]:
 def _measure(
     subject: Subject, kept: Mapping[str, int], config: ProfileConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return the cost of real training steps, each as a client makes it, of a model cut to its first units."""
+    """Return the cost of real training steps of a model cut to its first units."""
     axes = subject.widths.axes
     examples = _draw_examples(subject, config)
     rng = generator(config.seed, Stream.LOCAL_TRAINING)
@@ -173,13 +173,13 @@ def _measure(
 
 
 def _draw_examples(subject: Subject, config: ProfileConfig) -> Examples:
-    """Return one batch of noise, shaped as the data set's examples are."""
+    """Return one batch of noise in the shape of the data set's examples."""
     rng, count, info = generator(config.seed, Stream.DATA), config.local.batch_size, subject.info
     return task_of(info).draw_examples(info, count, rng)
 
 
 def _start_peak(device: torch.device) -> float:
-    """Forget the peak of memory so far, where the system can, and return what is in use."""
+    """Reset the peak of memory, if the system can, and return the memory in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
@@ -190,7 +190,7 @@ def _start_peak(device: torch.device) -> float:
 
 
 def _peak(device: torch.device) -> float:
-    """Return the most bytes in use since :func:`_start_peak`; since the process started where nothing can be reset."""
+    """Return the peak of bytes in use since :func:`_start_peak`; since the process started if it cannot be reset."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")

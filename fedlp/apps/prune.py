@@ -1,4 +1,4 @@
-"""One-shot pruning of one model, from config to files: the composition root of ``fedlp-prune``."""
+"""Composition root of ``fedlp-prune``: one-shot pruning of one model, from config to files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 def load_subject(config: PruneConfig) -> Subject:
-    """Return the trained model that the config names, its data and what can be pruned of it."""
+    """Return the config's trained model, its data and its prunable widths."""
     model_config, dataset, task = config.model, config.dataset, config.task
     if config.run is not None:
         run = Path(config.run)
@@ -140,7 +140,7 @@ def _load_run(model: nn.Module, path: Path) -> None:
 
 
 def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
-    """Return random training examples, prepared; of text only windows without padding."""
+    """Return random prepared training examples; only windows without padding of text."""
     train = whole_examples(subject.data.train, subject.info)
     wanted = config.calibration.examples
     if wanted > len(train):
@@ -168,7 +168,7 @@ def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pr
 
 
 def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:
-    """Return the cost that is limited, and its limit."""
+    """Return the limited cost, and its limit."""
     inputs = subject.spec.example_inputs(1)
     if config.target_macs is not None:
         footprint, limit, what = macs_footprint(subject.model, subject.widths, inputs), config.target_macs, "MACs"
@@ -207,7 +207,7 @@ def _show_step(number: int, loss: float) -> None:
 
 
 def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:
-    """Return a model's metrics on the test examples; nothing where the config does not want them."""
+    """Return a model's metrics on the test examples; empty if the config turns evaluation off."""
     if not config.evaluate:
         return {}
     sums = evaluate_sums(model, subject.data.test, subject.info, config.eval_batch_size)
@@ -215,13 +215,13 @@ def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[st
 
 
 def save_pruned(pruned: Pruned, subject: Subject, config: PruneConfig, folder: Path) -> None:
-    """Write a pruned model as the config says."""
+    """Write a pruned model in the config's formats."""
     dtype = written_dtype(config, subject)
     save_model(pruned.model, subject.spec, subject.widths, pruned.widths, subject.tokenizer, folder, config.onnx, dtype)
 
 
 def written_dtype(config: PruneConfig, subject: Subject) -> torch.dtype:
-    """Return the format that weights are written in: the config's, or that in which they were read."""
+    """Return the floating-point format of written weights: the config's, or that of the source."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     return torch.float32 if config.run is not None else subject.spec.blueprint.stored_dtype()
@@ -237,7 +237,7 @@ def save_model(
     onnx: bool,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a model cut to ``widths`` so that its own ecosystem loads it, and as ONNX where that is wanted."""
+    """Write a model cut to ``widths`` for its own ecosystem, and as ONNX if requested."""
     if spec.reads_tokens:
         save_language_model(model, folder, None if tokenizer == "bytes" else tokenizer, dtype)
     else:
@@ -249,7 +249,7 @@ def save_model(
 def make_report(
     config: PruneConfig, subject: Subject, pruned: Pruned, before: dict[str, float], after: dict[str, float]
 ) -> dict[str, Any]:
-    """Return what ``prune.json`` says of a pruned model, but for time and memory."""
+    """Return the content of ``prune.json`` of a pruned model, without time and memory."""
     inputs = subject.spec.example_inputs(1)
     return {
         "method": config.pruner.name,

@@ -34,7 +34,7 @@ def prune(
     seed: int = 0,
     **options: Any,
 ) -> Pruned:
-    """Prune a trained module in one shot; the module itself stays as it is.
+    """Prune a trained module in one shot; the module itself is not modified.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def prune(
     score, allocator : str
         Names of the saliency of units and of the allocation rule.
     examples : int, optional
-        Calibration examples that are drawn; at most 256 where absent.
+        Number of calibration examples drawn; at most 256 if absent.
     **options
         Further options, as ``pruner={"damping": 0.01}``.
 

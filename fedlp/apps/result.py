@@ -77,7 +77,7 @@ class Result:
         Parameters
         ----------
         metric : str, optional
-            Name in ``metrics``; the first one but the losses where absent.
+            Name in ``metrics``; the first one except losses if absent.
         """
         from matplotlib.figure import Figure
 

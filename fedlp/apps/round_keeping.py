@@ -1,4 +1,4 @@
-"""After each round: its record and checkpoint on disk, the best model, callbacks; after the last, a verdict."""
+"""Persistence of rounds: record and checkpoint, best model, callbacks; final check of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("fedlp")
 
 
 class RoundKeeper:
-    """Observer that keeps a run on disk: a line and a checkpoint per round, the best model; it asks callbacks.
+    """Observer that persists a run: record and checkpoint per round, best model; it calls callbacks.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class RoundKeeper:
         self.stopped_by = ""
 
     def recall(self) -> bool:
-        """Take up the rounds that the run has on record already; return whether a callback ends it."""
+        """Read back the recorded rounds of a resumed run; return whether a callback ends it."""
         records = load_run(self._directory.path).rounds
         if self._best is not None:
             self._best.recall(records)
@@ -59,7 +59,7 @@ class RoundKeeper:
         return bool(self.stopped_by)
 
     def __call__(self, record: RoundRecord, state: ServerState) -> bool:
-        """Keep a finished round; return whether a callback ends the run."""
+        """Persist a finished round; return whether a callback ends the run."""
         self._directory.append_round(record)
         if self._best is not None:
             self._best(record, state)
@@ -72,14 +72,14 @@ class RoundKeeper:
         return bool(self.stopped_by)
 
     def results(self) -> dict[str, Any]:
-        """Return its entry in the manifest."""
+        """Return the entry in the manifest."""
         found: dict[str, Any] = {"stopped_by": self.stopped_by} if self.stopped_by else {}
         if self._best is not None:
             found["best"] = self._best.result()
         return found
 
     def _ask(self, name: str, where: str, callback: Callable[..., object], *arguments: object) -> bool:
-        """Return a callback's answer; FedLPError where it fails, ConfigError where it is no answer."""
+        """Return a callback's answer; FedLPError if it fails, ConfigError for an invalid answer."""
         try:
             answer = callback(*arguments)
         except FedLPError:
@@ -94,7 +94,7 @@ class RoundKeeper:
 
 
 class BestModel:
-    """The model of the round with the best value of a metric, as ``model-best.safetensors``; of equal ones the first.
+    """Best model by a metric, as ``model-best.safetensors``; the earliest of equal rounds.
 
     Raises
     ------
@@ -113,12 +113,12 @@ class BestModel:
             self._note(record)
 
     def __call__(self, record: RoundRecord, state: ServerState) -> None:
-        """Write the model where its metric is the best so far."""
+        """Write the model if its metric is the best so far."""
         if self._note(record):
             self._directory.save_model(state, "model-best.safetensors")
 
     def result(self) -> dict[str, Any]:
-        """Return metric, value and round; warns where no round had a finite value."""
+        """Return metric, value and round; warns if no round had a finite value."""
         if not self._round:
             log.warning("keep_best=%s: no round has a finite value, so there is no best model", self._metric)
             return {"metric": self._metric, "value": None, "server_round": None}
@@ -133,7 +133,7 @@ class BestModel:
 
 
 def make_callbacks(config: RunConfig, task: Task) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the config's callbacks with their names; ConfigError where one does not fit."""
+    """Return the config's callbacks with their names; ConfigError for an invalid one."""
     made = []
     for chosen in config.callbacks:
         part = read_part(CallbackConfig, "callbacks", {"name": chosen} if isinstance(chosen, str) else chosen)
@@ -165,12 +165,12 @@ def _direction(option: str, metric: str, task: Task) -> bool:
 
 # ---- the verdict
 def check_trained(manifest: Mapping[str, Any], out: Path) -> None:
-    """Say where rounds left the model as it was.
+    """Warn of rounds that left the model unchanged.
 
     Raises
     ------
     TrainingError
-        If all of them did; names the most frequent reason.
+        If all rounds did; names the most frequent reason.
     """
     good, rounds = manifest["totals"].get("good_rounds"), manifest["totals"].get("rounds")
     if good is None or not rounds or good == rounds:

@@ -1,4 +1,4 @@
-"""Searching for an allocation function on one model: the composition root of ``fedlp-search``."""
+"""Composition root of ``fedlp-search``: search for an allocation function on one model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fedlp.training.threads import count_cores, one_thread
 
 @dataclass(frozen=True)
 class _Scene:
-    """What is searched on: data for statistics, for fitness, and for the final check."""
+    """Data of a search: for statistics, for fitness, and for the final check."""
 
     subject: oneshot.Subject
     statistics: Calibration
@@ -140,13 +140,13 @@ def _search_modes(config: SearchConfig, out: Path, allocator: Allocator, scene: 
 
 
 def _first_function(allocator: Allocator) -> Expression:
-    """Return what comes closest to the rule "dp"."""
+    """Return the function closest to the rule "dp"."""
     values = allocator.half_by_curves.values()
     return Expression(Scalar("curve"), amplitude=max(2.0 * (max(values) - min(values)), 0.01), power=1.0)
 
 
 def _summary(trials: Sequence[Trial[Any]], units: Mapping[str, int]) -> dict[str, Any]:
-    """Return the best trial of a mode and how the best so far came down."""
+    """Return the best trial of a mode and the trace of the best fitness."""
     best = best_trial(trials)
     values = np.array([trial.full for trial in trials])
     trace = np.fmin.accumulate(np.where(np.isnan(values), np.inf, values))

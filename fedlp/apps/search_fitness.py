@@ -1,4 +1,4 @@
-"""How good a candidate is: measured in worker processes, and remembered on disk."""
+"""Fitness of candidates: measured in worker processes, and cached on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODEL: PrecomputedModel | None = None  # what worker processes inherit
 class Fitness:
     """Mean over ratios of the divergence from the dense model, relative to uniform sparsity's.
 
-    Values that a stopped search left in ``search.jsonl`` are taken from there.
+    Values of a stopped search are read from ``search.jsonl``.
     """
 
     def __init__(

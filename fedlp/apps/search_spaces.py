@@ -1,4 +1,4 @@
-"""The spaces that are searched on one model: typed expression trees, and the chains that DSA published."""
+"""Search spaces on one model: typed expression trees, and DSA's published chains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FunctionSpace:
         return crossover(first, second, rng)
 
     def plans(self, candidate: Expression) -> Sequence[Plan] | None:
-        """Return the plan at each ratio; None if the function does not tell layers apart."""
+        """Return the plan at each ratio; None if the function gives all layers one value."""
         if is_degenerate(candidate, self._statistics):
             return None
         shape = evaluate(candidate, self._statistics)
@@ -77,5 +77,5 @@ class ChainSpace:
         return [self._allocator.by_shape(shape, dsa.AMPLITUDE, limit) for limit in self._limits]
 
     def describe(self, candidate: dsa.Chain) -> str:
-        """Return the chain as its authors write it."""
+        """Return the chain in its authors' notation."""
         return str(candidate)

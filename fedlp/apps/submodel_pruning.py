@@ -1,4 +1,4 @@
-"""Pruning of clients' sub-models on the server: what ``fedlp-prune`` does, on examples of the server's data set."""
+"""Pruning of clients' sub-models on the server, calibrated on the server's data set."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _ATTRIBUTES = {"model": "statistics"}  # of Evidence, by need; the others are ca
 
 
 class CalibratedPruner:
-    """Prunes the global model on calibration examples of the server.
+    """Pruning of the global model on calibration examples of the server.
 
     Parameters
     ----------
     method : Method
         Score and recovery. Readers get no bias where the global model has no place for one.
     rule : AllocationRule
-        Says by its needs how evidence is measured.
+        Rule whose needs select the measured evidence.
     calibration : callable
         Returns the examples; called when they are first needed.
     device : str
@@ -79,7 +79,7 @@ class CalibratedPruner:
     def prune(
         self, params: Mapping[str, Tensor], kept: Mapping[str, int]
     ) -> tuple[Mapping[str, Keep], Mapping[str, Tensor]]:
-        """Return the units that stay of each layer, and what refitted values differ by from the global ones."""
+        """Return the kept units of each layer, and the differences of refitted from global values."""
         with one_thread():
             model = self._model(params)
             pruner = self._pruner(model, self._method)
@@ -117,12 +117,12 @@ class CalibratedPruner:
 def first_examples(
     train: Examples, info: DataInfo, count: int, batch_size: int, seed: int, device: str, own: bool = False
 ) -> Calibration:
-    """Return the first whole examples, prepared; DataError where there are fewer.
+    """Return the first whole examples, prepared; DataError if there are fewer.
 
     Parameters
     ----------
     own : bool
-        Whether they are the server's own; else clients hold them too, which is said.
+        Whether they are the server's own; else clients hold them too, and a warning says so.
     """
     whole = whole_examples(train, info)
     if count > len(whole):
@@ -144,11 +144,9 @@ def check_pooled_calibration(config: RunConfig) -> None:
 
 
 def check_adapters(config: RunConfig) -> None:
-    """Raise ConfigError for options that look at the weights that clients train, which adapters leave as they are."""
+    """Raise ConfigError for options that read trained weights, which adapters leave unchanged."""
     if config.adapter.name == "none":
         return
     options = config.strategy.options
     if options.get("compensate") or options.get("criterion") == "update":
         raise ConfigError("adapter=lora does not go with strategy.compensate=true or strategy.criterion=update")
-    if config.strategy.name == "oneshot":
-        raise ConfigError("adapter=lora does not go with strategy=oneshot, which trains nothing")

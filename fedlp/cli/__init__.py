@@ -1,4 +1,4 @@
-"""Console entries. Hydra stops here, and so does every error: one line on stderr and exit code 2, no traceback.
+"""Console entry points. Hydra and all errors end here: one line on stderr, exit code 2, no traceback.
 
 Heavy imports (torch, Flower, matplotlib) happen only in the branch that needs them, so ``--help`` answers at once.
 """
@@ -14,29 +14,43 @@ from fedlp.cli.output import forgive_warnings, say
 
 
 def main() -> None:
-    """Run one federated run, a sweep (``-m``), a dry run, or go on with a stopped one."""
+    """Entry point of ``fedlp``: one federated run, a sweep (``-m``), a dry run, or a resumed run."""
     if sys.argv[1:2] == ["options"]:
         _list_options()
+    if sys.argv[1:2] == ["describe"]:
+        _describe()
+    if sys.argv[1:2] == ["new"]:
+        _make_project()
     _answer("fedlp")
     from omegaconf import OmegaConf
 
     from fedlp.cli.run import run_dir, run_job
+    from fedlp.config import federated_prune_overrides
 
     OmegaConf.register_new_resolver("fedlp.run_dir", run_dir, use_cache=True, replace=True)
-    _run("config", run_job)
+    pruning = federated_prune_overrides(sys.argv[1:])
+    if pruning is not None:  # its name was strategy=oneshot
+        sys.argv[1:] = pruning
+        _name_folder("pruned")
+    _run("config" if pruning is None else "federated_prune", run_job)
 
 
 def prune_main() -> None:
-    """Prune one trained model and write it so that its own ecosystem loads it; ``-m`` for sweeps."""
+    """Entry point of ``fedlp-prune``: one-shot pruning of a trained model; ``-m`` for sweeps."""
     _answer("fedlp-prune")
+    _name_folder("pruned")
+    if "federated=true" in sys.argv[1:]:
+        from fedlp.cli.run import run_job
+
+        _run("federated_prune", run_job)
     from fedlp.cli.tools import prune_job
 
-    _name_folder("pruned")
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "federated=false"]
     _run("prune", prune_job)
 
 
 def search_main() -> None:
-    """Search for an allocation function on one trained model and write it as a file that ``allocator=dsa`` takes."""
+    """Entry point of ``fedlp-search``: search for an allocation function, written as a file for ``allocator=dsa``."""
     _answer("fedlp-search")
     from fedlp.cli.tools import search_job
 
@@ -45,7 +59,7 @@ def search_main() -> None:
 
 
 def profile_main() -> None:
-    """Measure what training a model costs on this device, and write its budget file; ``-m`` for sweeps."""
+    """Entry point of ``fedlp-profile``: training costs of a model on this device; ``-m`` for sweeps."""
     _answer("fedlp-profile")
     from fedlp.cli.tools import profile_job
 
@@ -86,8 +100,26 @@ def _list_options() -> None:
     sys.exit(end(lambda: guard(lambda: print("\n\n".join(map(describe_group, groups))))))
 
 
+def _describe() -> None:
+    """Print the options that describe a sample of data, and exit."""
+    _answer("fedlp")
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.describe import describe
+
+    sys.exit(end(lambda: guard(lambda: describe(sys.argv[2:]))))
+
+
+def _make_project() -> None:
+    """Write a project of one's own, and exit."""
+    forgive_warnings()
+    from fedlp.cli.common import end, guard
+    from fedlp.cli.new import new_project
+
+    sys.exit(end(lambda: guard(lambda: new_project(sys.argv[2:]))))
+
+
 def _name_folder(kind: str) -> None:
-    """Let configs name a folder by the time."""
+    """Register the resolver of time-stamped folder names."""
     from omegaconf import OmegaConf
 
     stamp = datetime.now().strftime(f"{kind}/%Y-%m-%d/%H-%M-%S.%f")
@@ -95,7 +127,7 @@ def _name_folder(kind: str) -> None:
 
 
 def report_main() -> None:
-    """Turn one or many runs into a table, plots and one HTML page."""
+    """Entry point of ``fedlp-report``: a table, plots and one HTML page of one or many runs."""
     _answer_version()
     from fedlp.cli.common import end, guard
     from fedlp.cli.run import report, report_parser
@@ -105,7 +137,7 @@ def report_main() -> None:
 
 
 def export_main() -> None:
-    """Write the sub-models of a run's clients as files that devices run without fedlp: safetensors and ONNX."""
+    """Entry point of ``fedlp-export``: sub-models of a run's clients as safetensors and ONNX."""
     _answer_version()
     from fedlp.cli.common import end, guard
     from fedlp.cli.deployment import export, export_parser
@@ -115,7 +147,7 @@ def export_main() -> None:
 
 
 def certs_main() -> None:
-    """Make a development CA, the SuperLink's certificate and the SuperNodes' keys."""
+    """Entry point of ``fedlp-certs``: development CA, certificate of the SuperLink, keys of the SuperNodes."""
     _answer_version()
     from fedlp.cli.common import end, guard
     from fedlp.cli.deployment import certs_parser, make_certs
@@ -125,7 +157,7 @@ def certs_main() -> None:
 
 
 def deploy_demo_main() -> None:
-    """Rehearse a deployment here: SuperLink, TLS, one SuperNode with its own key per client; compare, count bytes."""
+    """Entry point of ``fedlp-deploy-demo``: rehearsal of a deployment on this machine."""
     _answer_version()
     from fedlp.cli.common import end, guard
     from fedlp.cli.deployment import demo_parser, run_demo

@@ -1,4 +1,4 @@
-"""What all command lines share: Hydra, logging, and errors as one line on stderr and an exit code."""
+"""Common code of all commands: Hydra, logging, errors as one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LONGEST_LINE = 2000
 
 
 def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> None:
-    """Run Hydra's command line on one of the config tree's roots, and exit; sweepers get what the job returns."""
+    """Run Hydra's command line on one of the config tree's roots, and exit; sweepers get the job's result."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach _guard whole, instead of being printed by Hydra
     register_schema(config_name)
     schema = schema_of(config_name)
@@ -67,7 +67,7 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> No
 
 
 def _name_file(error: ValueError) -> str:
-    """Return the name of the config file that an error about encoding is of; Hydra does not say it."""
+    """Return the name of the config file that is not UTF-8; Hydra's own error lacks it."""
     if not isinstance(error, UnicodeDecodeError):
         return ""
     folders = [config_dir(), *(Path(word) for word in sys.argv[1:] if Path(word).is_dir())]
@@ -80,16 +80,16 @@ def _name_file(error: ValueError) -> str:
 
 
 class JobFailed(FedLPError):
-    """A job of a sweep failed in another process, where its reason was printed."""
+    """Failure of a sweep's job in another process, which has printed the reason."""
 
 
 def output_dir() -> Path:
-    """Return the folder that the current job writes to."""
+    """Return the output folder of the current job."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def set_up_logging() -> None:
-    """Send fedlp's warnings to stderr, as lines that name it."""
+    """Direct fedlp's warnings to stderr, prefixed by the program's name."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("fedlp: %(message)s"))
     logger = logging.getLogger("fedlp")
@@ -99,20 +99,20 @@ def set_up_logging() -> None:
 
 
 class _Printable(logging.Formatter):
-    """Formats messages, which may quote clients, as one line without anything that a terminal obeys."""
+    """Formatter of messages as one line without terminal escapes; messages may quote clients."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return the record as one line."""
         return _line_start() + printable(super().format(record), _LONGEST_LINE)
 
 
 def _line_start() -> str:
-    """Return the characters that take away a terminal's line of progress."""
+    """Return the escape sequence that clears the progress line of a terminal; empty elsewhere."""
     return f"\r{ERASE_REST}" if sys.stderr.isatty() else ""
 
 
 def _job_name() -> str:
-    """Return what errors of a sweep's job start with."""
+    """Return the prefix of error messages of a sweep's job."""
     config = HydraConfig.get()
     if config.mode != RunMode.MULTIRUN:
         return ""
@@ -120,7 +120,7 @@ def _job_name() -> str:
 
 
 def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig) -> int:
-    """Run an action; turn what a user can cause into one line and an exit code."""
+    """Run an action; report user errors as one line and an exit code."""
     try:
         action()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
@@ -132,7 +132,7 @@ def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig
 
 
 def end(guarded: Callable[[], int]) -> int:
-    """Return the exit code of the whole program."""
+    """Exit the program with a code, after both streams are flushed."""
 
     def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -150,7 +150,7 @@ def end(guarded: Callable[[], int]) -> int:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks this process to end, raised like Ctrl-C, so that it ends as orderly."""
+    """Termination signal, raised as an exception so that the run ends as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

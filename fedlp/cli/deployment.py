@@ -1,4 +1,4 @@
-"""``fedlp-certs``, ``fedlp-deploy-demo``, ``fedlp-export``: keys for a deployment, its rehearsal, what comes of it."""
+"""``fedlp-certs``, ``fedlp-deploy-demo``, ``fedlp-export``: keys, rehearsal, export."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def demo_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Rehearse a deployment and print what it found; FedLPError where the models differ."""
+    """Rehearse a deployment and print its result; FedLPError if the models differ."""
     config = with_absolute_paths(compose((*_DEMO, *arguments.overrides)))
     set_up_logging()
     from fedlp.deployment import demo

@@ -41,6 +41,9 @@ HELP = {
             ("fedlp strategy=fedlp_plan fleet=tiers 'fleet.fractions=[1.0,0.5,0.25]'", "clients with three budgets"),
             ("fedlp model=my_pkg.nets:Net model.width=32 dataset=cifar10", "a model of one's own"),
             ("fedlp -m strategy=fedavg,fedlp_plan seed=0,1,2", "a sweep of six runs"),
+            ("fedlp describe dataset=imagefolder dataset.path=SAMPLE", "options for devices with data of their own"),
+            ("fedlp new DIR", "a project of one's own: model, data, config and a test, which run"),
+            ("fedlp options strategy", "the options of a group: meaning, type, default"),
             ("fedlp resume=RUN_DIR", "go on with a stopped run; the same bytes as one never stopped"),
         ),
         (
@@ -69,6 +72,10 @@ HELP = {
         (*_MODEL_GROUPS, "finetune"),
         (
             ("sparsity=0.3", "fraction removed of the prunable parameters; or target_params=, target_macs="),
+            (
+                "federated=true",
+                "calibration data stay with clients, who send sums (num_clients=20 clients_per_round=10)",
+            ),
             ("calibration.examples=256", "training examples that pruning looks at"),
             ("onnx=true", "also write model.onnx"),
         ),

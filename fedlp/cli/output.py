@@ -1,4 +1,4 @@
-"""Standard output whose reader may have gone, and warnings that a user has turned into errors."""
+"""Standard output after its reader has closed it, and warnings under ``PYTHONWARNINGS=error``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 def close_output() -> None:
-    """Flush both streams; where the reader has gone, as ``| head`` does, the rest goes nowhere, without a word."""
+    """Flush both streams; output after the reader has closed the pipe (``| head``) is discarded."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -26,7 +26,7 @@ def close_output() -> None:
 
 
 def forgive_warnings() -> None:
-    """Take back ``PYTHONWARNINGS=error`` for this program: other packages warn of each other while they load."""
+    """Undo ``PYTHONWARNINGS=error`` for this program, since third-party packages warn at import."""
     if not any(option.startswith("error") for option in sys.warnoptions):
         return
     os.environ.pop("PYTHONWARNINGS", None)  # also for processes that are started

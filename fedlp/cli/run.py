@@ -1,4 +1,4 @@
-"""``fedlp``: one federated run, a dry run, or a stopped run that goes on; and ``fedlp-report`` on what runs leave."""
+"""``fedlp``: one federated run, a dry run or a resumed run; ``fedlp-report``: the report of finished runs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.cli.sweeps import earlier_run, job_header, objective_of
-from fedlp.config import RunConfig, from_omegaconf, refuse_unread, to_plain, to_yaml, with_absolute_paths
+from fedlp.cli.sweeps import earlier_run, job_header, job_name, objective_of
+from fedlp.config import from_omegaconf, refuse_unread, schema_for, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
 
 def run_job(composed: DictConfig) -> float | None:
-    """Run what a composed config says; return the objective, which is None of a dry run.
+    """Run a composed config; return the objective, None for a dry run.
 
     A job of a sweep whose folder holds its run is not run again: a finished one gives its objective, a stopped one goes
     on.
     """
-    config = from_omegaconf(composed, RunConfig)
+    _announce(composed)  # the next line imports torch, which takes seconds
+    config = from_omegaconf(composed, schema_for(composed))
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -43,16 +44,21 @@ def run_job(composed: DictConfig) -> float | None:
             return objective_of(config, manifest)
     from fedlp.report import run_label
 
+    def label(plain: dict[str, Any]) -> str:
+        return f"{job_name()}{run_label(plain)}"
+
     if not config.dry_run:
-        print(f"{job_header()}{_first_words(run_label(to_plain(config)), config)}  -> {out}", flush=True)
-    from fedlp.apps import federate as assembly
+        clients = f"{config.clients_per_round} of {config.num_clients} clients"
+        rounds = f"{config.num_rounds} rounds with " if config.trains else ""
+        print(f"{label(to_plain(config))}: {rounds}{clients}", flush=True)
+    from fedlp.apps import runs as assembly
 
     cfg = to_yaml(config)
     if config.dry_run:
         _print_costs(assembly.dry_run(cfg, out), out)
         return None
     try:
-        manifest = assembly.run(cfg, out, run_label)
+        manifest = assembly.run(cfg, out, label)
     except KeyboardInterrupt:
         if (out / "config.yaml").is_file():
             with suppress(OSError):  # the terminal may be gone
@@ -62,17 +68,19 @@ def run_job(composed: DictConfig) -> float | None:
     return objective_of(config, manifest)
 
 
-def _first_words(label: str, config: RunConfig) -> str:
-    """Return the line that a run begins with."""
-    verb = "going on, loading" if config.resume else "loading"
-    return (
-        f"{label}: {verb} {config.dataset.name} and {config.model.name}; {config.num_rounds} rounds with "
-        f"{config.clients_per_round} of {config.num_clients} clients"
-    )
+def _announce(composed: DictConfig) -> None:
+    """Print the first line of a run: its data and model, and its folder."""
+    if composed.get("dry_run"):
+        return
+    if resume := composed.get("resume"):
+        print(f"going on with the run in {resume}", flush=True)
+    elif not (output_dir() / "manifest.json").is_file():
+        names = [str(OmegaConf.select(composed, f"{group}.name", default="?")) for group in ("dataset", "model")]
+        print(f"{job_header()}loading {' and '.join(names)}  -> {output_dir()}", flush=True)
 
 
 def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
-    """Print the final metrics, the task's first one at the front, and the bytes; say where a callback ended the run."""
+    """Print the final metrics, the task's first one in front, the bytes, and the callback that ended the run."""
     final, totals = manifest["final_metrics"], manifest["totals"]
     if stopped_by := manifest.get("stopped_by"):
         asked = manifest["config"]["num_rounds"]
@@ -88,7 +96,7 @@ def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
 
 
 def run_dir(resume: str | None) -> str:
-    """Return where a run writes: a folder named by the time, or the run that is resumed."""
+    """Return the output folder of a run: time-stamped, or that of the resumed run."""
     return datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f") if resume is None else str(check_run(resume))
 
 
@@ -129,6 +137,14 @@ def report_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="where to write (default, of the first: RUN_DIR/report; report-NAME beside a file)"
     )
+    parser.add_argument(
+        "--format",
+        dest="formats",
+        action="append",
+        choices=["png", "svg", "pdf"],
+        metavar="FORMAT",
+        help="of the plots beside the page: png (default), svg or pdf; repeat it for several",
+    )
     return parser
 
 
@@ -136,6 +152,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write the report of some runs and print its table."""
     from fedlp.report import default_report_dir, find_runs, group_runs, summary_table, write_report
 
-    page = write_report(arguments.runs, arguments.out or default_report_dir(arguments.runs[0]))
+    out = arguments.out or default_report_dir(arguments.runs[0])
+    page = write_report(arguments.runs, out, formats=arguments.formats or ["png"])
     print(summary_table(group_runs(find_runs(arguments.runs))))
     print(f"report: {page}")

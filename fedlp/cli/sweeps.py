@@ -1,9 +1,9 @@
-"""Sweeps: the objective of a job and its direction, jobs whose folder holds their run already, a header per job."""
+"""Sweeps: objective and direction, jobs that are finished or stopped already, headers of jobs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _FREE = ("resume", "simulation")  # options in which a run that goes on may diff
 
 
 def job_header() -> str:
-    """Return the number and the overrides of a sweep's job; nothing outside of sweeps."""
+    """Return number and overrides of a sweep's job; empty outside of sweeps."""
     config = HydraConfig.get()
     if config.mode != RunMode.MULTIRUN:
         return ""
@@ -26,8 +26,14 @@ def job_header() -> str:
     return f"job {config.job.num} ({words}): "
 
 
+def job_name() -> str:
+    """Return the number of a sweep's job, which heads its lines where jobs run side by side."""
+    config = HydraConfig.get()
+    return f"job {config.job.num} " if config.mode == RunMode.MULTIRUN else ""
+
+
 def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None:
-    """Return the metric that a sweeper is told of; None where the run has no finite value of it."""
+    """Return the objective reported to the sweeper; None if the run has no finite value of it."""
     final = manifest["final_metrics"]
     names = [config.objective] if config.objective else sorted(final, key=lambda name: name == "train_loss")
     value = final.get(names[0]) if names else None
@@ -35,7 +41,7 @@ def objective_of(config: RunConfig, manifest: Mapping[str, Any]) -> float | None
 
 
 def sweep_direction(overrides: Iterable[str]) -> list[str]:
-    """Return the override that tells Optuna's sweeper the direction of the objective, where the user does not.
+    """Return the override of Optuna's direction that follows the objective, unless the user sets one.
 
     Raises
     ------
@@ -54,7 +60,7 @@ def sweep_direction(overrides: Iterable[str]) -> list[str]:
 
 
 def earlier_run(config: RunConfig, out: Path) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Return the config that a job of a sweep goes on with, and the manifest where its run is finished.
+    """Return the config of a sweep's resumed job, and the manifest if its run is finished.
 
     Raises
     ------
@@ -70,19 +76,19 @@ def earlier_run(config: RunConfig, out: Path) -> tuple[RunConfig, dict[str, Any]
     if not finished and not directory.has_checkpoints():
         return config, None  # it reached none: from the start
     stored = read_run_config(out / "config.yaml")
-    if differing := _differing(to_plain(stored), to_plain(config)):
+    free = _FREE if stored.trains else (*_FREE, "num_rounds")  # pruning has a round for each layer
+    if differing := _differing(to_plain(stored), to_plain(config), free):
         raise ConfigError(f"{out} holds a run with another {' and '.join(differing)}; choose another hydra.sweep.dir")
     if finished:
         manifest = directory.read_manifest()
-        if manifest["totals"].get("good_rounds") == 0 and stored.strategy.name != "oneshot":
+        if manifest["totals"].get("good_rounds") == 0 and stored.trains:
             raise ConfigError(f"{out} holds a run that trained nothing; delete it to try again")
         return config, manifest
     return replace(config, resume=str(out)), None
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of the options in which two configs differ; one-shot pruning sets its own number of rounds."""
-    free = (*_FREE, *(["num_rounds"] if one["strategy"].get("name") == "oneshot" else []))
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Return the names of the options in which two configs differ, without free ones."""
     names = []
     for key in (key for key in one if key not in free and one[key] != other.get(key)):
         if isinstance(one[key], dict) and isinstance(other.get(key), dict):

@@ -1,4 +1,4 @@
-"""The tools beside ``fedlp``: pruning, searching and profiling one model."""
+"""Tools of one model: pruning, search, profiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From Hydra's config tree to a checked :class:`RunConfig`: composing, reading, writing.
+"""Composition, reading and writing of a validated :class:`RunConfig`.
 
 Hydra checks the names and types of fixed groups, a part's signature those of its own options; :func:`validate` checks
 ranges. Past this package a config is a plain dataclass.
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.config.aliases import current_config, is_current
+from fedlp.config.federated_prune import FederatedPruneConfig, federated_prune_overrides, schema_for
 from fedlp.config.overrides import prepare_overrides
 from fedlp.config.own_tokenizer import with_tokenizer
 from fedlp.config.parts import PartConfig
@@ -53,7 +54,13 @@ from fedlp.config.schema import (
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
 from fedlp.config.unread import refuse_unread, unread_groups
-from fedlp.config.validation import validate, validate_profile, validate_prune, validate_search
+from fedlp.config.validation import (
+    validate,
+    validate_federated_prune,
+    validate_profile,
+    validate_prune,
+    validate_search,
+)
 from fedlp.errors import ConfigError, FedLPError, one_line
 
 __all__ = [
@@ -66,6 +73,7 @@ __all__ = [
     "DatasetConfig",
     "DeviceConfig",
     "EvaluationConfig",
+    "FederatedPruneConfig",
     "FinetuneConfig",
     "FleetConfig",
     "LocalConfig",
@@ -90,12 +98,14 @@ __all__ = [
     "compose_search",
     "config_dir",
     "explain",
+    "federated_prune_overrides",
     "from_omegaconf",
     "from_yaml",
     "prepare",
     "read_run_config",
     "refuse_unread",
     "register_schema",
+    "schema_for",
     "schema_of",
     "to_plain",
     "to_yaml",
@@ -106,41 +116,50 @@ __all__ = [
 ]
 
 _Config = TypeVar("_Config", RunConfig, PruneConfig, ProfileConfig, SearchConfig)
-ROOTS: dict[type, str] = {RunConfig: "config", PruneConfig: "prune", ProfileConfig: "profile", SearchConfig: "search"}
+ROOTS: dict[type, str] = {
+    RunConfig: "config",
+    PruneConfig: "prune",
+    FederatedPruneConfig: "federated_prune",
+    ProfileConfig: "profile",
+    SearchConfig: "search",
+}
 
 
 def config_dir() -> Path:
-    """Return the config tree: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the config tree: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def schema_of(root: str) -> type:
-    """Return the schema from which a root of ``conf`` starts."""
+    """Return the schema of a root of ``conf``."""
     return next(schema for schema, name in ROOTS.items() if name == root)
 
 
 @cache
 def register_schema(root: str) -> None:
-    """Make the schema known to Hydra from which a root of ``conf`` starts; Hydra copies all it knows often."""
+    """Register the schema of one root of ``conf``; only one, since Hydra copies its whole store often."""
     ConfigStore.instance().store(name=f"{root}_schema", node=schema_node(schema_of(root)))
 
 
 def prepare(root: str, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line as Hydra is to see them."""
+    """Return the overrides of a command line in the form for Hydra."""
     return prepare_overrides(schema_of(root), config_dir(), overrides)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config that the command line ``fedlp OVERRIDES`` would run.
 
+    With ``federated=true`` among the overrides it is that of ``fedlp-prune``, a :class:`FederatedPruneConfig`.
+
     Raises
     ------
     ConfigError
         For an option that does not exist, a value of the wrong type or out of range.
     """
-    return _compose(RunConfig, overrides)
+    pruning = federated_prune_overrides(overrides)
+    return _compose(RunConfig, overrides) if pruning is None else _compose(FederatedPruneConfig, pruning)
 
 
 def compose_prune(overrides: Sequence[str] = ()) -> PruneConfig:
@@ -182,6 +201,8 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
     match config:
         case RunConfig():
             validate(config)
+            if isinstance(config, FederatedPruneConfig):
+                validate_federated_prune(config)
         case PruneConfig():
             validate_prune(config)
         case ProfileConfig():
@@ -192,7 +213,7 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
 
 
 def todays_config(values: Mapping[str, Any], schema: type = RunConfig) -> dict[str, Any]:
-    """Return plain values in today's layout; of a config that an earlier version wrote, those that are read."""
+    """Return plain values in the current layout; options of earlier versions that are no longer read are dropped."""
     return dict(values) if is_current(values) else drop_unread(schema, current_config(values))
 
 
@@ -202,12 +223,14 @@ def to_yaml(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> s
 
 
 def from_yaml(text: str) -> RunConfig:
-    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError where it does not fit."""
+    """Return a validated config from YAML, as :func:`to_yaml` writes it; ConfigError if it does not fit."""
     try:
         created = OmegaConf.create(text)
         if not isinstance(created, DictConfig):
             raise ConfigError("it does not map names to values")
-        return from_omegaconf(created, RunConfig)
+        return from_omegaconf(
+            created, schema_for(current_config(cast(dict[str, Any], OmegaConf.to_container(created))))
+        )
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, ConfigError) as error:
         raise ConfigError(f"the run's config cannot be read: {explain(error)}") from error
 
@@ -223,7 +246,7 @@ def read_run_config(path: Path) -> RunConfig:
 
 
 def with_absolute_paths(config: _Config) -> _Config:
-    """Return the config with its local files named so that they are found from any working folder."""
+    """Return the config with absolute paths of its local files."""
     dataset, model = config.dataset, config.model
     paths = {key: dataset.options.get(key) for key in ("root", "path", "test_path", "tokenizer")}
     found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
@@ -240,7 +263,7 @@ def with_absolute_paths(config: _Config) -> _Config:
 
 
 def _absolute(name: str) -> str:
-    """Return the absolute path of what exists; the name of anything else, which may lie on a hub."""
+    """Return the absolute path of an existing file; any other name unchanged, since it may be a hub's."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 
@@ -257,7 +280,7 @@ def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> 
 
 
 def explain(error: BaseException, schema: type = RunConfig) -> str:
-    """Return in one line what an error of Hydra or OmegaConf says: our own words at its root, where there are some."""
+    """Return an error of Hydra or OmegaConf as one line; the message of a FedLPError at its root takes precedence."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FedLPError):
@@ -281,7 +304,7 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
 
 
 def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
-    """Return in one line where and why YAML cannot be read."""
+    """Return position and reason of a YAML error as one line."""
     mark, problem = error.problem_mark, error.problem or "it is not YAML"
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     file = f"{mark.name}, " if mark is not None and not mark.name.startswith("<") else ""

@@ -1,4 +1,4 @@
-"""Renamed options: old names stay, and warn once."""
+"""Renamed options: old names are aliases that warn once."""
 
 from __future__ import annotations
 
@@ -35,39 +35,42 @@ _told: set[str] = set()
 
 
 def current_override(override: str) -> str:
-    """Return a command line override in today's names; says on stderr, once, that an old one was used."""
+    """Return a command line override under current names; an old name warns once on stderr."""
     key, equals, value = override.partition("=")
     prefix, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
     if name == "strategy.encoding" and value == "float64":  # of sums, which one-shot pruning sends
-        _tell(name, "strategy.sums")
-        name = "strategy.sums"
+        tell_once(name, "sums")
+        name = "sums"
     elif name in RENAMED:
-        _tell(name, RENAMED[name])
+        tell_once(name, RENAMED[name])
         name, prefix = RENAMED[name], prefix if "." in RENAMED[name] else ""
     for (group, old), new in RENAMED_CHOICES.items():
         if name == group and re.search(rf"(^|,){old}(,|$)", value):
-            _tell(f"{group}={old}", f"{group}={new}")
+            tell_once(f"{group}={old}", f"{group}={new}")
             value = re.sub(rf"(?<![^,]){old}(?![^,])", new, value)
     return f"{prefix}{name}{equals}{value}"
 
 
 def is_current(config: Mapping[str, Any]) -> bool:
-    """Return whether a stored config is in today's layout."""
+    """Return whether a stored config has the current layout."""
     strategy = config.get("strategy")
-    if not isinstance(strategy, Mapping) or "upload" in config:
+    if not isinstance(strategy, Mapping):
         return True
+    if "upload" in config:
+        return strategy.get("name") != "oneshot"
     return not any(old.removeprefix("strategy.") in strategy for old in RENAMED)
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored config in today's layout: one that an earlier version wrote is divided into today's groups."""
+    """Return a stored config in the current layout; one of an earlier version is divided into the current groups."""
     if is_current(config):
         return dict(config)
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     own = found["strategy"]
     own["name"] = RENAMED_CHOICES.get(("strategy", str(own.get("name"))), own.get("name"))
-    if own["name"] == "oneshot":
-        own["sums"] = own.pop("encoding", "float32")
+    one_shot = own["name"] == "oneshot"
+    if one_shot:
+        own["sums"] = own.pop("encoding", own.get("sums", "float32"))
     for old, new in RENAMED.items():
         option = old.removeprefix("strategy.")
         if option in own:
@@ -75,21 +78,27 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
             target = found.setdefault(group, {})
             if isinstance(target, dict):
                 target[name or "name"] = own.pop(option)
-    found.setdefault("aggregator", {})["name"] = "coverage_average"
+    found.setdefault("aggregator", {}).setdefault("name", "coverage_average")
     for group, name in _BEFORE.items():
         if isinstance(target := found.setdefault(group, {}), dict):
             target.setdefault("name", name)
     if isinstance(dataset := found.get("dataset"), dict):
         dataset.setdefault("label_column", None)  # text was for language modelling alone
+    if one_shot:
+        found |= {"federated": True} | {
+            name: own[name] for name in ("sparsity", "unit_selection", "sums") if name in own
+        }
+        found["strategy"] = {"name": "fedavg"}
     return found
 
 
-def _tell(old: str, new: str) -> None:
+def tell_once(old: str, new: str) -> None:
+    """Say once on stderr that an old name has a new one."""
     if old not in _told:
         _told.add(old)
         print(f"fedlp: {old} is now {new}; the old name works for now", file=sys.stderr)
 
 
 def current_overrides(overrides: Iterable[str]) -> list[str]:
-    """Return overrides in today's names."""
+    """Return overrides under current names."""
     return [current_override(override) for override in overrides]

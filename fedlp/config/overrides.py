@@ -1,4 +1,4 @@
-"""Command line overrides before Hydra sees them: old names, options of parts, and parts that have no YAML."""
+"""Preparation of command line overrides for Hydra: old names, options of parts, parts without a YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlp.config.reading import part_groups
 
 
 def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> list[str]:
-    """Return overrides as Hydra is to see them.
+    """Return overrides in the form for Hydra.
 
     An option of a part is added by force, since the part's own schema checks it later. A part's name by its own option,
     such as ``strategy.name=heterofl``, is the choice ``strategy=heterofl``. A choice that has no YAML in the config
@@ -40,7 +40,7 @@ def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> lis
 
 
 def _store_choices(group: str, kind: str, key: str, conf: Path, override: str) -> None:
-    """Make choices without a YAML known to Hydra, where they can be parts."""
+    """Register choices without a YAML with Hydra if they can be parts."""
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:

@@ -1,4 +1,4 @@
-"""The tokenizer where the config leaves it open: the model's own, bytes for a model that has none."""
+"""Default tokenizer: the model's own; bytes for a model without one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NUM_BYTES = 256
 
 
 def with_tokenizer(dataset: DatasetConfig, model: ModelConfig) -> DatasetConfig:
-    """Return a data set config whose ``tokenizer``, if it has one, is not "auto".
+    """Return a data set config with ``tokenizer`` "auto" resolved.
 
-    A model of Hugging Face reads its own tokens. A local folder without a tokenizer whose vocabulary is that of bytes
+    A model of Hugging Face uses its own tokenizer. A local folder without a tokenizer and with a vocabulary of 256
     reads bytes, as does any other model.
     """
     if dataset.options.get("tokenizer") != AUTO:

@@ -1,4 +1,4 @@
-"""Config groups in which a name stands for a part: the part's signature is the schema of its own options.
+"""Config groups of parts: the signature of the named part is the schema of its options.
 
 A group's node in the config tree is flat: the part's name, the options that all parts of the group share, and the
 part's own options. In a :class:`PartConfig` the part's own options are under ``options``, and are attributes too.
@@ -33,7 +33,7 @@ class PartConfig:
     key : str
         The option that holds the part's name.
     options : dict
-        The part's own options, all of them.
+        All of the part's own options.
     """
 
     kind: ClassVar[str] = ""
@@ -53,11 +53,11 @@ class PartConfig:
 
     @property
     def target(self) -> Callable[..., Any]:
-        """The class or function that the name stands for."""
+        """Class or function of the name."""
         return registry.lookup(self.kind, getattr(self, self.key))
 
     def make(self, **given: Any) -> Any:
-        """Return the part with its options: an instance of a class, what a factory returns, else a function.
+        """Return the part with its options: an instance of a class, the result of a factory, else a function.
 
         Parameters
         ----------
@@ -84,7 +84,7 @@ def read_part(schema: type[_P], group: str, node: Mapping[str, Any]) -> _P:
     Raises
     ------
     ConfigError
-        For a name that stands for no part, an option that the part does not have, a value of the wrong type or out of
+        For an unknown part, an option that the part does not have, a value of the wrong type or out of
         range.
     """
     names = {f.name for f in fields(schema)} - {"options"}
@@ -110,7 +110,7 @@ def read_part(schema: type[_P], group: str, node: Mapping[str, Any]) -> _P:
 
 
 def _check_ranges(found: PartConfig, group: str, name: str, target: Callable[..., Any]) -> None:
-    """Make the part once where that costs nothing, so that its ``__post_init__`` checks ranges."""
+    """Instantiate a dataclass part once, so that its ``__post_init__`` checks ranges."""
     if not (isinstance(target, type) and hasattr(target, "__dataclass_fields__")):
         return
     try:
@@ -122,7 +122,7 @@ def _check_ranges(found: PartConfig, group: str, name: str, target: Callable[...
 
 
 def _schema_of(declared: Mapping[str, registry.Option], names: set[str]) -> type:
-    """Return a dataclass of a part's own options; a type that OmegaConf does not know is ``Any``."""
+    """Return a dataclass of a part's own options; a type unknown to OmegaConf becomes ``Any``."""
     found = []
     for option in declared.values():
         if option.name in names:
@@ -165,12 +165,16 @@ def _typed(schema: type, group: str, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _no_such_option(schema: type[PartConfig], group: str, name: str, option: str, known: list[str]) -> str:
-    """Say that a part has no such option, and which parts have it, or which options are close."""
+    """Return the message of an unknown option: the parts that have it, or close names."""
     text = f"there is no option {group}.{option} with {group}={name}"
     if close := get_close_matches(option, known, 1):
         return f"{text}; did you mean {group}.{close[0]}?"
     others = [other for other in parts_with(schema.kind, option) if other != name]
-    return f"{text}; " + (f"{', '.join(others)} read it" if others else f"it has {', '.join(sorted(known))}")
+    return f"{text}; " + (
+        f"{', '.join(others)} {'read' if len(others) > 1 else 'reads'} it"
+        if others
+        else f"it has {', '.join(sorted(known))}"
+    )
 
 
 def parts_with(kind: str, option: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plain values to checked config objects: types, options of parts, close matches for what is misspelt."""
+"""Conversion of plain values to validated config objects: types, options of parts, suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Config = TypeVar("_Config")
 
 @cache
 def part_groups(schema: Any) -> dict[str, type[PartConfig]]:
-    """Return the groups of a schema in which a name stands for a part."""
+    """Return the groups of a schema that hold a part."""
     return {f.name: cast(type[PartConfig], f.default_factory) for f in fields(schema) if _is_part(f.default_factory)}
 
 
@@ -63,7 +63,7 @@ def schema_node(schema: Any) -> Any:
 
 
 def no_such_option(schema: Any, name: str) -> str:
-    """Return a line that says that an option does not exist, and which one may be meant."""
+    """Return the message of an unknown option, with close names."""
     known = option_names(schema)
     last = name.rpartition(".")[2]
     same = sorted(option for option in known if option.rpartition(".")[2] == last and option != name)
@@ -86,7 +86,7 @@ def _options_of_parts(schema: Any, name: str) -> list[str]:
 
 @cache
 def option_names(schema: Any) -> frozenset[str]:
-    """Return the dotted names of all options of a schema, but for those of parts' own."""
+    """Return the dotted names of all options of a schema, except parts' own."""
     names = set()
     for f in fields(schema):
         names.add(f.name)

@@ -1,4 +1,4 @@
-"""The config of a stopped run that goes on: its own, but for its length and its engine."""
+"""Config of a resumed run: its stored config, except its length and engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RESUMABLE_WITH = ("num_rounds", "simulation", "resume")
 
 
 def check_run(resume: str) -> Path:
-    """Return the folder of a run; ConfigError if it is none."""
+    """Return a path as the folder of a run; ConfigError if it holds no run."""
     folder = Path(resume)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={resume}: that is not a run directory (it has no config.yaml)")
@@ -25,12 +25,12 @@ def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     Parameters
     ----------
     overrides : iterable of str
-        Those that ``config`` was composed with; what they say of length and engine holds.
+        Overrides behind ``config``; those of length and engine apply to the resumed run.
 
     Raises
     ------
     ConfigError
-        If there is no such run, or an override would change anything else.
+        If there is no such run, or an override changes any other option.
     """
     assert config.resume is not None
     folder = check_run(config.resume)
@@ -39,6 +39,10 @@ def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     if foreign:
         raise ConfigError(f"resume goes on with the run's own config, in its own folder: drop {', '.join(foreign)}")
     stored = read_run_config(folder / "config.yaml")
+    if not stored.trains:
+        raise ConfigError(
+            f"{folder} is a one-shot pruning, which cannot be resumed: start it anew in another hydra.run.dir"
+        )
     stored.resume = str(folder)
     for name in names:
         if name == "num_rounds":

@@ -15,15 +15,15 @@ from fedlp.errors import ConfigError
 class ModelConfig(PartConfig):
     """Model that is trained; ``source`` names the part, whose options follow.
 
-    A model of one's own is ``model=MODULE:OBJECT``: an ``nn.Module`` class, or a function that returns a module.
+    A user's own model is ``model=MODULE:OBJECT``: an ``nn.Module`` class, or a function that returns a module.
     """
 
     kind: ClassVar[str] = "model"
     key: ClassVar[str] = "source"
 
-    name: str = MISSING  # what reports call it; torchvision, cifar_resnet: which of their models
+    name: str = MISSING  # name in reports; torchvision, cifar_resnet: the model's name there
     source: str = MISSING
-    frozen: list[str] = field(default_factory=list)  # layers that keep their first values, by name or pattern (fc*):
+    frozen: list[str] = field(default_factory=list)  # frozen layers, by name or shell pattern (fc*):
     # they are neither trained nor sent back
 
 
@@ -31,16 +31,16 @@ class ModelConfig(PartConfig):
 class DatasetConfig(PartConfig):
     """Data set; its own options are those of the reader in ``fedlp/data``.
 
-    Data of one's own are ``dataset=MODULE:OBJECT``: a function that returns training and test data, or a reader.
+    User data are ``dataset=MODULE:OBJECT``: a function that returns training and test data, or a reader.
     """
 
     kind: ClassVar[str] = "dataset"
 
-    max_train_examples: int | None = None  # a random subset of so many; all where null
-    max_test_examples: int | None = None
-    client_test_fraction: float = 0.0  # of each client's examples, held out for evaluation=clients; in [0, 1)
-    on_devices: bool = False  # devices bring their own examples: --node-config 'data="/srv/images"' of each SuperNode
-    server: str | None = None  # on_devices: file or folder of the server's test set; no central evaluation where null
+    max_train_examples: int | None = None  # size of a random subset, >= 1; all examples if null
+    max_test_examples: int | None = None  # size of a random subset, >= 1; all examples if null
+    client_test_fraction: float = 0.0  # held-out fraction of each client's examples, for evaluation=clients; in [0, 1)
+    on_devices: bool = False  # devices' own examples: --node-config 'data="/srv/images"' of each SuperNode
+    server: str | None = None  # on_devices: file or folder of the server's test set; no central evaluation if null
 
     def __post_init__(self) -> None:
         if not 0 <= self.client_test_fraction < 1:
@@ -55,7 +55,7 @@ class DatasetConfig(PartConfig):
 
 @dataclass
 class TaskConfig(PartConfig):
-    """Task: loss, metrics and their options; "auto" is the one that the data set's targets are for."""
+    """Task: loss, metrics and their options; "auto" is the task of the data set's targets."""
 
     kind: ClassVar[str] = "task"
 
@@ -68,7 +68,7 @@ class PartitionConfig(PartConfig):
 
     kind: ClassVar[str] = "partition"
 
-    min_examples: int = 1  # smallest number of examples of a client, at least 0; dirichlet draws again until it is met
+    min_examples: int = 1  # fewest examples of a client, >= 0; dirichlet redraws until it is met
 
     def __post_init__(self) -> None:
         if self.min_examples < 0:
@@ -88,8 +88,8 @@ class UploadConfig(PartConfig):
 
     kind: ClassVar[str] = "encoding"
 
-    values: str = "weights"  # "weights", or "deltas": differences from what the client received
-    error_feedback: bool = False  # deltas: the part that an encoding loses is added to the next upload
+    values: str = "weights"  # "weights", or "deltas": differences from the received values
+    error_feedback: bool = False  # deltas: the encoding's error is added to the next upload
     entropy_coding: bool = False  # int8, int4, int2: lossless Huffman codes of the quantised values
 
     def __post_init__(self) -> None:
@@ -107,10 +107,10 @@ class AggregatorConfig(PartConfig):
 
     kind: ClassVar[str] = "aggregator"
 
-    weighting: str = "examples"  # "examples", "equal", or "held": examples times the fraction of the model that is held
+    weighting: str = "examples"  # "examples", "equal", or "held": examples times the held fraction of the model
     batch_norm: str = "auto"  # running statistics: "average" of all clients; of clients with the "whole" model;
     # "static": never sent, re-measured before each evaluation on three clients that hold the largest sub-model; "auto":
-    # "static" where some clients hold narrow sub-models of a model with batch norms, else "average"
+    # "static" if some clients hold narrow sub-models of a model with batch norms, else "average"
 
     def __post_init__(self) -> None:
         for name, allowed in (("weighting", _WEIGHTINGS), ("batch_norm", _BATCH_NORMS)):
@@ -125,26 +125,26 @@ _WEIGHTINGS, _BATCH_NORMS = ("examples", "equal", "held"), ("auto", "average", "
 
 @dataclass
 class ServerOptimizerConfig(PartConfig):
-    """Server optimizer (FedOpt): the aggregate taken as a pseudo-gradient."""
+    """Server optimizer (FedOpt): the aggregate as a pseudo-gradient."""
 
     kind: ClassVar[str] = "server_optimizer"
 
 
 @dataclass
 class PrunerConfig(PartConfig):
-    """Score by which units are removed, and recovery of the other weights; the score's own options are its part's."""
+    """Pruning score, and recovery of the kept weights; the score's own options are those of its part."""
 
     kind: ClassVar[str] = "score"
 
-    recovery: str = "none"  # "least_squares", "bias" (of the removed means) or "none"
+    recovery: str = "none"  # "least_squares", "bias" (means of removed inputs) or "none"
     centred: bool = True  # least_squares: fit with a bias
-    correction: float = 0.0  # least_squares: aim at the dense model's outputs, in [0, 1]
+    correction: float = 0.0  # least_squares: weight of the dense model's outputs in the target, in [0, 1]
     fisher: bool = False  # obs: weigh outputs by their Fisher information
     damping: float | None = (
-        None  # of the Hessian, a fraction of its mean diagonal; null: for rounding only, or 0.01 where it is singular
+        None  # of the Hessian, a fraction of its mean diagonal; null: shrinkage by two halves of the data
     )
-    keeps_batch_norm: bool = False  # classifiers: shift batch norms by what recovery adds, or estimate them anew
-    shared: bool = False  # classifiers: also channels that several layers read, such as residual streams
+    keeps_batch_norm: bool = False  # classifiers: shift batch norms by recovery's bias; else re-estimate them
+    shared: bool = False  # classifiers: also channels with several readers, such as residual streams
 
 
 @dataclass
@@ -156,103 +156,104 @@ class AllocatorConfig(PartConfig):
 
 @dataclass
 class CalibrationConfig:
-    """What pruning may look at, of the training examples."""
+    """Calibration set: the training examples that pruning reads."""
 
-    examples: int = 256
+    examples: int = 256  # calibration examples, >= 1; of each client in a federated run
     batch_size: int = 32
 
 
 @dataclass
 class LocalConfig:
-    """How a client trains in one round."""
+    """Local training of a client in one round."""
 
     optimizer: str = MISSING  # "sgd", "adam", "adamw", or MODULE:OBJECT
-    epochs: int = 1
+    epochs: int = 1  # passes over the client's examples, >= 1
     batch_size: int = 32
-    lr: float = 0.05
-    momentum: float = 0.0  # sgd
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    skip_backward: bool = False  # no gradients for the leading layers that are not sent
-    logit_adjustment: float = 0.0  # classification: while training, logits gain so many times the log of the client's
-    # share of each class (Menon et al., ICLR 2021): classes that a client lacks are left alone; at least 0
-    proximal: float = 0.0  # FedProx: mu of the penalty mu / 2 x squared distance from the received weights, at least 0
-    accumulation: int = 1  # batches whose gradients make one step; their mean loss is that of one large batch
-    optimizer_options: dict[str, Any] = field(default_factory=dict)  # further ones, such as {beta2: 0.99} of adam
-    precision: str = "float32"  # of forward and backward passes: "float32", or "bfloat16" (autocast)
-    schedule: Any = "constant"  # of the learning rate: "constant", "cosine", "step", "warmup", MODULE:OBJECT, or
+    lr: float = 0.05  # learning rate, > 0
+    momentum: float = 0.0  # sgd: in [0, 1)
+    weight_decay: float = 0.0  # >= 0
+    max_grad_norm: float | None = None  # gradient clipping: largest L2 norm, > 0; none if null
+    skip_backward: bool = False  # whether leading layers that are not sent get no gradients
+    logit_adjustment: float = 0.0  # classification: strength, >= 0, of the offset of training logits by the log of each
+    # class's share on the client (Menon et al., ICLR 2021); absent classes get no gradient
+    proximal: float = 0.0  # FedProx: mu >= 0 of the penalty mu / 2 x squared distance from the received weights
+    accumulation: int = 1  # gradient accumulation: batches per step, >= 1; equal to one large batch
+    optimizer_options: dict[str, Any] = field(default_factory=dict)  # further options, such as {beta2: 0.99} of adam
+    precision: str = "float32"  # forward and backward passes: "float32", or "bfloat16" (autocast)
+    schedule: Any = "constant"  # learning rate schedule: "constant", "cosine", "step", "warmup", MODULE:OBJECT, or
     # a mapping of name and options, such as {name: cosine, floor: 0.1}
 
 
 @dataclass
 class AdapterConfig:
-    """Adapters of a language model, which alone are trained and sent back: "none" or "lora"."""
+    """Adapters of a language model: "none" or "lora"; only adapters are trained and uploaded."""
 
     name: str = "none"
-    rank: int = 8
-    alpha: float = 16.0  # the product of both matrices is scaled by alpha / rank
-    targets: list[str] = field(default_factory=lambda: ["*_proj"])  # linear layers, by name or pattern
-    dropout: float = 0.0  # of adapters' inputs, in training
-    freeze_a: bool = False  # train B alone (FFA-LoRA)
+    rank: int = 8  # rank of the matrices, >= 1
+    alpha: float = 16.0  # scale of the product is alpha / rank, > 0
+    targets: list[str] = field(default_factory=lambda: ["*_proj"])  # adapted linear layers, by name or shell pattern
+    dropout: float = 0.0  # dropout probability of adapters' inputs, in [0, 1)
+    freeze_a: bool = False  # whether B alone is trained (FFA-LoRA)
 
 
 @dataclass
 class SimulationConfig:
-    """Which engine carries the messages."""
+    """Simulation engine."""
 
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
-    workers: int | None = None  # processes; as many as cores where absent
-    round_timeout_s: float = 3600.0  # a client that has not answered by then is counted as failed
+    workers: int | None = None  # worker processes, >= 1; number of cores if null
+    round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
 
 
 @dataclass
 class DeviceConfig:
-    """One class of devices; see ``conf/fleet/mixed.yaml`` for where figures come from."""
+    """Device class; ``conf/fleet/mixed.yaml`` names the sources of its figures."""
 
-    memory_bytes: float = MISSING
-    flops: float = MISSING  # float32 operations per second that training sustains
-    uplink_bytes_s: float = MISSING
-    share: float = 1.0  # of the clients, relative to the other classes
+    memory_bytes: float = MISSING  # memory of the device
+    flops: float = MISSING  # sustained float32 operations per second in training
+    uplink_bytes_s: float = MISSING  # uplink bandwidth, bytes per second
+    share: float = 1.0  # share of the clients, relative to the other classes
 
 
 @dataclass
 class FleetConfig:
-    """What the clients' sub-models may cost: nothing is limited, or by ``fractions``, or by ``devices``."""
+    """Budgets of clients' sub-models: unlimited, by ``fractions``, or by ``devices``."""
 
     name: str = "full"
-    fractions: list[float] = field(default_factory=list)  # tiers: of what the whole model costs, each in (0, 1]
-    limited: list[str] = field(default_factory=lambda: ["params"])  # tiers: which costs, of Budget's
-    shares: list[float] | None = None  # tiers: of the clients, relative to each other; equal where absent
+    fractions: list[float] = field(default_factory=list)  # tiers: fractions of the whole model's costs, each in (0, 1]
+    limited: list[str] = field(default_factory=lambda: ["params"])  # tiers: limited costs, of Budget's
+    shares: list[float] | None = None  # tiers: shares of the clients, relative to each other; equal if null
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
-    memory_share: float = 0.5  # devices: of their memory that training may use, in (0, 1]
-    seconds_per_example: float = 0.05  # devices: time that one example may take in training
-    upload_s: float = 60.0  # devices: time that one upload may take
-    availability: Any = None  # probability that a client is there in a round, in (0, 1], or a CSV file of client, from,
-    # to (rounds); all clients, always, where null
-    dropout: float = 0.0  # probability that a client drops out after it got its sub-model, in [0, 1)
-    extra_clients: int = 0  # clients asked beyond clients_per_round, of which the first answers are taken
-    only_whole: bool = False  # only clients whose budget holds the whole model take part in rounds
+    memory_share: float = 0.5  # devices: fraction of memory for training, in (0, 1]
+    seconds_per_example: float = 0.05  # devices: longest training time of one example
+    upload_s: float = 60.0  # devices: longest time of one upload
+    availability: Any = None  # probability that a client is available in a round, in (0, 1], or a CSV trace of client,
+    # from, to (rounds, or seconds with round_s); always available if null
+    round_s: float | None = None  # duration of a round on the clock of a trace in seconds; a trace in rounds if null
+    dropout: float = 0.0  # probability that a client drops out after receiving its sub-model, in [0, 1)
+    extra_clients: int = 0  # over-selection: clients asked beyond clients_per_round; the first answers count
+    only_whole: bool = False  # whether only clients whose budget holds the whole model take part
 
 
 @dataclass
 class EvaluationConfig:
-    """Where models are evaluated.
+    """Evaluation: central, on clients, or both.
 
     ``name`` is "central" (the global model on the server's test set), "clients" (each client's sub-model, with its
     personal head where it has one, on the client's own test examples), or "both".
     """
 
     name: str = "central"
-    clients: int | None = None  # clients that an evaluation asks, drawn by the seed; all where null
-    personal_steps: int = 0  # local steps that a client trains before it evaluates; none of them is kept
-    tiers: bool = False  # after the last round, the sub-model of each tier on the server's test set
+    clients: int | None = None  # clients per evaluation, drawn by the seed; all if null
+    personal_steps: int = 0  # personalisation: local steps before a client evaluates; discarded afterwards
+    tiers: bool = False  # whether each tier's sub-model is evaluated on the server's test set after the last round
 
 
 @dataclass
 class TrackerConfig(PartConfig):
-    """Tracker that follows the run where the server runs; options are those of the part in ``fedlp/trackers``.
+    """Tracker of the run on the server; options are those of the part in ``fedlp/trackers``.
 
-    A tracker of one's own is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
+    A user's own tracker is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
     """
 
     kind: ClassVar[str] = "tracker"
@@ -262,46 +263,49 @@ class TrackerConfig(PartConfig):
 
 @dataclass
 class CallbackConfig(PartConfig):
-    """Function that is called after each round; options are those of the part."""
+    """Callback: function called after each round; options are those of the part."""
 
     kind: ClassVar[str] = "callback"
 
 
 @dataclass
 class PrivacyConfig:
-    """What is done to a client's weights before they leave it; see ``docs/privacy.md`` for what that promises.
+    """Privacy of uploads; ``docs/privacy.md`` states the guarantees.
 
     ``name`` is "none", or "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``.
     """
 
     name: str = "none"
-    clipping_norm: float = 1.0  # longest update (L2 norm over all weights); the sensitivity is twice this
-    epsilon: float = 0.5  # of one upload, > 0; the Gaussian mechanism keeps its promise below 1
-    delta: float = 1e-5  # of one upload, in (0, 1)
-    seeded: bool = False  # draw noise from the run's seed, which whoever reads the config can take off again
+    clipping_norm: float = 1.0  # largest L2 norm of an update, > 0; the sensitivity is twice this
+    epsilon: float = 0.5  # epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1
+    delta: float = 1e-5  # delta of one upload, in (0, 1)
+    seeded: bool = False  # whether noise is drawn from the run's seed, which any reader of the config can subtract
 
 
 @dataclass
 class RunConfig:
     """One federated run."""
 
-    seed: int = 0
-    num_rounds: int = 10
-    num_clients: int = 10
-    clients_per_round: int = 5
-    min_clients: int = 1  # a round with fewer good updates leaves the model unchanged
-    eval_every: int = 1  # rounds between evaluations of the global model; the last round always is
-    eval_batch_size: int = 500
-    checkpoint_every: int = 1
-    device: str = "cpu"  # where clients train: "cpu", "cuda", "cuda:1"...
-    dry_run: bool = False
-    resume: str | None = None  # a run directory
-    plot_partition: bool = False  # draw who has how many examples of which class as partition.png (loads the data)
-    keep_best: str | None = None  # metric; the model with its best value is written as model-best.safetensors too
-    callbacks: list[Any] = field(default_factory=list)  # called after each round: names, MODULE:OBJECT, or mappings of
-    # name and options, such as {name: early_stopping, patience: 3}
-    objective: str | None = None  # metric that a job of a sweep returns; the task's first one where absent
-    label: str | None = None  # what reports call the run; a name is made from the config where absent
+    trains: ClassVar[bool] = True
+    unread: ClassVar[frozenset[str]] = frozenset()
+
+    seed: int = 0  # seed of all random streams, >= 0
+    num_rounds: int = 10  # >= 1
+    num_clients: int = 10  # clients of the federation, >= 1
+    clients_per_round: int = 5  # clients sampled per round, in [1, num_clients]
+    min_clients: int = 1  # fewest good updates for a round to change the model
+    eval_every: int = 1  # rounds between evaluations, >= 1; the last round is always evaluated
+    eval_batch_size: int = 500  # test examples per batch, >= 1
+    checkpoint_every: int = 1  # rounds between checkpoints, >= 1
+    device: str = "cpu"  # device of clients' training: "cpu", "cuda", "cuda:1", ...
+    dry_run: bool = False  # whether only expected costs are written, without data or training
+    resume: str | None = None  # run directory of a stopped run to resume
+    plot_partition: bool = False  # whether class counts of clients are drawn as partition.png (loads the data)
+    keep_best: str | None = None  # metric whose best model is also written, as model-best.safetensors
+    callbacks: list[Any] = field(default_factory=list)  # functions called after each round: names, MODULE:OBJECT, or
+    # mappings of name and options, such as {name: early_stopping, patience: 3}
+    objective: str | None = None  # metric that a sweep's job returns; the task's first one if null
+    label: str | None = None  # name of the run in reports; made from the config if null
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

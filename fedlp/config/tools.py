@@ -1,4 +1,4 @@
-"""Structured config of the tools beside ``fedlp``: pruning, searching and profiling one model."""
+"""Structured config of the tools of one model: pruning, search, profiling."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class FinetuneConfig:
     lr: float = 1e-3
     rank: int = 8  # lora
     alpha: float = 16.0  # lora
-    max_examples: int | None = None  # of the training examples, counted from the first
-    steps: int = 6  # newton: at most so many
+    max_examples: int | None = None  # first training examples used; all if null
+    steps: int = 6  # newton: largest number of steps
 
 
 @dataclass
 class PruneConfig:
-    """One-shot pruning of one model. One of ``sparsity``, ``target_params`` and ``target_macs`` says how far."""
+    """One-shot pruning of one model to one of ``sparsity``, ``target_params`` and ``target_macs``."""
 
     seed: int = 0
-    sparsity: float | None = None  # fraction removed of the parameters that belong to prunable units, in (0, 1)
-    target_params: float | None = None  # parameters of the whole model that may stay
-    target_macs: float | None = None  # multiply-accumulates per example that may stay
-    run: str | None = None  # prune the model of this run directory, on its data; ``model`` and ``dataset`` are its own
-    evaluate: bool = True  # measure before and after on the test examples
+    sparsity: float | None = None  # fraction removed of the prunable parameters, in (0, 1)
+    target_params: float | None = None  # largest number of parameters of the pruned model
+    target_macs: float | None = None  # largest number of multiply-accumulates per example
+    run: str | None = None  # run directory whose model is pruned, with its own ``model`` and ``dataset``
+    evaluate: bool = True  # whether test metrics are measured before and after
     eval_batch_size: int = 100
-    onnx: bool = False  # also write model.onnx, in float32
-    dtype: str = "auto"  # of the weights written: "float32", "float16", "bfloat16", or "auto": that of the weights read
+    onnx: bool = False  # whether model.onnx is written too, in float32
+    dtype: str = "auto"  # written weights: "float32", "float16", "bfloat16", or "auto": that of the source
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -56,14 +56,14 @@ class PruneConfig:
 
 @dataclass
 class ProfileConfig:
-    """Measuring this device: what a training step of a model costs on it as the model is cut."""
+    """Profile of this device: cost of a model's training step over densities."""
 
     seed: int = 0
-    densities: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 1.0])  # of every layer's units
-    repeats: int = 10  # timed steps at each density, of which the median counts
-    memory_bytes: float | None = None  # limit for the budget file; the memory that is free now where null
-    latency_s: float | None = None  # limit for the budget file, of one step; none where null
-    upload_bytes: float | None = None  # limit for the budget file; none where null
+    densities: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 1.0])  # kept fractions, in (0, 1]
+    repeats: int = 10  # timed steps at each density; the median counts
+    memory_bytes: float | None = None  # limit for the budget file; the device's free memory if null
+    latency_s: float | None = None  # limit for the budget file, of one step; none if null
+    upload_bytes: float | None = None  # limit for the budget file; none if null
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -73,22 +73,22 @@ class ProfileConfig:
 
 @dataclass
 class SearchSettings:
-    """How allocation functions are searched."""
+    """Settings of the search for allocation functions."""
 
-    space: str = "trees"  # "trees" (typed expression trees) or "chains" (those that DSA published)
-    modes: list[str] = field(default_factory=lambda: ["evolution", "random", "vector"])  # at equal evaluations
-    evaluations: int = 150  # distinct candidates of each mode
+    space: str = "trees"  # "trees" (typed expression trees) or "chains" (DSA's published form)
+    modes: list[str] = field(default_factory=lambda: ["evolution", "random", "vector"])  # compared at equal evaluations
+    evaluations: int = 150  # distinct candidates of each mode, >= 1
     population: int = 24
-    ratios: list[float] = field(default_factory=lambda: [0.2, 0.35, 0.5])  # sparsities that fitness averages over
-    fitness_examples: int = 16  # training examples that candidates are measured on
-    held_out_examples: int = 32  # training examples that the final check looks at
+    ratios: list[float] = field(default_factory=lambda: [0.2, 0.35, 0.5])  # sparsities averaged in the fitness
+    fitness_examples: int = 16  # training examples of the fitness
+    held_out_examples: int = 32  # training examples of the final check
     batch_size: int = 2
-    workers: int | None = None  # processes; as many as cores where absent
+    workers: int | None = None  # worker processes; number of cores if null
 
 
 @dataclass
 class SearchConfig:
-    """A search for an allocation function on one model."""
+    """Search for an allocation function on one model."""
 
     seed: int = 0
     run: str | None = None

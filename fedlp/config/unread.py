@@ -1,10 +1,12 @@
-"""Overrides of groups that the chosen strategy does not read: refused, not ignored."""
+"""Refusal of overrides of groups that the chosen strategy does not read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from fedlp import registry
+from fedlp.config.federated_prune import schema_for
 from fedlp.config.schema import RunConfig
 from fedlp.errors import ConfigError
 
@@ -19,19 +21,23 @@ def refuse_unread(config: RunConfig, overrides: Iterable[str]) -> None:
     """
     for override in overrides:
         group = override.lstrip("+~").partition("=")[0].partition(".")[0]
-        if not _reads(config.strategy.target, group):
+        if group in config.unread:
+            raise ConfigError(f"fedlp-prune federated=true does not read {group}: drop {override.lstrip('+')}")
+        if config.trains and not _reads(config.strategy.target, group):
             names = registry.names("strategy")
             others = [name for name in names if _reads(registry.lookup("strategy", name), group)]
             raise ConfigError(
                 f"strategy={config.strategy.name} does not read {group}: drop {override.lstrip('+')}; "
-                f"{', '.join(others)} read it"
+                f"{', '.join(others)} {'read' if len(others) > 1 else 'reads'} it"
             )
 
 
-def unread_groups(strategy: str) -> frozenset[str]:
-    """Return the groups that a strategy, by name, does not read; none where it cannot be imported here."""
+def unread_groups(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the groups that the method of a plain config does not read; empty if it cannot be imported here."""
+    if unread := schema_for(config).unread:
+        return unread
     try:
-        target = registry.lookup("strategy", strategy)
+        target = registry.lookup("strategy", str(config["strategy"]["name"]))
     except ConfigError:
         return frozenset()
     left = {group for group in _METHOD_GROUPS if not _reads(target, group)}

@@ -1,4 +1,4 @@
-"""The ranges of config values, checked once where a config enters; past that they are trusted."""
+"""Ranges of config values, checked once where a config enters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 
 from fedlp import registry
+from fedlp.config.federated_prune import FederatedPruneConfig
 from fedlp.config.schema import (
     CalibrationConfig,
     FleetConfig,
@@ -19,7 +20,7 @@ from fedlp.errors import ConfigError
 
 
 def validate(config: RunConfig) -> None:
-    """Check every range; ConfigError says which value is wrong and what is allowed."""
+    """Check every range; ConfigError names the value and the allowed range."""
     for name in ("num_rounds", "num_clients", "clients_per_round", "eval_every", "eval_batch_size", "checkpoint_every"):
         _require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
@@ -58,7 +59,7 @@ def validate(config: RunConfig) -> None:
 
 
 def validate_prune(config: PruneConfig) -> None:
-    """Check every range of a one-shot pruning; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a one-shot pruning; ConfigError names the value and the allowed range."""
     targets = {name: getattr(config, name) for name in ("sparsity", "target_params", "target_macs")}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
@@ -81,6 +82,13 @@ def validate_prune(config: PruneConfig) -> None:
         _require(math.isfinite(size) and size > 0, f"finetune.{name}", size, "a finite number above 0")
 
 
+def validate_federated_prune(config: FederatedPruneConfig) -> None:
+    """Check every range of a federated one-shot pruning; ConfigError names the value and the allowed range."""
+    validate_prune(config.central())
+    _choice("unit_selection", config.unit_selection, ("server", "client"))
+    _choice("sums", config.sums, ("float32", "float64"))
+
+
 def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> None:
     _choice("pruner.recovery", pruner.recovery, ("least_squares", "bias", "none"))
     _require(0 <= pruner.correction <= 1, "pruner.correction", pruner.correction, "in [0, 1]")
@@ -96,7 +104,7 @@ def _validate_pruning(pruner: PrunerConfig, calibration: CalibrationConfig) -> N
 
 
 def validate_profile(config: ProfileConfig) -> None:
-    """Check every range of a profile; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a profile; ConfigError names the value and the allowed range."""
     densities = config.densities
     fits = bool(densities) and all(0 < value <= 1 for value in densities) and len(set(densities)) == len(densities)
     _require(fits and max(densities) == 1, "densities", densities, "different numbers in (0, 1], 1 among them")
@@ -142,6 +150,10 @@ def _validate_fleet(fleet: FleetConfig) -> None:
     there = fleet.availability
     fits = there is None or isinstance(there, str) or (_is_number(there) and 0 < there <= 1)
     _require(fits, "fleet.availability", there, "a probability in (0, 1], a CSV file, or null")
+    is_duration = fleet.round_s is None or 0 < fleet.round_s < math.inf
+    _require(is_duration, "fleet.round_s", fleet.round_s, "a finite number of seconds above 0, or null")
+    if fleet.round_s is not None and not isinstance(there, str):
+        raise ConfigError("fleet.round_s is for a trace in seconds: set fleet.availability=FILE too")
     _require(0 <= fleet.dropout < 1, "fleet.dropout", fleet.dropout, "in [0, 1)")
     _require(fleet.extra_clients >= 0, "fleet.extra_clients", fleet.extra_clients, "at least 0")
     for name, device in fleet.devices.items():
@@ -153,7 +165,7 @@ def _validate_fleet(fleet: FleetConfig) -> None:
 
 
 def validate_search(config: SearchConfig) -> None:
-    """Check every range of a search; ConfigError says which value is wrong and what is allowed."""
+    """Check every range of a search; ConfigError names the value and the allowed range."""
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
     search = config.search
     _choice("search.space", search.space, ("trees", "chains"))

@@ -1,1 +1,1 @@
-"""Data: examples as whole tensors, and how they are spread over clients."""
+"""Data: examples as whole tensors, and their partition among clients."""

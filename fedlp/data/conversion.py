@@ -1,4 +1,4 @@
-"""A user's data as :class:`Examples`: arrays, a torch data set, a Hugging Face data set.
+"""Conversion of user data to :class:`Examples`: arrays, a torch data set, a Hugging Face data set.
 
 Every example is read once and kept as a row of one tensor; a random transform of a data set is therefore drawn once.
 """
@@ -65,16 +65,16 @@ def as_examples(data: Any, *, what: str = "train") -> Examples:
 
 
 def describe_examples(name: str, train: Examples, test: Examples | None, task: str | None = None) -> DataInfo:
-    """Return the facts of examples that are in memory already.
+    """Return the facts of examples in memory.
 
     Parameters
     ----------
     name : str
         Name of the data set.
     test : Examples or None
-        Held-out examples of the same shapes; None where there are none.
+        Held-out examples of the same shapes; None if there are none.
     task : str or None
-        Name of the task; found from the targets where None: float values are a regression, rows of indicators
+        Name of the task; found from the targets if None: float values are a regression, rows of indicators
         multi-label classification, token ids that are their own targets language modelling, all others classes.
 
     Raises
@@ -137,7 +137,7 @@ def _from_arrays(inputs: Any, targets: Any, what: str) -> Examples:
 
 
 def _from_items(items: Iterator[Any], what: str) -> Examples:
-    """Return examples that are read one by one."""
+    """Return examples of a data set read item by item."""
     inputs, targets = [], []
     for number, item in enumerate(items):
         if isinstance(item, Mapping):
@@ -203,12 +203,12 @@ def _unlabelled(tokens: Tensor) -> Examples:
 
 # ---- values
 def _is_array(value: Any) -> bool:
-    """Whether a value has rows, so that a pair of them is a data set and not one example."""
+    """Whether a value has rows: a pair of such values is a data set, not one example."""
     return getattr(value, "ndim", 0) > 0 or (isinstance(value, list) and len(value) != 0)
 
 
 def _to_array(value: Any, what: str) -> NDArray[Any]:
-    """Return one input or target as an array; an image of Pillow's with its channels first."""
+    """Return one input or target as an array; a Pillow image with channels first."""
     if hasattr(value, "getbands") and hasattr(value, "convert"):
         pixels = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -268,7 +268,7 @@ def _to_inputs(tensor: Tensor, what: str) -> Tensor:
 
 
 def _channels_first(images: Tensor) -> Tensor:
-    """Return uint8 images as (n, C, H, W); one of (n, H, W) is grey."""
+    """Return uint8 images as (n, C, H, W); (n, H, W) are grey."""
     if images.ndim == 3:
         return images[:, None]
     is_last = images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4)

@@ -1,4 +1,4 @@
-"""One door to every data set: its facts, without loading it, and its examples."""
+"""Entry to every data set: facts without loading, then examples."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tokenizer_of(config: DatasetConfig) -> str:
 
 
 def describe_dataset(config: DatasetConfig) -> DataInfo:
-    """Return the facts that a model needs; reads as few examples as they ask for.
+    """Return the facts that a model needs; as few examples as possible are read.
 
     Raises
     ------
@@ -75,6 +75,6 @@ def load_dataset(config: DatasetConfig, seed: int) -> FederatedData:
     ConfigError
         If the name is unknown or a value is out of range.
     DataError
-        If files are absent, damaged, unreadable or too few; says where it looked and how to get them.
+        If files are absent, damaged, unreadable or too few; names the place and how to get them.
     """
     return make_reader(config).load(seed)

@@ -25,7 +25,7 @@ class Digits(HeldOut):
     augment : bool
         Whether training images are cropped at random after padding by one pixel.
     mean, std : list of float or None
-        Normalisation on a [0, 1] scale; the data set's own where None.
+        Normalisation on a [0, 1] scale; the data set's own if None.
     """
 
     test_fraction: float = 0.2

@@ -1,4 +1,4 @@
-"""Where one document ends and the next begins."""
+"""Division of text into documents."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def split_documents(texts: list[str], documents: str) -> list[str]:
     texts : list of str
         Each file's text.
     documents : str
-        What a document is. ``file``: a file. ``line``: a line. ``paragraph``: what stands between blank lines.
-        ``separator``: what stands between ``<|endoftext|>`` marks. ``speaker``: all that one speaker of a play says; a
+        Definition of a document. ``file``: a file. ``line``: a line. ``paragraph``: text between blank lines.
+        ``separator``: text between ``<|endoftext|>`` marks. ``speaker``: all lines of one speaker of a play; a
         block of "NAME:" and lines is a speech, and a block without a name goes on with the last one; names are told
         apart file by file. ``auto``: separator if a mark is found, speaker if most blocks are speeches, else paragraph
         for one file and file for many.
@@ -53,7 +53,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _speakers(text: str) -> list[str]:
-    """Return what each speaker says, in order of first appearance; a preface without a name is a speaker of its own."""
+    """Return the text of each speaker, in order of first appearance; a preface without a name is one more speaker."""
     speeches: dict[str, list[str]] = {}
     speaker = ""
     for block in _paragraphs(text):

@@ -1,4 +1,4 @@
-"""A loaded data set: its examples as whole tensors, and the facts that a model and a trainer must know."""
+"""Loaded data sets: examples as whole tensors, and the facts that model and training need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORE_INDEX: Final = -100
 
 @dataclass(frozen=True, slots=True)
 class DataInfo:
-    """What can be said of a data set before it is loaded.
+    """Facts of a data set, known before it is loaded.
 
     Attributes
     ----------
@@ -28,11 +28,11 @@ class DataInfo:
     num_classes : int
         Number of the model's outputs: classes, labels or values; the vocabulary's size of a language model.
     num_train, num_test : int or None
-        Examples; None where only loading tells.
+        Examples; None if unknown before loading.
     mean, std : tuple of float
-        Per channel of the training images on a [0, 1] scale; empty where inputs are not normalised.
+        Per channel of the training images on a [0, 1] scale; empty if inputs are not normalised.
     augment : bool
-        Whether training images are to be varied: a random crop after zero padding, and a flip where ``flip`` allows it.
+        Whether training images are augmented: random crop after zero padding, and mirroring if ``flip``.
     padding : int
         Pixels of zero padding on every side before the random crop.
     flip : bool
@@ -40,7 +40,9 @@ class DataInfo:
     vocabulary : int or None
         Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
     labels : tuple of str
-        Name of each class or label; empty where they have none.
+        Name of each class or label; empty if they have none.
+    separator : int or None
+        Token at the end of the first of two texts, for models that read token types.
     """
 
     name: str
@@ -56,17 +58,18 @@ class DataInfo:
     flip: bool = False
     vocabulary: int | None = None
     labels: tuple[str, ...] = ()
+    separator: int | None = None
 
 
 class Rows:
-    """Chosen rows of a large tensor, such as a memory-mapped file, copied only when they are indexed.
+    """Selected rows of a large tensor, such as a memory-mapped file, copied only when indexed.
 
     Parameters
     ----------
     whole : Tensor
         (m, ...).
     index : Tensor
-        int64 (n,): its row behind each row here.
+        int64 (n,): row of ``whole`` behind each row here.
     """
 
     def __init__(self, whole: Tensor, index: Tensor) -> None:
@@ -107,7 +110,7 @@ class Rows:
         return Rows(self._whole, self._index.index_select(0, index))
 
     def join(self, other: Rows) -> Tensor | Rows:
-        """Return these rows, then others; copies where they are of different tensors."""
+        """Return these rows, then others; copies if they belong to different tensors."""
         import torch
 
         if self._whole is other._whole:
@@ -175,7 +178,7 @@ def concatenate(first: Examples, second: Examples) -> Examples:
 
 
 def no_examples() -> Examples:
-    """Return no examples at all."""
+    """Return an empty set of examples."""
     import torch
 
     return Examples(torch.empty(0), torch.empty(0, dtype=torch.int64), None)

@@ -16,7 +16,7 @@ from fedlp.data.image_cache import cached_images, open_image
 from fedlp.data.imagefolder import ImageOptions
 from fedlp.data.reader import held_out_rows
 from fedlp.data.text import LanguageData
-from fedlp.data.tokenizers import encode_texts, vocabulary_size
+from fedlp.data.tokenizers import encode_texts, pair_separator, vocabulary_size
 from fedlp.errors import ConfigError, DataError
 from fedlp.registry import register
 from fedlp.rng import Stream, generator
@@ -51,6 +51,8 @@ class HuggingFace(ImageOptions, LanguageData):
     image_column, text_column, label_column : str or None
         "auto" finds a column by its type and name; None: there is none, so that ``label_column=null`` makes labelled
         text a language model's.
+    text_pair_column : str or None
+        Column of a second text, which is joined to the first one: a premise and a hypothesis, two sentences.
     client_column : str or None
         Column whose values are clients, for ``partition=column`` and ``partition=natural``.
     """
@@ -61,6 +63,7 @@ class HuggingFace(ImageOptions, LanguageData):
     test_split: str | None = "auto"
     image_column: str | None = "auto"
     text_column: str | None = "auto"
+    text_pair_column: str | None = None
     label_column: str | None = "auto"
     client_column: str | None = None
 
@@ -68,8 +71,11 @@ class HuggingFace(ImageOptions, LanguageData):
 
     # ---- facts
     def describe(self) -> DataInfo:
-        """Return the facts; loads the library's table, whose examples stay on disk."""
-        image, _, label = self._columns
+        """Return the facts; loads the library's table, whose examples stay on disk, where one is given."""
+        by_options = self.path is None and any(self._named_columns)
+        if by_options:
+            self._check_options()
+        image, _, label = self._named_columns if by_options else self._columns
         if image is not None:
             return self.info(self.name, self._labels)
         if label is None:
@@ -84,6 +90,7 @@ class HuggingFace(ImageOptions, LanguageData):
             num_test=None,
             vocabulary=vocabulary_size(self.tokenizer),
             labels=tuple(labels),
+            separator=None if self.text_pair_column is None else pair_separator(self.tokenizer),
         )
 
     def load(self, seed: int) -> FederatedData:
@@ -101,6 +108,30 @@ class HuggingFace(ImageOptions, LanguageData):
             train, test = (train.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return FederatedData(self.describe(), *self.limit(train, test, seed))
 
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this data set where it is not read."""
+        image, text, label = self._columns
+        found: dict[str, Any] = {"text_column": text} if image is None else {"image_column": image}
+        return found | {"label_column": label} | ({} if label is None else {"labels": self._labels})
+
+    @property
+    def _named_columns(self) -> tuple[str | None, str | None, str | None]:
+        """Columns that the options name."""
+        image, text, label = (
+            None if name == "auto" else name for name in (self.image_column, self.text_column, self.label_column)
+        )
+        return image, text, label
+
+    def _check_options(self) -> None:
+        """Raise ConfigError where options alone do not tell the columns and classes."""
+        image, text, label = self._named_columns
+        if image is None and text is None:
+            raise ConfigError("dataset=hf without a folder needs dataset.image_column or dataset.text_column")
+        if label is None and (image is not None or self.label_column == "auto"):
+            raise ConfigError("dataset=hf without a folder needs dataset.label_column; null for language modelling")
+        if label is not None and self.labels is None:
+            raise ConfigError("dataset=hf without a folder needs dataset.labels, the names of the classes")
+
     def read_documents(self) -> list[str]:
         """Return the non-empty texts of the text column."""
         column = self._columns[1]
@@ -113,12 +144,14 @@ class HuggingFace(ImageOptions, LanguageData):
     # ---- columns
     @cached_property
     def _columns(self) -> tuple[str | None, str | None, str | None]:
-        """Names of the columns of images, texts and labels; None for those that there are none of."""
+        """Names of the columns of images, texts and labels; None if there is none."""
         features, names = self._table.features, self._table.column_names
         kinds = {name: type(features[name]).__name__ for name in names}
         texts = [name for name in names if getattr(features[name], "dtype", "") in ("string", "large_string")]
         label = self._find("label_column", names, [n for n in names if kinds[n] == "ClassLabel"], _LABELS)
-        image = self._find("image_column", names, [n for n in names if kinds[n] == "Image"], ("image", "img"))
+        images = [n for n in names if kinds[n] == "Image"]
+        is_text = self.image_column == "auto" and self.text_column not in (None, "auto")
+        image = None if is_text else self._find("image_column", names, images, ("image", "img"))
         if image is not None:
             if label is None:
                 raise DataError(
@@ -133,7 +166,7 @@ class HuggingFace(ImageOptions, LanguageData):
         return None, text, label
 
     def _find(self, option: str, names: Sequence[str], typed: Sequence[str], usual: Sequence[str]) -> str | None:
-        """Return a column that is asked for, or that its type or name gives away."""
+        """Return a column by its given name, else by type or common names."""
         asked = getattr(self, option)
         if asked is not None and asked != "auto":
             if asked not in names:
@@ -217,8 +250,9 @@ class HuggingFace(ImageOptions, LanguageData):
     def _read_texts(self, table: Any, text: str, label: str) -> Examples:
         import torch
 
-        texts = [value if isinstance(value, str) else "" for value in self._column(table, text)]
-        parts = encode_texts(texts, self.tokenizer, self.sequence_length)
+        texts = self._texts(table, text)
+        pairs = None if self.text_pair_column is None else self._texts(table, self.text_pair_column)
+        parts = encode_texts(texts, self.tokenizer, self.sequence_length, pairs)
         tokens = np.full((len(parts), self.sequence_length), IGNORE_INDEX, dtype=np.int64)
         for row, part in zip(tokens, parts, strict=True):
             row[: len(part)] = part
@@ -226,6 +260,11 @@ class HuggingFace(ImageOptions, LanguageData):
             number = next(index for index, part in enumerate(parts) if not len(part))
             raise DataError(f"hf: row {number} of {self._where} holds no text in column {text!r}; drop such rows")
         return Examples(torch.from_numpy(tokens), self._classes(table, label), self._owners(table))
+
+    def _texts(self, table: Any, column: str) -> list[str]:
+        if column not in table.column_names:
+            raise DataError(f"hf: {self._where} has no column {column!r}; set dataset.text_pair_column")
+        return [value if isinstance(value, str) else "" for value in self._column(table, column)]
 
     def _read_images(self, table: Any, image: str, label: str) -> Examples:
         import datasets

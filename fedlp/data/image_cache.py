@@ -1,6 +1,6 @@
-"""Images decoded once: a memory-mapped file of uint8 pixels, shared by all processes that read it.
+"""Cache of decoded images: a memory-mapped file of uint8 pixels, shared by all processes.
 
-The file lies in ``$XDG_CACHE_HOME/fedlp/images`` (``~/.cache``), under a name that depends on what was decoded and how;
+The file lies in ``$XDG_CACHE_HOME/fedlp/images`` (``~/.cache``), under a digest of its sources and options;
 memory holds only the pages that are in use.
 """
 
@@ -33,7 +33,7 @@ _AHEAD = 64  # images that are decoded before they are written
 
 @dataclass(frozen=True)
 class Frame:
-    """Form that every image is brought to.
+    """Size and channels of every image.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class Frame:
 
 
 def cached_images(read: Callable[[int], Image], names: Sequence[str], frame: Frame, key: Any, *, label: str) -> Tensor:
-    """Return images as a memory-mapped uint8 tensor, (n, C, H, W), decoding them where that was not done before.
+    """Return images as a memory-mapped uint8 tensor, (n, C, H, W), decoded unless cached.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def cached_images(read: Callable[[int], Image], names: Sequence[str], frame: Fra
     names : sequence of str
         Name of each image, for errors.
     key : JSON value
-        What the images are: the cache is used again where it is equal.
+        Identity of the images; an equal key reuses the cache.
     label : str
         Heads the line of progress.
 
@@ -136,7 +136,7 @@ def _cache_folder() -> Path:
 def _decode(
     read: Callable[[int], Image], names: Sequence[str], frame: Frame, folder: Path, text: str, label: str
 ) -> None:
-    """Write all images to ``folder``, which appears when it is complete."""
+    """Write all images to ``folder``, which appears once complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
 
     def decode(number: int) -> NDArray[np.uint8]:

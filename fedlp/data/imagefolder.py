@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class ImageOptions(HeldOut):
     Attributes
     ----------
     size : int or [height, width]
-        Pixels that every image is resized to.
+        Pixels after resizing.
     channels : int
         3 for colour, 1 for grey.
     fit : str
@@ -44,9 +44,9 @@ class ImageOptions(HeldOut):
     augment : bool
         Whether training images are cropped at random after padding by ``padding`` pixels, and mirrored if ``flip``.
     mean, std : list of float or None
-        Normalisation by channel on a [0, 1] scale; ImageNet's where None.
+        Normalisation by channel on a [0, 1] scale; ImageNet's if None.
     labels : list of str or None
-        Names of the classes in their order; sorted names of the folders where None.
+        Names of the classes in their order; sorted names of the folders if None.
     """
 
     size: int | list[int] = 64
@@ -128,6 +128,10 @@ class ImageFolder(ImageOptions):
     def describe(self) -> DataInfo:
         """Return the facts; lists folders, opens no image."""
         return self.info("imagefolder", self.labels or self._labels_of(self._parts()))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this folder where it is not read."""
+        return {"labels": list(self.describe().labels)}
 
     def load(self, seed: int) -> FederatedData:
         """Return the images, split by the seed where the folder has no test part; classes are held out in proportion.

@@ -1,4 +1,4 @@
-"""Data of a user's own: a function or class given as ``module:object``, or objects that are in memory."""
+"""User data: a function or class given as ``module:object``, or objects in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OwnData(HeldOut):
         return made.info if isinstance(made, FederatedData) else describe_examples(self.source, made[0], made[1])
 
     def load(self, seed: int) -> FederatedData:
-        """Return the examples; DataError where the function fails or returns no data."""
+        """Return the examples; DataError if the function fails or returns no data."""
         made = self._made
         if isinstance(made, FederatedData):
             return FederatedData(made.info, *self.limit(made.train, made.test, seed))
@@ -71,7 +71,7 @@ class OwnData(HeldOut):
 
 @dataclass(frozen=True)
 class Loaded:
-    """Reader of data that are in memory already."""
+    """Reader of data in memory."""
 
     data: FederatedData
 
@@ -87,7 +87,7 @@ class Loaded:
 @register("dataset", "object")
 @dataclass(frozen=True)
 class InMemory:
-    """Data that a script holds, as ``fedlp.simulate`` is given them; they cannot be read again from a config."""
+    """Data given to ``fedlp.simulate`` as objects; a config cannot read them again."""
 
     def describe(self) -> DataInfo:
         """Raise ConfigError: the examples were objects of another process."""
@@ -103,7 +103,7 @@ class InMemory:
 
 
 def _split(made: Any) -> tuple[Any, Any]:
-    """Return training and test data of what a function returned; None where there are no test data."""
+    """Return training and test data from a function's result; None if there are no test data."""
     if isinstance(made, Mapping) and "train" in made:
         return made["train"], next((made[name] for name in _TESTS if name in made), None)
     if isinstance(made, tuple) and len(made) == 2 and not _are_arrays(made):

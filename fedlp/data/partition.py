@@ -1,4 +1,4 @@
-"""The division of the training examples among clients, by the partitioner of a config."""
+"""Partition of the training examples among clients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def partition_examples(
     Raises
     ------
     ConfigError
-        If a value is out of range, or a partitioner needs what there is not.
+        If a value is out of range, or the data lack a partitioner's requirement.
     DataError
         If there are too few examples or natural owners, or a client would get fewer than ``min_examples``.
     """
@@ -67,7 +67,7 @@ def partition_examples(
 
 
 def _as_parts(found: Any, count: int, num_clients: int, name: str) -> tuple[NDArray[np.int64], ...]:
-    """Return sorted indices by client from owners, or from indices by client; DataError where they are neither."""
+    """Return sorted indices by client from owners, or from indices by client; DataError otherwise."""
     if isinstance(found, np.ndarray) and found.shape == (count,) and found.dtype.kind in "iu":
         if count and not 0 <= int(found.min()) <= int(found.max()) < num_clients:
             raise DataError(f"partition={name} names clients {found.min()} to {found.max()}, of {num_clients}")

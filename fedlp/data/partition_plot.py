@@ -1,4 +1,4 @@
-"""Who has how many examples of which class, drawn."""
+"""Plot of the class counts of clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def plot_partition(
     parts: Sequence[NDArray[np.int64]], targets: NDArray[np.int64] | Tensor, path: Path | str, title: str = ""
 ) -> Path:
-    """Draw how many examples of each class every client has, write it as PNG and return the file's path.
+    """Plot the class counts of every client as PNG; return the file's path.
 
     Stacked bars for up to 20 classes, a heat map (classes by clients) for more. Missing folders are made.
 

@@ -21,7 +21,11 @@ from fedlp.rng import Stream, generator
 
 @runtime_checkable
 class Reader(Protocol):
-    """A data set by its options."""
+    """A data set by its options.
+
+    A reader whose option is ``path`` or ``root`` may have a method ``facts``: the options by which ``describe`` gives
+    the same facts where that place is None, as on devices that bring data of their own.
+    """
 
     def describe(self) -> DataInfo:
         """Return the facts that a model needs; reads as little as they ask for.
@@ -49,7 +53,7 @@ class Limited:
     Attributes
     ----------
     max_train_examples, max_test_examples : int or None
-        Size of a random subset, kept in the order of the whole set; all examples where None.
+        Size of a random subset, kept in the order of the whole set; all examples if None.
     """
 
     max_train_examples: int | None = None

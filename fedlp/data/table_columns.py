@@ -1,4 +1,4 @@
-"""Columns of a table as numbers: numeric columns as they are, categorical ones as an indicator of each category."""
+"""Encoding of table columns: numeric columns unchanged, categorical ones as one indicator per category."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are read, and what each becomes.
+    """Input columns and their encoding.
 
     Attributes
     ----------
@@ -54,16 +54,16 @@ class Columns:
 def find_columns(
     table: Any, names: Sequence[str], categorical: Sequence[str] | None, given: Mapping[str, Sequence[Any]], where: str
 ) -> Columns:
-    """Return what the columns of a pandas table become.
+    """Return the encoding of the columns of a pandas table.
 
     Parameters
     ----------
     names : sequence of str
         Columns that are inputs.
     categorical : sequence of str or None
-        Columns that are categorical; those that hold no numbers where None.
+        Categorical columns; None: all columns without numbers.
     given : mapping from column to values
-        Categories that are known beforehand.
+        Categories known beforehand.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def group_numbers(column: Any) -> NDArray[np.int64]:
 
 
 def _category_names(column: Any) -> list[str]:
-    """Return the different values as text, numbers in their order, others by name; missing ones are none."""
+    """Return the distinct values as text, numbers in numeric order, others sorted; missing values are left out."""
 
     def order(value: Any) -> tuple[int, float, str]:
         return (0, float(value), "") if _is_number(value) else (1, 0.0, str(value))
@@ -131,7 +131,7 @@ def _category_names(column: Any) -> list[str]:
 
 
 def _codes(column: Any, names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the place of each value among ``names``, -1 for any other."""
+    """Return the index of each value in ``names``, -1 for any other."""
     place = {name: index for index, name in enumerate(names)}
     codes, values = column.factorize()
     found = np.array([*(place.get(_name(value), -1) for value in values), -1], dtype=np.int64)

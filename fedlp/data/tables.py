@@ -6,10 +6,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.data.reader import HeldOut, held_out_rows
@@ -32,27 +34,27 @@ class Table(HeldOut, ABC):
     path : str
         The file, or a folder of such files.
     test_path : str or None
-        Another file that is the test part; a share of the rows where None.
+        Another file that is the test part; a share of the rows if None.
     target : str or list of str
         Column of the class or value; several columns for several values or labels.
     client : str or None
         Column that names the client that owns a row, for ``partition=column`` and ``partition=natural``.
     columns : list of str or None
-        Columns that are inputs; all others where None.
+        Input columns; all but target and client if None.
     exclude : list of str
         Columns that are left out.
     categorical : list of str or None
-        Columns whose values are categories; those without numbers where None.
+        Categorical columns; all columns without numbers if None.
     categories : mapping from column to list
         Categories that are known beforehand, in their order; those of the file where a column is absent.
     task : str
-        "classification", "regression", "multi_label", or "auto" for what the target looks like.
+        "classification", "regression", "multi_label", or "auto" by the type of the target.
     labels : list or None
-        Classes in their order; those of the file, sorted, where None.
+        Classes in their order; those of the file, sorted, if None.
     standardize : bool
-        Whether the mean of each numeric column is taken off, and its deviation divided by.
+        Whether numeric columns are standardised: mean subtracted, divided by the standard deviation.
     mean, std : list of float or None
-        Normalisation of every input, indicators among them; measured on the file where None.
+        Normalisation of every input, indicators among them; measured on the file if None.
     """
 
     path: str | None = None
@@ -89,7 +91,20 @@ class Table(HeldOut, ABC):
         """Return the facts; reads the file, where one is given, for its categories, classes and normalisation."""
         if self.path is None and self.columns:
             return self._describe_options()
-        return self._encode(self._read())[0]
+        return self._encoded[0]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that describe this table where it is not read."""
+        table = self._read()
+        columns = self._find_columns(table)
+        task, labels = self._encode_target(table)[1:3]
+        mean, std = self._normalisation(columns.encode(table), columns)
+        found: dict[str, Any] = {"columns": self._input_names(table), "task": task}
+        if columns.categories:
+            found["categories"] = {name: list(values) for name, values in columns.categories.items()}
+        if task == "classification":
+            found["labels"] = list(labels)
+        return found | ({"mean": _rounded(mean), "std": _rounded(std)} if mean else {"standardize": False})
 
     def load(self, seed: int) -> FederatedData:
         """Return the rows, split by the seed where there is no test file; classes are held out in proportion.
@@ -99,11 +114,9 @@ class Table(HeldOut, ABC):
         DataError
             If a file or column is absent, a value is of the wrong kind, or a label is unknown; names it.
         """
-        table = self._read()
-        info, whole = self._encode(table)
-        if "__test__" in table:
-            held_out = table["__test__"].to_numpy()
-        else:
+        info, whole, held_out = self._encoded
+        del vars(self)["_encoded"]  # the examples below are copies
+        if held_out is None:
             strata = whole.targets.numpy() if whole.targets.dtype.is_floating_point is False else np.zeros(len(whole))
             strata = strata if strata.ndim == 1 else np.zeros(len(whole))
             held_out = held_out_rows(strata.astype(np.int64), self.test_fraction, generator(seed, Stream.DATA, 0))
@@ -111,7 +124,7 @@ class Table(HeldOut, ABC):
         return FederatedData(info, *self.limit(train, test, seed))
 
     def _describe_options(self) -> DataInfo:
-        """Return the facts that options alone give; ConfigError where one is absent."""
+        """Return the facts of the options alone; ConfigError if one is missing."""
         names = [name for name in self.columns or () if name not in {*self._targets, *self.exclude, self.client}]
         categorical = {*(self.categorical or ()), *self.categories}
         numeric = tuple(name for name in names if name not in categorical)
@@ -193,12 +206,24 @@ class Table(HeldOut, ABC):
         )
 
     # ---- encoding
+    @cached_property
+    def _encoded(self) -> tuple[DataInfo, Examples, NDArray[np.bool_] | None]:
+        """Facts, all rows, and which of them are of a test file; the files are read once for all of these."""
+        table = self._read()
+        return *self._encode(table), table["__test__"].to_numpy(dtype=np.bool_) if "__test__" in table else None
+
+    def _input_names(self, table: Any) -> list[str]:
+        """Return the columns that are inputs."""
+        left_out = {*self._targets, *self.exclude, self.client, "__test__"}
+        return [name for name in (self.columns or table.columns) if name not in left_out]
+
+    def _find_columns(self, table: Any) -> Columns:
+        return find_columns(table, self._input_names(table), self.categorical, self.categories, str(self.path))
+
     def _encode(self, table: Any) -> tuple[DataInfo, Examples]:
         import torch
 
-        left_out = {*self._targets, *self.exclude, self.client, "__test__"}
-        names = [name for name in (self.columns or table.columns) if name not in left_out]
-        columns = find_columns(table, names, self.categorical, self.categories, str(self.path))
+        columns = self._find_columns(table)
         inputs = columns.encode(table)
         mean, std = self._normalisation(inputs, columns)
         for place in range(len(columns.numeric)):
@@ -223,7 +248,7 @@ class Table(HeldOut, ABC):
         return info, Examples(torch.from_numpy(inputs), torch.from_numpy(targets), groups)
 
     def _normalisation(self, inputs: Any, columns: Columns) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation of every input; 0 and 1 for indicators, empty where nothing is standardised."""
+        """Return mean and deviation of every input; 0 and 1 for indicators, empty if nothing is standardised."""
         if self.mean is not None and self.std is not None:
             if not len(self.mean) == len(self.std) == len(columns.names):
                 raise ConfigError(
@@ -272,6 +297,10 @@ class Table(HeldOut, ABC):
         return column.to_numpy(dtype=np.float32)
 
 
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
 @register("dataset", "csv")
 @dataclass(frozen=True, kw_only=True)
 class Csv(Table):
@@ -280,7 +309,7 @@ class Csv(Table):
     Attributes
     ----------
     separator : str
-        Between columns; "auto" looks at the first line.
+        Column separator; "auto" is found from the first line.
     """
 
     separator: str = ","
@@ -289,7 +318,7 @@ class Csv(Table):
     pattern = "*.csv"
 
     def read_file(self, path: Path) -> Any:
-        """Return one file; a first line of names is expected."""
+        """Return one file, whose first line holds the column names."""
         import pandas
 
         automatic = self.separator == "auto"
@@ -305,7 +334,7 @@ class Parquet(Table):
     pattern = "*.parquet"
 
     def read_file(self, path: Path) -> Any:
-        """Return the columns that are needed of one file."""
+        """Return the required columns of one file."""
         import pandas
 
         return pandas.read_parquet(path, columns=self._needed())

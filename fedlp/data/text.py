@@ -40,7 +40,7 @@ class LanguageData(HeldOut, ABC):
 
     @abstractmethod
     def read_documents(self) -> list[str]:
-        """Return the documents in a fixed order; DataError where the text is absent, unreadable or empty."""
+        """Return the documents in a fixed order; DataError if the text is absent, unreadable or empty."""
 
     def describe(self) -> DataInfo:
         """Return the facts; only a Hugging Face tokenizer is loaded, for its vocabulary's size."""
@@ -63,7 +63,7 @@ class LanguageData(HeldOut, ABC):
         Raises
         ------
         DataError
-            If there are fewer than two windows, or the text cannot be had.
+            If there are fewer than two windows, or the text cannot be read.
         """
         info = self.describe()
         tokens, lengths = encode_documents(self.read_documents(), self.tokenizer, self.name)
@@ -77,14 +77,14 @@ class LanguageData(HeldOut, ABC):
 
 
 def count_windows(lengths: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
-    """Return how many windows stretches of ``lengths`` tokens make: one per ``sequence_length`` predicted tokens."""
+    """Return the number of windows of stretches of ``lengths`` tokens: one per ``sequence_length`` predicted tokens."""
     return np.maximum(-((1 - lengths) // sequence_length), 0)
 
 
 def split_lengths(
     lengths: NDArray[np.int64], sequence_length: int, test_fraction: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Return how many leading tokens of each document are for training, (documents,), in [0, length].
+    """Return the number of leading training tokens of each document, (documents,), in [0, length].
 
     The ends of documents are held out, in proportion to their windows but for the first, which every document keeps;
     numbers of windows are rounded up or down at random, so that the fraction is met on average. Where documents are too

@@ -22,7 +22,7 @@ class TextFiles(LanguageData):
     root : str
         A text file, a folder of ``*.txt`` files or a pattern.
     documents : str
-        What a document is: file, line, paragraph, separator, speaker, or auto to look at the text; see
+        Definition of a document: file, line, paragraph, separator, speaker, or auto by the text's form; see
         :func:`fedlp.data.documents.split_documents`.
     """
 

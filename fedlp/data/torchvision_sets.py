@@ -32,14 +32,14 @@ class TorchvisionSet(Limited):
     Attributes
     ----------
     root : str or None
-        Folder that torchvision reads or downloads to; ``~/.cache/fedlp/NAME`` where None.
+        Folder that torchvision reads or downloads to; ``~/.cache/fedlp/NAME`` if None.
     download : bool
         Whether files that are absent may be fetched.
     augment : bool
         Whether training images are cropped at random after padding by four pixels, and mirrored where that keeps the
         class.
     mean, std : list of float or None
-        Normalisation by channel on a [0, 1] scale; that of the set's training images where None.
+        Normalisation by channel on a [0, 1] scale; that of the set's training images if None.
     """
 
     root: str | None = None
@@ -76,7 +76,7 @@ class TorchvisionSet(Limited):
         )
 
     def load(self, seed: int) -> FederatedData:
-        """Return the set with its own test split; DataError where files are absent or not what their name says."""
+        """Return the set with its own test split; DataError if files are absent or damaged."""
         from fedlp.models.torchvision_compat import import_torchvision
 
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fedlp" / self.name
@@ -165,9 +165,9 @@ class FashionMnist(TorchvisionSet):
 
 @contextmanager
 def _unpacked(root: Path, name: str) -> Iterator[Path]:
-    """Yield a root whose MNIST files are unpacked: ``root``, or a passing copy if all lie there but some only gzipped.
+    """Yield a root with unpacked MNIST files: ``root``, or a temporary copy if some are only gzipped there.
 
-    torchvision unpacks only what was packed by the gzip it knows, next to it; ``root`` may be read-only.
+    torchvision unpacks only next to the packed file; ``root`` may be read-only.
     """
     plain = [root / name / "raw" / file for file in _MNIST_FILES]
     packed = [path.with_name(f"{path.name}.gz") for path in plain]

@@ -1,1 +1,1 @@
-"""What a deployment on SuperLink and SuperNodes needs beside the apps: keys, and a rehearsal on one machine."""
+"""Deployment on SuperLink and SuperNodes: keys, and a rehearsal on one machine."""

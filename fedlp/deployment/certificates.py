@@ -29,12 +29,12 @@ _CLOCK_SKEW = timedelta(days=1)  # devices without a clock of their own wake up 
 
 @dataclass(frozen=True)
 class Certificates:
-    """Where everything lies.
+    """Paths of certificates and keys.
 
     Attributes
     ----------
     ca : Path
-        What SuperNodes and ``flwr`` check the SuperLink's certificate with; its key, ``ca.key``, lies beside it.
+        Certificate of the CA that signs the SuperLink's; its key, ``ca.key``, lies beside it.
     node_keys : tuple of Path
         The SuperNodes' private keys; the public key of each, to be registered, is the same name with ``.pub``.
     """
@@ -51,16 +51,16 @@ def make_certificates(folder: Path, hosts: Sequence[str], num_supernodes: int, d
     Parameters
     ----------
     hosts : sequence of str
-        Names and addresses under which SuperNodes and ``flwr`` reach the SuperLink; loopback is always added.
+        Names and addresses of the SuperLink for SuperNodes and ``flwr``; loopback is always added.
     num_supernodes : int
         Key pairs to make, >= 1.
     days : int
-        How long the certificates are valid, >= 1.
+        Validity of the certificates, >= 1.
 
     Raises
     ------
     ConfigError
-        If a value is out of range, a host is neither a name nor an address, or a file is there already.
+        If a value is out of range, a host is neither a name nor an address, or a file exists.
     """
     names = [_name(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
     if num_supernodes < 1:
@@ -97,7 +97,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], num_supernodes: int, d
 
 
 def _name(host: str) -> x509.GeneralName:
-    """Return a host as a certificate names it."""
+    """Return a host in the form of a certificate."""
     try:
         return x509.IPAddress(ip_address(host))
     except ValueError:
@@ -173,7 +173,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file; its mode holds from the first byte."""
+    """Write a new file with its final mode from the first byte."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""A rehearsal of a deployment on one machine, held against the local engine and against the bytes on the wire."""
+"""Rehearsal of a deployment on one machine, compared with the local engine and with bytes on the wire."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import from_yaml
 from fedlp.deployment.certificates import make_certificates
 from fedlp.deployment.loopback import LoopbackFederation, SuperNode
@@ -23,7 +23,7 @@ from fedlp.simulation.flower_process import write_app
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one client or all: what ``rounds.jsonl`` counts on encoded records, and what crossed the wire.
+    """Bytes of one client or all: recorded in ``rounds.jsonl`` on encoded records, and measured on the wire.
 
     The wire also carries joining, the app bundle, the question for capabilities, and polling as long as the run takes.
 
@@ -40,7 +40,7 @@ class Traffic:
     wire_down: int
 
     def overhead(self, way: str) -> float | None:
-        """Return framing in percent of what is recorded, ``up`` or ``down``; None where nothing is."""
+        """Return framing in percent of the recorded bytes, ``up`` or ``down``; None without records."""
         recorded: int = getattr(self, f"recorded_{way}")
         wire: int = getattr(self, f"wire_{way}")
         return 100 * (wire / recorded - 1) if recorded else None
@@ -48,15 +48,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a demo found.
+    """Result of a rehearsal.
 
     Attributes
     ----------
     traffic : tuple of Traffic
         Every client, and all of them.
     difference : float or None
-        Largest absolute difference between the deployed run's model and the local engine's: 0 where they are the same
-        bits. None where a client failed, so that the cohorts differ.
+        Largest absolute difference between the deployed run's model and the local engine's: 0 for equal
+        bits. None if a client failed, so that the cohorts differ.
     """
 
     manifest: Mapping[str, Any]
@@ -75,7 +75,7 @@ def run_demo(cfg: str, out: Path, on_line: Callable[[dict[str, Any]], None]) -> 
     cfg : str
         The composed config (YAML); every client becomes a SuperNode.
     on_line : callable
-        Told of every deployed round as it ends.
+        Called with the record of every deployed round.
     """
     directory = RunDirectory(out.absolute())
     directory.refuse_if_used()
@@ -112,7 +112,7 @@ def run_demo(cfg: str, out: Path, on_line: Callable[[dict[str, Any]], None]) -> 
 def model_difference(one: Path, other: Path) -> float:
     """Return the largest absolute difference between the models of two runs.
 
-    0 only where they are the same bytes; the smallest number where but the signs of zeros differ; infinite where names,
+    0 for equal bytes only; the smallest number if only signs of zeros differ; infinite if names,
     shapes or types do, or something is not a number.
     """
     files = [folder / "model.safetensors" for folder in (one, other)]
@@ -127,7 +127,7 @@ def model_difference(one: Path, other: Path) -> float:
 
 
 def traffic_table(traffic: Iterable[Traffic]) -> str:
-    """Return traffic as a plain-text table; bytes, and framing in percent of what ``rounds.jsonl`` counts."""
+    """Return traffic as a plain-text table; bytes, and framing in percent of the bytes in ``rounds.jsonl``."""
     lines = [f"{'bytes':>9}{'rounds.jsonl':>26}{'on the wire':>26}{'framing':>22}"]
     lines.append(f"{'':>9}" + f"{'up':>13}{'down':>13}" * 2 + f"{'up':>11}{'down':>11}")
     for part in traffic:
@@ -139,7 +139,7 @@ def traffic_table(traffic: Iterable[Traffic]) -> str:
 
 
 def _traffic(lines: Iterable[Mapping[str, Any]], nodes: Sequence[SuperNode]) -> tuple[Traffic, ...]:
-    """Return the traffic of every client, whose node has its number, and of all."""
+    """Return the traffic of every client, and of all."""
     recorded = [[0, 0] for _ in nodes]
     for line in lines:
         for cost in line["clients"]:

@@ -1,6 +1,6 @@
-"""A deployed federation on one machine: a SuperLink with TLS and an allow-list of keys, and SuperNodes that join it.
+"""Deployed federation on one machine: a SuperLink with TLS and an allow-list of keys, and SuperNodes.
 
-ServerApps are the children of a SuperExec of their own, so that they outlive the SuperLink and go on when it is back.
+ServerApps are children of their own SuperExec, so that they survive a restart of the SuperLink.
 
 The processes and their options are those of real hosts; only the addresses are loopback's. Every SuperNode has a
 folder, a key and a counted connection of its own, and may run on another :class:`Host`. All of it ends with the
@@ -36,7 +36,7 @@ from fedlp.simulation.flower_process import (
 
 
 class Wire(Protocol):
-    """Bytes so far of a SuperNode's connection: ``up`` to the SuperLink, ``down`` from it."""
+    """Bytes of a SuperNode's connection so far: ``up`` to the SuperLink, ``down`` from it."""
 
     @property
     def up(self) -> int: ...  # noqa: D102
@@ -46,16 +46,16 @@ class Wire(Protocol):
 
 @dataclass(frozen=True)
 class Host:
-    """Where a SuperNode runs, if not beside the SuperLink.
+    """Host of a SuperNode other than the SuperLink's.
 
     Attributes
     ----------
     enter : tuple of str
-        Put before a command, these words make it run there.
+        Prefix of a command that runs it there.
     superlink : str
-        Address that reaches the SuperLink from there.
+        Address of the SuperLink from there.
     wire : Wire
-        Counts the bytes of its connection.
+        Counter of the bytes of its connection.
     """
 
     enter: tuple[str, ...]
@@ -72,7 +72,7 @@ class SuperNode:
     wire : Wire
         Its connection to the SuperLink.
     log : Path
-        What it and its ClientApps print.
+        Output of the node and its ClientApps.
     """
 
     process: subprocess.Popen[bytes]
@@ -93,9 +93,9 @@ class LoopbackFederation:
     scratch : Path
         An empty folder; every process works below it.
     logs : Path
-        Where ``superlink.log``, ``superexec.log`` and ``NAME.log`` of every SuperNode go.
+        Folder of ``superlink.log``, ``superexec.log`` and ``NAME.log`` of every SuperNode.
     listen : str
-        Address that the SuperLink listens on; loopback must be among what it stands for.
+        Listening address of the SuperLink; it must include loopback.
     """
 
     def __init__(self, scratch: Path, certificates: Certificates, logs: Path, listen: str = "127.0.0.1") -> None:
@@ -103,7 +103,7 @@ class LoopbackFederation:
         self.nodes: dict[str, SuperNode] = {}
         program = find_flwr()
         if program is None:
-            raise FedLPError("there is no flwr on this machine; run: pip install 'flwr>=1.41,<1.42'")
+            raise FedLPError("there is no flwr on this machine; run: pip install 'flwr>=1.41,<1.43'")
         self._program = program
         self._scratch = scratch
         self._certificates = certificates
@@ -130,7 +130,7 @@ class LoopbackFederation:
         self._wires.close()
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, and wait until it answers; one that was killed goes on from its database."""
+        """Start the SuperLink, and wait until it answers; after a kill it resumes from its database."""
         made = self._certificates
         command = [self._path("flower-superlink"), "--ssl-ca-certfile", str(made.ca)]
         command += ["--ssl-certfile", str(made.server), "--ssl-keyfile", str(made.server_key)]
@@ -159,9 +159,9 @@ class LoopbackFederation:
         key : Path or None
             Its private key.
         ca : Path, optional
-            The CA that it trusts; by default, the one of the SuperLink's certificate.
+            Trusted CA; by default, that of the SuperLink's certificate.
         host : Host, optional
-            Where it runs; by default, beside the SuperLink.
+            Host of the node; by default, the SuperLink's.
         """
         if host is None:
             wire: Wire = (proxy := self._wires.enter_context(CountingProxy(self._port)))
@@ -181,16 +181,16 @@ class LoopbackFederation:
         return self.nodes[name]
 
     def run(self, app: Path, settings: Mapping[str, str], on_line: Callable[[dict[str, Any]], None]) -> None:
-        """Hand a run to the SuperLink with ``flwr run`` and wait for its end.
+        """Submit a run with ``flwr run`` and wait for its end.
 
         Parameters
         ----------
         app : Path
-            The folder of a Flower app.
+            Folder of a Flower app.
         settings : mapping
-            The run config; ``out`` is where the ServerApp writes.
+            Run config; ``out`` is the output folder of the ServerApp.
         on_line : callable
-            Told of every round as it appears in ``rounds.jsonl``.
+            Called with every round as it appears in ``rounds.jsonl``.
 
         Raises
         ------
@@ -220,7 +220,7 @@ class LoopbackFederation:
         self._start([*command, "--superexec-auth-secret-file", str(self._secret)], "superexec")
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
-        """Start a process in a folder of its own, with Flower settings of its own."""
+        """Start a process in its own folder, with its own Flower settings."""
         folder = self._scratch / name
         (folder / "home").mkdir(parents=True, exist_ok=True)
         env = flower_env(self._program, folder / "home")

@@ -1,6 +1,6 @@
-"""Bytes as they cross the network, counted by a TCP proxy: no root, and no other traffic of the machine among them.
+"""Bytes on the network, counted by a TCP proxy: without root, and without other traffic of the machine.
 
-What is counted is the TCP payload: TLS records with all that Flower puts into them, without TCP and IP headers.
+The count is of TCP payload: TLS records with Flower's framing, without TCP and IP headers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _CHUNK = 1 << 16
 
 
 class CountingProxy:
-    """Listens on a free port of loopback and passes bytes on, unread, to a port of this machine.
+    """Proxy from a free port of loopback to a port of this machine; bytes are forwarded unread.
 
     Attributes
     ----------
     address : str
         ``host:port`` to connect to.
     up, down : int
-        Bytes so far from whoever connects, and to them.
+        Bytes so far from and to the connecting peer.
     """
 
     def __init__(self, port: int) -> None:

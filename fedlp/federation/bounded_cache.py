@@ -1,4 +1,4 @@
-"""A cache that is bounded by the bytes of its values, not by their number."""
+"""Cache bounded by the bytes of its values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _Value = TypeVar("_Value")
 
 
 class BoundedCache(Generic[_Value]):
-    """Remembers the values of a function; the least recently used ones are dropped first.
+    """Cache of a function's values; the least recently used ones are dropped first.
 
     Parameters
     ----------
     make : callable
         Returns the value of a key's parts; a raised error is not remembered.
     size_of : callable
-        Returns the bytes of a key and its value, about.
+        Returns the approximate bytes of a key and its value.
     most_bytes : int
-        Bytes of all that is remembered, but for the value used last, which always is.
+        Largest total; the most recently used value is always kept.
     """
 
     def __init__(self, make: Callable[..., _Value], size_of: Callable[[_Value], int], most_bytes: int) -> None:
@@ -43,5 +43,5 @@ class BoundedCache(Generic[_Value]):
             return value
 
     def __len__(self) -> int:
-        """Return how many values are remembered."""
+        """Return the number of cached values."""
         return len(self._values)

@@ -1,4 +1,4 @@
-"""Budgets of clients met by whole sub-models: each gets the largest that fits, of those that its strategy offers."""
+"""Budgets met by whole sub-models: each client gets the largest one offered by its strategy that fits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fedlp.types import Budget, SubModel
 
 SubModelCosts = Mapping[str, float]  # by the limits' names in ``Budget``
 _BYTES = 4
-_COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gradients, the optimiser's state
-_RECEIVED = 1  # the message that a client trains from, which it keeps to the end of the round
+_COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gradients, the optimizer's state
+_RECEIVED = 1  # the received message, held to the end of the round
 
 
 def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig) -> dict[str, float]:
-    """Return what a client needs for one sub-model: numbers, forward MACs, bytes in training and of an upload."""
+    """Return a client's costs of one sub-model: parameters, forward MACs, bytes in training and of an upload."""
     layout = submodels.layout(submodel)
     params = layout.num_params()
     frozen = sum(math.prod(shape) for name, shape, _ in layout.signature() if name in submodels.spec.frozen)
@@ -51,7 +51,7 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
 
 
 def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) -> CostModel:
-    """Return what any choice of units of the prunable layers costs a client."""
+    """Return the client's cost model over units of the prunable layers."""
     trained = {name: 1.0 for name, info in submodels.spec.tensors.items() if info.trainable}
     model, inputs, axes = submodels.skeleton(), submodels.spec.example_inputs(1), [x.name for x in submodels.layers]
     return make_costs(
@@ -68,7 +68,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) ->
 
 
 def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> Footprint:
-    """Return the bytes that a model's parameters take in an upload: a polynomial in the units sent."""
+    """Return the upload bytes of a model's parameters: a polynomial in the units sent."""
     parameters = {name: tensor for name, tensor in named_tensors(model).items() if tensor.requires_grad}
     costs = {name: encoded_bytes(tensor.shape, tensor.dtype, encoding) for name, tensor in parameters.items()}
     footprint = Footprint(model, spec, {name: per_entry for name, (per_entry, _) in costs.items()})
@@ -80,9 +80,9 @@ def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> F
 
 
 def optimizer_kind(local: LocalConfig) -> str:
-    """Return the kind of state that training keeps: "sgd" (none), "momentum" (one copy of the weights) or "adam" (two).
+    """Return the kind of optimizer state: "sgd" (none), "momentum" (one copy of the weights) or "adam" (two).
 
-    Any other optimizer counts as Adam; FedProx keeps the weights that a round began with.
+    Any other optimizer counts as Adam; FedProx keeps a copy of the initial weights of the round.
     """
     copies = (2 if local.optimizer != "sgd" else bool(local.momentum)) + bool(local.proximal)
     return ("sgd", "momentum", "adam")[min(copies, 2)]
@@ -94,7 +94,7 @@ def fit_submodels(
     cost: Callable[[SubModel], SubModelCosts],
     strategy: str,
 ) -> tuple[int, ...]:
-    """Return which offer each client gets: the last that meets all limits of its budget, the last of all without one.
+    """Return the index of each client's offer: the last that meets its budget; the last of all without one.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def fit_submodels(
     Raises
     ------
     ConfigError
-        If even the smallest is too much for a client; names client, limit and what it would need.
+        If the smallest exceeds a client's budget; names client, limit and its cost.
     """
     found: dict[Budget | None, int] = {}
     needed = [cost(offer) for offer in offers] if any(budget is not None for budget in budgets) else []
@@ -124,15 +124,15 @@ def fit_submodels(
 
 
 def read_budget(path: Path) -> Budget | None:
-    """Return the budget in a file of ``fedlp-profile``, None where it limits nothing.
+    """Return the budget in a file of ``fedlp-profile``, None if it limits nothing.
 
-    The file, YAML or JSON, holds fields of :class:`~fedlp.types.Budget`. A limit on seconds becomes one on MACs, by
-    what ``profile.json`` beside the file says of this device: the server needs no measurements.
+    The file, YAML or JSON, holds fields of :class:`~fedlp.types.Budget`. A limit on seconds becomes one on MACs by
+    the device's measurements in ``profile.json`` beside the file: the server needs none.
 
     Raises
     ------
     DataError
-        If a file is absent or holds something else; says which.
+        If a file is absent or invalid; names it.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def read_budget(path: Path) -> Budget | None:
 
 
 def _measured(path: Path) -> LatencyTable:
-    """Return what ``fedlp-profile`` measured."""
+    """Return the measurements of ``fedlp-profile``."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         return LatencyTable(tuple(report["macs"]), tuple(report["step_s"]))

@@ -1,4 +1,4 @@
-"""What sub-models cost: measured MACs, and a policy's expected parameters and bytes per client and round."""
+"""Costs of sub-models: measured MACs, and a policy's expected parameters and bytes per client and round."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Costs:
         self._count = lru_cache(maxsize=1024)(self._count_shape)
 
     def macs(self, submodel: SubModel) -> Macs:
-        """Return forward and training MACs per example; the mean over nested widths where steps draw from them."""
+        """Return forward and training MACs per example; the mean over nested widths if steps draw from them."""
         axes = self._submodels.widths.axes if submodel.widths or submodel.nested_levels else {}
         counts = {a: submodel.widths[a].count if a in submodel.widths else size for a, size in axes.items()}
         if not submodel.nested_levels:
@@ -38,7 +38,7 @@ class Costs:
         return Macs(sum(m.forward for m in found) / len(found), sum(m.training for m in found) / len(found))
 
     def model(self, submodel: SubModel) -> nn.Module:
-        """Return a model of a sub-model's shape, whose values do not matter."""
+        """Return a model of a sub-model's shape, with arbitrary values."""
         counts = tuple((axis, keep.count) for axis, keep in submodel.widths.items())
         return self._build(submodel.depth, counts)
 
@@ -71,7 +71,7 @@ def expected_costs(
     cases : sequence of Case
         The policy's distribution.
     params : mapping
-        A global model, of which real messages are encoded to count their bytes: where uploads are coded, an
+        Global model, from which real messages are encoded to count their bytes: for coded uploads, an
         estimate, since differences have other codes than weights.
     encoding, coded : Encoding, bool
         Encoding of uploads, and whether bytes travel as Huffman codes.

@@ -1,4 +1,4 @@
-"""Who has which budget: a fleet of device classes or tiers, spread over clients in exact shares."""
+"""Budgets of a fleet: device classes or tiers, distributed over clients in exact shares."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def fleet_budgets(
 ) -> tuple[Budget | None, ...]:
     """Return the budget of each client, None for no limit; equal for equal seeds.
 
-    Every class gets its exact share of clients, rounded by largest remainder; which clients they are is random.
+    Every class gets its exact share of clients, rounded by largest remainder; the assignment is random.
 
     Parameters
     ----------
     whole_costs : mapping from limit name to float
-        What the whole model costs: every name in ``config.limited``, for tiers.
+        Costs of the whole model: every name in ``config.limited``, for tiers.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def fleet_budgets(
 
 
 def fleet_kinds(config: FleetConfig, num_clients: int, seed: int) -> NDArray[np.int64] | None:
-    """Return which tier or device class each client is of, by its place in the config; None where there are none."""
+    """Return the index of each client's tier or device class; None without a fleet."""
     if config.fractions:
         shares = config.shares or [1.0] * len(config.fractions)
     elif config.devices:
@@ -64,7 +64,7 @@ def fleet_kinds(config: FleetConfig, num_clients: int, seed: int) -> NDArray[np.
 
 
 def tier_names(config: FleetConfig, num_clients: int, seed: int) -> dict[int, str]:
-    """Return the tier (its fraction) or device class of each client; empty where the fleet has none."""
+    """Return the tier (its fraction) or device class of each client; empty without a fleet."""
     members = fleet_kinds(config, num_clients, seed)
     names = [f"{fraction:g}" for fraction in config.fractions] or list(config.devices)
     return {} if members is None else {client_id: names[kind] for client_id, kind in enumerate(members.tolist())}

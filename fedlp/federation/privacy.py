@@ -1,6 +1,6 @@
-"""Local differential privacy by Flower's own mod: what a client sends is clipped and noised before it leaves.
+"""Local differential privacy by Flower's own mod: a client's upload is clipped and noised before it leaves.
 
-The mod subtracts what a client received from what it returns, array by array. So it works only where both are the same
+The mod subtracts received from returned values, array by array. So it works only if both are the same
 entries, in float32; ``apps.privacy_check`` refuses everything else before a run begins. Of the mod's parameters the
 sensitivity is not free: two updates of norm C at most differ by 2C at most, whatever the data.
 """
@@ -34,9 +34,9 @@ def protect_update(
     reply: Message,
     context: Context,
 ) -> Message:
-    """Return the reply that may leave the client: the one given, or one with noised weights and without its loss.
+    """Return the reply that leaves the client: the given one, or one with noised weights and without its loss.
 
-    The number of examples stays as it is. DataError where training changed nothing at all, which the mod cannot scale.
+    The number of examples is not changed. DataError if training changed no entry, which the mod cannot scale.
     """
     if privacy.name == "none":
         return reply
@@ -56,7 +56,7 @@ def protect_update(
 
 @contextmanager
 def _no_news_of(logger: logging.Logger) -> Iterator[None]:
-    """Let a logger pass warnings alone: the mod tells of every upload, twice."""
+    """Restrict a logger to warnings within a context: the mod logs every upload twice."""
     before = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -67,7 +67,7 @@ def _no_news_of(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def _numpy_seeded(rng: np.random.Generator) -> Iterator[None]:
-    """Let numpy's global generator, which Flower draws from, start anew from ``rng``; put it back afterwards.
+    """Seed numpy's global generator, which Flower draws from, from ``rng`` within a context.
 
     Without this, forked workers would all draw the same noise, and the server could take it off by subtraction.
     """

@@ -1,4 +1,4 @@
-"""Who takes part and what they send: every draw of the server, from named streams.
+"""Draws of the server from named streams: cohorts and upload sets.
 
 Cohorts are drawn over partition ids, which are stable, never over node ids, which are random in every run.
 """

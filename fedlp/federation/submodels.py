@@ -1,6 +1,6 @@
-"""What a sub-model is made of: the shared tensors, their slices and their shapes.
+"""Layout of a sub-model: shared tensors, their slices and shapes.
 
-Server and clients derive it from the same model, so a message never has to say it.
+Server and clients derive it from the same model, so messages do not contain it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, eq=False)
 class SubModelLayout:
-    """The shared tensors of one sub-model, in the global model's order.
+    """Shared tensors of one sub-model, in the global model's order.
 
     Attributes
     ----------
     names : tuple of str
-        Tensors that travel; personal tensors are not among them.
+        Tensors of messages; personal tensors are excluded.
     keeps : mapping from tensor name to one Keep per dimension
-        Only tensors of which a part is missing.
+        Kept indices of sliced tensors only.
     """
 
     names: tuple[str, ...]
@@ -54,7 +54,7 @@ class SubModelLayout:
 
     @cached_property
     def name_set(self) -> frozenset[str]:
-        """The names, without their order."""
+        """Set of the names."""
         return frozenset(self.names)
 
     @cached_property
@@ -66,7 +66,7 @@ class SubModelLayout:
         return {name: math.prod(shape) for name, shape, _ in self._signature if self.spec.tensors[name].trainable}
 
     def signature(self, names: frozenset[str] | None = None) -> Signature:
-        """Return name, shape and dtype of the travelling tensors (of those in ``names``), in order."""
+        """Return name, shape and dtype of the shared tensors (of those in ``names``), in order."""
         if names is None or names == self.name_set:
             return self._signature
         return tuple(entry for entry in self._signature if entry[0] in names)
@@ -79,18 +79,18 @@ class SubModelLayout:
         }
 
     def num_params(self, names: frozenset[str] | None = None) -> int:
-        """Return how many trainable numbers travel (of the tensors in ``names``)."""
+        """Return the number of shared trainable entries (of the tensors in ``names``)."""
         return sum(count for name, count in self._num_params.items() if names is None or name in names)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory that the layout takes, about."""
+        """Approximate bytes of the layout in memory."""
         keeps = [keep for found in self.keeps.values() for keep in found]
         return len(self.names) * _NAME_BYTES + sum(_KEEP_BYTES + _RUN_BYTES * len(keep.runs) for keep in keeps)
 
 
 class SubModels:
-    """All sub-models of one global model; layouts are remembered, up to 256 MiB of them."""
+    """All sub-models of one global model; layouts are cached, up to 256 MiB."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -99,12 +99,12 @@ class SubModels:
 
     @cached_property
     def widths(self) -> WidthSpec:
-        """The axes that width slices cut, found by tracing the model once."""
+        """Width axes, found by tracing the model once."""
         return trace_widths(self._measured, self.spec.example_inputs(1))
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
-        """What units can be removed from; of a classifier also channels that several layers read."""
+        """Prunable layers; of a classifier also channels with several readers."""
         return find_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
 
     @cached_property
@@ -124,7 +124,7 @@ class SubModels:
         return frozenset(name for name in self.names if name.rpartition(".")[2] in _STATISTICS)
 
     def skeleton(self) -> nn.Module:
-        """Return a model of the global architecture whose values do not matter (nothing pretrained is loaded)."""
+        """Return a model of the global architecture with arbitrary values (pretrained weights are not loaded)."""
         return self.spec.build_depth(len(self.spec.depths), seed=0, client_id=0)
 
     def shapes(self) -> nn.Module:

@@ -1,4 +1,4 @@
-r"""LoRA (Hu et al., ICLR 2022): linear layers :math:`y = W x + \frac{\alpha}{r} B A x` that train A and B alone.
+r"""LoRA (Hu et al., ICLR 2022): linear layers :math:`y = W x + \frac{\alpha}{r} B A x` with trainable A and B.
 
 An adapted layer keeps the names of its weight and bias, beside ``lora_a`` (r, in), drawn at random, and ``lora_b``
 (out, r), zero at first. A slice of the layer is a slice of both: the columns of A and the rows of B lie on the width
@@ -63,7 +63,7 @@ class LoraOptions:
 
 
 class LoraLinear(nn.Linear):
-    """Linear layer with an adapter; takes over the layer's parameters."""
+    """Linear layer with an adapter; shares the layer's parameters."""
 
     def __init__(self, linear: nn.Linear, options: LoraOptions) -> None:
         nn.Module.__init__(self)  # the weights are there already
@@ -75,19 +75,19 @@ class LoraLinear(nn.Linear):
         self.scale, self.dropout = options.alpha / options.rank, options.dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output and the adapter's."""
+        """Return the sum of the layer's and the adapter's output."""
         dropped = F.dropout(input, self.dropout, self.training)
         return super().forward(input) + self.scale * F.linear(F.linear(dropped, self.lora_a), self.lora_b)
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """Return what the adapter adds to the weight, (out, in)."""
+        """Return the adapter's weight update, (out, in)."""
         return self.scale * (self.lora_b @ self.lora_a)
 
 
 @dataclass(frozen=True)
 class AdaptedBlueprint(Blueprint):
-    """Blueprint of a language model with adapters; everything else of the model is frozen."""
+    """Blueprint of a language model with adapters; all other parameters are frozen."""
 
     base: Blueprint
     options: LoraOptions
@@ -109,7 +109,7 @@ class AdaptedBlueprint(Blueprint):
         return self.base.is_pretrained
 
     def check_inputs(self) -> None:
-        """Raise ConfigError where the model has no rules for adapters, or cannot take the inputs."""
+        """Raise ConfigError if the model has no rules for adapters, or cannot take the inputs."""
         if self.base.is_language is not True:
             raise ConfigError(f"adapter=lora is for causal language models; model {self.name} is none")
         self.base.check_inputs()
@@ -119,7 +119,7 @@ class AdaptedBlueprint(Blueprint):
         return add_adapters(self.base.build(), self.options)
 
     def build_initial(self) -> nn.Module:
-        """Return the model that training starts from, with fresh adapters."""
+        """Return the initial model with fresh adapters."""
         return add_adapters(self.base.build_initial(), self.options)
 
     def build_prefix(self, depth: int) -> nn.Module:
@@ -133,7 +133,7 @@ class AdaptedBlueprint(Blueprint):
 
 
 def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
-    """Give a model's target layers adapters, and return it; ConfigError where no linear layer is a target."""
+    """Add adapters to a model's target layers and return it; ConfigError if no linear layer is a target."""
     found = {
         path: module
         for path, module in model.named_modules()
@@ -157,7 +157,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add adapters to the weights in place and set them to zero; return the model, which computes what it did."""
+    """Merge adapters into the weights in place and set them to zero; outputs stay the same."""
     for _, module in _adapted(model):
         module.weight += module.product()
         module.lora_b.zero_()

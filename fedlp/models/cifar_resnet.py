@@ -74,7 +74,7 @@ class CifarResNet(nn.Module):
 
 @dataclass(frozen=True)
 class CifarResNetBlueprint(Blueprint):
-    """Builds one :class:`CifarResNet`; ``path`` only where trained weights are wanted."""
+    """Blueprint of one :class:`CifarResNet`; ``path`` names trained weights."""
 
     name: str
     path: str | None
@@ -94,19 +94,19 @@ class CifarResNetBlueprint(Blueprint):
         return CifarResNet(self.input_shape[0], DEPTHS[self.name], self.num_classes)
 
     def build_initial(self) -> nn.Module:
-        """Return the network that training starts from."""
+        """Return the initial network."""
         model = self.build()
         if self.path is not None:
             model.load_state_dict(_read_weights(self.path, model))
         return model
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the format of the file of weights."""
+        """Return the floating-point format of the weight file."""
         return (self.path and stored_dtype(Path(self.path).expanduser())) or torch.float32
 
 
 def _read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a file under the model's names; ConfigError where they are not the model's."""
+    """Return the tensors of a file under the model's names; ConfigError if they do not fit the model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Our own image classifiers: FedLP's CNN and MLPs, and the small CNN of federated benchmarks."""
+"""Built-in image classifiers: FedLP's CNN and MLPs, and the small CNN of federated benchmarks."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SmallCNN(nn.Module):
 
 @dataclass(frozen=True)
 class FedLPCNNBlueprint(Blueprint):
-    """Builds :class:`FedLPCNN`."""
+    """Blueprint of :class:`FedLPCNN`."""
 
     input_shape: tuple[int, ...]
     num_classes: int
@@ -137,7 +137,7 @@ class FedLPCNNBlueprint(Blueprint):
 
 @dataclass(frozen=True)
 class MLPBlueprint(Blueprint):
-    """Builds :class:`MLP`; a network of n hidden layers has n depths, and without any it is softmax regression."""
+    """Blueprint of :class:`MLP`; n hidden layers give n depths; none give softmax regression."""
 
     num_features: int
     widths: tuple[int, ...]
@@ -163,7 +163,7 @@ class MLPBlueprint(Blueprint):
 
 @dataclass(frozen=True)
 class SmallCNNBlueprint(Blueprint):
-    """Builds :class:`SmallCNN`."""
+    """Blueprint of :class:`SmallCNN`."""
 
     input_shape: tuple[int, ...]
     num_classes: int

@@ -1,4 +1,4 @@
-"""What a forward pass and a training step of a model cost."""
+"""Compute cost of a model's forward pass and training step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Macs:
 
 
 def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
-    """Return what one example costs, counted on the operators of a forward and a backward pass in training mode.
+    """Return the multiply-accumulates of one example, forward and backward in training mode, by operator.
 
     Counted are matrix products and convolutions (their biases are free) and, at 4 per element, batch, group and layer
     normalisation: the convention of thop, in which FedLP's CNN has 39.36 M. The passes run on shapes alone, so counting
-    takes no time to speak of; a model with operators that need values runs on a copy. Frozen parameters have no
+    takes negligible time; a model with value-dependent operators runs on a copy. Frozen parameters have no
     gradient and cost none.
 
     Parameters
     ----------
     model : nn.Module
-        Anything that :func:`~fedlp.models.spec.forward_logits` can run; not touched.
+        Any model for :func:`~fedlp.models.forward.forward_logits`; not modified.
     inputs : (batch, ...)
-        As the model takes them; only their shape and dtype matter. The count does not depend on the batch.
+        Model inputs; only shape and dtype matter. The count does not depend on the batch.
     """
     example = inputs[:1].expand(2, *inputs.shape[1:])  # batch statistics need two
     try:
@@ -76,7 +76,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 def _convolution_backward_flops(
     grad_out: torch.Size, inputs: torch.Size, weight: torch.Size, *more: Any, **_: Any
 ) -> int:
-    """Count as many for each gradient that is asked for as forward: torch forgets that groups have fewer products."""
+    """Return as many FLOPs per required gradient as forward; torch's own count ignores groups."""
     transposed, output_mask = more[4], more[7]
     places = inputs[2:] if transposed else grad_out[2:]
     products: int = inputs[0] * math.prod(weight) * math.prod(places)

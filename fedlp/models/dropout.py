@@ -1,4 +1,4 @@
-"""Dropout that costs little on a CPU."""
+"""Fast dropout on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEVELS = 256  # values of a random byte
 
 
 class ByteDropout(nn.Module):
-    """Dropout that decides with one random byte per entry, about 3x as fast as torch's on a CPU.
+    """Dropout with one random byte per entry, about 3x as fast as torch's on a CPU.
 
     torch draws a 32-bit number per entry, one at a time; here one 64-bit draw decides eight entries. The distribution
     is exactly that of dropout, and the numbers come from torch's generator. Off the CPU, torch's own dropout is used.
@@ -38,5 +38,5 @@ class ByteDropout(nn.Module):
         return inputs * scale.as_strided(inputs.shape, torch.empty_like(inputs, device="meta").stride())
 
     def extra_repr(self) -> str:
-        """Return what ``repr`` shows between the brackets."""
+        """Return the options shown by ``repr``."""
         return f"p={self.p}"

@@ -1,4 +1,4 @@
-"""Running a model to see what it computes, on values or on shapes alone."""
+"""Forward passes on values or on shapes alone."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def _with_padding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error of another library says, to be quoted in one of ours."""
+    """Return the first line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @contextmanager
 def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Iterator[tuple[nn.Module, Tensor]]:
-    """Give copies of model and inputs that have shapes but no values, in a context in which they can be run.
+    """Yield copies of model and inputs with shapes but no values, in a context that can run them.
 
-    Nothing is allocated or computed, and the model is not touched. Whatever the device of the model, the operators that
+    Nothing is allocated or computed, and the model is not modified. On every device, the operators that
     run are the same.
 
     Parameters
@@ -74,7 +74,7 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
 
 
 def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:
-    """Return how many outputs a model has, and the paths of the modules that it calls, in order."""
+    """Return the number of outputs of a model, and the paths of the called modules, in order."""
     called: list[str] = []
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: called.append(path))
@@ -82,7 +82,7 @@ def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:
 
 
 def short_example(input_shape: tuple[int, ...], reads_tokens: bool) -> Tensor:
-    """Return one example of zeros: images as they are, of text a few tokens."""
+    """Return one example of zeros: full images, a few tokens of text."""
     if reads_tokens:
         return torch.zeros((1, min(input_shape[0], _SHORT)), dtype=torch.int64)
     return torch.zeros((1, *input_shape))

@@ -38,7 +38,7 @@ _DECODERS = (  # path of the decoder, names of its blocks and final norm
 
 
 class Decoder(NamedTuple):
-    """Where a language model keeps its blocks.
+    """Location of a language model's blocks.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class PrefixLM(nn.Module):
 
 @dataclass(frozen=True)
 class LanguageBlueprint(Blueprint):
-    """Builds one causal language model from its transformers config; ``path`` only where its weights are wanted."""
+    """Blueprint of a causal language model by its transformers config; ``path`` names its weights."""
 
     name: str
     config: Any
@@ -103,11 +103,11 @@ class LanguageBlueprint(Blueprint):
         return model
 
     def has_prefixes(self, model: nn.Module) -> bool:
-        """Return whether the model's blocks are found where those of known families are."""
+        """Return whether the model's blocks lie where those of known families do."""
         return self.num_depths > 1 and try_decoder(model) is not None
 
     def build_initial(self) -> nn.Module:
-        """Return the model that training starts from, float32."""
+        """Return the initial model, float32."""
         if self.path is None:
             return self.build()
         kind = _pruned_class(self.config) or import_transformers().AutoModelForCausalLM
@@ -118,7 +118,7 @@ class LanguageBlueprint(Blueprint):
         return model.train()
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the format of a local folder's weights, or what the config of a model elsewhere says."""
+        """Return the format of a local folder's weights, else that of the model's config."""
         return model_dtype(self.path, self.config)
 
     def build_prefix(self, depth: int) -> nn.Module:
@@ -215,7 +215,7 @@ def _sequence_length(name: str, input_shape: tuple[int, ...]) -> int:
 
 
 def _pruned_class(config: Any) -> Any:
-    """Return our class of a model whose blocks differ in width, as ``fedlp-prune`` writes it; None for any other.
+    """Return the class of a model with blocks of unequal width, as ``fedlp-prune`` writes it; None for any other.
 
     The folder's own copy of that class is not executed.
     """
@@ -229,7 +229,7 @@ def _pruned_class(config: Any) -> Any:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """Return where a model's blocks are; ConfigError where that is not known."""
+    """Return the location of a model's blocks; ConfigError if unknown."""
     found = try_decoder(model)
     if found is None:
         known = ", ".join(f"{path}.{blocks}" for path, blocks, _ in _DECODERS)
@@ -238,7 +238,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def try_decoder(model: nn.Module) -> Decoder | None:
-    """Return where a model's blocks are; None where that is not known."""
+    """Return the location of a model's blocks; None if unknown."""
     modules = dict(model.named_modules())
     for path, blocks, norm in _DECODERS:
         if isinstance(modules.get(f"{path}.{blocks}"), nn.ModuleList) and hasattr(modules[path], norm):

@@ -1,4 +1,4 @@
-"""In which order a forward pass uses a model's layers."""
+"""Order of layers in a forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def order_layers(layers: Sequence[Layer], called: Sequence[str], tied: Collectio
         Paths of the modules that a forward pass calls, in order; the first one is the whole model's, "". A layer whose
         own module is not called (others read its tensors) is used where the closest module around it is called.
     tied : collection of str
-        Tensors that have several names.
+        Tensors with several names.
     """
     times, places = Counter(called), {path: place for place, path in reversed(list(enumerate(called)))}
     users = {layer.name: _user(layer, places) for layer in layers}

@@ -1,4 +1,4 @@
-"""Layers by their names, and which parameters keep the values that they have: for good, for a while, or in part."""
+"""Layers by name, and parameters that are frozen: for good, in a context, or in part."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def owner_of(tensor: str) -> str:
 
 
 def find_frozen(model: str, parameters: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
-    """Return the parameters of all layers whose names match a pattern, as file names match one of a shell.
+    """Return the parameters of all layers whose names match a shell pattern.
 
     Raises
     ------
     ConfigError
-        Where a pattern matches no layer, or all parameters would be frozen.
+        If a pattern matches no layer, or all parameters would be frozen.
     """
     layers = list(dict.fromkeys(map(owner_of, parameters)))
     frozen: set[str] = set()
@@ -41,7 +41,7 @@ def find_frozen(model: str, parameters: Sequence[str], patterns: Sequence[str]) 
 
 
 def freeze(model: nn.Module, names: frozenset[str]) -> nn.Module:
-    """Let the named parameters need no gradients, where the model has them, and return the model."""
+    """Disable gradients of the named parameters that the model has, and return the model."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in names:
             parameter.requires_grad_(False)
@@ -50,7 +50,7 @@ def freeze(model: nn.Module, names: frozenset[str]) -> nn.Module:
 
 @contextmanager
 def all_trainable(model: nn.Module) -> Iterator[None]:
-    """Let every parameter need gradients for a while, frozen ones too."""
+    """Enable gradients of all parameters, frozen ones included, within a context."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.requires_grad_(True)
     try:
@@ -62,7 +62,7 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def held_still(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
-    """Let parameters need no gradients for a while; give all others that are trained."""
+    """Disable gradients of parameters within a context; yield all other trained ones."""
     chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}
     needed = [parameter for parameter in chosen.values() if parameter.requires_grad]
     try:
@@ -76,7 +76,7 @@ def held_still(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Para
 
 @contextmanager
 def masked_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply gradients of some parameters by masks of 0 and 1 for a while; weight decay moves all entries still."""
+    """Multiply gradients of some parameters by 0/1 masks within a context; weight decay still moves all entries."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     hooks = [
         parameters[name].register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]

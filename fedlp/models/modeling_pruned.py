@@ -1,4 +1,4 @@
-"""Transformers whose blocks differ in width, for the library of that name to load with ``trust_remote_code=True``.
+"""Transformers with blocks of unequal width, loaded by the transformers library with ``trust_remote_code=True``.
 
 This file travels with the weights, beside their ``config.json``, and needs torch and transformers only. ``PrunedX``,
 for any class ``X`` of transformers whose architecture is among ``LAYOUTS``, builds a model as ``X`` does and then
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Layout(NamedTuple):
-    """Where the blocks of an architecture are, and which of their layers have sizes of their own.
+    """Location of an architecture's blocks, and their layers of variable size.
 
     Attributes
     ----------
@@ -31,9 +31,9 @@ class Layout(NamedTuple):
         and all values in a row, ``i`` queries, key and value of one head or group after those of another, ``n``
         neurons, ``g`` gates and neurons in a row.
     neurons : str
-        What the config calls ``intermediate_size``.
+        Name of ``intermediate_size`` in the config.
     reads_config : bool
-        Whether the attention asks the config for its number of heads as it runs.
+        Whether the attention reads its number of heads from the config at run time.
     """
 
     blocks: str
@@ -122,7 +122,7 @@ def head_dim_of(attention: Any) -> int:
 
 
 def layer_sizes(block: nn.Module, layout: Layout) -> dict[str, int]:
-    """Return what the letters of a layout stand for in one block."""
+    """Return the size behind each letter of a layout in one block."""
     sizes: dict[str, int] = {}
     for name, letters in layout.layers.items():
         layer: Any = block.get_submodule(name)
@@ -153,7 +153,7 @@ def describe_blocks(model: nn.Module) -> list[dict[str, int | bool]]:
 
 
 class _PrunedBlocks(nn.Module):
-    """Comes before a native class, whose blocks it gives the sizes in ``config.pruned_blocks``."""
+    """Mixin before a native class; resizes its blocks to ``config.pruned_blocks``."""
 
     def __init__(self, config: Any, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)

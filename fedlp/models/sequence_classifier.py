@@ -16,14 +16,14 @@ from fedlp.models.transformers_loading import import_transformers, loading, quie
 
 @dataclass(frozen=True)
 class SequenceClassifierBlueprint(Blueprint):
-    """Builds one classifier of token sequences from its transformers config.
+    """Blueprint of a classifier of token sequences by its transformers config.
 
     Attributes
     ----------
     auto_model : str
-        Class of transformers that builds it.
+        Auto class of transformers that builds it.
     path : str or None
-        Where its pretrained weights are; None for fresh ones.
+        Name or folder of its pretrained weights; None for fresh ones.
     """
 
     is_language: ClassVar[bool | None] = True
@@ -51,7 +51,7 @@ class SequenceClassifierBlueprint(Blueprint):
         return model
 
     def build_initial(self) -> nn.Module:
-        """Return the pretrained model, float32; a head that its files do not have is fresh."""
+        """Return the pretrained model, float32; a head missing from its files is fresh."""
         if self.path is None:
             return self.build()
         factory = getattr(import_transformers(), self.auto_model)
@@ -66,5 +66,5 @@ class SequenceClassifierBlueprint(Blueprint):
         return model.train()
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the format of a local folder's weights, or what the config of a model elsewhere says."""
+        """Return the format of a local folder's weights, else that of the model's config."""
         return model_dtype(self.path, self.config)

@@ -1,4 +1,4 @@
-"""What a model is made of, and how to build it again anywhere.
+"""Specification of a model: tensors, layers, prefixes, and its construction from a seed.
 
 A :class:`ModelSpec` says which tensors the global model has, which layers and depth prefixes they form, and builds the
 model and its prefixes from a seed. A family of models (``cnn``, ``vision``, ``language``) supplies only a
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class ModelTask(Protocol):
-    """What a model must know of the task that it is for.
+    """Protocol of a model's task.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class ModelTask(Protocol):
     exact_outputs : bool
         Whether a model must have just as many outputs as the data set asks for; else it may have more.
     auto_model : str
-        Class of transformers that loads such a model; empty where none does.
+        Class of transformers that loads such a model; empty if none does.
     """
 
     @property
@@ -70,26 +70,26 @@ class ModelTask(Protocol):
 
 
 def find_task(task: ModelTask | str) -> ModelTask:
-    """Return a task, which may be given by its name."""
+    """Return a task given as an object or by name."""
     return cast(ModelTask, lookup("task", task)()) if isinstance(task, str) else task
 
 
 class Blueprint(ABC):
-    """How one family builds its models. Parameters are drawn from torch's generator, which the caller has seeded."""
+    """Construction of a family's models. Parameters are drawn from torch's generator, seeded by the caller."""
 
     name: str
     num_depths: int = 1
-    is_language: ClassVar[bool | None] = False  # whether it models tokens; None where data of either kind may fit
+    is_language: ClassVar[bool | None] = False  # whether it models tokens; None if data of either kind may fit
 
     def check_inputs(self) -> None:  # noqa: B027 # most families have nothing to check
-        """Raise ConfigError where the model cannot take inputs of the data's shape; called before a build."""
+        """Raise ConfigError if the model cannot take inputs of the data's shape; called before a build."""
 
     @abstractmethod
     def build(self) -> nn.Module:
         """Return the global architecture with fresh parameters."""
 
     def build_initial(self) -> nn.Module:
-        """Return the model that training starts from: a fresh one, unless the family loads pretrained weights."""
+        """Return the initial model: fresh, unless the family loads pretrained weights."""
         return self.build()
 
     @property
@@ -102,15 +102,15 @@ class Blueprint(ABC):
         raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")
 
     def frozen(self, parameters: Sequence[str]) -> frozenset[str]:
-        """Return the parameters, of the names given, that keep their first values by themselves."""
+        """Return the given parameters that the family itself freezes."""
         return frozenset()
 
     def has_prefixes(self, model: nn.Module) -> bool:
-        """Return whether depths below ``num_depths`` can be built; ``model`` is the global one, which has no values."""
+        """Return whether depths below ``num_depths`` can be built; ``model`` is the global one, without values."""
         return self.num_depths > 1
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the format in which the weights of :meth:`build_initial` are stored; models are built in float32."""
+        """Return the floating-point format of stored weights of :meth:`build_initial`; models are built in float32."""
         return torch.float32
 
 
@@ -124,7 +124,7 @@ class ModuleBlueprint(Blueprint):
         Returns a module with fresh parameters. Where the module has an integer ``num_depths`` and a method
         ``prefix(depth) -> nn.Module``, depth prefixes follow.
     initial : callable or None
-        Returns the module that training starts from; a fresh one where None.
+        Returns the initial module; a fresh one if None.
     """
 
     name: str
@@ -138,11 +138,11 @@ class ModuleBlueprint(Blueprint):
         return self.make()
 
     def build_initial(self) -> nn.Module:
-        """Return the module that training starts from."""
+        """Return the initial module."""
         return self.make() if self.initial is None else self.initial()
 
     def build_prefix(self, depth: int) -> nn.Module:
-        """Return what the module's own ``prefix`` gives."""
+        """Return the result of the module's own ``prefix``."""
         found: nn.Module = self.make().prefix(depth)  # type: ignore[operator]
         return found
 
@@ -158,16 +158,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A global model: its tensors, its parts and how to build it.
+    """Global model: its tensors, layers, prefixes and construction.
 
     Attributes
     ----------
     task : ModelTask
-        The task that the model is for.
+        Task of the model.
     input_shape : tuple of int
         One example: (C, H, W), (features,) or (tokens,).
     num_classes : int
-        Outputs that the data set asks for: classes, values, or the vocabulary of a language model.
+        Outputs required by the data set: classes, values, or the vocabulary of a language model.
     vocabulary : int
         Number of tokens of the data; 0 where inputs are no tokens.
     tensors : mapping from name to TensorInfo
@@ -175,14 +175,14 @@ class ModelSpec:
     layers : tuple of Layer
         One per module that owns tensors directly, together holding every tensor once; as modules are registered.
     sequence : tuple of Layer
-        The layers in the order in which a forward pass first uses them, up to the first that it uses again later, as
+        Layers in order of first use in a forward pass, up to the first that is used again later, as
         tied embeddings are.
     num_params : int
         Trainable numbers.
     depths : tuple of frozenset of str
         FedLP-Hetero: names of the shared tensors of depth 1, 2, ...; the last one is everything.
     frozen : frozenset of str
-        Names of the parameters that keep their first values; :meth:`build` and :meth:`build_depth` freeze them.
+        Names of frozen parameters; :meth:`build` and :meth:`build_depth` freeze them.
     """
 
     task: ModelTask
@@ -203,9 +203,9 @@ class ModelSpec:
         return self.task.reads_tokens
 
     def build(self, seed: int) -> nn.Module:
-        """Return the model that training starts from, on the CPU; equal for equal seeds on every engine.
+        """Return the initial model, on the CPU; equal for equal seeds on every engine.
 
-        torch's global generators are left as they were. Pretrained weights are loaded where the config asks for them.
+        torch's global generators are not advanced. Pretrained weights are loaded if the config names them.
         """
         with _seeded(torch_seed(seed, Stream.MODEL)):
             return freeze(self.blueprint.build_initial(), self.frozen)
@@ -213,7 +213,7 @@ class ModelSpec:
     def build_depth(self, depth: int, seed: int, client_id: int) -> nn.Module:
         """Return the sub-model of a depth, in 1..len(depths), for one client.
 
-        Shared tensors have their global names and shapes; their values come from the server. Below full depth the
+        Shared tensors have global names and shapes; the server supplies their values. Below full depth the
         personal head's tensors start with ``personal_head``, a name that the global model does not have; they depend
         on seed and client only. At full depth this is the global architecture, without pretrained weights.
         """
@@ -224,7 +224,7 @@ class ModelSpec:
             return freeze(self.blueprint.build() if is_whole else self.blueprint.build_prefix(depth), self.frozen)
 
     def example_inputs(self, batch: int) -> Tensor:
-        """Return ``batch`` examples of the right shape, always the same: normal floats, or int64 tokens."""
+        """Return ``batch`` fixed examples of the input shape: normal floats, or int64 tokens."""
         rng = generator(0, Stream.DATA)
         if self.reads_tokens:
             return torch.from_numpy(rng.integers(0, self.vocabulary, (batch, *self.input_shape)))
@@ -239,21 +239,21 @@ def describe_blueprint(
     frozen: Sequence[str] = (),
     vocabulary: int | None = None,
 ) -> ModelSpec:
-    """Return the spec of a blueprint, found without allocating or computing anything.
+    """Return the spec of a blueprint, without allocation or computation.
 
     Parameters
     ----------
     task : ModelTask or str
-        The task that the model is for, or its name.
+        Task of the model, or its name.
     frozen : sequence of str
-        Names of layers that are not trained, or patterns of such names, as for a shell.
+        Names or shell patterns of layers that are not trained.
     vocabulary : int or None
         Number of tokens, where inputs are tokens and ``num_classes`` is not their number.
 
     Raises
     ------
     ConfigError
-        If the model cannot take inputs of this shape, does not give the right number of outputs or has no layer of a
+        If the model cannot take inputs of this shape, has a wrong number of outputs or no layer of a
         name that is to be frozen.
     """
     task = find_task(task)
@@ -297,7 +297,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def leading_layers(spec: ModelSpec, uploads: Collection[str]) -> tuple[str, ...]:
-    """Return the tensors of all layers that a forward pass uses before any of which a tensor is in ``uploads``.
+    """Return the tensors of all layers used in a forward pass before the first layer with a tensor in ``uploads``.
 
     With these frozen, the backward pass ends where the first layer begins that is uploaded in part. A layer that is
     used again later, as tied embeddings are, is not among them, nor is any after it.
@@ -317,14 +317,14 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generator for a while; the devices' generators are not touched, as models are built on the CPU."""
+    """Seed the CPU generator within a context; device generators are not touched, since models are built on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _build_shapes(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a model of which only shapes matter: without memory, unless its constructor reads values of tensors."""
+    """Return a model for its shapes: without memory, unless its constructor reads tensor values."""
     with _seeded(0):
         try:
             with torch.device("meta"):
@@ -336,9 +336,9 @@ def _build_shapes(build: Callable[[], nn.Module]) -> nn.Module:
 def _check_forward(
     model: nn.Module, blueprint: Blueprint, task: ModelTask, input_shape: tuple[int, ...], num_classes: int
 ) -> list[str]:
-    """Return the paths of the modules that a forward pass calls, in order.
+    """Return the paths of the called modules of a forward pass, in order.
 
-    The pass runs on shapes; where an operator needs values (a mixture of experts, say) on a fresh model and one short
+    The pass runs on shapes; with value-dependent operators (e.g. mixture of experts), on a fresh model and one short
     example instead.
     """
     inputs = torch.empty((2, *input_shape), dtype=torch.int64 if task.reads_tokens else torch.float32, device="meta")
@@ -357,7 +357,7 @@ def _check_forward(
 
 
 def _tied_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of tensors that have others as well."""
+    """Return the names of tensors with several names."""
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
     return frozenset(names[id(t)] for name, t in model.state_dict(keep_vars=True).items() if names[id(t)] != name)
 

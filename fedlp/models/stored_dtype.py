@@ -1,4 +1,4 @@
-"""In which floating-point format a model's weights lie on disk."""
+"""Floating-point format of stored weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_HEADER = 100_000_000  # bytes, as safetensors itself allows
 def stored_dtype(path: Path) -> torch.dtype | None:
     """Return the floating-point format of most weights of a safetensors file, or of all such files of a folder.
 
-    None where there is no such file, or none that can be read: what loads the weights says what is wrong.
+    None if there is no readable file; loading the weights then reports the fault.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     sizes: Counter[torch.dtype] = Counter()
@@ -32,7 +32,7 @@ def stored_dtype(path: Path) -> torch.dtype | None:
 
 
 def model_dtype(path: str | None, config: Any) -> torch.dtype:
-    """Return the format of a transformers model: that of a local folder's weights, else what its config says."""
+    """Return the format of a transformers model: that of a local folder's weights, else that of its config."""
     if path is None:
         return torch.float32
     said = getattr(config, "dtype", None)

@@ -1,4 +1,4 @@
-"""Import torchvision wherever its compiled operators cannot load.
+"""Import of torchvision without its compiled operators.
 
 torchvision's wheels on PyPI are compiled against the CUDA build of torch. Next to the CPU build their extension does
 not load, and ``import torchvision`` then dies with "operator torchvision::nms does not exist", because the package
@@ -33,7 +33,7 @@ _declared: list[torch.library.Library] = []  # a library that is collected takes
 
 
 def import_torchvision() -> ModuleType:
-    """Return the torchvision module, whatever build of torch it sits next to.
+    """Return the torchvision module, next to any build of torch.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def ensure_operators() -> None:
 
 
 def import_note() -> str | None:
-    """Return, in one line, why transformers does not import by itself in this environment; None where it does."""
+    """Return one line on why transformers does not import by itself in this environment; None if it does."""
     ensure_operators()
     if not _declared:
         return None
@@ -79,7 +79,7 @@ def _is_defined() -> bool:
 
 
 def _load_compiled(folder: Path) -> bool:
-    """Load the extension as torchvision itself will; return whether its operators exist afterwards."""
+    """Load torchvision's extension; return whether its operators exist afterwards."""
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_C{suffix}"
         if path.is_file():

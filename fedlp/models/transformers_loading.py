@@ -21,7 +21,7 @@ def import_transformers() -> Any:
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads a model into one line."""
+    """Convert errors of transformers while it reads a model into one line."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise ConfigError(f"model.path={path} is not a folder")
@@ -36,7 +36,7 @@ def loading(path: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and notes off the terminal for a while."""
+    """Silence transformers' progress bars and notes within a context."""
     logging = import_transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 * ResNets (ResNeXt, Wide ResNet) get a 3x3 stem of stride 1 and no pool after it.
 * VGGs lose the pools that would leave nothing, and end in a global average pool and one linear layer.
 * MobileNetV2 loses strides, the first ones first, until the last map is at least 4x4 (or the image's own size).
-* Every other classifier keeps its form and takes the images if it can.
+* Every other classifier keeps its form; images that it cannot take are refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PrefixNet(nn.Module):
 
 @dataclass(frozen=True)
 class TorchvisionBlueprint(Blueprint):
-    """Builds one torchvision classifier.
+    """Blueprint of one torchvision classifier.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class TorchvisionBlueprint(Blueprint):
         return model
 
     def build_initial(self) -> nn.Module:
-        """Return the classifier that training starts from."""
+        """Return the initial classifier."""
         model = self.build()
         if self.pretrained:
             shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

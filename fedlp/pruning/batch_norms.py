@@ -1,4 +1,4 @@
-"""Batch norms of a model that is pruned: which one follows a layer, and their statistics afterwards."""
+"""Batch norms of a pruned model: those that follow layers, and their re-estimated statistics."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fedlp.models.layers import all_trainable
 from fedlp.models.spec import forward_logits, named_tensors
+from fedlp.pruning.calibration import choose_half
+from fedlp.pruning.kernels.shrinkage import shrink_fisher
 from fedlp.pruning.tracing.units import output_rows
 
 
@@ -73,6 +75,33 @@ def output_fisher(
     """
     sums, num_labels = fisher_sums(model, paths, batches, generator, logits_only, shift_invariant)
     return {path: total / num_labels for path, total in sums.items()}
+
+
+def shrunk_fisher(
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    logits_only: bool,
+    shift_invariant: bool = True,
+) -> dict[str, Tensor]:
+    """Return the same as :func:`output_fisher`, shrunk by how far two halves of the examples agree on it.
+
+    Of a single example nothing but its mean diagonal entry counts.
+    """
+    halves = [choose_half(batches, half) for half in (1, 2)]
+    sums = [fisher_sums(model, paths, half, generator, logits_only, shift_invariant) for half in halves if half]
+    return {path: pool_fisher([(total.pop(path), count) for total, count in sums]) for path in paths}
+
+
+def pool_fisher(halves: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Return the shrunk Fisher information, (out, out), of the sums over two halves, or one, and their label counts."""
+    means = [total / count for total, count in halves if count]
+    whole = sum(total for total, _ in halves) / sum(count for _, count in halves)
+    assert isinstance(whole, Tensor)
+    if len(means) == 1:
+        means.append(torch.zeros_like(whole).fill_diagonal_(1.0))  # agrees on nothing but the mean
+    return shrink_fisher(means[0], means[1], whole)
 
 
 def fisher_sums(

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of each layer's readers, in a model that is pruned layer by layer, beside the dense one."""
+"""Statistics of the inputs of each layer's readers, in a model that is pruned layer by layer, and in the dense one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
+from fedlp.pruning.calibration import split_examples, split_rows
 from fedlp.pruning.reader_layers import Reader
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.decoder import adds_to_stream, is_language_model
@@ -17,7 +18,7 @@ from fedlp.types import PrunableLayer
 
 
 class Collects(Protocol):
-    """Source of the statistics of each layer, wherever the data are."""
+    """Source of the statistics of each layer, for central or distributed data."""
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
@@ -26,27 +27,32 @@ class Collects(Protocol):
         """Return the layer's readers with the statistics of their inputs."""
 
 
-def make_readers(model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str], targets: bool) -> list[Reader]:
+def make_readers(
+    model: nn.Module, layer: PrunableLayer, norms: Mapping[str, str], targets: bool, halves: bool = False
+) -> list[Reader]:
     """Return a layer's readers, without statistics; ``norms`` are the paths of the batch norms that follow them."""
     found = []
     for path in layer.readers:
         norm = model.get_submodule(norms[path]) if path in norms else None
-        found.append(Reader(path, model.get_submodule(path), norm, layer.num_units, targets))
+        found.append(Reader(path, model.get_submodule(path), norm, layer.num_units, targets, halves))
     return found
 
 
 class Collector:
-    """Collector of statistics that goes through a model's layers in order.
+    """Collector of statistics, layer by layer in the order of the model.
 
     Parameters
     ----------
     model : nn.Module
-        May change between layers: each layer is seen through the changes before it.
+        May change between layers: statistics of a layer include all earlier changes.
     dense : nn.Module or None
         The dense model, if readers are to be fitted to its outputs. In blocks that add to a residual stream the target
         also makes up for the drift of the stream.
     norms : mapping from path to path
         The batch norms that follow readers.
+    halves : bool
+        Whether readers also get the moments of every other example by themselves; of a single example, of the first
+        half of its vectors.
     """
 
     def __init__(
@@ -56,16 +62,18 @@ class Collector:
         layers: Sequence[PrunableLayer],
         batches: Sequence[Tensor],
         norms: Mapping[str, str],
+        halves: bool = False,
     ) -> None:
-        self._model, self._layers, self._norms = model, layers, norms
+        self._model, self._layers, self._norms, self._halves = model, layers, norms, halves
         self._num_batches = len(batches)
+        self._firsts = split_examples(batches)
         self._run = StagedRun(model, batches)
         self._dense = None if dense is None else StagedRun(dense, batches)
         self._has_stream = is_language_model(model) and adds_to_stream(model)
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
-        return make_readers(self._model, layer, self._norms, self._dense is not None)
+        return make_readers(self._model, layer, self._norms, self._dense is not None, self._halves)
 
     def collect(self, layer: PrunableLayer, origins: Mapping[str, Tensor] | None = None) -> list[Reader]:
         """Return the layer's readers with the statistics of their inputs; layers come in the order of the model.
@@ -96,8 +104,21 @@ class Collector:
                     )
                 if origins is not None:
                     columns = columns.to(torch.float64) - origins[reader.path]
-                reader.moments.add(columns, aim)
+                self._add(reader, batch, columns, aim)
+        for reader in readers:
+            if reader.half is not None:
+                reader.moments.include(reader.half)
         return readers
+
+    def _add(self, reader: Reader, batch: int, columns: Tensor, aim: Tensor | None) -> None:
+        """Add vectors and targets to a reader's moments; where there are halves, only the rest to those of all."""
+        if reader.half is None:
+            reader.moments.add(columns, aim)
+            return
+        is_alone = sum(map(len, self._firsts)) == 1
+        first = split_rows(self._firsts[batch], len(columns), is_alone).to(columns.device)
+        for moments, rows in ((reader.half, first), (reader.moments, ~first)):
+            moments.add(columns[rows], None if aim is None else aim[rows])
 
     def _earlier(self, layer: PrunableLayer) -> list[str]:
         """Return the readers of the same block that come before: their outputs are in the residual stream."""

@@ -1,4 +1,4 @@
-"""Divergence of a model pruned to any widths, at the price of a forward pass: every layer is pruned beforehand.
+"""Divergence of a model pruned to any widths, at the cost of a forward pass: every layer is pruned beforehand.
 
 Each layer's order of removal and its statistics come from the dense model once. A choice of widths is then put together
 from the layers' refitted weights, which are kept for the next choice. Layers do not see each other's errors here, as
@@ -23,7 +23,7 @@ _STEPS = 32  # widths per layer that are told apart: the rest are rounded to the
 
 
 class PrecomputedModel:
-    """A dense model that takes on any widths, from layers that were pruned one by one.
+    """Dense model that can take any widths, from individually pruned layers.
 
     Parameters
     ----------
@@ -37,7 +37,8 @@ class PrecomputedModel:
         self.layers = pruner.layers
         self.losses: dict[str, tuple[float, ...]] = {}
         self._method, self._model, self._batches = pruner.method, pruner.model, list(batches)
-        collector = Collector(pruner.model, None, pruner.layers, pruner.data.batches, pruner.norms)
+        batches, halves = pruner.data.batches, pruner.method.shrinks
+        collector = Collector(pruner.model, None, pruner.layers, batches, pruner.norms, halves)
         self.readers: dict[str, list[Reader]] = {}
         self._orders: dict[str, Tensor] = {}
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}

@@ -1,6 +1,6 @@
-"""Pruning one model layer by layer on calibration data, each layer seen through the layers pruned before it.
+"""Layer-wise pruning of one model on calibration data; statistics of a layer include all earlier pruning.
 
-While the layers are gone through, removed units are silenced: their columns in the readers' weights are zero. At the
+During pruning, removed units are silenced: their columns in the readers' weights are zero. At the
 end all their parameters are cut out at once, which gives the same outputs and a smaller dense model.
 """
 
@@ -18,10 +18,9 @@ from fedlp.errors import AllocationError
 from fedlp.models.spec import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.calibration import Calibration
-from fedlp.pruning.gradients import loss_gradients, output_fisher
-from fedlp.pruning.kernels.hessian import FALLBACK_DAMPING
+from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
-from fedlp.pruning.layer_statistics import Collector, Collects
+from fedlp.pruning.layer_statistics import Collector, Collects, make_readers
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.scores.criterion import UnitScore, removal_order
 from fedlp.pruning.scores.evidence import Evidence
@@ -36,6 +35,8 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 log = logging.getLogger("fedlp")
 
+_FEW = 10  # calibration vectors per input, below which a line says so
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -44,7 +45,7 @@ class LayerReport:
     Attributes
     ----------
     loss : float
-        In units of the layer's squared output error, weighed by Fisher information where the method says so; NaN where
+        In units of the layer's squared output error, weighed by Fisher information with ``fisher``; NaN if
         the score gives no losses.
     """
 
@@ -70,12 +71,12 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes one model with one method.
+    """Pruner of one model with one method.
 
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode; not changed.
+        In evaluation mode; not modified.
     spec : WidthSpec
         Its width axes.
     layers : sequence of PrunableLayer
@@ -122,71 +123,90 @@ class Pruner:
         AllocationError
             If a layer cannot keep that many units.
         CalibrationError
-            If the calibration data are too few for a layer or give values that are not finite; names it.
+            If the calibration data are too few for a layer or give non-finite values; names it.
         """
         for layer in self.layers:
             if not 1 <= kept[layer.name] <= layer.num_units:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
-        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        collector = self._collector()
         widths: dict[str, Keep] = {}
-        reports, singular = [], list[str]()
+        reports, few = [], dict[str, int]()
         for layer in self.layers:
             count, loss = layer.num_units - kept[layer.name], 0.0
             keep = torch.arange(layer.num_units)
             if count or self.method.corrects:
-                readers = collector.collect(layer) if self.method.needs_inputs else collector.readers(layer)
+                readers = self.readers(layer) if collector is None else collector.collect(layer)
                 removed, loss = self._choose(layer, readers, count)
                 keep = self._rewrite(layer, readers, removed)
-                singular += [f"{reader.path} ({reader.moments.count} vectors)" for reader in readers if reader.singular]
+                if self.method.needs_moments:
+                    few |= {r.path: r.moments.count for r in readers if r.moments.count < _FEW * r.weight.shape[1]}
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
-        if singular:
-            log.warning(
-                "Singular Hessian of the inputs of %d layers, the first %s; damping %s was added. Give more "
-                "calibration data, or set pruner.damping.",
-                len(singular),
-                singular[0],
-                FALLBACK_DAMPING,
-            )
+        self._warn_of_few(few)
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
 
+    def _warn_of_few(self, counts: Mapping[str, int]) -> None:
+        """Warn of readers with few calibration vectors per input; ``counts`` are theirs by path."""
+        if counts:
+            inputs = {path: weight_matrix(self.model.get_submodule(path)).shape[1] for path in counts}
+            path = min(counts, key=lambda path: counts[path] / inputs[path])
+            log.warning(
+                "Few calibration vectors: %.1f per input of %s, and fewer than %d for %d layers in all. More "
+                "(calibration.examples) would prune better.",
+                counts[path] / inputs[path],
+                path,
+                _FEW,
+                len(counts),
+            )
+
     def refit(self, keeps: Mapping[str, Tensor]) -> nn.Module:
-        """Return the model with given units silenced and its readers refitted, uncut; may be called once.
+        """Return the uncut model with removed units silenced and readers refitted; may be called once.
 
         Parameters
         ----------
         keeps : mapping from layer name to int64 Tensor
             Units that stay, sorted; a layer that is absent keeps all.
         """
-        collector = self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        collector = self._collector()
         for layer in self.layers:
             if layer.name in keeps:
                 everything = torch.arange(layer.num_units)
-                self._rewrite(layer, collector.collect(layer), everything[~torch.isin(everything, keeps[layer.name])])
+                readers = self.readers(layer) if collector is None else collector.collect(layer)
+                self._rewrite(layer, readers, everything[~torch.isin(everything, keeps[layer.name])])
         return self.model
 
     # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
-        """Return the collector of the layers' statistics, and of the dense model's outputs where it is given."""
-        return Collector(self.model, dense, self.layers, self.data.batches, self.norms)
+        """Return the collector of the layers' statistics, and of the dense model's outputs if given."""
+        return Collector(self.model, dense, self.layers, self.data.batches, self.norms, self.method.shrinks)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
-        data = self.data
-        return output_fisher(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
+        data, measure = self.data, shrunk_fisher if self.method.shrinks else output_fisher
+        return measure(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out and its batch norms' statistics estimated anew."""
+        """Return the model with the removed units cut out and its batch norms' statistics re-estimated."""
         model = cut_model(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
         return model
 
     # ------------------------------------------------------------------------------------------------------- one layer
+    def _collector(self) -> Collects | None:
+        """Return the collector of the layers' statistics; None where the method needs none of them."""
+        if not self.method.needs_inputs:
+            return None
+        return self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+
+    def readers(self, layer: PrunableLayer) -> list[Reader]:
+        """Return a layer's readers, without statistics."""
+        return make_readers(self.model, layer, self.norms, False)
+
     def view(self, layer: PrunableLayer, readers: Sequence[Reader], score: UnitScore | None = None) -> LayerView:
-        """Return the view that a score, by default the method's, has of a layer whose readers have statistics."""
+        """Return the view of a layer with statistics for a score, by default the method's."""
         score = self.method.score if score is None else score
         views = tuple(reader.view(self.method, score, self._fisher.get(reader.path)) for reader in readers)
         return LayerView(layer, self._evidence, score.needs, views)
@@ -203,7 +223,7 @@ class Pruner:
         return torch.tensor(found.order), found.losses[-1]
 
     def _rewrite(self, layer: PrunableLayer, readers: Sequence[Reader], removed: Tensor) -> Tensor:
-        """Give the readers their new weights; return the units that stay."""
+        """Write the readers' new weights; return the kept units."""
         everything = torch.arange(layer.num_units)
         gone = torch.isin(everything, removed)
         for reader in readers:

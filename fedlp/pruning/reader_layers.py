@@ -1,4 +1,4 @@
-"""How a model is pruned, and one *reader* during pruning: a layer whose inputs are the units that may be removed.
+"""Pruning method, and *readers*: layers whose inputs are the prunable units.
 
 A reader keeps the statistics of its inputs, and its weights before and after.
 """
@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedlp.errors import CalibrationError
-from fedlp.pruning.kernels.hessian import FALLBACK_DAMPING, Moments
+from fedlp.pruning.kernels.hessian import Moments, invert_hessian
 from fedlp.pruning.kernels.obs import resolve_weight
+from fedlp.pruning.kernels.shrinkage import solve_shrunk
 from fedlp.pruning.scores.criterion import UnitScore, check_score
 from fedlp.pruning.scores.obs import OBS
 from fedlp.pruning.scores.view import ReaderView
@@ -23,7 +23,7 @@ from fedlp.pruning.tracing.units import kept_columns, weight_matrix, write_weigh
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Pruning method: the score that chooses units, and the recovery of the weights that stay.
+    """Pruning method: score of units, and recovery of the kept weights.
 
     Attributes
     ----------
@@ -31,19 +31,20 @@ class Method:
         Saliency of units; those of the least saliency are removed. ``fedlp.registry.lookup("score", name)()`` gives one
         by name.
     recovery : "none", "bias" or "least_squares"
-        Readers keep their weights; keep them and add the means of removed inputs to their bias; or are fitted anew to
+        Readers keep their weights; keep them and add the means of removed inputs to their bias; or are refitted to
         the inputs that stay.
     centred : bool
         least_squares: fit with a bias, which takes the means of removed inputs.
     correction : float
         least_squares: weight of the dense model's outputs in the target of the fit, in [0, 1]; 0 aims at the outputs of
         the same weights on the pruned model's inputs. For a language model's blocks the target includes the drift of
-        the residual stream.
+        the residual stream. Without ``damping`` a factor of what one half of the data finds that holds on the other.
     fisher : bool
         Weigh errors of outputs by their Fisher information, for scores that are solved for (OBS, SlimGPT).
     damping : float or None
-        Added to the Hessian, as a fraction of its mean diagonal entry; None for what rounding asks for, and 0.01
-        where the Hessian is singular: with fewer calibration vectors than inputs, or inputs that depend on each other.
+        Added to the Hessian, as a fraction of its mean diagonal entry. None for shrinkage instead: Hessian, correction
+        and Fisher information count as far as two halves of the calibration data agree on them, with any number of
+        vectors (:mod:`fedlp.pruning.kernels.shrinkage`).
     keeps_batch_norm : bool
         Leave the variances of batch norms as they are, and subtract the change of a bias from their means; else both
         are estimated anew at the end. Outputs fitted to the dense model's vary less than these, and normalising them
@@ -78,8 +79,13 @@ class Method:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether all second moments of inputs are needed, not only those of each input by itself."""
+        """Whether all second moments of inputs are needed, not only the diagonal."""
         return self.recovery == "least_squares" or "moments" in self.score.needs
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether second moments are collected by halves of the data, and shrunk."""
+        return self.needs_moments and self.damping is None
 
     @property
     def adds_bias(self) -> bool:
@@ -88,7 +94,7 @@ class Method:
 
 
 class Reader:
-    """One reader during pruning: a linear layer or convolution whose inputs are the units that may be removed.
+    """Reader during pruning: a linear layer or convolution whose inputs are the prunable units.
 
     Parameters
     ----------
@@ -100,20 +106,26 @@ class Reader:
         Units among its inputs.
     targets : bool
         Whether statistics of target outputs are collected.
+    halves : bool
+        Whether the moments of half of the data are collected by themselves.
     """
 
-    def __init__(self, path: str, module: nn.Module, norm: nn.Module | None, num_units: int, targets: bool) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, norm: nn.Module | None, num_units: int, targets: bool, halves: bool = False
+    ) -> None:
         self.path, self.module, self._norm = path, module, norm
         self.weight = weight_matrix(module).to(torch.float64)
         outputs, columns = self.weight.shape
         self.unit_size = columns // num_units
         self.moments = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
+        self.half: Moments | None = None  # of half of the data; until the reader is solved
+        if halves:
+            self.half = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
         bias: Tensor | None = getattr(module, "bias", None)
         self._bias = torch.zeros(outputs).to(self.weight) if bias is None else bias.detach().to(torch.float64)
         mean: Tensor | None = getattr(norm, "running_mean", None)
         self._mean = None if mean is None else mean.detach().clone()
         self._solved: tuple[Tensor, Tensor] | None = None
-        self.singular = False  # whether the Hessian was, and was damped without being asked for
 
     def shaped_weight(self) -> Tensor:
         """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
@@ -122,23 +134,22 @@ class Reader:
     def solve(self, method: Method) -> tuple[Tensor, Tensor]:
         """Return the full-width weights that fit the reader's target outputs best, and the inverse Hessian."""
         if self._solved is None:
-            inverse = self._inverse_hessian(method)
-            weight = self.weight
-            if self.moments.cross is not None:
-                missed = self.moments.target_hessian(method.centred) - weight @ self.moments.hessian(method.centred)
-                weight = weight + method.correction * missed @ inverse
-            self._solved = weight, inverse
+            centred, damping = method.centred, method.damping
+            if damping is None:
+                assert self.half is not None
+                self._solved = solve_shrunk(self.weight, self.moments, self.half, centred, method.correction, self.path)
+                self.half = None
+            else:
+                self._solved = self._solve_damped(method, damping)
         return self._solved
 
-    def _inverse_hessian(self, method: Method) -> Tensor:
-        try:
-            return self.moments.inverse_hessian(method.centred, method.damping, self.path)
-        except CalibrationError:
-            if method.damping is not None:
-                raise
-        inverse = self.moments.inverse_hessian(method.centred, FALLBACK_DAMPING, self.path)
-        self.singular = True
-        return inverse
+    def _solve_damped(self, method: Method, damping: float) -> tuple[Tensor, Tensor]:
+        moments, weight = self.moments, self.weight
+        inverse = invert_hessian(moments.hessian(method.centred), damping, self.path, moments.count)
+        if moments.cross is not None:
+            missed = moments.target_hessian(method.centred) - weight @ moments.hessian(method.centred)
+            weight = weight + method.correction * missed @ inverse
+        return weight, inverse
 
     def view(self, method: Method, score: UnitScore, fisher: Tensor | None) -> ReaderView:
         """Return a score's view of the reader; errors of its outputs are weighed by ``fisher``, (out, out)."""
@@ -160,7 +171,8 @@ class Reader:
         if method.recovery == "least_squares":
             weight[:, kept] = resolve_weight(*self.solve(method), kept, removed)
             if method.centred:
-                aim = self.weight @ moments.mean + self._bias if moments.cross is None else moments.target_mean
+                holds_mean = moments.cross is None or method.damping is None  # the drift of a mean is mostly noise
+                aim = self.weight @ moments.mean + self._bias if holds_mean else moments.target_mean
                 shift = aim - weight @ moments.mean
         else:
             weight[:, kept] = self.weight[:, kept]

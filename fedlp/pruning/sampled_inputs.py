@@ -1,4 +1,4 @@
-"""A sample of the inputs of every reader of a model, from one pass over a few examples."""
+"""Sample of the inputs of every reader of a model, from one pass over a few examples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sample_inputs(
 
 
 def sample_columns(module: nn.Module, inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return ``count`` random rows of :func:`input_columns`, or all where they are fewer."""
+    """Return ``count`` random rows of :func:`input_columns`, or all if fewer."""
     if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1) or isinstance(module.padding, str):
         rows = input_columns(module, inputs)
         if len(rows) <= count:

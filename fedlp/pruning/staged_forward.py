@@ -19,11 +19,11 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Seen(Exception):
-    """All watched modules have run."""
+    """Signal that all watched modules have run."""
 
 
 class StagedRun:
-    """A model and calibration batches, waiting before one of its stages.
+    """Forward run of calibration batches, paused before one of the stages.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class StagedRun:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Run the current stage on every batch, and wait before the next one."""
+        """Run the current stage on every batch, and pause before the next one."""
         for batch in range(len(self._states)):
             self._states[batch] = self._run(batch)
         self.current += 1
@@ -94,18 +94,44 @@ def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 def _catch(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[list[_Arguments]]]:
-    """Return the first block's input for every batch, and the other arguments of every block and batch."""
+    """Return the first block's input for every batch, and the other arguments of every block and batch.
+
+    Only the first block computes anything: hidden states, which arguments do not depend on, pass through the others.
+    """
     states: list[Tensor] = []
     arguments: list[list[_Arguments]] = [[] for _ in blocks]
     with ExitStack() as stack:
+        stack.callback(_pass_through(blocks).close)
         for index, block in enumerate(blocks):
 
             def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
                 if index == 0:
                     states.append(args[0] if args else kwargs["hidden_states"])
                 arguments[index].append((args[1:], {key: kwargs[key] for key in kwargs if key != "hidden_states"}))
+                if index + 1 == len(blocks):
+                    raise _Seen
 
             stack.callback(block.register_forward_pre_hook(catch, with_kwargs=True).remove)
         for batch in batches:
-            model(batch, use_cache=False)
+            with suppress(_Seen):
+                model(batch, use_cache=False)
     return states, arguments
+
+
+def _pass_through(blocks: Sequence[nn.Module]) -> ExitStack:
+    """Let all blocks but the first return their hidden states, and what else the first returns, until it is closed."""
+    stack = ExitStack()
+    last: list[Any] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        last[:] = [output]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(last[0], Tensor) else (hidden, *last[0][1:])
+
+    stack.callback(blocks[0].register_forward_hook(note).remove)
+    for block in blocks[1:]:
+        block.forward = forward
+        stack.callback(block.__dict__.pop, "forward")
+    return stack

@@ -17,7 +17,7 @@ from fedlp.report.tables import notes
 
 
 def summary_json(groups: Sequence[Group]) -> str:
-    """Return ``summary.json``: strict JSON in which null stands for what is unknown or not finite.
+    """Return ``summary.json``: strict JSON with null for unknown or non-finite values.
 
     ``groups`` holds one object a group: its row of the table (accuracies in per cent, costs in bytes, parameters,
     multiply-accumulates and seconds), ``curve`` (arrays over evaluated rounds), ``coverage`` (layer -> mean over

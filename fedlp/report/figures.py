@@ -1,13 +1,15 @@
-"""What all plots share: palette, style, and a figure that becomes a PNG without a display."""
+"""Common parts of plots: palette, style, and rendering to PNG without a display."""
 
 from __future__ import annotations
 
 import io
 import textwrap
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,6 +21,9 @@ from fedlp.report.groups import clean
 # Okabe and Ito's palette, which every common form of colour blindness can tell apart, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "D", "^", "X", "P", "v", "*", "p")
+FORMATS = ("png", "svg", "pdf")
+FORMAT: ContextVar[str] = ContextVar("format", default="png")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -78,7 +83,9 @@ def scale_amounts(axes: Axes, amounts: Sequence[NDArray[np.float64]]) -> None:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Draw the figure; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    """Draw the figure, as PNG or in the format of :data:`FORMAT`; equal figures give equal bytes."""
+    kind, buffer = FORMAT.get(), io.BytesIO()
+    unset = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with rc_context({"svg.hashsalt": "fedlp", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, metadata=unset)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Name runs by their method and put those together that differ only in their seed."""
+"""Grouping of runs that differ only in their seed, and labels by method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _METHODS = {
     "fjord": "FjORD",
     "fedrolex": "FedRolex",
     "fedlp_plan": "FedLP-Plan",
-    "fedlp": "FedLP-Plan",  # its name in runs of earlier versions
+    "fedlp": "FedLP-Plan",  # names in runs of earlier versions
+    "oneshot": "one-shot pruning",
 }
 _METHOD_VALUE = {"fedlp_homo": "layer_preserving_rate", "fedlp_hetero": "depths"}
 _PARTITION_VALUE = {"dirichlet": "alpha", "shards": "shards_per_client", "mixed": "mixrate", "devices": "mixrate"}
@@ -56,7 +57,7 @@ class Group:
 
     @property
     def dry(self) -> bool:
-        """Whether nothing was measured."""
+        """Whether all runs are dry runs."""
         return all(run.dry for run in self.runs)
 
     @property
@@ -69,6 +70,8 @@ def run_label(config: Mapping[str, Any]) -> str:
     """Return the run's own ``label``, or its method with the value that defines it, such as ``FedLP-Homo(0.5)``."""
     if config.get("label") is not None:
         return clean(str(config["label"]))
+    if config.get("federated"):
+        return "one-shot pruning"
     strategy = _section(config, "strategy")
     name = clean(str(strategy.get("name", "run")))
     label = _METHODS.get(name, name)
@@ -79,7 +82,7 @@ def run_label(config: Mapping[str, Any]) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs together that differ only in their seed (or in where their data lie), in the order they come.
+    """Group runs that differ only in their seed (or in the path of their data), in order.
 
     Labels are distinct: the method, then data set, model and partition where those differ between groups, then
     whatever else tells groups of the same name apart.
@@ -137,7 +140,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _compared(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what tells each run apart; a run that is older than an option had its default."""
+    """Return the distinguishing options of each run; an option newer than a run has its default."""
     from fedlp.config import RunConfig
     from fedlp.config.aliases import current_config
     from fedlp.config.reading import part_groups
@@ -158,14 +161,14 @@ def _compared(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ordered(flat: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
-    """Return what is compared, in the order of the config's groups."""
+    """Return the compared options, in the order of the config's groups."""
     rank = {name: index for index, name in enumerate(groups)}
     keys = sorted(flat, key=lambda key: rank.get(key.partition(".")[0], len(rank)))
     return {key: flat[key] for key in keys if key not in _NOT_COMPARED and not key.startswith("tracker.")}
 
 
 def _part_defaults(kind: str, part: str) -> dict[str, Any]:
-    """Return the defaults of a part's own options; none where it cannot be imported here."""
+    """Return the defaults of a part's own options; empty if it cannot be imported here."""
     try:
         found = registry.options(kind, registry.lookup(kind, part)).values()
     except ConfigError:
@@ -206,7 +209,7 @@ def _distinct_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _tags(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tell configs of one label apart by what they differ in; by number where that is too long or too little."""
+    """Return distinct tags of configs of one label by their differing options; by number if too long or ambiguous."""
     flat = _compared(configs)
     keys = [
         key

@@ -1,27 +1,28 @@
-"""One self-contained HTML page from run directories and packed runs."""
+"""One self-contained HTML page from run directories and packed runs: interactive, light and dark, without a network."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedlp.errors import DataError
 from fedlp.report.export import summary_json
 from fedlp.report.files import PACKED, is_packed
-from fedlp.report.groups import ABSENT, Group, clean, differences, flatten, group_runs, shorten, show
+from fedlp.report.groups import ABSENT, Group, differences, flatten, group_runs, shorten, show
+from fedlp.report.html import anchor, as_json, asset, number_table, plotly_script, section, table, text
+from fedlp.report.interactive import Figure, figures
 from fedlp.report.reproduce import command
 from fedlp.report.runs import find_runs
 from fedlp.report.summary import summarize
 from fedlp.report.tables import columns, notes
 
-if TYPE_CHECKING:
-    from fedlp.report.figures import Plot
-
 _MOST_FAILURES = 200
+_MOST_NAMED = 3
 _LONGEST_VALUE = 60
+_SHOWN = ("failures",)  # columns that stand in the page's table at first, but not in the terminal's
 _SETTING = {
     "dataset.name": "data set",
     "partition.name": "partition",
@@ -34,23 +35,6 @@ _SETTING = {
     "local.epochs": "local epochs",
     "local.batch_size": "batch size",
 }
-_CSS = """
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2024; background: #fff;
-  max-width: 72rem; margin: 2.5rem auto 4rem; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-.setting, figcaption, .more { color: #5a6270; } .setting b { color: #1c2024; font-weight: 600; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 2px solid #1c2024; }
-th, td { padding: .35rem .8rem .35rem 0; } td { border-bottom: 1px solid #e4e7eb; vertical-align: top; }
-.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; white-space: nowrap; }
-.numbers td:first-child { font-weight: 600; min-width: 9rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 2rem; }
-figure { margin: 0; } figure h3 { font-size: 1rem; margin: 0 0 .5rem; } img { width: 100%; height: auto; }
-figcaption { font-size: .9rem; }
-pre { font-size: .82rem; background: #f5f6f8; padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
-summary { cursor: pointer; padding: .2rem 0; }
-"""
 
 
 def default_report_dir(path: Path) -> Path:
@@ -58,10 +42,15 @@ def default_report_dir(path: Path) -> Path:
     return path.with_name(f"report-{path.name.removesuffix(PACKED)}") if is_packed(path) else path / "report"
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Read the runs in ``paths`` and write ``report.html``, its plots as ``*.png`` and ``summary.json`` into ``out``.
+def write_report(paths: Sequence[Path], out: Path, *, formats: Sequence[str] = ("png",)) -> Path:
+    """Read the runs in ``paths`` and write ``report.html``, plots for papers and ``summary.json`` into ``out``.
 
     The page needs no other file and no network. Equal runs give equal bytes.
+
+    Parameters
+    ----------
+    formats : sequence of str
+        Of the plots beside the page: "png", "svg", "pdf".
 
     Returns
     -------
@@ -73,122 +62,180 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     DataError
         If there is no run, a run is damaged, or ``out`` cannot be written.
     """
-    from fedlp.report.plots import draw_plots  # matplotlib takes a second to load
-
     groups = group_runs(find_runs(paths))
-    plots = draw_plots(groups)
+    drawn = _draw(groups, formats)
     page = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for plot in plots:
-            (out / plot.file).write_bytes(plot.png)
+        for file, content in drawn.items():
+            (out / file).write_bytes(content)
         (out / "summary.json").write_text(summary_json(groups), encoding="utf-8")
-        page.write_text(render(groups, plots), encoding="utf-8", errors="replace")
+        page.write_text(render(groups, list(drawn)), encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(f"cannot write the report to {out}: {error.strerror}") from error
     return page
 
 
-def render(groups: Sequence[Group], plots: Sequence[Plot]) -> str:
-    """Return the page; every text that comes from a file is escaped."""
-    count = sum(len(group.runs) for group in groups)
-    title = groups[0].label if len(groups) == 1 else f"{len(groups)} methods"
-    title = f"{title}, {count} run{'s' if count > 1 else ''}"
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        _setting(groups),
-        _results(groups),
-        _notes(groups),
-        _figures(plots),
-        _differences(groups),
-        _failures(groups),
-        _sources(groups),
-        _commands(groups),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
-    body = "\n".join(part for part in parts if part)
-    head = f"<head>{head}<style>{_CSS}</style></head>"
-    return f'<!doctype html>\n<html lang="en">\n{head}\n<body>\n{body}\n</body>\n</html>\n'
+def _draw(groups: Sequence[Group], formats: Sequence[str]) -> dict[str, bytes]:
+    """Return the plots beside the page, by file name."""
+    from fedlp.report.figures import FORMAT
+    from fedlp.report.plots import draw_plots  # matplotlib takes a second to load
+
+    drawn: dict[str, bytes] = {}
+    for kind in formats:
+        token = FORMAT.set(kind)
+        try:
+            drawn |= {str(Path(plot.file).with_suffix(f".{kind}")): plot.png for plot in draw_plots(groups)}
+        finally:
+            FORMAT.reset(token)
+    return drawn
 
 
-def _text(value: Any) -> str:
-    return escape(clean(str(value)))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
-    titles = "".join(f"<th>{_text(title)}</th>" for title in head)
-    lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
+    """Return the page, which names the files beside it; every text that comes from a file is escaped."""
+    title, found = _title(groups), figures(groups)
+    sections = {
+        "Results": _results(groups),
+        "Read this with the numbers": _notes(groups),
+        "Plots": _figures(found),
+        "What differs": _differences(groups),
+        "Failures": _failures(groups),
+        "Runs": _sources(groups),
+        "Run it again": _commands(groups),
+        "For papers": _for_papers(files),
+    }
+    sections = {name: body for name, body in sections.items() if body}
+    links = "".join(f'<li><a href="#{anchor(name)}">{text(name)}</a></li>' for name in sections)
+    header = (
+        f'<header><button id="theme" type="button" aria-label="switch between light and dark">light / dark</button>'
+        f"<h1>{text(title)}</h1>\n{_made(groups)}\n{_setting(groups)}\n"
+        f'<nav aria-label="sections"><ul>{links}</ul></nav></header>'
+    )
+    body = "\n".join(section(name, content) for name, content in sections.items())
+    scripts = f"<script>{plotly_script()}</script>\n" if found else ""
+    data = (
+        f'<script type="application/json" id="figures">{as_json(found)}</script>\n<script>{asset("page.js")}</script>'
+    )
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'{meta}<link rel="icon" href="data:,"><title>{text(title)}</title>\n<style>{asset("page.css")}</style>'
     return (
-        f'<div class="wide"><table class="{kind}"><thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{header}\n<main>\n{body}\n</main>\n'
+        f"{scripts}{data}\n</body>\n</html>\n"
     )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{_text(title)}</h2>\n{body}"
+def _title(groups: Sequence[Group]) -> str:
+    """Return the methods by name, and what they were run on where that is one data set."""
+    named = [group.label for group in groups[:_MOST_NAMED]]
+    more = len(groups) - len(named)
+    names = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    data = {show(flatten(group.config).get("dataset.name")) for group in groups}
+    return f"{names} on {data.pop()}" if len(data) == 1 else names
+
+
+def _made(groups: Sequence[Group]) -> str:
+    """Return how many runs there are, and when, from which commit and on which hardware they were made."""
+    runs = [run for group in groups for run in group.runs]
+    facts: dict[str, dict[str, None]] = {"date": {}, "commit": {}, "hardware": {}}
+    for run in runs:
+        for name, value in _provenance(run.manifest).items():
+            facts[name][value] = None
+    dates = sorted(facts["date"])
+    when = dates[:1] if len(set(dates)) < 2 else [f"{dates[0]} to {dates[-1]}"]
+    commits = [f"commit {', '.join(list(facts['commit'])[:_MOST_NAMED])}"] if facts["commit"] else []
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''} of {len(groups)} config{'s' if len(groups) > 1 else ''}"
+    words = [count, *when, *commits, *list(facts["hardware"])[:_MOST_NAMED]]
+    return f'<p class="soft">{" · ".join(text(word) for word in words)}</p>'
+
+
+def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    made = manifest.get("made") or {}
+    versions = manifest.get("versions") or {}
+    commit = made.get("commit") or manifest.get("commit") or versions.get("commit")
+    found = {"date": str(made["date"])[:10]} if made.get("date") else {}
+    found |= {"commit": shorten(str(commit), 13)} if commit else {}
+    return found | ({"hardware": f"{made['cpu']}, {made.get('cores', '?')} cores"} if made.get("cpu") else {})
 
 
 def _setting(groups: Sequence[Group]) -> str:
-    """What all runs share, of the values that a reader asks for first."""
+    """Main settings shared by all runs."""
     configs = [flatten(group.config) for group in groups]
     shared = {key: {show(config[key]) for config in configs if key in config} for key in _SETTING}
-    words = [f"{_SETTING[key]} <b>{_text(*values)}</b>" for key, values in shared.items() if len(values) == 1]
-    return f'<p class="setting">{" · ".join(words)}</p>'
+    words = [f"{_SETTING[key]} <b>{text(*values)}</b>" for key, values in shared.items() if len(values) == 1]
+    return f'<p class="soft">{" · ".join(words)}</p>'
 
 
 def _results(groups: Sequence[Group]) -> str:
     rows = [summarize(group) for group in groups]
     shown = columns(rows)
-    legend = (
+    head = []
+    for column in shown:
+        title = " ".join(column.title).strip()
+        head.append((title, not column.in_terminal and title not in _SHOWN))
+    caption = (
         "Means over seeds ± sample standard deviation. MB are 10⁶ bytes of encoded messages, summed over all clients; "
         "parameters are those sent to and from one client in one round; MACs are those of training."
     )
-    table = _table(
-        [" ".join(column.title) for column in shown],
-        [[column.cell(row) for column in shown] for row in rows],
-        "numbers",
-    )
-    return _section("Results", f'{table}\n<p class="more">{legend}</p>')
+    cells = [[column.cell(row) for column in shown] for row in rows]
+    choice = '<details><summary>Columns</summary><div class="controls columns"></div></details>'
+    return f"{choice}\n{number_table(head, cells, caption)}"
 
 
 def _notes(groups: Sequence[Group]) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes(groups))
-    return _section("Read this with the numbers", f"<ul>{items}</ul>") if items else ""
+    items = "".join(f"<li>{text(note)}</li>" for note in notes(groups))
+    return f"<ul>{items}</ul>" if items else ""
 
 
-def _figures(plots: Sequence[Plot]) -> str:
+def _figures(found: Sequence[Figure]) -> str:
     items = [
-        f"<figure><h3>{_text(plot.title)}</h3>"
-        f'<img alt="{_text(plot.title)}" src="data:image/png;base64,{base64.b64encode(plot.png).decode()}">'
-        f"<figcaption>{_text(plot.caption)}</figcaption></figure>"
-        for plot in plots
+        f'<figure{_first(index)} aria-labelledby="{one["id"]}-title">'
+        f'<h3 id="{one["id"]}-title">{text(one["title"])}</h3>'
+        f'<div class="controls" id="{one["id"]}-controls"></div>'
+        f'<div class="plot" id="{one["id"]}" role="img" aria-label="{text(one["alt"])}"></div>'
+        f"<figcaption>{text(one['caption'])}</figcaption></figure>"
+        for index, one in enumerate(found)
     ]
-    return _section("Plots", f'<div class="plots">{"".join(items)}</div>') if items else ""
+    without = "<noscript><p>The plots need JavaScript; the same ones lie beside this page as files.</p></noscript>"
+    return f'{without}<div class="plots">{"".join(items)}</div>' if items else ""
+
+
+def _first(index: int) -> str:
+    return ' class="first"' if index == 0 else ""
 
 
 def _differences(groups: Sequence[Group]) -> str:
-    table = differences(groups)
-    if not table:
+    found = differences(groups)
+    if not found:
         return ""
-    rows = [[key, *(shorten(value, _LONGEST_VALUE) for value in values)] for key, values in table.items()]
-    return _section("What differs", _table(["config", *(group.label for group in groups)], rows))
+    rows = [[key, *(shorten(value, _LONGEST_VALUE) for value in values)] for key, values in found.items()]
+    return table(
+        ["option", *(group.label for group in groups)], rows, "Options in which the runs differ; all others are equal."
+    )
 
 
 def _failures(groups: Sequence[Group]) -> str:
-    rows = [
-        [group.label, run.seed, record.server_round, failure.client_id, failure.reason, failure.message]
-        for group in groups
-        for run in group.runs
-        for record in run.rounds
-        for failure in record.failures
-    ]
+    rows = list(_failed(groups))
     if not rows:
         return ""
-    table = _table(["method", "seed", "round", "client", "reason", "message"], rows[:_MOST_FAILURES])
-    more = len(rows) - _MOST_FAILURES
-    return _section(
-        f"Client failures ({len(rows)})", table + (f'<p class="more">and {more} more.</p>' if more > 0 else "")
+    counted = Counter((row[0], row[4]) for row in rows)
+    summary = table(
+        ["method", "reason", "count"],
+        [[*key, count] for key, count in counted.items()],
+        f"{len(rows)} client failures.",
     )
+    head = ["method", "seed", "round", "client", "reason", "message"]
+    more = len(rows) - _MOST_FAILURES
+    rest = f'<p class="soft">and {more} more.</p>' if more > 0 else ""
+    each = table(head, rows[:_MOST_FAILURES], "Client failures.")
+    return f"{summary}<details><summary>Each of them</summary>{each}{rest}</details>"
+
+
+def _failed(groups: Sequence[Group]) -> Iterator[list[Any]]:
+    for group in groups:
+        for run in group.runs:
+            for record in run.rounds:
+                for one in record.failures:
+                    yield [group.label, run.seed, record.server_round, one.client_id, one.reason, one.message]
 
 
 def _sources(groups: Sequence[Group]) -> str:
@@ -200,19 +247,29 @@ def _sources(groups: Sequence[Group]) -> str:
     facts = [_facts(run.manifest) for _, run in runs]
     known = dict.fromkeys(key for fact in facts for key in fact)
     versions = [[key, ", ".join(dict.fromkeys(fact.get(key, ABSENT) for fact in facts))] for key in known]
-    table = _table(["method", "seed", "state", "run directory"], rows)
-    return _section("Runs and versions", table + (f"<br>\n{_table(['what', 'version'], versions)}" if versions else ""))
+    found = table(["method", "seed", "state", "run directory"], rows, "Run directories.")
+    return found + (f"<br>\n{table(['what', 'value'], versions, 'Where they were made.')}" if versions else "")
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    made = {key: value for key, value in (manifest.get("made") or {}).items() if value is not None}
     commit = {"commit": manifest["commit"]} if "commit" in manifest else {}
-    return {key: show(value) for key, value in flatten(commit | dict(manifest.get("versions") or {})).items()}
+    found = commit | made | dict(manifest.get("versions") or {})
+    return {key: show(value) for key, value in flatten(found).items()}
 
 
 def _commands(groups: Sequence[Group]) -> str:
     items = [
-        f"<details{' open' if len(groups) == 1 else ''}><summary>{_text(group.label)}</summary>"
-        f"<pre>{escape(command(group))}</pre></details>"
+        f"<details{' open' if len(groups) == 1 else ''}><summary>{text(group.label)}</summary>"
+        f'<pre tabindex="0">{escape(command(group))}</pre></details>'
         for group in groups
     ]
-    return _section("Run it again", "\n".join(items))
+    return "\n".join(items)
+
+
+def _for_papers(files: Sequence[str]) -> str:
+    if not files:
+        return ""
+    names = ", ".join(f"<code>{text(file)}</code>" for file in files)
+    vectors = "<code>fedlp-report --format svg</code> writes vectors."
+    return f"<p>Beside this page: {names}, and every number in <code>summary.json</code>. {vectors}</p>"

@@ -1,4 +1,4 @@
-"""Check what run files hold, field by field; past this module their values are trusted."""
+"""Validation of run files, field by field."""
 
 from __future__ import annotations
 

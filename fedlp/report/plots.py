@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,17 +11,17 @@ from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fedlp.report.client_plots import client_plots
-from fedlp.report.figures import COLOURS, DASHES, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
+from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
 
-_MOST_MARKERS = 30
+_MOST_MARKERS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """What a metric is drawn against."""
+    """Horizontal axis of a metric."""
 
     key: str
     title: str
@@ -59,9 +60,10 @@ _AXES = (
 
 
 def draw_plots(groups: Sequence[Group]) -> list[Plot]:
-    """Draw every plot for which the groups have numbers, in the order in which a reader wants them."""
+    """Draw every plot for which the groups have numbers, in order of importance."""
     with rc_context(STYLE):
-        plots = [plot for metric in METRICS for plot in _curve_plots(groups, metric)]
+        reported = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])  # with metrics of a user's own
+        plots = [plot for metric in reported for plot in _curve_plots(groups, metric)]
         return [*plots, *client_plots(groups), *_upload_plots(groups), *coverage_plots(groups)]
 
 
@@ -75,7 +77,7 @@ def _curve_plots(groups: Sequence[Group], metric: Metric) -> list[Plot]:
     name = metric.name.replace("_", " ").capitalize()
     return [
         Plot(
-            f"{metric.name}_vs_{axis.key}.png",
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '_', metric.name)}_vs_{axis.key}.png",
             f"{name} {axis.title}",
             f"{name} {axis.caption}{band}.",
             _draw_curves(curves, labels, metric, axis),
@@ -100,9 +102,10 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
     unit, unit_name = unit_for(max(axis.values(one)[-1] for one in curves.values()), axis.units)
     for index, one in curves.items():
         colour, x = COLOURS[index % len(COLOURS)], axis.values(one) / unit
-        marker = "o" if one.rounds.size <= _MOST_MARKERS else None  # a single point is nothing without one
-        dash = DASHES[index // len(COLOURS) % len(DASHES)]
-        axes.plot(x, one.mean, color=colour, linestyle=dash, marker=marker, ms=3.5, lw=1.7, label=plain(labels[index]))
+        every = max(1, -(-one.rounds.size // _MOST_MARKERS))
+        dash = DASHES[(index // len(COLOURS) + index) % len(DASHES)]
+        (line,) = axes.plot(x, one.mean, color=colour, linestyle=dash, lw=1.7, label=plain(labels[index]))
+        line.set(marker=MARKERS[index % len(MARKERS)], markersize=4.5, markevery=every)
         if (one.high > one.low).any():
             axes.fill_between(x, one.low, one.high, color=colour, alpha=0.16, lw=0)
     means = np.concatenate([one.mean[np.isfinite(one.mean)] for one in curves.values()])

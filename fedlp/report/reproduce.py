@@ -18,10 +18,11 @@ def command(group: Group) -> str:
     from fedlp.config import todays_config, unread_groups  # loads Hydra, which a report's readers do without
 
     config = todays_config(group.config)
-    unread = unread_groups(str(config["strategy"]["name"]))
+    unread = unread_groups(config)
+    program = "fedlp-prune" if config.get("federated") else "fedlp"
     config = {key: value for key, value in config.items() if key not in unread}
     seeds = sorted({run.seed for run in group.runs})
-    words = ["fedlp" if len(seeds) == 1 else "fedlp -m", f"seed={','.join(map(str, seeds))}"]
+    words = [program if len(seeds) == 1 else f"{program} -m", f"seed={','.join(map(str, seeds))}"]
     words += [_word(key, value) for key, value in flatten(config).items() if key not in _LEFT_OUT]
     return " \\\n  ".join(words)
 

@@ -1,4 +1,4 @@
-"""Read run directories and packed runs: the only door by which files come into a report."""
+"""Reader of run directories and packed runs, the only input of a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COSTS = ("totals", "expected", "expected_totals")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run directory says.
+    """Content of one run directory.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class Run:
     rounds : tuple of RoundRecord
         By ascending ``server_round``; round 0, where there is one, holds the initial model's metrics.
     manifest : mapping
-        ``manifest.json``; empty where the run has not written it.
+        ``manifest.json``; empty if the run has not written it.
     """
 
     path: Path
@@ -43,17 +43,17 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds the run was asked for."""
+        """Configured number of rounds."""
         return int(self.config["num_rounds"])
 
     @property
     def last_round(self) -> int:
-        """The last round on record; 0 where none was trained."""
+        """Last recorded round; 0 if none was trained."""
         return self.rounds[-1].server_round if self.rounds else 0
 
     @property
     def dry(self) -> bool:
-        """Whether this is a dry run: it holds what is expected, nothing was measured."""
+        """Whether this is a dry run, with expected costs alone."""
         return bool(self.config.get("dry_run"))
 
     @property
@@ -68,12 +68,12 @@ class Run:
 
     @property
     def expected(self) -> Mapping[str, float]:
-        """What one client was predicted to cost in one round; empty where nothing was."""
+        """Predicted cost of one client in one round; empty if unknown."""
         return self.manifest.get("expected") or {}
 
     @property
     def expected_totals(self) -> Mapping[str, float]:
-        """What the whole run was predicted to cost if no client fails; empty where that is unknown."""
+        """Predicted cost of the whole run if no client fails; empty if unknown."""
         known, cohort = self.manifest.get("expected_totals"), self.config.get("clients_per_round")
         if known or not isinstance(cohort, int):
             return known or {}

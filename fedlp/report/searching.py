@@ -1,13 +1,13 @@
-"""How a search for an allocation function went."""
+"""Plot of a search for an allocation function."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fedlp.report.figures import blank, to_png
+from fedlp.report.figures import COLOURS, blank, to_png
 
-_COLOURS = {"evolution": "#4477aa", "random": "#bbbbbb", "vector": "#cc6677"}
+_LOOKS = {"evolution": (COLOURS[0], "-"), "random": (COLOURS[4], "--"), "vector": (COLOURS[3], "-.")}
 
 
 def draw_search(report: Mapping[str, Any]) -> bytes:
@@ -16,7 +16,8 @@ def draw_search(report: Mapping[str, Any]) -> bytes:
     axes = figure.subplots()
     for mode, found in report["modes"].items():
         points = [(index + 1, value) for index, value in enumerate(found["best_so_far"]) if value is not None]
-        axes.step(*zip(*points, strict=True), where="post", label=mode, color=_COLOURS.get(mode), linewidth=2)
+        colour, dash = _LOOKS.get(mode, (COLOURS[6], ":"))
+        axes.step(*zip(*points, strict=True), where="post", label=mode, color=colour, linestyle=dash, linewidth=2)
     longest = max(found["evaluations"] for found in report["modes"].values())
     rules = sorted(report["hand_rules"].items(), key=lambda item: item[1])
     for name, value in rules:

@@ -17,12 +17,12 @@ MB = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric that reports know; ``scale`` turns the files' values into ``unit``."""
+    """A metric; ``scale`` turns the files' values into ``unit``; the direction of a user's own metric is unknown."""
 
     name: str
     unit: str
     scale: float
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def title(self) -> str:
@@ -43,6 +43,9 @@ METRICS = (
     Metric("client_perplexity", "", 1.0, False),
     Metric("client_loss", "", 1.0, False),
 )
+
+
+_NOT_OWN = ("train_loss", "client_", "tier_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,14 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row of the table: means over a group's counted runs; None where there is nothing to tell.
+    """Row of the table: means over a group's counted runs; None if unknown.
 
     Attributes
     ----------
     final, best : Spread or None
         The metric of the last evaluated model, and of the best one, in the metric's unit.
     bytes_up, bytes_down, macs : float or None
-        Totals of a whole run. A dry run's are what is expected if no client fails.
+        Totals of a whole run; of a dry run the expected ones if no client fails.
     params_per_client, expected_params_per_client : float or None
         Parameters sent to and from one client in one round, measured and predicted.
     """
@@ -106,13 +109,17 @@ class Summary:
 
 
 def metric_of(group: Group) -> Metric | None:
-    """Return the first of the known metrics that a counted run of the group reports."""
-    names = {name for run in group.counted for name in _reported(run)}
-    return next((metric for metric in METRICS if metric.name in names), None)
+    """Return the metric of a group: the first known one that a run reports, else a user's own, else the loss."""
+    names = dict.fromkeys(name for run in group.counted for name in _reported(run))
+    known = {metric.name: metric for metric in METRICS}
+    own = [Metric(name, "", 1.0, None) for name in names if not name.startswith(_NOT_OWN) and name not in known]
+    first = next((index for index, metric in enumerate(METRICS) if metric.name == "loss"), len(METRICS))
+    ordered = [*METRICS[:first], *own, *METRICS[first:]]
+    return next((metric for metric in ordered if metric.name in names), None)
 
 
 def evaluations(run: Run, metric: Metric) -> dict[int, float]:
-    """Return ``{server_round: value}`` of the evaluated rounds in the metric's unit; NaN for what is not finite."""
+    """Return ``{server_round: value}`` of the evaluated rounds in the metric's unit; NaN for non-finite values."""
     values = {
         record.server_round: record.metrics[metric.name] * metric.scale
         for record in run.rounds
@@ -124,8 +131,8 @@ def evaluations(run: Run, metric: Metric) -> dict[int, float]:
 
 
 def best_value(values: Iterable[float], metric: Metric) -> float:
-    """Return the best finite value; NaN where there is none."""
-    finite = [value for value in values if np.isfinite(value)]
+    """Return the best finite value; NaN where there is none, or the direction of the metric is unknown."""
+    finite = [value for value in values if np.isfinite(value)] if metric.higher_is_better is not None else []
     choose = max if metric.higher_is_better else min
     return choose(finite) if finite else np.nan
 
@@ -138,7 +145,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def curve(group: Group, metric: Metric) -> Curve | None:
-    """Return the group's curve of ``metric``; None where no round was evaluated by every counted run."""
+    """Return the group's curve of ``metric``; None if no round was evaluated by every counted run."""
     runs = [run for run in group.counted if run.rounds]
     if not runs:
         return None
@@ -193,12 +200,13 @@ def summarize(group: Group) -> Summary:
     if not runs:
         return _expected_summary(group)
     values = [list(evaluations(run, metric).values()) for run in runs] if metric else []
+    is_directed = metric is not None and metric.higher_is_better is not None
     totals = {name: float(np.mean([run.totals[name] for run in runs])) for name in TOTALS}
     return Summary(
         group=group,
         metric=metric,
         final=spread([one[-1] for one in values if one]),
-        best=spread([best_value(one, metric) for one in values if one]) if metric else None,
+        best=spread([best_value(one, metric) for one in values if one]) if metric and is_directed else None,
         rounds=min(int(run.totals["rounds"]) for run in runs),
         bytes_up=totals["bytes_up"],
         bytes_down=totals["bytes_down"],
@@ -226,8 +234,9 @@ def _expected_summary(group: Group) -> Summary:
     )
 
 
-def _reported(run: Run) -> set[str]:
-    return set(run.final_metrics).union(*(record.metrics for record in run.rounds))
+def _reported(run: Run) -> list[str]:
+    """Return the names of a run's metrics, the task's first one at the front."""
+    return [*(name for record in run.rounds for name in record.metrics), *run.final_metrics]
 
 
 def _spent(run: Run, name: str, rounds: NDArray[np.int64]) -> FloatArray:

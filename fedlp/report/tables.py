@@ -76,12 +76,12 @@ def summary_table(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader must know to trust the numbers, one sentence each; empty if all is well."""
+    """Return caveats of the numbers, one sentence each; empty if there are none."""
     return [note for group in groups for note in _notes(group)]
 
 
 def number(value: float | None, unit: float = 1.0) -> str:
-    """Return ``value / unit`` with the digits a reader needs."""
+    """Return ``value / unit`` with about three significant digits."""
     if value is None:
         return ABSENT
     scaled = value / unit

@@ -1,7 +1,7 @@
-"""The config inside the messages of a run that goes on under Flower.
+"""Config inside the messages of a resumed run under Flower.
 
-Clients read a run's config from what ``flwr run`` was given. One that resumes names but a folder, and that is on the
-server's disk: so the server sends along what it found there. These bytes count in no round, as those of any run config.
+Clients read a run's config from the run config of ``flwr run``. A resumed run names a folder alone, which is on the
+server's disk: so the server sends its content along. These bytes count in no round, like those of any run config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RUN_CONFIG = "run-config"
 
 
 class CarryingGrid(Grid):
-    """A grid that puts a config (YAML) into every message to a node."""
+    """Grid that puts a config (YAML) into every message to a node."""
 
     def __init__(self, grid: Grid, cfg: str) -> None:
         self._grid = grid
@@ -65,7 +65,7 @@ class CarryingGrid(Grid):
 
 
 def read_carried(content: RecordDict) -> tuple[str, Path] | None:
-    """Return the config (YAML) in a message and the run directory that it goes on in; None where there is none."""
+    """Return the config (YAML) in a message and the run directory that it goes on in; None if there is none."""
     if _RUN_CONFIG not in content:
         return None
     cfg = str(read_config(content, _RUN_CONFIG)["cfg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlp.config import compose, from_yaml, to_yaml
 from fedlp.config.resuming import resumed_config
-from fedlp.errors import FedLPError
+from fedlp.errors import ConfigError, FedLPError
 from fedlp.federation.server.checkpoint import write_atomically
 from fedlp.simulation.carried_config import CarryingGrid, read_carried
 
@@ -47,7 +48,7 @@ def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
 def read_settings(context: Context) -> tuple[str, Path]:
     """Return the config (YAML) and the run directory from a Flower run config.
 
-    ``cfg`` holds a whole composed config; where it is empty, ``overrides`` (separated by blanks) are composed with the
+    ``cfg`` holds a whole composed config; where it is empty, ``overrides``, quoted as in a shell, are composed with the
     config tree, as on the command line. ``out`` is where the server writes; a run that goes on (``resume=``) stays
     where it is.
 
@@ -60,7 +61,7 @@ def read_settings(context: Context) -> tuple[str, Path]:
     out = Path(settings["out"] or f"runs/flower-{context.run_id}").absolute()
     if settings["cfg"]:
         return settings["cfg"], out
-    overrides = settings["overrides"].split()
+    overrides = _split(settings["overrides"])
     config = compose(overrides)
     if config.resume is not None:
         folder = Path(config.resume).absolute()
@@ -68,6 +69,14 @@ def read_settings(context: Context) -> tuple[str, Path]:
             overrides.append(f"out={out}")
         config, out = resumed_config(replace(config, resume=str(folder)), overrides), folder
     return to_yaml(config), out
+
+
+def _split(overrides: str) -> list[str]:
+    """Return the words of a line of overrides."""
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides} cannot be split into words: {error}") from error
 
 
 def settings_of(message: Message, context: Context) -> tuple[str, Path]:

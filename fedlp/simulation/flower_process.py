@@ -1,4 +1,4 @@
-"""Flower's own programs as child processes: started privately, asked with ``flwr``, followed, and ended without rest.
+"""Flower's own programs as child processes: private start, control by ``flwr``, complete end.
 
 Nothing here touches the user's Flower settings: every process gets a ``FLWR_HOME`` of its own.
 """
@@ -26,10 +26,10 @@ from fedlp.simulation.outcome import read_outcome
 
 _APP = '''"""Stands for the installed fedlp in Flower's app bundle."""
 
-import fedlp.apps.federate
+import fedlp.apps.runs
 
-server_app = fedlp.apps.federate.server_app
-client_app = fedlp.apps.federate.client_app
+server_app = fedlp.apps.runs.server_app
+client_app = fedlp.apps.runs.client_app
 '''
 _PROJECT = """[project]
 name = "fedlp-flower"
@@ -59,7 +59,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def find_flwr() -> str | None:
-    """Return the path of ``flwr``, this environment's own before any other; None where there is none."""
+    """Return the path of ``flwr``, this environment's own before any other; None if there is none."""
     return shutil.which("flwr", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
@@ -85,7 +85,7 @@ def free_port() -> int:
 
 
 def start_process(command: list[str], env: Mapping[str, str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start a program that works in a folder, writes to a log, does not see Ctrl-C, and ends when this process ends."""
+    """Start a program in a folder with a log, without Ctrl-C, that ends with this process."""
     with log.open("wb") as file:
         return subprocess.Popen(
             command,
@@ -100,12 +100,12 @@ def start_process(command: list[str], env: Mapping[str, str], folder: Path, log:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, however that happens; Flower's own children follow."""
+    """Ask the kernel to end this process when its parent dies; Flower's own children follow."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def await_superlink(port: int, process: subprocess.Popen[bytes], ca: Path | None = None) -> None:
-    """Wait until a SuperLink on this machine answers; FedLPError where it does not.
+    """Wait until a SuperLink on this machine answers; FedLPError if it does not.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def await_superlink(port: int, process: subprocess.Popen[bytes], ca: Path | None
 
 
 def end_processes(processes: Iterable[subprocess.Popen[bytes]], folder: Path) -> None:
-    """End processes and whatever they started in a folder: Flower puts part of it into another session."""
+    """End processes and all others in a folder: Flower moves some into another session."""
     for process in processes:
         process.kill()
         process.wait()
@@ -143,7 +143,7 @@ def end_processes(processes: Iterable[subprocess.Popen[bytes]], folder: Path) ->
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Return the living processes that work in a folder or below it; none where there is no /proc.
+    """Return the living processes in a folder or below it; none without /proc.
 
     The folder is what all processes of a run share: Ray's workers write their title over their environment.
     """
@@ -157,7 +157,7 @@ def processes_in(folder: Path) -> list[int]:
 
 # ---- flwr
 def call_flwr(command: list[str], env: Mapping[str, str]) -> str:
-    """Run ``flwr`` and return what it printed; FedLPError, with what it said, where it fails."""
+    """Run ``flwr`` and return its output; FedLPError with its message if it fails."""
     done = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = [line.strip(" │╭╮╰╯─") for line in (done.stdout + done.stderr).splitlines()]
@@ -166,7 +166,7 @@ def call_flwr(command: list[str], env: Mapping[str, str]) -> str:
 
 
 def write_app(folder: Path) -> Path:
-    """Write the app bundle that stands for the installed fedlp, and return its folder."""
+    """Write the app bundle of the installed fedlp, and return its folder."""
     app = folder / "app"
     (app / "fedlp_flower").mkdir(parents=True)
     (app / "pyproject.toml").write_text(_PROJECT)
@@ -176,19 +176,19 @@ def write_app(folder: Path) -> Path:
 
 
 def write_run_config(path: Path, settings: Mapping[str, str]) -> Path:
-    """Write what ``flwr run --run-config`` takes, and return its path."""
+    """Write the file for ``flwr run --run-config``, and return its path."""
     # A JSON string is a TOML basic string.
     path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     return path
 
 
 class RoundLines:
-    """The rounds of a file that another process is writing.
+    """Reader of rounds from a file that another process writes.
 
     Parameters
     ----------
     on_line : callable
-        Told of every round as it appears, beyond the first ``seen``.
+        Called with every new round beyond the first ``seen``.
     """
 
     def __init__(self, path: Path, on_line: Callable[[dict[str, Any]], None], seen: int = 0) -> None:
@@ -197,7 +197,7 @@ class RoundLines:
         self._seen = seen
 
     def report(self) -> None:
-        """Report the rounds that are new and whole."""
+        """Report the new complete rounds."""
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
         complete = [line for line in lines if line.endswith(b"\n")]
         for line in complete[self._seen :]:
@@ -211,14 +211,14 @@ def follow_run(program: str, env: Mapping[str, str], outcome: Path, lines: Round
     Parameters
     ----------
     outcome : Path
-        Where the ServerApp says how it ended.
+        File with the ServerApp's outcome.
     log : Path
-        Where Flower's log goes if the run ends without that.
+        File for Flower's log if the run ends without an outcome.
 
     Raises
     ------
     FedLPError
-        With the reason that the run failed for.
+        With the reason of the failure.
     """
     asked = time.monotonic()
     while True:

@@ -1,8 +1,8 @@
-"""The same apps under ``flwr run``, on Flower's simulation runtime (Ray), as a child process.
+"""Apps under ``flwr run``, on Flower's simulation runtime (Ray), as a child process.
 
 A private SuperLink is started for the run and ended with it; nothing is left running, and the user's Flower settings
-are not touched. ``flwr run`` exits with 0 even when a run fails and Flower keeps no reason, so the ServerApp leaves a
-file that says how it ended; what Flower says is asked for now and then, in case the ServerApp never got that far.
+are not touched. ``flwr run`` exits with 0 even if a run fails and Flower keeps no reason, so the ServerApp writes a
+file with its outcome; Flower's status is polled too, in case the ServerApp never starts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The local engine: a Flower Grid in this process, clients in forked worker processes of one thread each.
 
-Workers inherit model, data and partition from the parent, so a run starts at once and data is held once. Messages keep
-Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending, whichever
-worker was faster; no more than a few are ever held, so memory does not grow with the cohort.
+Workers inherit model, data and partition from the parent: a run starts at once and data is held once. Messages keep
+Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending; only
+a few are held at a time, so that memory does not grow with the cohort.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SMALL_BYTES = 1 << 20
 
 @dataclass
 class _Task:
-    """A message on its way: where in the order, in which slot, and when its worker turned to it."""
+    """Message in flight: position in the order, slot, and start of its work."""
 
     index: int
     message: Message
@@ -51,7 +51,7 @@ class _Worker:
     tasks: deque[_Task] = field(default_factory=deque)
 
     def free_slot(self) -> int | None:
-        """Return a slot that no task is using."""
+        """Return a free slot."""
         used = {task.slot for task in self.tasks}
         return next((slot for slot in range(len(self.slots)) if slot not in used), None)
 
@@ -70,7 +70,7 @@ class LocalGrid(Grid):
     message_bytes : int
         Upper bound of the arrays of one message.
     run_config : dict
-        What ``Context.run_config`` holds.
+        Content of ``Context.run_config``.
 
     Use as a context manager: workers end with it.
     """
@@ -120,11 +120,11 @@ class LocalGrid(Grid):
 
     # ---- Flower's interface
     def set_run(self, run: flower_compat.Run) -> None:
-        """There is but one run; nothing to set."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> flower_compat.Run:
-        """An empty description: no SuperLink knows this run."""
+        """Empty description: no SuperLink knows this run."""
         return flower_compat.make_run()
 
     def create_message(
@@ -155,12 +155,12 @@ class LocalGrid(Grid):
 
     # ---- the exchange
     def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """Yield one reply per message, in order, while later ones are being worked on.
+        """Yield one reply per message, in order, while workers answer later ones.
 
         Parameters
         ----------
         timeout : float
-            Seconds a worker may spend on one message; then it is replaced and the reply is an error.
+            Deadline of a worker for one message; it is then replaced and the reply is an error.
         """
         source = enumerate(messages)
         done: dict[int, Message] = {}
@@ -209,7 +209,7 @@ class LocalGrid(Grid):
             return  # the worker is gone: its closed pipe is found, and its tasks are settled, in _collect
 
     def _collect(self, done: dict[int, Message], timeout: float) -> None:
-        """Wait for any worker and file what came: a reply, a death, or the end of somebody's time."""
+        """Wait for any worker and process its event: a reply, a death, or a deadline."""
         deadline = min(worker.tasks[0].since for worker in self._workers if worker.tasks) + timeout
         patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         ready = self._selector.select(patience)
@@ -285,6 +285,6 @@ def _run_worker(
 
 
 def check_platform() -> None:
-    """Raise FedLPError where processes cannot be forked."""
+    """Raise FedLPError if processes cannot be forked."""
     if "fork" not in multiprocessing.get_all_start_methods():
         raise FedLPError("the local engine forks its workers, which this system cannot; use simulation=ray")

@@ -9,12 +9,12 @@ from fedlp.errors import FedLPError
 
 
 def read_outcome(path: Path) -> None:
-    """Raise what ended a run of the ServerApp, from the file that its run config named as ``outcome``.
+    """Raise the error that ended a run of the ServerApp, from the file named as ``outcome`` in its run config.
 
     Raises
     ------
     FedLPError
-        With the reason that the run ended for.
+        With the reason of the end.
     RuntimeError
         With the traceback of any other error.
     """

@@ -1,4 +1,4 @@
-"""How messages cross to worker processes: a JSON frame through a pipe, arrays through shared memory.
+"""Transport of messages to worker processes: a JSON frame through a pipe, arrays through shared memory.
 
 Nothing is pickled. A frame is ``length of the JSON, JSON, small arrays``; large arrays lie in the slot's area, where
 the receiver reads them without a copy. An area that already holds the very same arrays (a model that goes to many
@@ -39,7 +39,7 @@ class Area:
         self._holds: tuple[Any, ...] = ()
 
     def write(self, buffers: Sequence[Any]) -> None:
-        """Lay the buffers one after another, but for a leading part that the area holds already."""
+        """Write the buffers one after another, except a leading part that the area holds already."""
         end = sum(_aligned(len(buffer)) for buffer in buffers)
         if end > len(self._view):
             raise FedLPError(f"a message of {end} bytes is larger than the engine's slots of {len(self._view)} bytes")
@@ -67,7 +67,7 @@ def encode_frame(about: dict[str, Any], content: RecordDict | None, area: Area) 
     Parameters
     ----------
     about : dict
-        JSON values that travel along (message id, node id, ...).
+        JSON values of the frame (message id, node id, ...).
     """
     buffers: list[Any] = []
     records = None if content is None else {key: _encode_record(record, buffers) for key, record in content.items()}
@@ -81,7 +81,7 @@ def encode_frame(about: dict[str, Any], content: RecordDict | None, area: Area) 
 
 
 def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> tuple[dict[str, Any], RecordDict | None]:
-    """Invert :func:`encode_frame`; ``wrap`` makes arrays of views that hold until the slot is used again."""
+    """Invert :func:`encode_frame`; ``wrap`` makes arrays of views, valid until the slot is reused."""
     (size,) = _LENGTH.unpack_from(frame)
     head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])
     if head["records"] is None:

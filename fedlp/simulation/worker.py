@@ -39,7 +39,7 @@ def serve(
     slots : sequence of (down, up)
         Shared memory for the arrays of a message and of its reply.
     lifeline : int
-        The end of a pipe for reading, whose other end only the parent holds.
+        Read end of a pipe whose write end only the parent holds.
     """
     end_with_parent(lifeline)
     heed_signals()
@@ -79,7 +79,7 @@ def serve(
 
 
 def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordDict | None, list[object] | None]:
-    """Return the reply's records, or an error code and reason: a client that raises must not end the run."""
+    """Return the reply's records, or an error code and reason: an exception of a client must not end the run."""
     try:
         reply = app(message, context)
         if reply.has_error():
@@ -91,9 +91,9 @@ def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordD
 
 
 def end_with_parent(lifeline: int) -> None:
-    """Let this process end at once when its parent does, however that happens and in the middle of whatever step.
+    """End this process at once when its parent ends, even within a step.
 
-    Linux kills it; elsewhere, and where the parent was faster, a thread sees that the pipe is closed.
+    Linux kills it; elsewhere, and if the parent ended first, a thread sees the closed pipe.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -106,7 +106,7 @@ def end_with_parent(lifeline: int) -> None:
 
 
 def heed_signals() -> None:
-    """Leave to the parent what a terminal sends to all processes of a command, and end at once when asked to."""
+    """Ignore signals that a terminal sends to all processes of a command, and end at once on SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

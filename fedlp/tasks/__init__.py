@@ -1,4 +1,4 @@
-"""Tasks: the loss that is minimised, the metrics that are reported, and how a batch is prepared for a model.
+"""Tasks: training loss, reported metrics, and preparation of batches for a model.
 
 A task is a class, registered as ``@register("task", NAME)``, whose fields are its options; see :class:`Task`.
 """
@@ -40,7 +40,7 @@ def with_task(info: DataInfo, task: object) -> DataInfo:
     Parameters
     ----------
     task : object
-        A task, or :class:`fedlp.tasks.auto.Auto` for the one that the data set's targets are for.
+        A task, or :class:`fedlp.tasks.auto.Auto` for the task of the data set's targets.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def with_task(info: DataInfo, task: object) -> DataInfo:
 
 
 def task_of(info: DataInfo) -> Task:
-    """Return the task of a data set: the one that it holds, or the one of that name with its default options."""
+    """Return the task of a data set: its own task object, or the named task with default options."""
     return _default(info.task) if isinstance(info.task, str) else info.task
 
 

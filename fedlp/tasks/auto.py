@@ -1,4 +1,4 @@
-"""The task that a data set's targets are for."""
+"""Automatic choice of the task by the data set's targets."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from fedlp.registry import register
 @register("task", "auto")
 @dataclass(frozen=True)
 class Auto:
-    """Task that the data set's targets are for, with its default options."""
+    """Task of the data set's targets, with default options."""

@@ -1,4 +1,4 @@
-"""The protocol of tasks, with defaults that fit arrays and images."""
+"""Protocol of tasks, with defaults for arrays and images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fedlp.errors import ConfigError, DataError
 from fedlp.tasks.metrics import Metric, make_metrics
 
 Sums = dict[str, float | list[float]]
-"""Sums that add up over disjoint ranges of examples, and over clients: numbers, or lists of equal lengths."""
+"""Additive sums over disjoint ranges of examples, and over clients: numbers, or lists of equal lengths."""
 
 Inputs = Tensor | Mapping[str, Tensor]
-"""A batch as a model reads it: one tensor, or its keyword arguments."""
+"""Batch as model input: one tensor, or keyword arguments."""
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Mean loss of outputs, raw inputs and targets."""
 
 
 class Task(ABC):
-    """What a model learns: loss, metrics and the preparation of batches.
+    """Task: loss, metrics and preparation of batches.
 
     Subclasses are frozen dataclasses; their fields are the options. Only :meth:`loss` and :meth:`loss_sum` must be
     given; the other methods fit one target for each example.
@@ -36,19 +36,19 @@ class Task(ABC):
     reads_tokens : bool
         Whether inputs are int64 token ids, (n, tokens); else they are images or arrays.
     exact_outputs : bool
-        Whether a model must have just as many outputs as the data set asks for; else it may have more.
+        Whether the model's number of outputs must equal the data set's; else it may be larger.
     targets : str
-        Kind of the targets, in words; empty where any will do. A data set of another kind is refused.
+        Kind of the targets, in words; empty for any. A data set of another kind is refused.
     has_classes : bool
-        Whether targets are numbers of classes, (n,), so that shares of classes are defined.
+        Whether targets are class indices, (n,), so that class shares are defined.
     is_softmax : bool
         Whether outputs are the logits of one softmax and the loss is their cross-entropy.
     auto_model : str
-        Class of transformers that loads a model of this task; empty where transformers' models do not fit.
+        Auto class of transformers for models of this task; empty if there is none.
     peft_type : str
-        Name of the task in peft; empty where adapters are not supported.
+        Name of the task in peft; empty if adapters are not supported.
     metrics : tuple of str
-        Metrics that are reported beside the loss, by name; the first one stands for the run.
+        Names of metrics reported beside the loss; the first one is the run's main metric.
     """
 
     reads_tokens: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class Task(ABC):
 
     # ---- a batch
     def prepare(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
-        """Return a batch as the model reads it.
+        """Return a batch as model input.
 
         uint8 images, (n, C, H, W): float32 on a [0, 1] scale. Then, as for float arrays, the mean is subtracted and the
         deviation divided by, where the data set has them. Images are channels last in memory.
@@ -81,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss that training minimises: a differentiable scalar.
+        """Return the mean training loss, a differentiable scalar.
 
         Parameters
         ----------
@@ -92,11 +92,11 @@ class Task(ABC):
         """
 
     def criterion(self, examples: Examples) -> LossFn:
-        """Return the training loss for one client's examples, where it depends on all of them."""
+        """Return the training loss for one client's examples; class weights may depend on all of them."""
         return self.loss
 
     def count(self, inputs: Tensor, targets: Tensor) -> int:
-        """Return the number of predictions that a batch's mean loss is over."""
+        """Return the number of predictions in a batch's mean loss."""
         return len(inputs)
 
     # ---- evaluation
@@ -105,7 +105,7 @@ class Task(ABC):
         """Return the summed loss of a batch, without options of training such as smoothing."""
 
     def predictions(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs and targets by prediction, as metrics read them: (predictions, outputs) and (predictions,)."""
+        """Return outputs and targets by prediction, for metrics: (predictions, outputs) and (predictions,)."""
         return outputs, targets.to(outputs.device)
 
     def sums(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Sums:
@@ -142,7 +142,7 @@ class Task(ABC):
 
     # ---- calibration, profiles and exports
     def whole(self, examples: Examples) -> Examples:
-        """Return the examples that calibration may use: those without padding."""
+        """Return the examples for calibration: those without padding."""
         return examples
 
     def calibration_batches(self, examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,7 +161,7 @@ class Task(ABC):
         return targets
 
     def draw_examples(self, info: DataInfo, count: int, rng: np.random.Generator) -> Examples:
-        """Return noise shaped as the data set's examples are."""
+        """Return noise in the shape of the data set's examples."""
         if len(info.input_shape) == 3:
             noise = torch.from_numpy(rng.integers(0, 256, (count, *info.input_shape), dtype="uint8"))
         else:
@@ -173,7 +173,7 @@ class Task(ABC):
         return torch.from_numpy(rng.integers(0, info.num_classes, count))
 
     def describe_inputs(self, info: DataInfo, tokenizer: str) -> dict[str, Any]:
-        """Return what a device feeds an exported model, as plain values."""
+        """Return a description of an exported model's inputs, as plain values."""
         if self.reads_tokens:
             return {"name": "input_ids", "dtype": "int64", "tokenizer": tokenizer}
         name = "images" if len(info.input_shape) == 3 else "inputs"
@@ -181,15 +181,15 @@ class Task(ABC):
 
     # ---- checks
     def check(self, info: DataInfo) -> None:  # noqa: B027 # most tasks fit any data set
-        """Raise ConfigError where the options do not fit the data set."""
+        """Raise ConfigError if the options do not fit the data set."""
 
     def require_classes(self, option: str, info: DataInfo) -> None:
-        """Raise ConfigError where an option needs classes, which this task has not."""
+        """Raise ConfigError if an option needs classes, which this task lacks."""
         if not self.has_classes:
             raise ConfigError(f"{option} is for classifiers, but {info.name} has no class for an example; set it to 0")
 
     def require_softmax(self, option: str, info: DataInfo) -> None:
-        """Raise ConfigError where an option needs the logits of one softmax, which this task has not."""
+        """Raise ConfigError if an option needs the logits of one softmax, which this task lacks."""
         if not self.is_softmax:
             raise ConfigError(
                 f"{option} is for classifiers and language models; the data set {info.name} asks for neither"
@@ -197,7 +197,7 @@ class Task(ABC):
 
 
 def add_sums(parts: Iterable[Mapping[str, float | list[float]]]) -> Sums:
-    """Return the sums of disjoint ranges as one; lists are added element by element.
+    """Return the total of sums over disjoint ranges; lists are added element-wise.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Causal language modelling: every token is predicted from those before it."""
+"""Causal language modelling: prediction of each token from its predecessors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CausalLM(Task):
     Attributes
     ----------
     label_smoothing : float
-        Probability that training moves from the token to all tokens evenly, in [0, 1).
+        Probability mass moved from the target token to all tokens evenly, in [0, 1).
     """
 
     label_smoothing: float = 0.0
@@ -60,7 +60,7 @@ class CausalLM(Task):
         return int((inputs[:, 1:] != IGNORE_INDEX).sum())
 
     def predictions(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and next token wherever there is one: (predicted, vocabulary) and (predicted,)."""
+        """Return logits and next tokens without padding: (predicted, vocabulary) and (predicted,)."""
         flat, labels = outputs.reshape(-1, outputs.shape[-1]), self.labels(inputs, targets).to(outputs.device)
         counted = labels != IGNORE_INDEX
         return (flat, labels) if bool(counted.all()) else (flat[counted], labels[counted])

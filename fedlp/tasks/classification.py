@@ -23,7 +23,7 @@ class Classification(Task):
     Attributes
     ----------
     label_smoothing : float
-        Probability that training moves from the class to all classes evenly, in [0, 1).
+        Probability mass moved from the target class to all classes evenly, in [0, 1).
     class_weights : None, "balanced" or tuple of float
         Weight of each class in the training loss: equal, inverse to the client's own counts, or given.
     """
@@ -47,7 +47,7 @@ class Classification(Task):
         object.__setattr__(self, "class_weights", tuple(weights))
 
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy, smoothed and weighted as the options say."""
+        """Return the mean cross-entropy with label smoothing and class weights."""
         weights = self.class_weights
         given = None if weights is None or isinstance(weights, str) else torch.tensor(weights).to(outputs)
         return self._cross_entropy(outputs, targets, given)
@@ -71,7 +71,7 @@ class Classification(Task):
         return F.cross_entropy(outputs, targets.to(outputs.device), reduction="sum")
 
     def check(self, info: DataInfo) -> None:
-        """Raise ConfigError where there is not one weight per class."""
+        """Raise ConfigError if there is not one weight per class."""
         if isinstance(self.class_weights, tuple) and len(self.class_weights) != info.num_classes:
             raise ConfigError(
                 f"task.class_weights has {len(self.class_weights)} weights, but {info.name} has {info.num_classes} "

@@ -18,12 +18,12 @@ def larger_is_better(name: str, task: Task | None = None) -> bool:
         A metric's label, "loss" or "train_loss"; a name that contains a label, such as "clients_accuracy_worst", has
         the direction of that label.
     task : Task, optional
-        Task whose metrics are known; all registered metrics where absent.
+        Task whose metrics are known; all registered metrics if absent.
 
     Raises
     ------
     ConfigError
-        If no metric has the name; names those that there are.
+        If no metric has the name; lists the known ones.
     """
     known = _directions(task)
     if name in known:

@@ -24,7 +24,7 @@ class MultiLabel(Task):
     Attributes
     ----------
     positive_weights : tuple of float or None
-        Weight of each label's positive examples in the training loss; equal where None.
+        Weight of each label's positive examples in the training loss; equal if None.
     """
 
     positive_weights: tuple[float, ...] | None = None
@@ -49,7 +49,7 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="sum") / outputs.shape[-1]
 
     def check(self, info: DataInfo) -> None:
-        """Raise ConfigError where there is not one weight per label."""
+        """Raise ConfigError if there is not one weight per label."""
         if self.positive_weights is not None and len(self.positive_weights) != info.num_classes:
             raise ConfigError(
                 f"task.positive_weights has {len(self.positive_weights)} weights, but {info.name} has "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlp.data.examples import DataInfo, Examples
+from fedlp.data.tokenizers import token_types
 from fedlp.registry import register
 from fedlp.tasks.base import Inputs
 from fedlp.tasks.classification import Classification
@@ -27,11 +28,19 @@ class SequenceClassification(Classification):
     peft_type: ClassVar[str] = "SEQ_CLS"
 
     def prepare(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
-        """Return token ids and attention mask, (n, longest of the batch); the model's own pad token fills the ids."""
+        """Return token ids and attention mask, (n, longest of the batch); the model's own pad token fills the ids.
+
+        Of two texts there are token types as well: 0 for the first text with the token that ends it, 1 for the second,
+        0 for padding.
+        """
         tokens = inputs.to(device)
-        mask = tokens >= 0
+        mask = (tokens >= 0).to(torch.int64)
         longest = max(1, int(mask.sum(dim=1).max()))
-        return {"input_ids": tokens[:, :longest].clamp(min=0), "attention_mask": mask[:, :longest].to(torch.int64)}
+        tokens, mask = tokens[:, :longest], mask[:, :longest]
+        found = {"input_ids": tokens.clamp(min=0), "attention_mask": mask}
+        if info.separator is not None:
+            found["token_type_ids"] = token_types(tokens, info.separator) * mask
+        return found
 
     def calibration_batches(self, examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of texts of one length each, the shortest first: all tokens of all examples, no padding."""

@@ -1,4 +1,4 @@
-"""The protocol of trackers, and the tracker that does nothing."""
+"""Protocol of trackers, and the null tracker."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedlp.types import RoundRecord
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follower of one run; an exception that it raises is a warning, and ends its work only."""
+    """Tracker of one run; its first exception becomes a warning and ends its own work only."""
 
     def begin(self, config: Mapping[str, Any], run_dir: Path) -> None:
-        """Start, before the first round; also where a stopped run goes on in its folder.
+        """Start, before the first round of a new or resumed run.
 
         Parameters
         ----------
@@ -30,7 +30,7 @@ class Tracker(Protocol):
         """Take one finished round."""
 
     def end(self, manifest: Mapping[str, Any]) -> None:
-        """End, after ``manifest.json`` is written; the manifest is empty where the run was stopped or failed."""
+        """End, after ``manifest.json`` is written; the manifest is empty if the run was stopped or failed."""
 
 
 @register("tracker", "none")

@@ -8,7 +8,7 @@ from fedlp.report import write_report
 
 
 def result_files(run_dir: Path, report: bool) -> list[Path]:
-    """Return config, manifest and, where asked for, the report page, which is written to ``report``."""
+    """Return config, manifest and, if requested, the report page, which is written to ``report``."""
     found = [run_dir / "config.yaml", run_dir / "manifest.json"]
     if report:
         found.append(write_report([run_dir], run_dir / "report"))

@@ -1,4 +1,4 @@
-"""A broken tracker never stops a run: its first exception is one warning, and the run goes on without it."""
+"""Guard of trackers: the first exception becomes one warning, and the run goes on without the tracker."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GuardedTracker:
             self._tracker = made
 
     def round(self, record: RoundRecord) -> None:
-        """Hand on one finished round."""
+        """Pass on one finished round."""
         if self._tracker is not None:
             with self._guarded("round"):
                 self._tracker.round(record)
@@ -65,7 +65,7 @@ class GuardedTracker:
 def tracking(
     name: str, make: Callable[[], object], config: Mapping[str, Any], run_dir: Path
 ) -> Iterator[GuardedTracker]:
-    """Start a tracker, and end it with an empty manifest where the run fails or is stopped."""
+    """Start a tracker, and end it with an empty manifest if the run fails or is stopped."""
     tracker = GuardedTracker(name, make)
     tracker.begin(config, run_dir)
     try:

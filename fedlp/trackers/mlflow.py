@@ -30,9 +30,9 @@ class MLflow:
     Attributes
     ----------
     uri : str or None
-        Tracking server or store; ``MLFLOW_TRACKING_URI``, else ``mlruns`` in the run directory, where absent.
+        Tracking server or store; ``MLFLOW_TRACKING_URI``, else ``mlruns`` in the run directory, if absent.
     experiment : str
-        Name of the experiment; it is made where absent.
+        Name of the experiment; it is made if absent.
     report : bool
         Whether the report page is made and stored as an artifact, beside config and manifest.
     """
@@ -45,7 +45,7 @@ class MLflow:
     _folder: Path = field(default=Path(), init=False, repr=False)
 
     def begin(self, config: Mapping[str, Any], run_dir: Path) -> None:
-        """Create the run, or go on with the one of this run directory; write the parameters."""
+        """Create the run, or resume that of this run directory; write the parameters."""
         try:
             from mlflow.entities import Param
             from mlflow.tracking import MlflowClient

@@ -1,4 +1,4 @@
-"""Numbers of a round as trackers take them: scalars, and distributions over clients."""
+"""Numbers of a round for trackers: scalars, and distributions over clients."""
 
 from __future__ import annotations
 

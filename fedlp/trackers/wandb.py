@@ -26,9 +26,9 @@ class WandB:
     project : str
         Project of the run.
     entity, group : str or None
-        Team, and the runs that belong together; W&B's own defaults where absent.
+        Team, and the runs that belong together; W&B's own defaults if absent.
     mode : str or None
-        "online", "offline" or "disabled"; ``WANDB_MODE``, else online, where absent.
+        "online", "offline" or "disabled"; ``WANDB_MODE``, else online, if absent.
     report : bool
         Whether the report page is made and stored as an artifact, beside config and manifest.
     """

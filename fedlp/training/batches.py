@@ -1,4 +1,4 @@
-"""Batches: in which order examples are seen, how images vary, and how a batch is prepared for a model.
+"""Batches: order of examples, augmentation of images, preparation for a model.
 
 Batches are indexed from the client's tensors; there is no per-item loader. Images are kept as uint8 and normalised
 batch by batch, in channels-last layout, which is the faster one for convolutions on CPUs and GPUs alike.
@@ -20,7 +20,7 @@ from fedlp.tasks.base import Inputs
 
 
 def prepare_inputs(inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
-    """Return a batch as the model reads it; see :meth:`fedlp.tasks.Task.prepare`."""
+    """Return a batch as model input; see :meth:`fedlp.tasks.Task.prepare`."""
     return task_of(info).prepare(inputs, info, device)
 
 

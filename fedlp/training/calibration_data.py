@@ -32,14 +32,14 @@ def make_method(pruner: PrunerConfig) -> Method:
 
 
 def whole_examples(examples: Examples, info: DataInfo) -> Examples:
-    """Return the examples that calibration may use: all images, of text for language modelling only whole windows."""
+    """Return the examples for calibration: all images; of text for language modelling only whole windows."""
     return task_of(info).whole(examples)
 
 
 def batch_calibration(
     chosen: Examples, info: DataInfo, batch_size: int, seed: int, device: torch.device
 ) -> Calibration:
-    """Return examples, prepared and in batches; ``seed`` is that of what pruning draws."""
+    """Return examples, prepared and in batches; ``seed`` is that of pruning's draws."""
     task = task_of(info)
     batches: list[Tensor] = []
     labels: list[Tensor] = []
@@ -54,7 +54,7 @@ def batch_calibration(
 def check_language_loss(loss: float, info: DataInfo, tokenizer: str) -> None:
     """Raise CalibrationError if a language model's loss, in nats per token, is well above that of a uniform guess.
 
-    Such a model was given tokens of another tokenizer, or it is not trained: pruning it means nothing.
+    The tokenizer is then wrong, or the model untrained, and pruning is meaningless.
     """
     task, uniform = task_of(info), math.log(info.num_classes)
     predicts_tokens = task.reads_tokens and not task.exact_outputs

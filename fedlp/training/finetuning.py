@@ -1,4 +1,4 @@
-"""Training a pruned model again: all of it, or low-rank adapters that are merged into its weights."""
+"""Fine-tuning of a pruned model: all weights, or low-rank adapters merged into the weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedlp.training.loop import train_locally
 def finetune(
     model: nn.Module, info: DataInfo, examples: Examples, config: FinetuneConfig, rng: np.random.Generator
 ) -> None:
-    """Train ``model`` in place as the config says; it ends in evaluation mode.
+    """Fine-tune ``model`` in place by the config; it ends in evaluation mode.
 
     Raises
     ------
     ConfigError
-        For adapters on a classifier, or where peft is not installed.
+        For adapters on a classifier, or if peft is not installed.
     """
     if config.name == "none":
         return

@@ -1,4 +1,4 @@
-"""The local training of one client: a plain PyTorch loop on tensors that are already in memory."""
+"""Local training of one client: a plain PyTorch loop on tensors in memory."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fedlp.training.schedules import Moment, lr_factor, make_schedule
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What local training reports: examples processed (over all epochs) and the mean training loss."""
+    """Result of local training: examples processed (over all epochs) and the mean training loss."""
 
     num_processed: int
     train_loss: float
 
 
 class StepModel(Protocol):
-    """A smaller model that a single step trains in the place of the whole."""
+    """Smaller model that a single step trains in place of the whole."""
 
     def pull(self) -> nn.Module:
         """Return the smaller model, holding the whole's current values."""
@@ -59,7 +59,7 @@ def train_locally(
     nested : sequence of StepModel
         Nested sub-models of which each step trains one, drawn uniformly; none for plain training.
     frozen : collection of str
-        Parameters that stay as they are: neither gradients nor momentum nor weight decay move them. The backward pass
+        Frozen parameters: neither gradients nor momentum nor weight decay move them. The backward pass
         ends where all that lies before is frozen (but for nested sub-models, which compute all gradients). Running
         statistics of frozen BatchNorms move on all the same: they are buffers, whose names here do nothing, nor do
         names that the model does not have.
@@ -76,7 +76,7 @@ def train_locally(
 
 
 def check_loss(config: LocalConfig, info: DataInfo) -> None:
-    """Raise ConfigError if the config asks for a loss that the data set has none of."""
+    """Raise ConfigError if the configured loss does not fit the data set."""
     task = task_of(info)
     if config.logit_adjustment:
         task.require_classes("local.logit_adjustment", info)
@@ -85,9 +85,9 @@ def check_loss(config: LocalConfig, info: DataInfo) -> None:
 
 
 def class_offsets(targets: Tensor, num_classes: int, strength: float) -> Tensor:
-    """Return what logits gain while training on these labels, (classes,): ``strength`` times the log of each share.
+    """Return the offsets of logits in training on these labels, (classes,): ``strength`` times the log of each share.
 
-    What such a model learns is the class's likelihood, not how often the client has it, so that clients of different
+    Such a model learns class likelihoods, not the client's class frequencies, so that clients of different
     shares agree [1]_; a class without an example gets -inf and no gradient.
 
     References

@@ -1,4 +1,4 @@
-"""Optimizers: how a step moves the weights along their gradients.
+"""Optimizers of local training.
 
 An optimizer is registered as ``@register("optimizer", NAME)``: a class or function whose first parameter, ``params``,
 is the list of trained parameters, and whose other parameters are its options. It gives a ``torch.optim.Optimizer``, or
@@ -20,7 +20,7 @@ from fedlp.registry import lookup, register
 
 
 class Stepper(Protocol):
-    """What the local loop needs of an optimizer."""
+    """Protocol of optimizers in the local loop."""
 
     lr: float
 
@@ -79,7 +79,7 @@ def adamw(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW: Adam with ``weight_decay`` taken off the weights themselves."""
+    """AdamW: Adam with decoupled ``weight_decay``."""
     return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
@@ -89,7 +89,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: LocalConfig) -> S
     Raises
     ------
     ConfigError
-        If the config's optimizer is none.
+        If the config's optimizer is invalid.
     """
     target = lookup("optimizer", config.optimizer)
     known = inspect.signature(target).parameters

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.deployment.certificates import Certificates, make_certificates
 from fedlp.deployment.loopback import LoopbackFederation, SuperNode

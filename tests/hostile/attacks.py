@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.wire import messages
 from tests.integration.running import App

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.federation.wire import messages
 from fedlp.simulation.flower_compat import become_server
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction

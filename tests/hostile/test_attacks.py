@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.wire import messages
@@ -27,9 +27,9 @@ NORMED = (
 ADAM = ("server_optimizer=adam", "server_optimizer.lr=0.01")
 MOMENTUM = ("server_optimizer=momentum",)
 ONESHOT = (
-    *("strategy=oneshot", "model=small_cnn", "dataset=digits", "dataset.max_train_examples=120", "num_clients=4"),
-    *("dataset.max_test_examples=30", "clients_per_round=4", "strategy.sparsity=0.4", "simulation.workers=2"),
-    *("calibration.examples=30", "pruner=slimgpt", "allocator=log_depth", "strategy.sums=float64"),
+    *("federated=true", "model=small_cnn", "dataset=digits", "dataset.max_train_examples=120", "num_clients=4"),
+    *("dataset.max_test_examples=30", "clients_per_round=4", "sparsity=0.4", "simulation.workers=2"),
+    *("calibration.examples=30", "pruner=slimgpt", "allocator=log_depth", "sums=float64"),
 )
 Absent = Callable[..., Finished]
 

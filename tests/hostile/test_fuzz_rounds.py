@@ -12,7 +12,7 @@ import torch
 from flwr.app import Error, Message
 from torch import Tensor
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.wire import messages

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation import submodels
 from fedlp.types import RoundRecord

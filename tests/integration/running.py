@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from safetensors.torch import load
 from torch import Tensor
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import RunConfig, compose, to_yaml
 from fedlp.simulation.local import LocalGrid
 

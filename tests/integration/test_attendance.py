@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.apps.federate import Federation
+from fedlp.apps.runs import federation_of
 from fedlp.config import compose
 from fedlp.errors import ConfigError
 from fedlp.report import load_run
@@ -97,12 +97,17 @@ def test_clients_without_data_are_counted(once: Callable[..., Finished]) -> None
     [
         (["fleet.availability=0"], r"in \(0, 1\]"),
         (["fleet.availability=2"], r"in \(0, 1\]"),
+        (["fleet.round_s=60"], "set fleet.availability=FILE too"),
+        (["fleet.round_s=0", "fleet.availability=trace.csv"], "seconds above 0"),
         (["fleet.dropout=1"], r"in \[0, 1\)"),
         (["fleet.extra_clients=-1"], "at least 0"),
         (["fleet.extra_clients=11"], "num_clients - clients_per_round = 10"),
-        (["strategy=oneshot", "fleet.dropout=0.1"], "asks one cohort"),
+        (
+            ["federated=true", "model=fedlp_cnn", "dataset=digits", "sparsity=0.3", "fleet.dropout=0.1"],
+            "one cohort is asked",
+        ),
     ],
 )
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Federation(compose(overrides))
+        federation_of(compose(overrides))

@@ -146,3 +146,17 @@ def test_a_best_of_nothing_is_refused(call: Call) -> None:
     words = "keep_best=perplexity is no metric of this run; choose one of accuracy, loss, train_loss"
     assert_refused(call(*TINY, "keep_best=perplexity"), words)
     assert_refused(call(*TINY, "objective=bleu"), "objective=bleu is no metric of this run")
+
+
+def test_options_of_training_together(call: Call, tmp_path: Path) -> None:
+    training = (
+        *("local.precision=bfloat16", "local.proximal=0.01", "local.schedule={name:warmup,rounds:2}"),
+        *("task=classification", "task.class_weights=balanced", "task.label_smoothing=0.1"),
+        *("keep_best=accuracy", "callbacks=[{name:early_stopping,patience:2,min_delta:0.5}]", "server_optimizer=yogi"),
+    )
+    code, _, errors = call(*TINY, *training, "num_rounds=9", "hydra.run.dir=run")
+    assert code == 0, errors
+    done = read(tmp_path / "run")
+    assert done.failures == []
+    assert 3 <= len(done.rounds) < 9
+    assert (tmp_path / "run" / "model-best.safetensors").is_file()

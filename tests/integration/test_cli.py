@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedlp import cli
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import aliases
 from fedlp.report import pack_runs
 from tests.integration.running import TINY, Call, Finished, assert_refused, execute, read
@@ -29,7 +29,7 @@ Once = Callable[..., Finished]
         ("+num_round=3", "no option num_round; did you mean num_rounds"),
         ("+strategy.lpr=0.5", "no option strategy.lpr"),
         ("strategy.layer_preserving_rates=0.5", "did you mean strategy.layer_preserving_rate"),
-        ("strategy=fedavg strategy.sparsity=0.9", "no option strategy.sparsity .*; fedlp_plan, oneshot read it"),
+        ("strategy=fedavg strategy.sparsity=0.9", "no option strategy.sparsity .*; fedlp_plan reads it"),
         (
             "strategy=heterofl strategy.layer_preserving_rate=0.1",
             "no option strategy.layer_preserving_rate with strategy=heterofl; fedlp_homo, fedlp_plan read it",
@@ -41,10 +41,10 @@ Once = Callable[..., Finished]
         ("strategy=fedavg strategy.regrow=0.3", "strategy.regrow with strategy=fedavg; fedlp_plan read it"),
         ("upload=topk upload.coarseness=2", "upload.coarseness with upload=topk; int2, int4, int8 read it"),
         ("server_optimizer.beta2=0.9", "with server_optimizer=none; adagrad, adam, yogi read it"),
-        ("strategy=oneshot upload=int8", "strategy=oneshot does not read upload: drop upload=int8"),
-        ("strategy=fedavg pruner=obs", "strategy=fedavg does not read pruner: drop pruner=obs; fedlp_plan, oneshot"),
+        ("strategy=oneshot upload=int8", "fedlp-prune federated=true does not read upload: drop upload=int8"),
+        ("strategy=fedavg pruner=obs", "strategy=fedavg does not read pruner: drop pruner=obs; fedlp_plan"),
         ("lr=0.1", "no option lr; did you mean local.lr"),
-        ("sparsity=0.3", r"no option sparsity; did you mean strategy.sparsity \(of strategy=fedlp_plan or oneshot\)"),
+        ("sparsity=0.3", r"no option sparsity; did you mean strategy.sparsity \(of strategy=fedlp_plan\)"),
         ("coarseness=2", r"did you mean upload.coarseness \(of upload=int2 or int4 or int8\)"),
         ("strategy=fedlp_hom", "no strategy=fedlp_hom; did you mean fedlp_homo"),
         ("strategy.name=fedlp_hom", "no strategy=fedlp_hom; did you mean fedlp_homo"),
@@ -258,8 +258,9 @@ def test_the_command_that_goes_on(call: Call, once: Once, tmp_path: Path) -> Non
 def test_a_run_prints_its_rounds_and_its_result(call: Call, tmp_path: Path) -> None:
     code, out, errors = call(*TINY, "hydra.run.dir=run", "label=mine")
     assert code == 0
-    first, last = out.splitlines()
-    assert re.fullmatch(r"mine: loading digits and fedlp_mlp; 2 rounds with 4 of 6 clients  -> \S+run", first)
+    first, second, last = out.splitlines()
+    assert re.fullmatch(r"loading digits and fedlp_mlp  -> \S+run", first)
+    assert second == "mine: 2 rounds with 4 of 6 clients"
     assert re.fullmatch(r"accuracy \S+  loss \S+  train_loss \S+  up \S+ MB  down \S+ MB  -> \S+run", last)
     assert [line[:15] for line in errors.splitlines()] == ["mine: round 1/2", "mine: round 2/2"]
     files = {path.name for path in (tmp_path / "run").iterdir()}

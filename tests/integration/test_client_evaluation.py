@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
+from fedlp.apps.federate import Federation
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.report import load_run
 from fedlp.training.batches import prepare_inputs
-from tests.integration.running import TINY, Finished, run
+from tests.integration.running import TINY, Finished, read, run
 
 HOLDS = "dataset.client_test_fraction=0.25"
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.5]", "strategy=heterofl")
@@ -97,6 +100,29 @@ def test_with_privacy_only_sums_of_all_are_on_record(once: Callable[..., Finishe
     assert set(done.rounds[-1]["metrics"]) == {"client_accuracy", "client_loss"}
 
 
+def test_a_client_of_one_example_trains_and_is_counted_as_without_test_examples(tmp_path: Path) -> None:
+    config = compose((*TINY, "clients_per_round=6", "num_rounds=1", "evaluation=both", HOLDS))
+    parts = [np.array([0]), *np.array_split(np.arange(1, 120), 5)]
+    Federation(config, parts=parts).run_locally(tmp_path / "run")
+    done = read(tmp_path / "run")
+    (line,) = done.rounds
+    assert line["failures"] == []
+    assert next(cost for cost in line["clients"] if cost["client_id"] == 0)["num_examples"] == 1
+    assert line["absent"] == {"no_test_examples": [0]}
+    assert [one["client_id"] for one in line["evaluations"]] == [1, 2, 3, 4, 5]
+    assert load_run(done.path).rounds[0].absent == {"no_test_examples": (0,)}
+
+
+def test_without_any_test_example_the_run_ends_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = compose((*TINY, "dataset.max_train_examples=6", "num_rounds=1", "evaluation=both", HOLDS))
+    with caplog.at_level(logging.WARNING, "fedlp"):
+        Federation(config).run_locally(tmp_path / "run")
+    (line,) = read(tmp_path / "run").rounds
+    assert "accuracy" in line["metrics"]
+    assert line["absent"] == {"no_test_examples": [0, 1, 2, 3, 4, 5]}
+    assert "none holds out an example" in caplog.text
+
+
 def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) -> None:
     def app(message: Message, context: Context) -> Message:
         reply = assembly.client_app(message, context)
@@ -114,7 +140,10 @@ def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) ->
     ("overrides", "words"),
     [
         (["evaluation=clients"], "dataset.client_test_fraction"),
-        (["evaluation=both", HOLDS, "strategy=oneshot"], "strategy=oneshot"),
+        (
+            ["evaluation=both", HOLDS, "federated=true", "model=fedlp_cnn", "dataset=digits", "sparsity=0.3"],
+            "test set alone",
+        ),
         (["evaluation=nobody"], "evaluation=nobody"),
         (["dataset.client_test_fraction=1"], r"in \[0, 1\)"),
         (["evaluation=clients", HOLDS, "evaluation.tiers=true"], "needs the server's test set"),
@@ -123,4 +152,4 @@ def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) ->
 )
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        assembly.Federation(compose(overrides))
+        assembly.federation_of(compose(overrides))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fedlp import registry
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import PruneConfig, RunConfig, compose, compose_prune, config_dir, from_yaml, to_plain, to_yaml
 from fedlp.config.reading import part_groups
 
@@ -20,7 +20,7 @@ PROMISED = {
     "dataset": "digits cifar10 cifar100 mnist fashion_mnist topics text hf imagefolder csv parquet arrays",
     "task": "auto classification causal_lm regression multi_label sequence_classification",
     "partition": "iid dirichlet shards mixed natural devices column",
-    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp_plan oneshot",
+    "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp_plan",
     "upload": "float32 bfloat16 int8 int4 int2 topk",
     "aggregator": "coverage_average trimmed_mean median krum norm_clipping norm_filter centred_clipping",
     "server_optimizer": "none momentum adam yogi adagrad",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlp import cli
 from fedlp.apps import export as exporting
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import CheckpointError
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint
@@ -210,8 +210,10 @@ def test_what_is_no_run_or_has_no_model_is_one_line(tmp_path: Path, call: Call) 
     assert_refused(call(str(tmp_path), main=cli.export_main), r"is not a run directory \(it has no config\.yaml\)")
     (tmp_path / "config.yaml").write_text(to_yaml(compose(["strategy=heterofl"])))
     assert_refused(call(str(tmp_path), main=cli.export_main), "has no checkpoint yet")
-    (tmp_path / "config.yaml").write_text(to_yaml(compose(["strategy=oneshot"])))
-    assert_refused(call(str(tmp_path), main=cli.export_main), "strategy=oneshot, whose one model is in .*model already")
+    (tmp_path / "config.yaml").write_text(to_yaml(compose(["federated=true", "sparsity=0.3", "model=fedlp_cnn"])))
+    assert_refused(
+        call(str(tmp_path), main=cli.export_main), "is a one-shot pruning, whose one model is in .*model already"
+    )
 
 
 def test_nothing_is_left_where_onnx_is_missing(

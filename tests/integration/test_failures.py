@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.errors import FedLPError, TrainingError
 from fedlp.federation.wire import messages
 from fedlp.training.loop import train_locally

@@ -21,14 +21,14 @@ from tests.integration.running import TINY, Call, assert_refused, command, execu
 def test_a_run_that_trained_nothing(call: Call, tmp_path: Path) -> None:
     code, out, errors = call(*TINY, "num_rounds=1", "local.lr=1e308", "hydra.run.dir=run")
     assert code == 2
-    assert len(out.splitlines()) == 1  # no result
+    assert len(out.splitlines()) == 2  # no result
     words = r"nothing was trained: no round of 1 had a good update; 4 updates failed, most of them \w+, such as: "
     assert_refused((code, "", errors.splitlines()[-1] + "\n"), words)
     assert read(tmp_path / "run").manifest["totals"]["good_rounds"] == 0
 
 
 def test_a_run_with_few_good_rounds_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from fedlp.apps.federate import make_runtime
+    from fedlp.apps.runs import make_runtime
     from fedlp.simulation.flower_apps import settings_of
 
     def breaks_later(message: Message, context: Context) -> Message:
@@ -94,7 +94,7 @@ def test_a_yaml_file_that_cannot_be_read(content: bytes, words: str, call: Call,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("sparsity=0.3", r"did you mean strategy\.sparsity \(of strategy=fedlp_plan or oneshot\)"),
+        ("sparsity=0.3", r"did you mean strategy\.sparsity \(of strategy=fedlp_plan\)"),
         ("lr=0.1", r"did you mean local.lr\?"),
         ("partition=dirichlet partition.alpha=0.001 num_clients=100", r"partition.min_examples \(0 allows clients"),
     ],
@@ -125,14 +125,21 @@ def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_the_first_words_come_before_heavy_imports(tmp_path: Path) -> None:
+def test_the_first_line_comes_before_heavy_imports(tmp_path: Path) -> None:
     code = (
         "import sys; from fedlp import cli; from fedlp.cli import run as job\n"
-        "heavy = {'flwr', 'transformers', 'datasets', 'fedlp.apps'}\n"
-        "def stop(*_): raise SystemExit(' '.join(sorted(heavy & set(sys.modules))) or 0)\n"
-        "job._first_words = stop\ncli.main()"
+        "heavy = {'torch', 'flwr', 'transformers', 'datasets', 'fedlp.apps'}\n"
+        "announce = job._announce\n"
+        "def stop(composed):\n"
+        "    announce(composed); raise SystemExit(' '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+        "job._announce = stop\ncli.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *TINY], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *TINY, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"imported before: {done.stderr}"
+    assert done.stdout == f"loading digits and fedlp_mlp  -> {tmp_path}/run\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.errors import ConfigError
 from fedlp.simulation.flower_apps import read_settings
 from fedlp.simulation.local import LocalGrid

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import FedLPError
 from fedlp.federation.server.checkpoint import ServerState, load_checkpoint, write_atomically

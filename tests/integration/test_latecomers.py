@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.server import roster
 from fedlp.simulation.local import LocalGrid

@@ -11,14 +11,14 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at
 from fedlp.data.examples import Examples, Rows, concatenate
 from fedlp.errors import ConfigError, DataError
 from fedlp.simulation.local import LocalGrid
 from tests.integration.own_images import READS, write_devices, write_images
-from tests.integration.running import TINY, Call, Finished, assert_refused, read
+from tests.integration.running import TINY, Call, Finished, assert_refused, read, run
 
 FOUR = (*TINY, *READS, "num_clients=4", "clients_per_round=4", "strategy=fedavg", "local.lr=0.1", "local.epochs=5")
 
@@ -141,16 +141,32 @@ def test_examples_of_one_file_are_joined_without_a_copy() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["dataset=imagefolder", "dataset.on_devices=true"], "dataset.labels for imagefolder"),
+        (["dataset=imagefolder", "dataset.on_devices=true"], "fedlp describe writes them"),
         (["dataset=digits", "dataset.on_devices=true"], "devices cannot bring their own"),
         ([*READS, "evaluation=both"], r"dataset\.server=PATH"),
-        ([*READS, "strategy=oneshot"], r"dataset\.server=PATH"),
+        ([*READS, "federated=true", "sparsity=0.3", "model=fedlp_cnn"], r"dataset\.server=PATH"),
         (["dataset.server=here"], r"dataset\.on_devices=true too"),
     ],
 )
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        assembly.Federation(compose(overrides))
+        assembly.federation_of(compose(overrides))
+
+
+def test_a_node_with_data_in_a_run_without_is_refused_by_name(
+    tmp_path: Path, devices: dict[int, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    def app(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            context.node_config["data"] = str(devices[0])
+        return assembly.client_app(message, context)
+
+    with caplog.at_level(logging.WARNING, "fedlp"):
+        done = run(tmp_path / "run", *TINY, "clients_per_round=6", "num_rounds=1", app=app)  # type: ignore[arg-type]
+    assert done.rounds[0]["cohort"] == [0, 2, 3, 4, 5]
+    (line,) = (record.getMessage() for record in caplog.records if "cannot take part" in record.getMessage())
+    assert "client 1: the node brings data=" in line
+    assert "dataset.on_devices=true" in line
 
 
 def test_a_simulation_has_no_devices(call: Call) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlp import cli
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import to_yaml
 from fedlp.errors import FedLPError
 from fedlp.federation.oneshot import messages as wire
@@ -24,7 +24,9 @@ from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.wire import messages
 from fedlp.models import state_tensors
 from fedlp.models.language import import_transformers
-from fedlp.pruning.gradients import fisher_sums
+from fedlp.pruning.calibration import choose_half
+from fedlp.pruning.gradients import fisher_sums, pool_fisher
+from fedlp.pruning.layer_statistics import Collector, Collects
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.staged_forward import StagedRun
 from fedlp.pruning.tracing.decoder import is_language_model
@@ -33,7 +35,7 @@ from fedlp.pruning.tracing.widths import cut_model
 from fedlp.training.calibration_data import make_method
 from tests.integration.running import App, Call, Finished, assert_refused, run
 
-ONESHOT = ("strategy=oneshot", "num_clients=3", "clients_per_round=3", "strategy.sparsity=0.4", "simulation.workers=2")
+ONESHOT = ("federated=true", "num_clients=3", "clients_per_round=3", "sparsity=0.4", "simulation.workers=2")
 LLAMA = (
     *("model=llama_tiny", "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2"),
     *("dataset=topics", "dataset.sequence_length=32", "dataset.max_train_examples=90", "dataset.max_test_examples=10"),
@@ -49,6 +51,7 @@ CASES = {
     "slimgpt": (*LLAMA, *SLIMGPT),
     "obs": (*LLAMA, *OBS, "pruner.fisher=false"),
     "obs, fisher": (*LLAMA, *OBS),
+    "obs, shrunk": (*LLAMA, "pruner=obs", "allocator=log_depth"),
     "wanda, diagonals only": (*LLAMA, "pruner=wanda", "allocator=uniform"),
     "cnn, slimgpt": (*CNN, *SLIMGPT),
     "cnn, obs": (*CNN, *OBS, "pruner.fisher=false"),
@@ -68,7 +71,7 @@ def report(done: Finished) -> dict[str, Any]:
 
 
 class Central(Pruner):
-    """A pruner whose Fisher information draws labels by client, as clients do."""
+    """A pruner whose Fisher information draws labels by client, as clients do, and whose halves are of clients."""
 
     def __init__(self, *arguments: Any) -> None:
         *arguments, self.shards = arguments
@@ -76,12 +79,28 @@ class Central(Pruner):
 
     def output_fisher(self, paths: Sequence[str]) -> dict[str, Tensor]:
         is_language = is_language_model(self.model)
+        parts = [(data.batches, data.seed) for data in self.shards]
+        if self.method.shrinks and len(parts) == 1:
+            parts = [(choose_half(batches, half), seed) for batches, seed in parts for half in (1, 2)]
         found = [
-            fisher_sums(self.model, paths, data.batches, torch.Generator().manual_seed(data.seed), not is_language)
-            for data in self.shards
+            fisher_sums(self.model, paths, batches, torch.Generator().manual_seed(seed), not is_language)
+            for batches, seed in parts
         ]
-        labels = sum(count for _, count in found)
-        return {path: sum(sums[path] for sums, _ in found) / labels for path in paths}  # type: ignore[misc]
+
+        def total(path: str, chosen: Sequence[tuple[dict[str, Tensor], int]]) -> tuple[Tensor, int]:
+            return torch.stack([sums[path] for sums, _ in chosen]).sum(dim=0), sum(count for _, count in chosen)
+
+        if self.method.shrinks:
+            return {path: pool_fisher([total(path, found[::2]), total(path, found[1::2])]) for path in paths}
+        return {path: sums / count for path in paths for sums, count in [total(path, found)]}
+
+    def collector(self, dense: nn.Module | None) -> Collects:
+        found = super().collector(dense)
+        if len(self.shards) > 1:
+            assert isinstance(found, Collector)
+            owners = [(number, batch) for number, data in enumerate(self.shards) for batch in data.batches]
+            found._firsts = [torch.full((len(batch),), number % 2 == 0) for number, batch in owners]
+        return found
 
 
 def prune_centrally(done: Finished, clients: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
@@ -116,13 +135,21 @@ def assert_close(done: Finished, expected: dict[str, Tensor], tolerance: float) 
     ],
 )
 def test_pooled_pruning_is_central_pruning_of_the_union(case: str, encoding: str, tolerance: float, once: Once) -> None:
-    done = once(*ONESHOT, *CASES[case], f"strategy.sums={encoding}")
+    done = once(*ONESHOT, *CASES[case], f"sums={encoding}")
     assert done.failures == []
     assert_close(done, prune_centrally(done), tolerance)
 
 
+def test_a_single_client_is_asked_about_halves_of_its_examples(once: Once) -> None:
+    alone = ("num_clients=1", "clients_per_round=1", "strategy.sums=float64")
+    done = once(*ONESHOT, *CASES["obs, shrunk"], *alone)
+    assert done.failures == []
+    assert [client["num_examples"] for client in done.rounds[1]["clients"]] == [8]  # 4 and 4
+    assert_close(done, prune_centrally(done, [0]), 1e-5)
+
+
 def test_what_is_written(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "sums=float32")
     found, layers = report(done), report(done)["layers"]
     assert [line["server_round"] for line in done.rounds] == list(range(1, len(layers) + 1))
     assert all(line["cohort"] == [0, 1, 2] for line in done.rounds)
@@ -152,7 +179,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 # ---- votes
 def test_votes_keep_plain_weights_and_send_next_to_nothing(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.unit_selection=client")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "unit_selection=client")
     assert len(done.rounds) == 1
     assert done.manifest["totals"]["bytes_up"] < 3 * 300
     before = assembly.make_plan(to_yaml(done.config)).initial_params()
@@ -162,7 +189,7 @@ def test_votes_keep_plain_weights_and_send_next_to_nothing(once: Once) -> None:
 
 
 def test_the_vote_of_one_client_is_its_own_pruning(once: Once) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.unit_selection=client", "num_clients=1", "clients_per_round=1")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "unit_selection=client", "num_clients=1", "clients_per_round=1")
     alone = prune_centrally(done, [0])
     name = "model.layers.1.mlp.up_proj.weight"  # computes units, so it is only cut
     assert torch.equal(done.tensors[name], alone[name])
@@ -192,7 +219,7 @@ def claims_too_much(request: Message, honest: Message) -> Message:
 def test_a_bad_client_is_named_and_the_others_go_on(
     fault: Callable[[Message, Message], Message], reason: str, tmp_path: Path
 ) -> None:
-    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float64", app=app_with(fault, wire.MOMENTS, 1))
+    done = run(tmp_path, *ONESHOT, *LLAMA, *SLIMGPT, "sums=float64", app=app_with(fault, wire.MOMENTS, 1))
     assert done.failures == [(number, 1, reason) for number in range(1, len(done.rounds) + 1)]
     assert_close(done, prune_centrally(done, [0, 2]), 1e-5)
 
@@ -216,7 +243,7 @@ def test_a_client_that_lost_its_files_and_its_process_is_sent_everything(tmp_pat
                 shutil.rmtree(out / "clients" / "1")
         return HONEST(message, context)
 
-    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float64")
+    overrides = (*ONESHOT, *LLAMA, *SLIMGPT, "sums=float64")
     whole, done = run(tmp_path / "whole", *overrides), run(tmp_path / "lost", *overrides, app=forgets)
     assert done.failures == []
     assert_close(done, whole.tensors, 1e-9)
@@ -256,7 +283,7 @@ def fresh_process(done: Finished) -> PoolingClient:
 
 
 def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "sums=float32")
     server = Halving(done, tmp_path)
     server.halve(0, 1)
     shutil.copytree(done.path / "clients" / "0", tmp_path, dirs_exist_ok=True)  # as the run before left them
@@ -270,7 +297,7 @@ def test_states_of_another_run_are_no_base(once: Once, tmp_path: Path) -> None:
 def test_damaged_states_are_asked_for_again(
     once: Once, tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.encoding=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "sums=float32")
     server = Halving(done, tmp_path)
     server.halve(0, 1)
     assert not wire.is_lack(server.ask(fresh_process(done), layer=2, has=0))
@@ -284,7 +311,7 @@ def test_damaged_states_are_asked_for_again(
 def test_a_process_that_is_asked_again_goes_on_where_it_was(
     once: Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "sums=float32")
     server, same, steps = Halving(done, tmp_path), fresh_process(done), []
     advance = StagedRun.advance
     monkeypatch.setattr(StagedRun, "advance", lambda self: (steps.append(self.current), advance(self))[1])
@@ -298,29 +325,32 @@ def test_a_process_that_is_asked_again_goes_on_where_it_was(
 
 
 # ---- what cannot be
+SMALL = ("federated=true", "model=fedlp_cnn", "dataset=digits", "sparsity=0.33")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (("pruner=taylor", "allocator=uniform"), "score Taylor needs gradients, which clients do not send"),
         (
             ("allocator=dp",),
-            "allocator needs error_curves, which the server has not; strategy=oneshot takes .*: uniform, depth_line",
+            "allocator needs error_curves, which the server lacks; take a rule .*: uniform, depth_line",
         ),
-        (("allocator=uniform", "strategy.sparsity=0"), "strategy.sparsity=0.0 is not allowed"),
-        (("allocator=uniform", "upload=int8"), "strategy=oneshot does not read upload: drop upload=int8"),
-        (("allocator=uniform", "fleet=tiers"), "a fleet with budgets does not go with strategy=oneshot"),
+        (("allocator=uniform", "sparsity=0"), "sparsity=0.0 is not allowed"),
+        (("allocator=uniform", "upload=int8"), "fedlp-prune federated=true does not read upload: drop upload=int8"),
+        (("allocator=uniform", "fleet=tiers"), "all clients get one model: drop the fleet's budgets"),
     ],
 )
 def test_what_cannot_be_is_one_line(overrides: tuple[str, ...], words: str, call: Call) -> None:
-    assert_refused(call("strategy=oneshot", *overrides, main=cli.main), words)
+    assert_refused(call(*SMALL, *overrides, main=cli.prune_main), words)
 
 
 def test_a_finished_run_is_neither_resumed_nor_overwritten(once: Once, call: Call) -> None:
-    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "strategy.sums=float32")
+    done = once(*ONESHOT, *LLAMA, *SLIMGPT, "sums=float32")
     lines = (done.path / "rounds.jsonl").read_bytes()
-    assert_refused(call(f"resume={done.path}", main=cli.main), "a run of strategy=oneshot cannot be resumed")
-    again = call(*ONESHOT, *LLAMA, *SLIMGPT, f"hydra.run.dir={done.path}", main=cli.main)
+    assert_refused(call(f"resume={done.path}", main=cli.main), "is a one-shot pruning, which cannot be resumed")
+    again = call(*ONESHOT, *LLAMA, *SLIMGPT, f"hydra.run.dir={done.path}", main=cli.prune_main)
     assert_refused(again, "already holds a pruned model")
     assert (done.path / "rounds.jsonl").read_bytes() == lines
-    code, _, errors = call(*ONESHOT, *LLAMA, *SLIMGPT, "dry_run=true", main=cli.main)
+    code, _, errors = call(*ONESHOT, *LLAMA, *SLIMGPT, "dry_run=true", main=cli.prune_main)
     assert (code, errors) == (0, "")

@@ -15,7 +15,7 @@ from flwr.compat.common.recorddict_compat import recorddict_to_fitres
 from flwr.server.workflow import SecAggPlusWorkflow
 from torch import Tensor
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import TrainingError
 from fedlp.federation.wire.messages import encode_update
@@ -113,7 +113,7 @@ def test_an_epsilon_without_a_promise_is_warned_of(caplog: pytest.LogCaptureFixt
         (" ".join([*FEDLP[:1], *FEDLP[2:], "upload.error_feedback=false"]), "needs strategy.sparsity=0"),
         (" ".join([*FEDLP, "upload.error_feedback=false fleet=mixed"]), "a fleet that does not limit uploads"),
         (" ".join([*FEDLP, "upload.error_feedback=false"]), "needs pruner=random: scores of units"),
-        ("strategy=oneshot allocator=uniform", "does not go with strategy=oneshot"),
+        ("federated=true model=fedlp_cnn dataset=digits sparsity=0.3", "clients send sums over their data"),
         ("strategy=fedavg", "bn1.running_mean is an untrained float32 tensor.*model=small_cnn, or model.norm=group"),
         ("strategy=fedavg privacy.epsilon=0", "privacy.epsilon=0"),
         ("strategy=fedavg privacy.clipping_norm=inf", "privacy.clipping_norm=inf"),

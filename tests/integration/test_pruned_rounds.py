@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.strategies.plan_policy import PlanPolicy

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import from_yaml, to_yaml
 from fedlp.errors import CheckpointError, ConfigError
 from tests.integration.running import TINY, TINY_CNN, Finished, command, interruptible, read, run

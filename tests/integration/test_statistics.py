@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ProtocolError
 from fedlp.federation.server.batch_norm_statistics import pool_statistics

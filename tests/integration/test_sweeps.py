@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.integration.running import TINY, Call, read
+from tests.integration.running import TINY, Call, command, execute, read, run
 
 NOTE = "+hydra.callbacks.note._target_=noting.Note"
 NOTING = """
@@ -42,7 +44,7 @@ def test_a_job_returns_its_objective(call: Call, tmp_path: Path, returned: list[
     done = read(tmp_path / "sweep" / "0")
     assert returned == [done.manifest["final_metrics"]["loss"], None]
     first = out.splitlines()[0]
-    assert re.fullmatch(r"job 0 \(.*seed=0 objective=loss\): .* loading digits and fedlp_mlp; .*sweep/0", first)
+    assert re.fullmatch(r"job 0 \(.*seed=0 objective=loss\): loading digits and fedlp_mlp  -> .*sweep/0", first)
     assert errors.count("fedlp: job 1 (") == 1
 
 
@@ -112,3 +114,46 @@ def test_a_job_that_trained_nothing_is_not_finished(call: Call, tmp_path: Path) 
     code, _, errors = call(*line)
     assert code == 2
     assert "sweep/0 holds a run that trained nothing; delete it to try again" in errors
+
+
+# ---- real processes
+EIGHT = (*TINY, "num_rounds=3", "seed=0,1,2,3,4,5,6,7", "hydra.sweep.dir=sweep")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_eight_jobs_goes_on_where_it_was(tmp_path: Path) -> None:
+    jobs = [tmp_path / "sweep" / str(number) for number in range(8)]
+    process = subprocess.Popen(
+        command("fedlp", "-m", *EIGHT), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (jobs[3] / "config.yaml").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()  # in the middle of the fourth job
+    process.wait(30)
+    done = [job for job in jobs if (job / "manifest.json").is_file()]
+    stamps = {job: (job / "model.safetensors").stat().st_mtime_ns for job in done}
+    assert 3 <= len(done) < 8
+    again = execute("fedlp", "-m", *EIGHT, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == len(done)
+    assert stamps == {job: (job / "model.safetensors").stat().st_mtime_ns for job in done}
+    assert [read(job).config.seed for job in jobs] == list(range(8))
+    whole = run(tmp_path / "whole", *TINY, "num_rounds=3", "seed=3")
+    assert read(jobs[3]).model == whole.model
+    assert read(jobs[3]).untimed == whole.untimed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_in_other_processes(launcher: str, tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher", reason="not installed")
+    chosen = [f"hydra/launcher={launcher}", "simulation.workers=1", "seed=0,1", "hydra.sweep.dir=sweep"]
+    done = execute("fedlp", "-m", *TINY, *chosen, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    runs = [read(tmp_path / "sweep" / name) for name in "01"]
+    assert [one.config.seed for one in runs] == [0, 1]
+    failing = execute("fedlp", "-m", *TINY, *chosen[:2], "local.lr=-1,0.1", "hydra.sweep.dir=bad", cwd=tmp_path)
+    assert failing.returncode == 2
+    assert "Traceback" not in failing.stderr
+    assert (tmp_path / "bad" / "1" / "manifest.json").is_file()

@@ -16,7 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from fedlp import cli
+from fedlp.config import compose
+from fedlp.data.datasets import make_reader
 from fedlp.models.transformers_loading import import_transformers
+from fedlp.training.batches import prepare_inputs
 from tests.integration.running import Call, Finished, run
 
 Once = Callable[..., Finished]
@@ -133,10 +136,45 @@ def of_reviews(folder: Path, *more: str) -> tuple[str, ...]:
     return (*SMALL, "dataset=hf", *data, "model=hf", f"model.path={folder}/bert", "local=adam", "local.lr=0.01", *more)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedlp_homo"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_labelled_text_trains_an_encoder(strategy: str, reviews: Path, once: Once) -> None:
     done = once(*of_reviews(reviews, *STRATEGIES[strategy]))
     assert done.rounds[-1]["metrics"]["accuracy"] > 0.95
+
+
+def test_two_texts_have_the_token_types_of_the_tokenizer(reviews: Path, tmp_path: Path, once: Once) -> None:
+    rng = np.random.default_rng(0)
+    words = rng.choice(["day", "book", "meal", "road", "song"], (300, 2))
+    rows = {"one": [f"the {a} was {a}" for a, _ in words], "two": [f"the {b}" for _, b in words]}
+    rows["label"] = [int(a == b) for a, b in words]
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "pairs")
+    columns = ("dataset.text_column=one", "dataset.text_pair_column=two", "dataset.label_column=label")
+    overrides = [*of_reviews(reviews, "strategy=fedavg", *columns), f"dataset.path={tmp_path}/pairs"]
+    overrides.append("dataset.sequence_length=12")
+    reader = make_reader(compose(overrides).dataset)
+    info, data = reader.describe(), reader.load(0)
+    encode = import_transformers().BertTokenizer.from_pretrained(reviews / "bert")
+    known = {
+        tuple(encode(a, b)["input_ids"]): encode(a, b)["token_type_ids"]
+        for a, b in zip(rows["one"], rows["two"], strict=True)
+    }
+    prepared = prepare_inputs(data.test.inputs, info, torch.device("cpu"))
+    assert isinstance(prepared, dict)
+    for ids, types, mask in zip(
+        prepared["input_ids"], prepared["token_type_ids"], prepared["attention_mask"], strict=True
+    ):
+        length = int(mask.sum())
+        assert types[:length].tolist() == known[tuple(ids[:length].tolist())]
+        assert 0 < int(types.sum()) < length
+        assert not types[length:].any()
+    assert run(tmp_path / "run", *overrides, "num_rounds=1", "eval_every=1").rounds[0]["failures"] == []
+
+
+def test_single_texts_have_no_token_types(reviews: Path) -> None:
+    reader = make_reader(compose(of_reviews(reviews)).dataset)
+    prepared = prepare_inputs(reader.load(0).test.inputs[:3], reader.describe(), torch.device("cpu"))
+    assert isinstance(prepared, dict)
+    assert set(prepared) == {"input_ids", "attention_mask"}
 
 
 # ---- images

@@ -58,3 +58,26 @@ def test_a_tracker_of_ones_own(call: Call, tmp_path: Path, monkeypatch: pytest.M
     assert code == 0
     assert errors.count("tracker=follower:Mine failed in round (no room); the run goes on without it\n") == 1
     assert read(tmp_path / "other").model == run.model
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trackers' own packages
+@pytest.mark.parametrize(
+    ("tracker", "package", "pattern"),
+    [
+        (["tracker=tensorboard"], "tensorboard", "**/events.out.tfevents.*"),
+        (["tracker=mlflow"], "mlflow", "mlruns/**/metrics/accuracy"),
+        (["tracker=wandb", "tracker.mode=offline"], "wandb", "wandb/offline-run-*/*.wandb"),
+    ],
+)
+def test_a_run_has_its_tracker(
+    tracker: list[str], package: str, pattern: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    clients = ("evaluation=both", "dataset.client_test_fraction=0.25")
+    code, _, errors = call(*TINY, *tracker, *clients, "hydra.run.dir=run")
+    assert code == 0, errors
+    assert "the run goes on without it" not in errors
+    assert list((tmp_path / "run").glob(pattern))
+    assert (tmp_path / "run" / "report" / "report.html").is_file() or package == "tensorboard"

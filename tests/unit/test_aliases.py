@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.config import aliases, compose, from_yaml
+from fedlp.config import FederatedPruneConfig, aliases, compose, from_yaml
 from fedlp.config.aliases import RENAMED, RENAMED_CHOICES, current_override
 from fedlp.report.packed import read_packed
 
@@ -69,7 +69,7 @@ def test_an_old_choice_is_the_new_one_and_says_so_once(
         ("+strategy.masks=client", "+strategy.unit_selection=client"),
         ("++strategy.encoding=int8", "upload=int8"),
         ("strategy.encoding=int8,int4", "upload=int8,int4"),
-        ("strategy.encoding=float64", "strategy.sums=float64"),
+        ("strategy.encoding=float64", "sums=float64"),
         ("label=fedlp", "label=fedlp"),
     ],
 )
@@ -78,7 +78,14 @@ def test_overrides_keep_their_form(override: str, wanted: str) -> None:
 
 
 def test_sums_of_one_shot_pruning_had_an_encoding() -> None:
-    assert compose(["strategy=oneshot", "strategy.encoding=float64"]).strategy.sums == "float64"
+    config = compose(["strategy=oneshot", "strategy.encoding=float64", "strategy.masks=client"])
+    assert isinstance(config, FederatedPruneConfig)
+    assert (config.sums, config.unit_selection, config.sparsity, config.model.name) == (
+        "float64",
+        "client",
+        0.33,
+        "fedlp_cnn",
+    )
 
 
 # ---- stored configs
@@ -126,7 +133,13 @@ def test_a_config_of_an_earlier_version_is_divided_into_todays_groups() -> None:
 def test_a_one_shot_config_of_an_earlier_version_keeps_the_type_of_its_sums() -> None:
     text = OLD.replace("NAME", "oneshot").replace("ENCODING", "float64").replace("coarseness: 2.0", "coarseness: 1.0")
     config = from_yaml(text)
-    assert (config.strategy.sums, config.strategy.sparsity, config.upload.name) == ("float64", 0.25, "float32")
+    assert isinstance(config, FederatedPruneConfig)
+    assert (config.sums, config.sparsity, config.unit_selection, config.strategy.name) == (
+        "float64",
+        0.25,
+        "client",
+        "fedavg",
+    )
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda path: f"{path.parents[1].name}/{path.name}")

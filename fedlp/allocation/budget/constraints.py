@@ -44,7 +44,7 @@ def round_client(
     Raises
     ------
     AllocationError
-        If a limit is no number above 0 or below what can be reached, a sparsity is not finite, or a layer has no units;
+        If a limit is not positive or out of reach, a sparsity is not finite, or a layer has no units;
         names the client and the limit or layer.
     """
     ranges = make_ranges(layers, bounds, multiple)
@@ -69,7 +69,7 @@ def _row(kept: Mapping[str, int]) -> Array:
 def _client_limits(
     ranges: Mapping[str, Range], costs: CostModel, budget: Budget | None, client_id: int, table: LatencyTable | None
 ) -> Array:
-    """Return the limit on each cost, (len(COSTS),); AllocationError where the fewest units break one."""
+    """Return the limit on each cost, (len(COSTS),); AllocationError if the fewest units exceed one."""
     try:
         limits = costs.limits(budget, table)
     except AllocationError as error:
@@ -83,7 +83,7 @@ def _client_limits(
 def _unreachable(
     client_id: int, costs: CostModel, budget: Budget | None, least: Array, table: LatencyTable | None, num_layers: int
 ) -> AllocationError:
-    """Return the error about the first limit that even the fewest units break."""
+    """Return the error of the first limit that the fewest units exceed."""
     table = table or costs.latency
     for name, value in given_limits(budget):
         reached = least[COSTS.index("macs")] if name == "latency_s" else least[COSTS.index(name)]

@@ -1,4 +1,4 @@
-"""What a choice of units costs under every constraint that a client may have, for many choices at once.
+"""Costs of kept units under every constraint of a client, for many choices at once.
 
 Parameters, MACs, training memory and uploads are polynomials in the units kept with coefficients >= 0, so that each
 rises with every unit. Seconds are a rising function of MACs measured on the device: a limit on them is one on MACs.
@@ -22,7 +22,7 @@ Terms = Mapping[tuple[str, ...], float]  # coefficient of the product of the uni
 COSTS = ("params", "macs", "memory_bytes", "upload_bytes")  # columns of every array of costs and limits
 _MACS = COSTS.index("macs")
 _BYTES = 4.0  # of a float32
-_COPIES = {"sgd": 2.0, "momentum": 3.0, "adam": 4.0}  # weights, gradients and what the optimiser keeps
+_COPIES = {"sgd": 2.0, "momentum": 3.0, "adam": 4.0}  # weights, gradients and what the optimizer keeps
 _CHUNK = 2**18  # monomials held at once; purely a memory optimisation
 
 
@@ -55,13 +55,13 @@ class LatencyTable:
         object.__setattr__(self, "seconds", tuple(np.maximum.accumulate(self.seconds).tolist()))
 
     def time(self, macs: float) -> float:
-        """Return the seconds that so many MACs take."""
+        """Return the seconds for a number of MACs."""
         if macs > self.macs[-1]:
             return self.seconds[-1] * (macs / self.macs[-1])
         return float(np.interp(macs, self.macs, self.seconds))
 
     def most_macs(self, seconds: float) -> float:
-        """Return the most MACs that take no longer; 0 if even the fewest do."""
+        """Return the most MACs within a number of seconds; 0 if the fewest take longer."""
         if seconds < self.seconds[0]:
             return 0.0
         last = int(np.searchsorted(self.seconds, seconds, side="right")) - 1
@@ -77,14 +77,14 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The costs of a model's prunable layers.
+    """Costs of a model's prunable layers.
 
     Attributes
     ----------
     layers : tuple of str
-        Their names: the order of the last axis wherever units are given.
+        Their names, in the order of the last axis of units.
     factors : (terms, degree)
-        Which layers' units each term multiplies, by index; ``len(layers)`` stands for 1 and comes last. Terms of more
+        Indices of the layers whose units each term multiplies; ``len(layers)`` stands for 1, and is last. Terms of more
         layers come first.
     coefficients : (len(COSTS), terms)
     latency : LatencyTable or None
@@ -109,7 +109,7 @@ class CostModel:
         return found.reshape(*kept.shape[:-1], len(COSTS))
 
     def limits(self, budget: Budget | None, table: LatencyTable | None = None) -> Array:
-        """Return the limit on each cost, (len(COSTS),); infinity where there is none.
+        """Return the limit on each cost, (len(COSTS),); infinity for no limit.
 
         Raises
         ------
@@ -161,7 +161,7 @@ def make_costs(
 ) -> CostModel:
     """Return the costs of a model from its footprints.
 
-    Training memory is float32 weights, gradients and optimiser state, and a batch of activations; an upload is all
+    Training memory is float32 weights, gradients and optimizer state, and a batch of activations; an upload is all
     parameters kept.
 
     Parameters
@@ -170,13 +170,13 @@ def make_costs(
         Of the whole model over the layers' axes; MACs and activations are those of one example.
     optimizer : "sgd", "momentum" or "adam"
     upload_bytes : Terms, optional
-        Of what travels for the parameters; as a rule four for each.
+        Encoded bytes of the parameters; four bytes each if absent.
     upload_overhead : float
-        Bytes of a message beside that.
+        Bytes of a message beside the parameters.
     trained : Terms, optional
-        Parameters that have gradients and optimiser state; all where absent.
+        Parameters with gradients and optimizer state; all if absent.
     received : int
-        Further copies of all parameters: the message that a client holds while it trains.
+        Further copies of all parameters: the message that a client holds during training.
     """
     weight_bytes = _BYTES * _COPIES[optimizer]
     sources: tuple[list[tuple[float, Terms]], ...] = (

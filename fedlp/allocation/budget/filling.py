@@ -1,4 +1,4 @@
-"""Greedy filling: layers are given units back, one step at a time, as long as these fit."""
+"""Greedy filling: units are added back to layers, one step at a time, while they fit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Kept = dict[str, int]  # units kept, by layer name
 
 
 def fill_units(kept: Kept, order: Iterable[str], step: Callable[[str, int], int], fits: Callable[[Kept], bool]) -> None:
-    """Grow layers in place until none can grow any more.
+    """Grow layers in place until none can grow.
 
-    Costs must rise with the units of every layer: a step that does not fit never will, so that the layer is not tried
+    Costs must rise with the units of every layer: a step that does not fit never will, so the layer is not tried
     again.
 
     Parameters
@@ -18,10 +18,10 @@ def fill_units(kept: Kept, order: Iterable[str], step: Callable[[str, int], int]
     kept : dict
         Units kept of each layer.
     order : iterable of str
-        Layers to try, one after the other; each comes as often as it is to be tried. May be endless, and may depend on
+        Layers to try, in turn, with repetitions. May be endless, and may depend on
         ``kept`` as it grows.
     step : callable
-        Returns the size of the next step of a layer that keeps a number of units; 0 where there is none.
+        Returns the size of the next step of a layer from a number of units; 0 if there is none.
     fits : callable
         Returns whether a choice of units is within the limits.
     """

@@ -1,7 +1,7 @@
-"""From fractional units to whole ones, in multiples that hardware may like.
+"""Rounding of fractional units to whole ones, in multiples for hardware.
 
-Where a multiple is asked for, a layer keeps a multiple of it, or all its units; any count where its bounds or the
-limits leave neither, or where it has fewer than two multiples.
+With a multiple, a layer keeps a multiple of it, or all its units; any count if its bounds or the
+limits leave neither, or if it has fewer than two multiples.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fedlp.allocation.budget.filling import Kept, fill_units
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 
-Bounds = Mapping[str, tuple[float, float]]  # least and highest sparsity; from 0 to all units but one where absent
+Bounds = Mapping[str, tuple[float, float]]  # least and highest sparsity; from 0 to all units but one if absent
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Units that one layer may keep.
+    """Range of units that one layer may keep.
 
     Attributes
     ----------
     units, least, most : int
-        Units that there are, that stay in any case, and that may stay.
+        All units, the fewest and the most that may stay.
     multiple : int
-        A layer that does not keep all units keeps a multiple of it; 1 where any count will do.
+        Divisor of a partial number of units; 1 for any count.
     price : float
         Parameters of one unit.
     """
@@ -41,21 +41,21 @@ class Range:
     price: float
 
     def step(self, count: int) -> int:
-        """Return how far it is from so many units to the next multiple, or to all units; 0 where neither may stay."""
+        """Return the step from a number of units to the next multiple, or to all units; 0 if neither may stay."""
         after = (count // self.multiple + 1) * self.multiple
         if after > self.most:
             after = self.units if self.most == self.units else count
         return after - count
 
     def floor(self, wanted: float) -> int:
-        """Return the most units that may stay and are no more than those wanted: a multiple, or all, where that is."""
+        """Return the most units in range that do not exceed the wanted number: a multiple, or all, if possible."""
         count = min(max(math.floor(wanted), self.least), self.most)
         lower = count // self.multiple * self.multiple
         return lower if lower >= self.least and count < self.units else count
 
 
 def make_ranges(layers: Sequence[PrunableLayer], bounds: Bounds | None = None, multiple: int = 1) -> dict[str, Range]:
-    """Return how many units each layer has, must keep and may keep, and of which multiple; by layer name."""
+    """Return the range of units of each layer, by layer name."""
     if multiple < 1:
         raise AllocationError(f"units are to be kept in multiples of {multiple}; choose a whole number of at least 1")
     found = {}
@@ -75,10 +75,10 @@ def make_ranges(layers: Sequence[PrunableLayer], bounds: Bounds | None = None, m
 
 
 def round_to_fit(ranges: Mapping[str, Range], wanted: Mapping[str, float], fits: Callable[[Kept], bool]) -> Kept:
-    """Return whole units: those wanted rounded down, then one step more wherever that fits.
+    """Return whole units: the wanted number rounded down, then one step more where it fits.
 
     A step leads to the layer's next multiple, or to all its units. Layers that are below their first multiple go first,
-    then those that lack least of their next one; what is left goes to the cheapest units, one step of each layer at a
+    then those closest to their next one; the rest goes to the cheapest units, one step of each layer at a
     time. Last, layers that did not reach a multiple take single units. A step that does not fit never will, as costs
     only rise, so that in the end no layer could keep one more. Ties go by the layers' names, so that their order does
     not matter.
@@ -86,7 +86,7 @@ def round_to_fit(ranges: Mapping[str, Range], wanted: Mapping[str, float], fits:
     Parameters
     ----------
     wanted : mapping from layer name to float
-        Fractional units, which fit when they are rounded down.
+        Fractional units, within the limits after rounding down.
     """
     kept = {name: layer.floor(wanted[name]) for name, layer in ranges.items()}
     _grow(ranges, kept, wanted, fits)

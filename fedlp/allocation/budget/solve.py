@@ -1,4 +1,4 @@
-r"""From a shape over layers to whole units that meet a budget.
+r"""Solution of a budget: whole units from a shape over layers.
 
 The sparsity of layer i is :math:`s_i = \operatorname{clip}(\mu + a z_i, 0, 1 - 1/n_i)`: a rule gives the shape z, and
 :math:`\mu` is the least that meets the budget, found by bisection as every cost falls with it. At least one unit of
@@ -22,7 +22,7 @@ _STEPS = 200  # of a bisection; it ends before, when the interval cannot be halv
 def solve_budget(
     layers: Sequence[PrunableLayer], shape: Mapping[str, float], amplitude: float, cost: Cost, limit: float
 ) -> dict[str, float]:
-    """Return the sparsity of each layer, met to rounding error before it is rounded to whole units.
+    """Return the sparsity of each layer; the budget is met to rounding error before rounding to whole units.
 
     Parameters
     ----------
@@ -33,12 +33,12 @@ def solve_budget(
     cost : callable
         Cost of a choice of (fractional) units kept.
     limit : float
-        What it may cost.
+        Largest cost.
 
     Raises
     ------
     AllocationError
-        If the shape is not finite, or the limit is below what one unit of every layer costs; names that cost.
+        If the shape is not finite, or the limit is below the cost of one unit of every layer; names that cost.
     """
     for layer in layers:
         if not -float("inf") < shape[layer.name] < float("inf"):
@@ -66,7 +66,7 @@ def solve_budget(
 
 
 def check_reachable(layers: Sequence[PrunableLayer], cost: Cost, limit: float) -> None:
-    """Raise AllocationError if even one unit per layer costs more than the limit."""
+    """Raise AllocationError if one unit per layer exceeds the limit."""
     least = cost({layer.name: 1.0 for layer in layers})
     if least > limit:
         raise AllocationError(

@@ -1,4 +1,4 @@
-r"""AlphaPruning (Lu et al., NeurIPS 2024): layers whose spectrum has a lighter tail lose more.
+r"""AlphaPruning (Lu et al., NeurIPS 2024): layers with a lighter-tailed spectrum are pruned more.
 
 .. math:: s_i = \eta (1 - e + 2 e z_i), \qquad e = 0.3, \qquad z = n(\text{power-law exponent of the spectrum}),
 
@@ -31,12 +31,12 @@ _SPREAD = 0.3
 @register("allocator", "alphapruning")
 @dataclass(frozen=True)
 class AlphaPruning:
-    """Layers whose spectrum has a lighter tail lose more (AlphaPruning).
+    """Higher sparsity for layers with a lighter-tailed spectrum (AlphaPruning).
 
     Attributes
     ----------
     amplitude : float or None
-        Range of the sparsities over the layers, in [0, 2]; the published one where None.
+        Range of the sparsities over the layers, in [0, 2]; the published one if None.
     """
 
     amplitude: float | None = None

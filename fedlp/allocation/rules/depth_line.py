@@ -22,7 +22,7 @@ class DepthLine:
     Attributes
     ----------
     amplitude : float or None
-        Rise of the sparsity from the first layer to the last, in [0, 2]; 0.6 times the mean sparsity where None.
+        Rise of the sparsity from the first layer to the last, in [0, 2]; 0.6 times the mean sparsity if None.
     """
 
     amplitude: float | None = None

@@ -1,4 +1,4 @@
-r"""DLP (Chen et al., ICML 2025): layers with a higher median of Wanda's metric lose more.
+r"""DLP (Chen et al., ICML 2025): higher sparsity for layers with a higher median of Wanda's metric.
 
 .. math:: z = n(\text{median of Wanda's metric}), \qquad a = 2 \alpha(S) = 0.08, 0.2, 0.3 \text{ at } S = 0.5, 0.6, 0.7.
 
@@ -28,12 +28,12 @@ _SPARSITIES, _AMPLITUDES = (0.5, 0.6, 0.7), (0.08, 0.2, 0.3)  # 2 α
 @register("allocator", "dlp")
 @dataclass(frozen=True)
 class Dlp:
-    """Layers with a higher median of Wanda's metric lose more (DLP).
+    """Higher sparsity for layers with a higher median of Wanda's metric (DLP).
 
     Attributes
     ----------
     amplitude : float or None
-        Range of the sparsities over the layers, in [0, 2]; that of the paper's table where None.
+        Range of the sparsities over the layers, in [0, 2]; that of the paper's table if None.
     """
 
     amplitude: float | None = None

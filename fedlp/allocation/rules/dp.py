@@ -1,4 +1,4 @@
-r"""Dynamic programme over error curves: the least sum of the layers' losses within the budget."""
+r"""Dynamic programme over error curves: least sum of the layers' losses within the budget."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def allocate_by_curves(
 
     Minimises :math:`\sum_i \ell_i(k_i) + \lambda c_i (n_i - k_i)` layer by layer, as a Lagrangian; :math:`\lambda` is
     the least multiplier that meets the limit. Unit costs :math:`c_i` are those near the solution, found in a few
-    rounds. Where the cost is the largest of several loads, that of one alone would be met by units that cost another
+    rounds. If the cost is the largest of several loads, that of one alone would be met by units that cost another
     little: in later rounds unit costs are means over the rounds, in which the loads take turns (a subgradient of the
-    largest). What comes out is the best of all rounds.
+    largest). The result is the best of all rounds.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def _refill(
     cost: Cost,
     limit: float,
 ) -> dict[str, int]:
-    """Give back units where that lowers the loss most per cost, as long as one fits."""
+    """Add back the units that lower the loss most per cost, while one fits."""
     filled, units = dict(kept), {layer.name: layer.num_units for layer in layers}
 
     def relief(name: str, before: float) -> float:

@@ -33,14 +33,14 @@ from fedlp.types import PrunableLayer
 @register("allocator", "dsa")
 @dataclass(frozen=True)
 class Dsa:
-    """An allocation function of layer statistics: DSA's published chain, or one that fedlp-search found.
+    """Allocation function of layer statistics: DSA's published chain, or one found by fedlp-search.
 
     Attributes
     ----------
     path : str or None
-        File of ``fedlp-search``; the published chain where None.
+        File of ``fedlp-search``; the published chain if None.
     amplitude : float or None
-        Range of the sparsities over the layers, in [0, 2]; 0.16, or the file's, where None.
+        Range of the sparsities over the layers, in [0, 2]; 0.16, or the file's, if None.
     """
 
     path: str | None = None

@@ -30,7 +30,7 @@ class Erk:
     Attributes
     ----------
     amplitude : float or None
-        Range of the sparsities over the layers, in [0, 2]; what the densities span where None.
+        Range of the sparsities over the layers, in [0, 2]; the range of the densities if None.
     """
 
     amplitude: float | None = None

@@ -18,7 +18,7 @@ from fedlp.types import PrunableLayer
 @register("allocator", "flap")
 @dataclass(frozen=True)
 class Flap:
-    """Units of all layers in one row, the lowest standardised scores first (FLAP)."""
+    """Global ranking of all units by standardised scores, lowest pruned first (FLAP)."""
 
     needs = frozenset({"unit_scores"})
 
@@ -30,7 +30,7 @@ class Flap:
 def allocate_pooled(
     layers: Sequence[PrunableLayer], scores: Mapping[str, NDArray[np.floating[Any]]], cost: Cost, limit: float
 ) -> dict[str, int]:
-    """Return the units kept of each layer if all units stand in one row, the lowest standardised scores first (FLAP).
+    """Return the units kept of each layer by a global ranking of standardised scores, lowest pruned first (FLAP).
 
     Scores are standardised layer by layer; units go from the lowest on until the limit is met, and at least one of each
     layer stays.

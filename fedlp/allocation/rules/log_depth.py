@@ -24,7 +24,7 @@ class LogDepth:
     Attributes
     ----------
     amplitude : float or None
-        Rise of the sparsity from the first layer to the last, in [0, 2]; that of the published curves where None.
+        Rise of the sparsity from the first layer to the last, in [0, 2]; that of the published curves if None.
     """
 
     amplitude: float | None = None

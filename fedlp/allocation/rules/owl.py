@@ -1,4 +1,4 @@
-r"""OWL (Yin et al., ICML 2024): layers with more outliers of Wanda's metric keep more.
+r"""OWL (Yin et al., ICML 2024): lower sparsity for layers with more outliers of Wanda's metric.
 
 .. math:: z = 1 - n(\text{fraction of elements above 5 times the mean}), \qquad a = 2 \lambda = 0.16,
 
@@ -6,7 +6,7 @@ with n the min-max normalisation over the layers.
 
 Deviations
 ----------
-The budget is met on the real costs, where the paper takes an unweighted mean over blocks; a layer is what units are
+The budget is met on the real costs, where the paper takes an unweighted mean over blocks; a layer is a width axis,
 removed from, not a decoder block.
 """
 
@@ -28,12 +28,12 @@ _AMPLITUDE = 0.16  # 2 λ
 @register("allocator", "owl")
 @dataclass(frozen=True)
 class Owl:
-    """Layers with more outliers of Wanda's metric keep more (OWL).
+    """Lower sparsity for layers with more outliers of Wanda's metric (OWL).
 
     Attributes
     ----------
     amplitude : float or None
-        Range of the sparsities over the layers, in [0, 2]; 0.16 where None.
+        Range of the sparsities over the layers, in [0, 2]; 0.16 if None.
     """
 
     amplitude: float | None = None

@@ -16,7 +16,7 @@ from fedlp.types import PrunableLayer
 @register("allocator", "plan")
 @dataclass(frozen=True)
 class PlanFile:
-    """Sparsities of a file, shifted until the budget is met; layers that it leaves out have 0.
+    """Sparsities of a file, shifted until the budget is met; 0 for layers absent from it.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class PlanFile:
             raise ConfigError("allocator=plan needs allocator.path: a YAML or JSON file, layer name -> sparsity")
 
     def __call__(self, layers: Sequence[PrunableLayer], evidence: Evidence, cost: Cost, limit: float) -> dict[str, int]:
-        """Return the units kept of each layer; AllocationError where the file does not fit the model."""
+        """Return the units kept of each layer; AllocationError if the file does not fit the model."""
         stored = read_mapping(str(self.path))
         names = [layer.name for layer in layers]
         for name, value in stored.items():

@@ -1,7 +1,7 @@
-"""Searching for how to spread sparsity: evolution and random search over any space of candidates, at equal evaluations.
+"""Search over allocation candidates: evolution and random search at equal evaluations.
 
-DSA (Li et al., NeurIPS 2024) evolves allocation functions. Here a candidate counts once, however many functions give
-its sparsities; what is degenerate is rejected before it costs an evaluation; and only those that are promising on a
+DSA (Li et al., NeurIPS 2024) evolves allocation functions. Here a candidate counts once, even if many functions give
+its sparsities; degenerate ones are rejected before an evaluation; and only candidates that are promising on a
 part of the data are measured on all of it (successive halving). The same seed gives the same search, for any number of
 workers.
 """
@@ -24,16 +24,16 @@ _PROMISING = 4  # one in so many is measured on all the data
 
 
 class Space(Protocol[T]):
-    """What is searched."""
+    """Protocol of a search space."""
 
     def draw(self, rng: np.random.Generator) -> T:
         """Return a random candidate."""
 
     def mutate(self, candidate: T, rng: np.random.Generator) -> T:
-        """Return a candidate that differs a little."""
+        """Return a candidate that differs slightly."""
 
     def cross(self, first: T, second: T, rng: np.random.Generator) -> T:
-        """Return a candidate that has something of both."""
+        """Return a candidate that combines both."""
 
     def plans(self, candidate: T) -> Sequence[Plan] | None:
         """Return the plan at each budget, or None if the candidate is degenerate."""
@@ -55,7 +55,7 @@ class Trial(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How long and how a space is searched.
+    """Length and method of a search.
 
     Attributes
     ----------
@@ -80,14 +80,14 @@ def search(
     observe: Callable[[Trial[T]], None] = lambda _: None,
     first: Sequence[T] = (),
 ) -> list[Trial[T]]:
-    """Return all trials in the order in which they were made; fewer than asked for where the space is exhausted.
+    """Return all trials in order; fewer than requested if the space is exhausted.
 
     Parameters
     ----------
     fitness : callable
         Gives the fitness of many candidates at once; it may run them in parallel.
     observe : callable
-        Is told of each trial.
+        Called with each trial.
     first : sequence of candidates
         Tried before any others.
     """
@@ -121,7 +121,7 @@ def _propose(
     wanted: int,
     rng: np.random.Generator,
 ) -> list[tuple[T, Sequence[Plan]]]:
-    """Return new candidates with their plans; none that prunes like one before it."""
+    """Return new candidates with their plans; none prunes like an earlier one."""
     batch: list[tuple[T, Sequence[Plan]]] = []
     for _ in range(_ATTEMPTS * wanted):
         if len(batch) == wanted:
@@ -162,12 +162,12 @@ def _measure(space: Space[T], batch: Sequence[tuple[T, Sequence[Plan]]], fitness
 
 
 class VectorSpace:
-    """Sparsities as such, one number per layer, around those of a hand rule: what functions have to beat.
+    """Direct sparsities, one number per layer, around a hand-written rule's: the baseline of functions.
 
     Parameters
     ----------
     start : mapping from layer name to float
-        The hand rule's sparsities.
+        Sparsities of the hand-written rule.
     solve : callable
         Gives the plan at each budget for a shape over layers, or None.
     scale : float

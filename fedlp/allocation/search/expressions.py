@@ -1,4 +1,4 @@
-r"""Allocation functions as small typed trees: from the statistics of the layers to how sparsity is spread.
+r"""Allocation functions as small typed trees over the statistics of layers.
 
 ``add(sq(minmax(wanda,log,var)),depth)`` is one: a leaf takes a number per layer from the table of
 ``fedlp.allocation.layer_metrics`` and normalises it over the layers; unary and binary operations follow. The values,
@@ -16,7 +16,7 @@ tanh         as it says
 add mul max  as they say; their operands' order does not matter, and is sorted
 ============ =========================================================================================================
 
-All operations are total. What is constant over the layers, or too large for a number, is degenerate.
+All operations are total. An expression that is constant over the layers, or overflows, is degenerate.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FLAT = 1e-9  # spreads below this are rounding errors
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """An allocation function: a tree for the shape, and how far sparsities are spread at a mean sparsity of S.
+    """Allocation function: a tree for the shape, and the range of sparsities at a mean sparsity of S.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Expression:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Expression:
-        """Return the function of :meth:`to_config`; raise AllocationError, saying what is wrong, if it is none."""
+        """Return the function of :meth:`to_config`; AllocationError with the fault if the values are invalid."""
         for name in ("function", "amplitude", "power"):
             if name not in config:
                 raise AllocationError(f"an allocation function needs {name}; it has {', '.join(config) or 'nothing'}")
@@ -88,7 +88,7 @@ class Expression:
 
 
 def canonical(node: Node) -> Node:
-    """Return an equal tree in the form that all trees share which differ from it in nothing but writing."""
+    """Return the canonical form of a tree, shared by all trees that differ in notation alone."""
     match node:
         case Unary():
             return _canonical_unary(node.op, canonical(node.child))
@@ -116,7 +116,7 @@ def _canonical_unary(op: UnaryName, child: Node) -> Node:
 
 
 def _folded(node: Unary | Binary) -> Node:
-    """Return the constant that a tree of constants comes to, any other tree as it is."""
+    """Return the constant value of a tree of constants; any other tree unchanged."""
     children = (node.child,) if isinstance(node, Unary) else (node.left, node.right)
     if not all(isinstance(child, Constant) for child in children):
         return node
@@ -142,7 +142,7 @@ def evaluate(expression: Expression, statistics: Sequence[LayerStatistics]) -> d
     Raises
     ------
     AllocationError
-        If the expression is degenerate for these layers, or reads what their statistics lack.
+        If the expression is degenerate for these layers, or reads statistics that they lack.
     """
     values = _values(expression.root, statistics)
     if _is_flat(values):

@@ -1,6 +1,6 @@
-"""The trees of allocation functions, and their text: ``add(sq(minmax(wanda,log,var)),depth)``.
+"""Trees of allocation functions, and their text: ``add(sq(minmax(wanda,log,var)),depth)``.
 
-What each part means is told in ``fedlp.allocation.search.expressions``.
+``fedlp.allocation.search.expressions`` defines each node.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOKEN = re.compile(r"\s*([(),]|[^\s(),]+)")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number per layer from the table, normalised over the layers."""
+    """Number per layer from the table, normalised over the layers."""
 
     norm: Norm
     key: Key
@@ -37,21 +37,21 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """What else is known of a layer."""
+    """Other scalar of a layer."""
 
     name: ScalarName
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """The same number for all layers."""
+    """Equal number for all layers."""
 
     value: float
 
 
 @dataclass(frozen=True, slots=True)
 class Unary:
-    """An operation on one tree."""
+    """Operation on one tree."""
 
     op: UnaryName
     child: Node
@@ -59,7 +59,7 @@ class Unary:
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """An operation on two trees, in which their order does not matter."""
+    """Commutative operation on two trees."""
 
     op: BinaryName
     left: Node
@@ -85,7 +85,7 @@ def format_node(node: Node) -> str:
 
 
 def children(node: Node) -> tuple[Node, ...]:
-    """Return the trees that a tree's operation takes."""
+    """Return the operands of a tree's operation."""
     match node:
         case Unary():
             return (node.child,)
@@ -96,7 +96,7 @@ def children(node: Node) -> tuple[Node, ...]:
 
 
 def height(node: Node) -> int:
-    """Return the levels of a tree; that of a leaf is 1."""
+    """Return the levels of a tree; 1 for a leaf."""
     return 1 + max((height(child) for child in children(node)), default=0)
 
 
@@ -106,7 +106,7 @@ def parse_node(text: str) -> Node:
     Raises
     ------
     AllocationError
-        If it is none; names the position and what could stand there.
+        If the text is invalid; names the position and the expected tokens.
     """
     return _Parser(text).parse()
 

@@ -1,4 +1,4 @@
-"""Random allocation functions, and new ones from old ones: what an evolution over them needs.
+"""Random allocation functions, mutation and crossover.
 
 All are right in their types, at most ``MAX_DEPTH`` levels high if their parents are, and in canonical form.
 """
@@ -40,14 +40,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What leaves may read."""
+    """Values that leaves may read."""
 
     keys: tuple[Key, ...] = KEYS
     scalars: tuple[ScalarName, ...] = SCALARS
 
     @classmethod
     def of(cls, statistics: Sequence[LayerStatistics]) -> Vocabulary:
-        """Return what these layers have: the keys of all tables, sensitivity and curve only where all have one."""
+        """Return the values of these layers: keys of all tables; sensitivity and curve only if all layers have them."""
         keys = tuple(key for key in KEYS if all(key in layer.table for layer in statistics))
         return cls(keys, tuple(name for name in SCALARS if not any(np.isnan(getattr(x, name)) for x in statistics)))
 
@@ -76,7 +76,7 @@ def mutate(expression: Expression, rng: np.random.Generator, vocabulary: Vocabul
 
 
 def crossover(one: Expression, other: Expression, rng: np.random.Generator) -> Expression:
-    """Return ``one`` with a subtree of ``other`` in place of one of its own, and the amplitude of either."""
+    """Return ``one`` with one subtree replaced by one of ``other``, and the amplitude of either."""
     path, _ = _pick([found for found in _walk(one.root) if len(found[0]) < MAX_DEPTH], rng)
     fitting = [node for _, node in _walk(other.root) if height(node) <= MAX_DEPTH - len(path)]
     source = _pick([one, other], rng)
@@ -117,7 +117,7 @@ def _altered(node: Node, rng: np.random.Generator, words: Vocabulary) -> Node:
 
 
 def _walk(node: Node, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Node]]:
-    """Yield every subtree with the way to it from the root."""
+    """Yield every subtree with its path from the root."""
     yield path, node
     for place, child in enumerate(children(node)):
         yield from _walk(child, (*path, place))

@@ -1,4 +1,4 @@
-"""Partitioners: how the training examples are spread over clients, one file each.
+"""Partitioners of the training examples among clients, one file each.
 
 A partitioner is registered as ``@register("partition", NAME)``: a frozen dataclass whose fields are its options, or a
 function. Called with those of ``train``, ``num_clients``, ``rng``, ``seed`` and ``kinds`` that it takes, it gives the

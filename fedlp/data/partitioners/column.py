@@ -1,4 +1,4 @@
-"""Each value of a column a client."""
+"""Partition by a column: one client for each value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlp.registry import register
 @register("partition", "column")
 @dataclass(frozen=True)
 class Column:
-    """Each value of the data set's column of clients a client; clients are in the order of the values."""
+    """One client for each value of the data set's client column, in the order of the values."""
 
     def __call__(self, train: Examples, num_clients: int) -> Owners:
         """Return the client of every example."""

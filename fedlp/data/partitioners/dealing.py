@@ -13,7 +13,7 @@ Owners = NDArray[np.int64]
 
 
 def classes_of(train: Examples, name: str) -> NDArray[np.int64]:
-    """Return the class of every example; DataError where the targets are no classes."""
+    """Return the class of every example; DataError if targets are not classes."""
     if train.targets.ndim != 1 or train.targets.is_floating_point():
         raise DataError(
             f"partition={name} divides classes, but each example has values or several labels; choose partition=iid, "
@@ -23,13 +23,13 @@ def classes_of(train: Examples, name: str) -> NDArray[np.int64]:
 
 
 def check_mixrate(mixrate: float) -> None:
-    """Raise ConfigError where a share is none."""
+    """Raise ConfigError for a share outside [0, 1]."""
     if not 0 <= mixrate <= 1:
         raise ConfigError(f"partition.mixrate is {mixrate}; it must be in [0, 1]")
 
 
 def deal_some(count: int, num_clients: int, share: float, rng: np.random.Generator) -> tuple[Owners, Owners]:
-    """Deal a share of the examples at random; return the owners, of the others yet unset, and the others' indices."""
+    """Deal a share of the examples at random; return all owners, unset for the rest, and the indices of the rest."""
     dealt, rest = np.split(rng.permutation(count), [round(share * count)])
     owners: Owners = np.empty(count, dtype=np.int64)
     owners[dealt] = np.arange(len(dealt)) % num_clients

@@ -39,16 +39,16 @@ class Devices:
 def device_owners(
     targets: NDArray[np.int64], kinds: NDArray[np.int64], mixrate: float, rng: np.random.Generator
 ) -> Owners:
-    """Give each kind of device classes of its own: what narrow clients have seen, others may never see.
+    """Give each kind of device its own classes, which other kinds may never see.
 
     A fraction ``mixrate`` of the examples, sorted by class (classes in random order), is cut into one piece for each
     kind, in proportion to its clients, among whom each class of it is dealt evenly; all other examples are dealt at
-    random to all. All clients get equally many, but for rounding.
+    random to all. All clients get equally many, up to rounding.
 
     Parameters
     ----------
     kinds : (num_clients,) int64
-        Which kind of device each client is.
+        Kind of device of each client.
     """
     owners, rest = deal_some(len(targets), len(kinds), 1 - mixrate, rng)
     _, classes = np.unique(targets, return_inverse=True)

@@ -48,8 +48,8 @@ def mixed_owners(
     Deviations
     ----------
     FedLP's code takes the random examples from the front of the data set and cuts the shards from all of it, so that
-    about 5 % of the examples are given twice and as many to nobody. Here the random part is a random subset, the shards
-    are cut from what is left, and each example has exactly one owner.
+    about 5 % of the examples are given twice and as many to no client. Here the random part is a random subset, the
+    shards are cut from the rest, and each example has exactly one owner.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from fedlp.registry import register
 @register("partition", "natural")
 @dataclass(frozen=True)
 class Natural:
-    """Each natural owner (document, speaker, writer) a client's own; the smaller ones are merged."""
+    """One client for each natural owner (document, speaker, writer); the smaller owners are merged."""
 
     def __call__(self, train: Examples, num_clients: int) -> Owners:
         """Return the client of every example."""

@@ -35,7 +35,7 @@ class Shards:
 
 
 def check_shards(shards_per_client: int) -> None:
-    """Raise ConfigError where there is no shard."""
+    """Raise ConfigError for less than one shard per client."""
     if shards_per_client < 1:
         raise ConfigError(f"partition.shards_per_client is {shards_per_client}; it must be at least 1")
 

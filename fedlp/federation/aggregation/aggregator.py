@@ -1,4 +1,4 @@
-"""Protocol of aggregators, and the aggregator of all published methods here: the coverage average."""
+"""Protocol of aggregators, and the coverage average, which all published methods here use."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Accumulator(Protocol):
         """
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the new global values, and the fraction of each tensor's entries that somebody returned.
+        """Return the new global values, and the fraction of each tensor's entries returned by at least one client.
 
-        Entries that nobody returned have their old bits.
+        Entries without an update keep their old bits.
         """
 
     def covered(self, name: str) -> bool | Tensor:
-        """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
+        """Return whether each entry has an update: True or False for all, else booleans of the tensor's shape."""
 
 
 class Aggregator(Protocol):

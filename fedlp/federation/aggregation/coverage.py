@@ -1,4 +1,4 @@
-"""Which entries of a tensor an update covers, and how much weight lies behind each entry.
+"""Coverage of a tensor: entries of each update, and the total weight of each entry.
 
 A choice of indices is one Keep per dimension: a product of runs, so a union of rectangles. No mask of a tensor's own
 size is made while updates come in.
@@ -24,12 +24,12 @@ _MIN_RECTANGLE = 4096  # numbers: below this on average, one step over the whole
 
 
 class Region:
-    """The part of a tensor that an update covers; this one is all of it.
+    """Part of a tensor that an update covers; this class covers all of it.
 
     Attributes
     ----------
     keeps : tuple of Keep, or None
-        What stays of each dimension; None for the whole tensor.
+        Kept indices of each dimension; None for the whole tensor.
     """
 
     def __init__(self, keeps: Keeps | None = None) -> None:
@@ -37,7 +37,7 @@ class Region:
         self.shape = None if keeps is None else tuple(keep.count for keep in keeps)
 
     def pieces(self, values: Tensor, total: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield disjoint views of ``total`` and what the update adds to each.
+        """Yield disjoint views of ``total`` and the update's addend of each.
 
         Parameters
         ----------
@@ -50,7 +50,7 @@ class Region:
 
 
 class Slices(Region):
-    """A region of few rectangles, each of which is a view."""
+    """Region of few rectangles, each a view."""
 
     def __init__(self, keeps: Keeps) -> None:
         super().__init__(keeps)
@@ -62,7 +62,7 @@ class Slices(Region):
         ]
 
     def pieces(self, values: Tensor, total: Tensor, lo: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what lies in ``total`` of every rectangle."""
+        """Yield the view of ``total`` of every rectangle."""
         hi = lo + total.shape[0]
         for (start, stop, before), into, of in self._rectangles:
             top, end = max(start, lo), min(stop, hi)
@@ -72,7 +72,7 @@ class Slices(Region):
 
 
 class Scatter(Region):
-    """A region of many small rectangles: values are spread over all of ``total``, with -0.0, which changes no sum."""
+    """Region of many small rectangles: values are scattered over all of ``total``, with -0.0, which changes no sum."""
 
     def __init__(self, keeps: Keeps) -> None:
         super().__init__(keeps)
@@ -93,7 +93,7 @@ WHOLE = Region()
 
 
 def region(keeps: Keeps | None) -> Region:
-    """Return the region of a choice of indices; None is the whole tensor."""
+    """Return the region of kept indices; None is the whole tensor."""
     return WHOLE if keeps is None else _region(keeps)
 
 
@@ -107,7 +107,7 @@ def _region(keeps: Keeps) -> Region:
 
 
 class Denominator:
-    """The total weight behind every entry of a tensor, from the total weight of every region.
+    """Total weight of every entry of a tensor, from the total weight of every region.
 
     It is the product (weighted row indicators)^T (indicators of the other axes), whose rank is the number of regions;
     exact for whole weights that sum to less than 2^53. Neighbouring rows that all regions treat alike are one.
@@ -135,13 +135,13 @@ class Denominator:
         self._lengths, self._shape = [other.shape[1] for other in others], shape[1:]
 
     def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """Return the weights behind the rows ``[lo, hi)``.
+        """Return the weights of the rows ``[lo, hi)``.
 
         Returns
         -------
         weights : (kinds, numbers per row), or (kinds, 1) where every row is behind one weight
         kinds : (hi - lo,) or None
-            Which row of ``weights`` is that of each row; None where there is only one.
+            Which row of ``weights`` is that of each row; None if there is only one.
         """
         kinds = self._kind[lo:hi] if len(self._kind) > 1 else self._kind
         first, last = int(kinds[0]), int(kinds[-1])
@@ -152,7 +152,7 @@ class Denominator:
 
 
 def _runs(keep: Keep) -> list[tuple[int, int, int]]:
-    """Return start and stop of each run, and how many kept indices lie before it."""
+    """Return start and stop of each run, and the number of kept indices before it."""
     found, before = [], 0
     for start, stop in keep.runs:
         found.append((start, stop, before))
@@ -169,7 +169,7 @@ def _spread(values: Tensor, axis: int, indices: NDArray[np.int64] | None, size: 
 
 
 def _indicators(keeps: Sequence[Keep | None], size: int) -> Tensor:
-    """Return which indices each region has: (regions, size) of 0 and 1, or (regions, 1) of 1 if none is cut."""
+    """Return the 0/1 indicators of each region's indices, (regions, size); (regions, 1) of 1 if none is cut."""
     if all(keep is None or keep.is_full for keep in keeps):
         return torch.ones(len(keeps), 1, dtype=torch.float64)
     found = np.zeros((len(keeps), size))

@@ -1,9 +1,9 @@
-r"""The aggregation kernel: every entry of the model averaged over the clients that returned it.
+r"""Coverage average: every entry of the model is averaged over the clients that returned it.
 
 .. math:: x_e \leftarrow \frac{\sum_{k \in C_e} w_k x_{k,e}}{\sum_{k \in C_e} w_k},
    \qquad C_e = \{k : k \text{ returned } e\}
 
-With everybody returning everything this is FedAvg (McMahan et al., AISTATS 2017), with layers missing FedLP (Zhu et
+With full updates from all clients this is FedAvg (McMahan et al., AISTATS 2017), with missing layers FedLP (Zhu et
 al., ICC 2023), with width slices the overlap average of HeteroFL (Diao et al., ICLR 2021).
 
 Products and sums are float64, in the order of the calls. A few updates are held back and added together, block by
@@ -30,13 +30,13 @@ GROUP = 64  # updates held back at most
 GROUP_BYTES = 1 << 28  # bytes of updates held back, but for the last one
 
 WeightedUpdate = tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]
-"""What :meth:`CoverageAverage.add` takes: params, keeps, weight."""
+"""Arguments of :meth:`CoverageAverage.add`: params, keeps, weight."""
 
 
 class CoverageAverage:
-    """Streaming, entry-wise weighted average over whoever returned an entry.
+    """Streaming, entry-wise weighted average over the clients that returned an entry.
 
-    Where everybody returned everything and weights are whole numbers, this is ``numpy.average`` of the float64 stack,
+    For full updates and whole-number weights, this is ``numpy.average`` of the float64 stack,
     bit for bit. (From 8 updates on, numpy adds fractional weights, and tensors of one entry, pairwise: there the last
     bits of a float64 may differ.)
 
@@ -45,10 +45,10 @@ class CoverageAverage:
     params : mapping from tensor name to Tensor
         Current global values, on the CPU. Not modified.
     block : int
-        Numbers that are summed at a time, >= 1.
+        Numbers summed at a time, >= 1.
     group, group_bytes : int
-        How many updates, and bytes of them, are held back before they are added, >= 1. Memory is bounded by
-        ``group_bytes``, one more update and a float64 copy of the model, however many updates come.
+        Updates, and bytes of updates, held back before they are added, >= 1. Memory is bounded by
+        ``group_bytes``, one more update and a float64 copy of the model, for any number of updates.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class CoverageAverage:
         Parameters
         ----------
         params : mapping from tensor name to Tensor
-            What the client returned: any subset of the global names. Not modified, but held until the group is
-            complete: whoever writes into this memory again must pass a copy.
+            Returned values: any subset of the global names. Not modified, held until the group is
+            complete: the caller must not write into this memory, or must pass a copy.
         keeps : mapping from tensor name to one Keep per dimension
-            Which global indices a returned tensor covers; the whole tensor where the name is absent. May have names
+            Global indices that a returned tensor covers; the whole tensor if the name is absent. May have names
             that were not returned.
         weight : float
-            The client's weight, finite and > 0; usually its number of examples.
+            Weight of the client, finite and > 0; usually its number of examples.
 
         Raises
         ------
         ValueError
-            For another weight, an unknown name or a shape that does not fit the indices. Nothing is counted then.
+            For an invalid weight, an unknown name or a wrong shape. The update is then not counted.
         """
         if not 0.0 < weight < math.inf:
             raise ValueError(f"an update's weight is {weight}; it must be finite and > 0")
@@ -106,13 +106,13 @@ class CoverageAverage:
 
     @torch.no_grad()
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the average so far, and how much of it is new.
+        """Return the average so far, and its coverage.
 
         Returns
         -------
         params : dict from tensor name to Tensor
             Shapes and dtypes of the global values; new memory, in which several tensors may be parts of one buffer.
-            What nobody returned has its old bits. Integers are rounded, halves to even.
+            Entries without an update keep their old bits. Integers are rounded, halves to even.
         coverage : dict from tensor name to float
             Fraction of the tensor's entries that at least one client returned, in [0, 1].
         """
@@ -133,7 +133,7 @@ class CoverageAverage:
         return params, coverage
 
     def covered(self, name: str) -> bool | Tensor:
-        """Return which entries of a tensor somebody returned: True or False for all, else booleans of its shape."""
+        """Return whether each entry has an update: True or False for all, else booleans of the tensor's shape."""
         weights, shape = self._weights[name], self._params[name].shape
         if WHOLE in weights or not weights or not shape.numel():
             return bool(weights)
@@ -177,7 +177,7 @@ class CoverageAverage:
         self._pending, self._pending_bytes = [], 0
 
     def _finish(self, segment: Segment, denominator: float | Denominator, lo: int, hi: int, out: Tensor) -> int:
-        """Write the average of the rows ``[lo, hi)`` into ``out``; return how many of its entries are covered."""
+        """Write the average of the rows ``[lo, hi)`` into ``out``; return the number of covered entries."""
         out = segment.rows(out, lo, hi)
         if isinstance(denominator, float):
             _write(self._sum(segment, lo, hi).div_(denominator), out)

@@ -1,4 +1,4 @@
-"""Updates of a round held until its end, for rules that compare clients: coverage is unequal, so entry by entry.
+"""Updates of a round held until its end, for rules that compare clients entry by entry under unequal coverage.
 
 Memory grows with the cohort: each update is held once, and a tensor's values of all clients are stacked in float64 one
 tensor at a time.
@@ -24,7 +24,7 @@ class HeldUpdates(ABC):
     Parameters
     ----------
     params : mapping from tensor name to Tensor
-        Current global values, or zeros where updates are differences. Not modified.
+        Current global values, or zeros if updates are differences. Not modified.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -65,7 +65,7 @@ class HeldUpdates(ABC):
         return covered.view(self.params[name].shape)
 
     def prepare(self) -> None:  # noqa: B027 # rules of single entries compare nothing beforehand
-        """Compare the clients, once all updates are there."""
+        """Compare the clients, after the last update."""
 
     @abstractmethod
     def combine(self, stack: Tensor, center: Tensor) -> Tensor:

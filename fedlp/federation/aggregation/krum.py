@@ -37,7 +37,7 @@ class Krum:
     hostile : float
         Fraction of the cohort that may be hostile, in [0, 0.5).
     selected : float or None
-        Fraction of the cohort that is averaged, in (0, 1]; 1 - ``hostile`` where None (multi-Krum). A fraction that
+        Fraction of the cohort that is averaged, in (0, 1]; 1 - ``hostile`` if None (multi-Krum). A fraction that
         comes to one client is Krum.
     """
 

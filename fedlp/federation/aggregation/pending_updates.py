@@ -16,18 +16,18 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)  # at most 24 bits of m
 
 @dataclass(slots=True)
 class Entry:
-    """What one update returned of one tensor."""
+    """One tensor of one update."""
 
     values: Tensor
     region: Region
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is the whole tensor, in one piece."""
+        """Whether it is the whole tensor, in one run."""
         return self.region is WHOLE and self.values.is_contiguous()
 
     def follows(self, before: Entry | None) -> bool:
-        """Whether it lies right behind another in the same memory, so that both are one run."""
+        """Whether it directly follows another in memory, so that both are one run."""
         if before is None or not (self.is_flat and before.is_flat):
             return False
         one, two = before.values, self.values
@@ -43,7 +43,7 @@ class HeldUpdate:
     Attributes
     ----------
     joined : set of str
-        Tensors that follow, in the update's memory, the one that is before them in the model.
+        Tensors that directly follow their predecessor of the model in the update's memory.
     """
 
     entries: dict[str, Entry]
@@ -62,7 +62,7 @@ class HeldUpdate:
 
 @dataclass(slots=True)
 class Part:
-    """What one update adds to a segment; ``is_exact`` says that products with the weight are."""
+    """Addend of one update to a segment; ``is_exact``: whether products with the weight are exact."""
 
     values: Tensor
     region: Region
@@ -77,9 +77,9 @@ class Segment:
     Attributes
     ----------
     start : int
-        Where its sums begin.
+        Offset of its sums.
     is_summed : bool
-        Whether its sums hold something already.
+        Whether its sums hold an update already.
     """
 
     names: list[str]

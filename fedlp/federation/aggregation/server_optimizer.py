@@ -1,4 +1,4 @@
-r"""Server optimisers: the clients' average taken as a gradient (FedOpt; Reddi et al., ICLR 2021, Algorithm 2).
+r"""Server optimizers: the clients' average as a pseudo-gradient (FedOpt; Reddi et al., ICLR 2021, Algorithm 2).
 
 With the pseudo-gradient :math:`\Delta = \text{average} - x`:
 
@@ -12,8 +12,8 @@ With the pseudo-gradient :math:`\Delta = \text{average} - x`:
 
 Deviations
 ----------
-An entry that nobody returned this round neither moves nor changes its state: there is no pseudo-gradient for it, and
-one of zero would make it coast. Buffers, such as running statistics, take the average as it is.
+An entry without an update this round neither moves nor changes its state: it has no pseudo-gradient, and
+one of zero would let momentum move it. Buffers, such as running statistics, take the plain average.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ServerOptimizer(Protocol):
         delta : Tensor
             Pseudo-gradient, float32 or wider. Not modified.
         state : mapping from slot name to Tensor
-            State that the last step of this tensor returned; empty at first.
+            State from the last step of this tensor; empty at first.
         """
 
 
@@ -186,19 +186,19 @@ def apply_server_optimizer(
     covered: Callable[[str], bool | Tensor],
     trainable: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the new global values and the new state of the optimiser.
+    """Return the new global values and the new state of the optimizer.
 
     Parameters
     ----------
     old, average : mapping from tensor name to Tensor
-        The global values before the round, and the clients' average, equal to them where nobody returned an entry.
+        Global values before the round, and the clients' average, equal to them for entries without an update.
         Computed in float32 or wider. Not modified.
     state : mapping from str to Tensor
-        What the last call returned; empty at first. Not modified.
+        State from the last call; empty at first. Not modified.
     covered : callable
-        Which entries of a tensor somebody returned: True or False for all, else booleans of its shape.
+        Returns whether each entry of a tensor has an update: True or False for all, else booleans of its shape.
     trainable : collection of str
-        Names that the optimiser moves; the others take the average.
+        Names that the optimizer moves; others take the average.
 
     Returns
     -------

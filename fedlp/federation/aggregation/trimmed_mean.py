@@ -54,7 +54,7 @@ class _TrimmedMean(HeldUpdates):
         self._fraction = fraction
 
     def combine(self, stack: Tensor, center: Tensor) -> Tensor:
-        """Return the mean of each column's values but for the trimmed ones."""
+        """Return the mean of each column's values without the trimmed ones."""
         count = (~torch.isnan(stack)).sum(dim=0)
         ordered = stack.sort(dim=0).values  # NaN last
         cut = (self._fraction * count.to(torch.float64) + 1e-9).floor().to(torch.int64)  # plus what rounding takes off

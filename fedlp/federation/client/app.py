@@ -1,4 +1,4 @@
-"""The client: decode an instruction, build the sub-model, train it on the own shard, return the slices asked for.
+"""Client app: decode an instruction, build the sub-model, train it on the client's shard, return the requested slices.
 
 The same app runs in the worker processes of the local engine, in Ray actors and on real SuperNodes. Identity is the
 partition id of the node's config.
@@ -54,16 +54,16 @@ RAISED = 2  # Flower's code for a ClientApp that raised
 
 
 class ClientRuntime:
-    """All that a client process keeps between messages: data, partition and model skeletons.
+    """State of a client process between messages: data, partition and model skeletons.
 
     Parameters
     ----------
     shards : Shards
-        The examples of each client.
+        Examples of each client.
     store : ClientStore or None
-        Where personal heads and what could not be sent live between rounds; None forgets both.
+        Store of personal heads and residuals between rounds; None keeps neither.
     frozen : ClientStore or None
-        Where tensors that are never trained live, which travel once; None where there are none.
+        Store of frozen tensors, which are sent once; None without frozen tensors.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class ClientRuntime:
 
     @cached_property
     def pooling(self) -> PoolingClient:
-        """What answers the questions of one-shot pruning."""
+        """Responder to requests of one-shot pruning."""
         if self.settings.oneshot is None:
             raise DataError("this run prunes nothing in one shot")
         return PoolingClient(self.settings.oneshot, self.info, self.submodels, self.shards.of)
 
     def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
-        """Return what the client says of itself."""
-        return ClientProfile(client_id, self.shards.size(client_id), budget)
+        """Return the client's profile."""
+        return ClientProfile(client_id, self.shards.size(client_id), budget, self.shards.test_size(client_id))
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
-        """Train the assigned sub-model and return the tensors asked for."""
+        """Train the assigned sub-model and return the requested tensors."""
         seed, client_id, server_round = self.settings.seed, instruction.client_id, instruction.server_round
         instruction = self._with_frozen(instruction)
         model, state = self._load_submodel(instruction)
@@ -171,7 +171,7 @@ class ClientRuntime:
     def _build_skeleton(
         self, depth: int | None, counts: tuple[tuple[str, int, int], ...]
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return a model of the sub-model's shapes and its live tensors; which units it holds changes no shape."""
+        """Return a model of the sub-model's shapes and its live tensors; shapes depend on numbers of units alone."""
         if depth is not None:
             model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
         elif counts and self.submodels.spec.reads_tokens:
@@ -194,12 +194,12 @@ class ClientRuntime:
         return model, state
 
     def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Return the instruction with the frozen tensors that did not travel; keep those that did.
+        """Return the instruction completed by stored frozen tensors; received ones are stored.
 
         Raises
         ------
         DataError
-            If the tensors that the instruction names are not here any more.
+            If the stored tensors of the instruction's digest are missing.
         """
         client_id, server_round = instruction.client_id, instruction.server_round
         frozen = {name: x for name, x in instruction.params.items() if name in self.submodels.spec.frozen}
@@ -213,7 +213,7 @@ class ClientRuntime:
         return replace(instruction, params={**instruction.params, **found}, held=b"")
 
     def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
-        """Return the nested widths that the client's steps draw from; the last one is the client's whole slice."""
+        """Return the nested widths for the client's steps; the last one is the client's whole slice."""
         if len(submodel.nested_levels) < 2:
             return []
         spec = self.submodels.widths
@@ -224,7 +224,7 @@ class ClientRuntime:
         ]
 
     def _load_personal(self, submodel: SubModel, client_id: int, before_round: int) -> Mapping[str, Tensor]:
-        """Return the client's own head: the one it trained last before a round, or its first one."""
+        """Return the client's personal head: last trained before the round, or the initial one."""
         depth = submodel.depth
         if depth is None or depth == len(self.submodels.spec.depths):
             return {}
@@ -234,13 +234,13 @@ class ClientRuntime:
         return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
 
     def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
-        """Return the tensors that are not trained because neither they nor what lies before them is sent."""
+        """Return the tensors that need no training, since neither they nor earlier layers are sent."""
         if not self.settings.local.skip_backward:
             return ()
         return leading_layers(self.submodels.spec, instruction.uploads)
 
     def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
-        """Return what the client could not send before."""
+        """Return the client's residual of earlier uploads."""
         if self.store is None or not self.settings.error_feedback:
             return {}
         return self.store.load(instruction.client_id, before_round=instruction.server_round)
@@ -258,7 +258,7 @@ def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> N
 
 
 class MakeRuntime(Protocol):
-    """Returns the runtime for a config (YAML), the folder of clients' files and the place of a device's own data."""
+    """Factory of the runtime for a config (YAML), the folder of clients' files and the path of a device's own data."""
 
     def __call__(self, cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime: ...  # noqa: D102
 
@@ -272,9 +272,9 @@ def make_client_app(
     Parameters
     ----------
     make_runtime : callable
-        Returns a runtime; expected to remember it.
+        Returns a runtime; expected to cache it.
     read_settings : callable
-        Returns the config (YAML) and the run directory that a message or the node's run config names.
+        Returns the config (YAML) and the run directory of a message or the node's run config.
     """
     app = ClientApp()
 
@@ -352,7 +352,7 @@ def make_client_app(
 
 
 def client_id_of(context: Context) -> int:
-    """Return the partition id of a node; DataError where its config has none."""
+    """Return the partition id of a node; DataError if its config has none."""
     partition_id = context.node_config.get("partition-id")
     if not isinstance(partition_id, int) or isinstance(partition_id, bool):
         raise DataError("the node has no partition-id; start it with --node-config 'partition-id=0 num-partitions=N'")

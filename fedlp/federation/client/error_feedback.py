@@ -58,7 +58,7 @@ def keep_residual(
     sent_keeps : mapping from name to Keeps
         Entries of the sub-model's tensors that were sent.
     residual : mapping from name to Tensor
-        From before; zero where absent.
+        From before; zero if absent.
     held : mapping from name to Keeps
         As of :func:`add_residual`.
     shapes : mapping from name to shape

@@ -1,4 +1,4 @@
-"""Input norms: sums of squares of what the readers of prunable layers read, on a client's own examples."""
+"""Input norms: sums of squares of the inputs of prunable layers' readers, on a client's own examples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """FjORD's ordered dropout: each local step trains a random nested width of the client's slice.
 
 A step copies the first units of every axis into a small dense model, computes gradients there, and adds them into the
-client's model, whose optimiser then steps. Units outside get zero gradient, as if dropped.
+client's model, whose optimizer then steps. Units outside get zero gradient, as if dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedlp.types import Keep
 
 
 class NestedWidth:
-    """One nested width of a client's model: a small dense model and the way to and from it.
+    """Nested width of a client's model: a small dense model, with copies to and from it.
 
     Parameters
     ----------
@@ -92,5 +92,5 @@ def _stacked(tensor: Tensor, dims: Sequence[Dim]) -> Tensor:
 
 
 def nested_counts(counts: Mapping[str, int], sizes: Mapping[str, int], level: float) -> dict[str, int]:
-    """Return the units of each axis at a width relative to the global model, never more than the client has."""
+    """Return the units of each axis at a width relative to the global model, at most the client's."""
     return {axis: min(count, max(1, math.ceil(level * sizes[axis] - 1e-9))) for axis, count in counts.items()}

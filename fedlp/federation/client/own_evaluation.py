@@ -1,4 +1,4 @@
-"""Evaluation on a client: its sub-model on its own test examples, as it is or after a few local steps."""
+"""Evaluation on a client: its sub-model on its own test examples, optionally after a few local steps."""
 
 from __future__ import annotations
 

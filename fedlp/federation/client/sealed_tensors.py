@@ -1,4 +1,4 @@
-"""Tensors as safetensors bytes that hold their own SHA-256, so that a damaged file is told from a whole one."""
+"""Tensors as safetensors bytes with their own SHA-256, for the detection of damaged files."""
 
 from __future__ import annotations
 

@@ -40,11 +40,11 @@ class ClientSettings:
     method : Method
         Score of units, and recovery of the weights that stay.
     calibration : CalibrationConfig
-        Examples that scores look at.
+        Calibration examples of scores.
     privacy : PrivacyConfig
         Noise on uploads.
     oneshot : OneShotSettings or None
-        Settings of federated one-shot pruning, where that is the run.
+        Settings of federated one-shot pruning, if the run is one.
     """
 
     local: LocalConfig

@@ -1,4 +1,4 @@
-"""The examples of each client: those that it trains on, and those that it holds out for evaluation."""
+"""Shards: training and held-out test examples of each client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Indices = NDArray[np.int64]
 
 
 class Shards:
-    """The examples of each client, cut from one data set on demand.
+    """Examples of each client, cut from one data set on demand.
 
     Parameters
     ----------
@@ -26,10 +26,10 @@ class Shards:
     parts : sequence or mapping of (n_k,) arrays
         Indices of each client's examples, by client id.
     test_fraction : float
-        Share of each client's examples that it holds out, in [0, 1); classes in proportion. A client of one example
+        Held-out share of each client's examples, in [0, 1); classes in proportion. A client with one example
         holds out none.
     seed : int
-        Seed of the stream, keyed on the client, that chooses them: the same in every round.
+        Seed of the split's stream, keyed on the client: the same in every round.
     """
 
     def __init__(
@@ -44,15 +44,19 @@ class Shards:
         self._split = cache(self._split_part)
 
     def size(self, client_id: int) -> int:
-        """Return the number of a client's training examples; DataError where there is no such client."""
+        """Return the number of a client's training examples; DataError if there is no such client."""
         return len(self._split(client_id)[0])
+
+    def test_size(self, client_id: int) -> int:
+        """Return the number of a client's test examples; DataError where there is no such client."""
+        return len(self._split(client_id)[1])
 
     def of(self, client_id: int) -> Examples:
         """Return a client's training examples."""
         return self._examples.select(self._split(client_id)[0])
 
     def test_of(self, client_id: int) -> Examples:
-        """Return a client's test examples; DataError where it has none."""
+        """Return a client's test examples; DataError if it has none."""
         held_out = self._split(client_id)[1]
         if not len(held_out):
             raise DataError(f"client {client_id} holds out no example; it has too few examples")

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds, on its own disk: personal heads, or what it could not send.
+"""Client store between rounds, on its own disk: personal heads and residuals.
 
 One file per client and round. A client reads the newest one from before the current round, so a run that is resumed
 from an earlier checkpoint finds the head it had then. Versions that no kept checkpoint can reach are deleted. Every
@@ -24,14 +24,14 @@ _NAME = re.compile(r"round-(\d+)\.safetensors")
 
 
 class ClientStore:
-    """A folder with a sub-folder per client.
+    """Store in a folder with a sub-folder per client.
 
     Parameters
     ----------
     root : Path
         Made on the first save.
     horizon : int
-        Rounds that a resumed run may go back.
+        Rounds by which a resumed run may go back.
     """
 
     def __init__(self, root: Path, horizon: int) -> None:
@@ -39,7 +39,7 @@ class ClientStore:
         self.horizon = horizon
 
     def save(self, client_id: int, server_round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a version, atomically, and drop those that are out of reach; DataError where the disk refuses."""
+        """Write a version, atomically, and drop those out of reach; DataError if the disk refuses."""
         folder = self.root / str(client_id)
         data = seal_tensors(tensors)
         try:
@@ -54,7 +54,7 @@ class ClientStore:
             (folder / f"round-{stale:06d}.safetensors").unlink(missing_ok=True)
 
     def load(self, client_id: int, before_round: int) -> dict[str, Tensor]:
-        """Return the newest version from before a round that is whole; empty where there is none."""
+        """Return the newest intact version from before a round; empty if there is none."""
         rounds = [version for version in self._rounds(client_id) if version < before_round]
         for number, version in enumerate(reversed(rounds), start=1):
             path = self.root / str(client_id) / f"round-{version:06d}.safetensors"

@@ -44,18 +44,18 @@ def score_units(
     model : nn.Module
         The client's model, which the examples run through; not changed.
     scored : nn.Module
-        Of the same architecture, with the weights that are to be kept: the model itself or the change of its weights.
+        Model of the same architecture with the scored weights: the model itself or the change of its weights.
     spec, layers
         The width axes and prunable layers of ``model``.
     method : Method
-        Its ``score`` is computed. OBS removes a 32nd of the units that are left at a time.
+        Method with the computed ``score``. OBS removes a 32nd of the remaining units at a time.
     macs : Macs
         Of the model, per example.
 
     Raises
     ------
     CalibrationError
-        If the examples give inputs that are not finite, or the score gives saliencies that are none.
+        If inputs are not finite, or the score gives invalid saliencies.
     """
     model.eval()
     score, rng, price = method.score, torch.Generator().manual_seed(data.seed), 0.0
@@ -89,7 +89,7 @@ def score_units(
 def _view_reader(
     scored: nn.Module, path: str, layer: PrunableLayer, method: Method, rows: SampledRows | None, fisher: Tensor | None
 ) -> ReaderView:
-    """Return a score's view of one reader: the weights that are scored, and a sample of its inputs."""
+    """Return a score's view of one reader: the scored weights, and a sample of its inputs."""
     weight = weight_matrix(scored.get_submodule(path)).to(torch.float64)
     solve = partial(_solve, weight, rows, method, path)
     return ReaderView(path, weight, weight.shape[1] // layer.num_units, rows, solve, fisher, method.score.needs)

@@ -1,4 +1,4 @@
-"""A client's upload after training: units chosen, values encoded, the residual kept for the next round."""
+"""Upload of a client after training: unit selection, encoding, residual for the next round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
 from fedlp.models.adapters import has_adapters, merge_adapters
-from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.magnitude import Magnitude
@@ -32,20 +31,20 @@ MIN_SCORED = 2  # examples without which a client does not score
 
 @dataclass(frozen=True)
 class Upload:
-    """One upload, and what the client keeps of it.
+    """One upload, with the residual that stays on the client.
 
     Attributes
     ----------
     params : mapping from name to Tensor
         Encoded.
     widths : mapping from axis name to Keep
-        Units that the client was asked to choose, of the global model.
+        Units selected by the client on request, of the global model.
     scores : mapping from axis name to (units,)
     input_norms : mapping from module path to InputNorms
     residual : mapping from name to Tensor
         Part of the update that was not sent, in global shapes; empty without error feedback.
     macs : float
-        Spent on choosing units.
+        MACs of unit selection.
     """
 
     params: Mapping[str, Tensor]
@@ -57,19 +56,19 @@ class Upload:
 
 
 class Uploads:
-    """Makes the uploads of all clients of one run."""
+    """Factory of the uploads of all clients of one run."""
 
     def __init__(self, settings: ClientSettings, info: DataInfo, submodels: SubModels) -> None:
         self._settings, self._info, self._submodels = settings, info, submodels
         self._encoding, self._options, self._costs = settings.encoding, settings.options, Costs(submodels)
 
     def is_plain(self, assigned: Assignment) -> bool:
-        """Return whether trained weights travel as they are, and nothing else."""
+        """Return whether uploads are exactly the trained weights."""
         asks = assigned.kept or assigned.returned or assigned.evidence
         return not asks and not self._settings.sends_deltas and is_plain(self._encoding)
 
     def gradient_masks(self, instruction: TrainInstruction, model: nn.Module) -> dict[str, Tensor]:
-        """Return 1 for entries that the server will have back and 0 for others, where only those are to be trained."""
+        """Return 1 for entries that will be sent and 0 for others, if only these are trained."""
         if not (self._options.train_sent and instruction.returned):
             return {}
         spec, local = self._spec(instruction), self._returned(instruction)
@@ -91,7 +90,7 @@ class Uploads:
 
     @staticmethod
     def _returned(instruction: TrainInstruction) -> dict[str, Keep]:
-        """Return the units that the server has chosen, as positions in the client's sub-model."""
+        """Return the units selected by the server, as positions in the client's sub-model."""
         held = instruction.submodel.widths
         return {axis: keep.within(held.get(axis, Keep.full(keep.size))) for axis, keep in instruction.returned.items()}
 
@@ -107,7 +106,7 @@ class Uploads:
         examples : Examples
             The client's.
         residual : mapping from name to Tensor
-            Residual of its earlier uploads, in global shapes; may be empty.
+            Residual of the client's earlier uploads, in global shapes; may be empty.
         """
         layout = self._submodels.layout(instruction.submodel)
         trained = {name: tensor for name, tensor in state_tensors(model).items() if name in layout.name_set}
@@ -130,7 +129,7 @@ class Uploads:
         return Upload(encoded, _global_units(instruction, chosen), scores, norms, left, macs + norms_macs)
 
     def _encode(self, instruction: TrainInstruction, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return values as they travel."""
+        """Return encoded values."""
         seed = torch_seed(self._settings.seed, Stream.ENCODING, instruction.server_round, instruction.client_id)
         return self._encoding.encode(values, torch.Generator().manual_seed(seed))
 
@@ -143,7 +142,7 @@ class Uploads:
         encoded: Mapping[str, Tensor],
         residual: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Return the residual of the trainable tensors after an upload; nothing without error feedback."""
+        """Return the residual of the trainable tensors after an upload; empty without error feedback."""
         if not self._settings.error_feedback:
             return {}
         signature = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in values.items()]
@@ -155,7 +154,7 @@ class Uploads:
     def _measure_input_norms(
         self, instruction: TrainInstruction, model: nn.Module, examples: Examples
     ) -> tuple[dict[str, InputNorms], float]:
-        """Return the input norms where they were asked for, and their compute cost in MACs."""
+        """Return the requested input norms, and their compute cost in MACs."""
         if "input_norms" not in instruction.evidence:
             return {}, 0.0
         data = self._calibration(instruction, examples)
@@ -172,7 +171,7 @@ class Uploads:
         spec: WidthSpec,
         examples: Examples,
     ) -> tuple[dict[str, Tensor], dict[str, Keep], float]:
-        """Return the scores that were asked for, the units chosen of the sub-model, and their compute cost in MACs.
+        """Return the requested scores, the selected units of the sub-model, and their compute cost in MACs.
 
         A client of fewer than two examples chooses by magnitude and sends no scores: one input has no variance.
         """
@@ -219,8 +218,7 @@ class Uploads:
 
     @property
     def _method(self) -> Method:
-        method = self._settings.method
-        return replace(method, correction=0.0, damping=DAMPING if method.damping is None else method.damping)
+        return replace(self._settings.method, correction=0.0)
 
 
 def _differences(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +228,7 @@ def _differences(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) 
 
 
 def _with_values(model: nn.Module, spec: WidthSpec, values: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a model that holds other values."""
+    """Return a copy of a model with other values."""
     copied = cut_model(model, spec, {})
     for name, tensor in state_tensors(copied).items():
         if name in values:

@@ -1,7 +1,7 @@
-"""The client's side of federated one-shot pruning: sums over its own examples, through the model pruned so far.
+"""Client side of federated one-shot pruning: sums over its own examples, through the model pruned so far.
 
-Any process may be asked anything: what changed in the model so far lies on the client's disk, and is checked by the
-name of the state it leads to. A process that is asked again goes on where it was.
+Any process can answer any request: changes of the model so far lie on the client's disk, and are checked by the
+digest of the resulting state. A repeated request continues from the cached state.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from fedlp.federation.wire.record_access import read_tensors
 from fedlp.models import state_tensors
 from fedlp.models.adapters import merge_adapters
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.calibration import Calibration, choose_half
 from fedlp.pruning.gradients import fisher_sums
 from fedlp.pruning.layer_statistics import Collector
 from fedlp.pruning.pruner import Pruner
@@ -59,7 +60,7 @@ _MOST_CLIENTS = 16  # whose place in the model one process remembers
 
 
 class PoolingClient:
-    """All that a client process needs to answer, for any client.
+    """Responder of a client process, for any client.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ class PoolingClient:
         self._method = settings.method
         self._dtype = settings.dtype
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
-        self._collectors: dict[int, tuple[int, Collector]] = {}
+        self._collectors: dict[tuple[int, int], tuple[int, Collector]] = {}  # by client and half
         self._states = self._first_state()
 
     def calibration(self, client_id: int) -> Calibration:
@@ -90,7 +91,9 @@ class PoolingClient:
             self._calibrations[client_id] = self._draw(client_id)
         self._calibrations.move_to_end(client_id)
         while len(self._calibrations) > _MOST_CLIENTS:
-            self._collectors.pop(self._calibrations.popitem(last=False)[0], None)
+            gone = self._calibrations.popitem(last=False)[0]
+            for half in range(3):
+                self._collectors.pop((gone, half), None)
         return self._calibrations[client_id]
 
     def _draw(self, client_id: int) -> Calibration:
@@ -122,13 +125,15 @@ class PoolingClient:
         kind : str
             The message's type.
         folder : Path
-            Where the client keeps what changed in the model so far.
+            Folder of the model's changes so far.
         """
         axes = tuple(self._spec.axes)
         request = messages.decode_request(content, kind, axes, self._signature)
         if not self._reach(request, folder):
             return messages.encode_lack()
         data = self.calibration(client_id)
+        if request.question.half:
+            data = self._half(client_id, request.question.half)
         num_examples = data.num_examples
         if kind == messages.VOTE:
             pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
@@ -142,7 +147,7 @@ class PoolingClient:
         match request.question.kind:
             case messages.MOMENTS:
                 number = request.question.layer
-                collector, layer = self._collector(client_id, number), self._layers[number]
+                collector, layer = self._collector(client_id, request.question.half, data, number), self._layers[number]
                 reference = request.question.reference
                 if reference is None:
                     raise ProtocolError("the server's question has no reference")
@@ -162,14 +167,21 @@ class PoolingClient:
                     name: mean.to(torch.float64) * len(data.batches) for name, mean in means.items()
                 }
 
-    def _collector(self, client_id: int, layer: int) -> Collector:
-        """Return what has gone through the model up to this layer at most."""
-        last, collector = self._collectors.get(client_id, (layer + 1, None))
+    def _half(self, client_id: int, half: int) -> Calibration:
+        """Return every other one of a client's calibration examples, or the rest."""
+        data = self.calibration(client_id)
+        batches = choose_half(data.batches, half)
+        if not batches:
+            raise ProtocolError(f"the server asks for half of {data.num_examples} examples")
+        return replace(data, batches=batches, labels=[])
+
+    def _collector(self, client_id: int, half: int, data: Calibration, layer: int) -> Collector:
+        """Return the collector of activations up to this layer at most."""
+        last, collector = self._collectors.get((client_id, half), (layer + 1, None))
         if collector is None or last > layer:
             dense = self._initial if self._method.corrects else None
-            batches = self.calibration(client_id).batches
-            collector = Collector(self._states.model, dense, self._layers, batches, self._norms)
-        self._collectors[client_id] = layer, collector
+            collector = Collector(self._states.model, dense, self._layers, data.batches, self._norms)
+        self._collectors[client_id, half] = layer, collector
         return collector
 
     # ---- states of the model
@@ -183,7 +195,7 @@ class PoolingClient:
         return self._states.signature(layers)
 
     def _reach(self, request: Request, folder: Path) -> bool:
-        """Bring the model to the state that is asked about and remember it; return False if it cannot be reached."""
+        """Bring the model to the requested state and store it; return False if it cannot be reached."""
         wanted = {request.base, request.state}
         if self._states.name not in wanted:
             self._states = self._first_state()
@@ -217,9 +229,9 @@ class PoolingClient:
         return True
 
     def _load(self, folder: Path, wanted: set[bytes]) -> None:
-        """Take on what lies in a folder, up to the first state that is wanted.
+        """Apply the changes stored in a folder, up to the first wanted state.
 
-        Files of another run lead elsewhere, as do damaged ones: the server then sends all of it again.
+        Files of another run and damaged ones lead to other states: the server then sends all changes again.
         """
         for file in sorted(folder.glob(_FILES)):
             if self._states.name in wanted:
@@ -236,7 +248,7 @@ class PoolingClient:
             self._states.take([layer], tensors)
 
     def _save(self, folder: Path, request: Request) -> None:
-        """Write what came with a request; what begins with the first state makes the rest out of date."""
+        """Store the changes of a request; changes from the first state on replace all others."""
         if request.base == self._states.names[0]:
             for file in folder.glob(_FILES):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""What federated one-shot pruning costs, known before it runs: from the shapes of the model alone."""
+"""Expected costs of federated one-shot pruning, from the shapes of the model alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlp.types import PrunableLayer
 
 
 def count_lines(settings: OneShotSettings, submodels: SubModels) -> int:
-    """Return how many lines of ``rounds.jsonl`` a run writes: one per layer, or one for votes."""
+    """Return the number of lines of ``rounds.jsonl``: one per layer, or one for votes."""
     return 1 if settings.votes else len(_skeleton(settings, submodels)[1])
 
 
@@ -27,14 +27,15 @@ def largest_message(settings: OneShotSettings, submodels: SubModels) -> int:
 
 
 def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str, float]:
-    """Return what one client costs in one line of ``rounds.jsonl``, on average: what it is sent and what it sends.
+    """Return the mean cost of one client in one line of ``rounds.jsonl``: bytes down and up.
 
-    An upper bound where layers keep all their units; record keys, some hundred bytes a message, are left out. The same
+    An upper bound for layers that keep all units; record keys, some hundred bytes a message, are left out. The same
     keys as :func:`fedlp.federation.costs.expected_costs`; there is no training.
     """
     model, layers = _skeleton(settings, submodels)
     method, lines = settings.method, count_lines(settings, submodels)
     down = {"params": 0, "bytes": 0}
+    asked = 2 if method.shrinks and settings.clients_per_round == 1 else 1  # a single client, about halves
     if not settings.votes:
         norms = following_batch_norms(model, submodels.spec.example_inputs(1))
         states = ModelStates(model, layers, norms, method)
@@ -45,9 +46,9 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
             down["bytes"] += math.prod(shape) * dtype.itemsize
         if method.needs_inputs:
             readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
-            down["params"] += sum(len(reader.moments.total) for reader in readers)
-            down["bytes"] += 4 * sum(len(reader.moments.total) for reader in readers)
-    up = sum(_answer_sizes(settings, submodels))
+            down["params"] += asked * sum(len(reader.moments.total) for reader in readers)
+            down["bytes"] += 4 * asked * sum(len(reader.moments.total) for reader in readers)
+    up = asked * sum(_answer_sizes(settings, submodels))
     return {
         "params_down_per_client": down["params"] / lines,
         "params_up_per_client": up / lines,
@@ -59,7 +60,7 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
 
 
 def _answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
-    """Return the numbers in each of a client's answers."""
+    """Return the count of numbers in each of a client's answers."""
     model, layers = _skeleton(settings, submodels)
     if settings.votes:
         return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(settings)))]  # bits

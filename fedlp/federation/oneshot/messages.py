@@ -1,8 +1,8 @@
-"""Records of federated one-shot pruning: the only file with their keys, the only door their bad input comes through.
+"""Records of federated one-shot pruning: the only file with their keys, and the only decoder of their input.
 
-Down: ``question`` (what is asked, from which state of the model to which), ``params`` (what changed in between) and
-``reference`` (what inputs are measured from). Up: ``answer`` (how many examples) and ``params`` (sums over these), or
-the client's units, or that it lacks the state asked from. Of symmetric sums the lower triangle travels, row by row.
+Down: ``question`` (request, base and target state of the model), ``params`` (changes in between) and
+``reference`` (origin of inputs). Up: ``answer`` (number of examples) and ``params`` (sums over these), or
+the client's units, or that it lacks the base state. Of symmetric sums the lower triangle is sent, row by row.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Part:
     nonnegative : bool
         Whether it has no negative entry.
     total : str
-        The part that is the sum of the vectors whose second moments, or squares, these are; empty where none is.
+        Part with the sum of the vectors behind these second moments or squares; empty if none.
     vectors : int
-        How many vectors one example gives; 0 where unknown.
+        Vectors per example; 0 if unknown.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Part:
 
     @property
     def num_sent(self) -> int:
-        """Numbers that travel."""
+        """Count of encoded numbers."""
         return self.shape[0] * (self.shape[0] + 1) // 2 if self.symmetric else math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of every client.
+    """Question to every client.
 
     Attributes
     ----------
@@ -70,27 +70,30 @@ class Question:
     layer : int
         The layer's number, for moments.
     reference : (n,) or None
-        What the inputs of the layer's readers are measured from, one after the other, for moments; float32.
+        Origin of the inputs of the layer's readers, concatenated, for moments; float32.
     kept : mapping from layer name to int
-        Units that stay, for a vote.
+        Number of kept units, for a vote.
+    half : int
+        0 for all examples of a client, 1 for every other one, 2 for the rest.
     """
 
     kind: str
     layer: int = 0
     reference: Tensor | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
+    half: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A question about a model in one state, and how to get there from another.
+    """Question about a model in one state, with the changes from another.
 
     Attributes
     ----------
     base, state : bytes
-        Names of the state that the client must have and of the state that is asked about.
+        Digests of the state that the client must have and of the requested state.
     layers : tuple of int
-        Layers that changed in between, in order.
+        Changed layers, in order.
     tensors : mapping
         Their new tensors.
     """
@@ -109,6 +112,8 @@ def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | 
     content = RecordDict({QUESTION: record})
     if request.question.kept:
         record["kept"] = encode_counts(request.question.kept, axes)
+    if request.question.half:
+        record["half"] = request.question.half
     if request.question.reference is not None:
         content[REFERENCE] = encode_params({REFERENCE: request.question.reference})
     if request.layers:
@@ -120,19 +125,22 @@ def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | 
 def decode_request(
     content: RecordDict, kind: str, axes: Sequence[str], signature: Callable[[Sequence[int]], Signature]
 ) -> Request:
-    """Return a request; ``signature`` says what travels of which layers.
+    """Return a request; ``signature`` gives the tensors sent for each layer.
 
     Raises
     ------
     ProtocolError
-        Where a record is missing or malformed.
+        If a record is missing or malformed.
     """
     try:
         record = read_config(content, QUESTION)
         numbers = record.get("layers", [])
         layers = tuple(int(number) for number in numbers)  # type: ignore[union-attr]
         kept = decode_counts(read_bytes(record, "kept"), axes) if "kept" in record else {}
-        question = Question(kind, read_integer(record, "layer"), _reference(content), kept)
+        half = read_integer(record, "half") if "half" in record else 0
+        if half not in (0, 1, 2):
+            raise ValueError(f"there is no half {half}")
+        question = Question(kind, read_integer(record, "layer"), _reference(content), kept, half)
         tensors = read_tensors(content, PARAMS, signature(layers)) if layers else {}
         return Request(question, read_bytes(record, "base"), read_bytes(record, "state"), layers, tensors)
     except (KeyError, IndexError, ValueError, TypeError) as error:
@@ -165,7 +173,7 @@ def encode_sums(
 def decode_sums(
     content: RecordDict, parts: Sequence[Part], layer: int, most: int, dtype: torch.dtype, who: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Return a client's sums, float64, symmetric ones as their lower triangle; and how many examples are behind them.
+    """Return a client's sums, float64, symmetric ones as their lower triangle; and their number of examples.
 
     Raises
     ------
@@ -205,7 +213,7 @@ def _lower(size: int) -> Tensor:
 
 # ---- votes
 def encode_vote(widths: Mapping[str, Keep], axes: Sequence[str], num_examples: int) -> RecordDict:
-    """Return the records of the units that a client would keep."""
+    """Return the records of a client's vote: the units to keep."""
     record = ConfigRecord({"layer": 0, "num-examples": num_examples, "widths": encode_widths(widths, axes)})
     return RecordDict({ANSWER: record})
 
@@ -213,7 +221,7 @@ def encode_vote(widths: Mapping[str, Keep], axes: Sequence[str], num_examples: i
 def decode_vote(
     content: RecordDict, kept: Mapping[str, int], axes: Mapping[str, int], most: int, who: str
 ) -> tuple[dict[str, Keep], int]:
-    """Return the units that a client would keep, and its examples; ProtocolError unless they are ``kept`` of each."""
+    """Return a client's vote, and its examples; ProtocolError unless it has ``kept`` units of each layer."""
     num_examples = _count(content, 0, most, who)
     try:
         widths = decode_widths(read_bytes(read_config(content, ANSWER), "widths"), axes)
@@ -228,12 +236,12 @@ def decode_vote(
 
 # ---- lacking states
 def encode_lack() -> RecordDict:
-    """Return the records of a client that does not have the state that the request starts from."""
+    """Return the records of a client that lacks the base state of the request."""
     return RecordDict({ANSWER: ConfigRecord({"lacks": True})})
 
 
 def is_lack(content: RecordDict) -> bool:
-    """Return whether a client says that it does not have the state that the request starts from."""
+    """Return whether a client reports that it lacks the base state of the request."""
     record = content.get(ANSWER)
     return isinstance(record, ConfigRecord) and record.get("lacks") is True
 

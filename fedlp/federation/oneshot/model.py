@@ -1,7 +1,7 @@
-"""What server and clients of federated one-shot pruning both know: the model as layers change, and what is summed.
+"""Shared state of server and clients in federated one-shot pruning: model states, and parts of the sums.
 
-The model's state has a name: a hash of the model at first, then of the state before and what changed. Whoever has a
-state of some name has its very weights, so a request can say from which state to which it leads.
+Each state of the model has a digest: of the model at first, then of the state before and the changes. Equal
+digests mean equal weights, so a request can name its base and target state.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class ModelStates:
-    """A model whose layers are rewritten one after another, and the name of every state so far.
+    """Model whose layers are rewritten one after another, with the digest of every state so far.
 
     Parameters
     ----------
     model : nn.Module
-        Changed by :meth:`take`, or by its owner before :meth:`note`.
+        Modified by :meth:`take`, or by its owner before :meth:`note`.
     norms : mapping from path to path
         The batch norms that follow readers.
     """
@@ -44,11 +44,11 @@ class ModelStates:
 
     @property
     def name(self) -> bytes:
-        """Name of the present state."""
+        """Digest of the present state."""
         return self.names[-1]
 
     def signature(self, layers: Sequence[int]) -> Signature:
-        """Return name, shape and dtype of all that rewriting these layers may change."""
+        """Return name, shape and dtype of all tensors that rewriting these layers may change."""
         found = []
         for path in [path for number in layers for path in self.layers[number].readers]:
             weight: Tensor = self.model.get_submodule(path).weight  # type: ignore[assignment]
@@ -63,17 +63,17 @@ class ModelStates:
         return found
 
     def tensors(self, layers: Sequence[int]) -> dict[str, Tensor]:
-        """Return the present values of all that rewriting these layers may have changed."""
+        """Return the present values of all tensors that rewriting these layers may have changed."""
         return {name: _find(self.model, name) for name, _, _ in self.signature(layers)}
 
     def note(self, layer: int) -> None:
-        """Name the state after this layer was rewritten."""
+        """Record the digest of the state after this layer was rewritten."""
         self.names.append(_digest(self.name, self.tensors([layer])))
         self.changed.append(layer)
 
     @torch.no_grad()
     def take(self, layers: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Write what changed in these layers."""
+        """Apply the changes of these layers."""
         for layer in layers:
             for name, _, dtype in self.signature([layer]):
                 path, _, leaf = name.rpartition(".")
@@ -87,7 +87,7 @@ class ModelStates:
 
 
 def count_positions(model: nn.Module, layers: Sequence[PrunableLayer], example: Tensor) -> tuple[dict[str, int], int]:
-    """Return how many input vectors one example gives each reader, by path, and how many labels it has."""
+    """Return the number of input vectors per example of each reader, by path, and its number of labels."""
     found: dict[str, int] = {}
     handles = []
     for path in [path for layer in layers for path in layer.readers]:
@@ -105,7 +105,7 @@ def count_positions(model: nn.Module, layers: Sequence[PrunableLayer], example: 
 
 # ---- what is summed
 def moment_parts(readers: Sequence[Reader], method: Method, vectors: Mapping[str, int] | None = None) -> list[Part]:
-    """Return the parts of the second moments of a layer's readers: of the matrix only the diagonal if it will do.
+    """Return the parts of the second moments of a layer's readers: the matrix, or its diagonal if sufficient.
 
     Parameters
     ----------
@@ -140,21 +140,18 @@ def moment_sums(readers: Sequence[Reader]) -> dict[str, Tensor]:
     return sums
 
 
-def fill_moments(
-    readers: Sequence[Reader], sums: Mapping[str, Tensor], counts: Mapping[str, int], origins: Mapping[str, Tensor]
-) -> None:
-    """Give readers the moments of sums over ``counts`` input vectors that were measured from ``origins``, by path."""
-    for reader in readers:
-        path = reader.path
-        diagonal = sums.get(f"{path}.diagonal")
-        gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
-        targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
-        reader.moments = Moments(counts[path], sums[f"{path}.total"], gram, *targets).shifted(-origins[path])
-        reader.moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+def read_moments(path: str, sums: Mapping[str, Tensor], count: int, origin: Tensor) -> Moments:
+    """Return a reader's moments from sums over ``count`` input vectors that were measured from ``origin``, (n,)."""
+    diagonal = sums.get(f"{path}.diagonal")
+    gram = sums[f"{path}.gram"] if diagonal is None else diagonal.diag()
+    targets = sums.get(f"{path}.target_total"), sums.get(f"{path}.cross")
+    moments = Moments(count, sums[f"{path}.total"], gram, *targets).shifted(-origin)
+    moments.gram.diagonal().clamp_(min=0.0)  # of a unit that is never active, rounding leaves something
+    return moments
 
 
 def split_reference(reference: Tensor, readers: Sequence[Reader]) -> dict[str, Tensor]:
-    """Return what each reader's inputs are measured from, float64, by path.
+    """Return the origin of each reader's inputs, float64, by path.
 
     Parameters
     ----------
@@ -176,7 +173,7 @@ def fisher_parts(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[Part
 
 
 def norm_parts(model: nn.Module) -> list[Part]:
-    """Return the parts of what batch norms see: means and variances by batch."""
+    """Return the parts of batch norms' input statistics: means and variances by batch."""
     return [
         Part(name, tuple(tensor.shape), nonnegative=name.endswith("running_var"))
         for name, tensor in norm_statistics(model).items()

@@ -1,4 +1,4 @@
-"""Whether second moments are those of some data: what else would break the pruning, and leave nobody to blame."""
+"""Check that second moments are possible for data, so that a faulty answer is rejected and its client named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_gram(packed: Tensor, size: int, total: Tensor | None, vectors: int, na
     r"""Check the second moments :math:`G = \sum x x^\top` of N input vectors, and their sum :math:`t = \sum x`.
 
     Data give :math:`G_{ii} \ge 0`, :math:`|G_{ij}| \le \sqrt{G_{ii} G_{jj}}` and positive semi-definite :math:`G` and
-    :math:`G - t t^\top / N`, which is what damping relies on. Up to 2048 inputs the last is checked to 10^-6 of the
+    :math:`G - t t^\top / N`, on which damping relies. Up to 2048 inputs the last is checked to 10^-6 of the
     trace; beyond, of blocks of as many neighbouring inputs.
 
     Parameters
@@ -35,7 +35,7 @@ def check_gram(packed: Tensor, size: int, total: Tensor | None, vectors: int, na
     packed : (size (size + 1) / 2,)
         The lower triangle of G, row by row.
     total, vectors : (size,) or None, int
-        t and N; not checked where None or 0.
+        t and N; not checked if None or 0.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Sums that are far larger than those of other clients are left out, by name.
+"""Rejection of sums far larger than those of other clients.
 
 An honest client's second moments differ from another's by a small factor: measured on digits, per example, by at most 2
 between clients of one or two classes each and the median. Sums of 100 times the median would make the average of the
@@ -43,7 +43,7 @@ def drop_outliers(
     kind : str
         The question's.
     reject : callable
-        Told of each client that is left out.
+        Called with each client that is left out.
     """
     largest = np.array([_factor(kind, part) for part in parts])
     held: deque[Answer] = deque()

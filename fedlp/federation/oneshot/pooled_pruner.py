@@ -1,4 +1,4 @@
-"""A pruner without data of its own: second moments, Fisher information and batch norms come from clients."""
+"""Pruner without own data: second moments, Fisher information and batch norms come from clients."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.federation.oneshot import messages as wire
-from fedlp.federation.oneshot.messages import Question
+from fedlp.federation.oneshot.messages import Part, Question
 from fedlp.federation.oneshot.model import (
     ModelStates,
     count_positions,
-    fill_moments,
     fisher_parts,
     moment_parts,
     norm_parts,
     norm_statistics,
+    read_moments,
     split_reference,
 )
 from fedlp.federation.oneshot.server import ClientPool
+from fedlp.pruning.gradients import pool_fisher
 from fedlp.pruning.layer_statistics import Collector, make_readers
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method, Reader
@@ -31,7 +32,7 @@ from fedlp.types import Keep, PrunableLayer
 
 
 def check_pooled(score: UnitScore) -> None:
-    """Raise ConfigError if a score reads what clients do not send."""
+    """Raise ConfigError if a score reads statistics that clients do not send."""
     if missing := score.needs & {"gradients", "model"}:
         raise ConfigError(
             f"score {score_name(score)} needs {' and '.join(sorted(missing))}, which clients do not send; choose "
@@ -40,14 +41,14 @@ def check_pooled(score: UnitScore) -> None:
 
 
 class PooledPruner(Pruner):
-    """A pruner without data: whatever looks at data asks the clients.
+    """Pruner whose statistics are requested from clients.
 
     Parameters
     ----------
     model, spec, layers, method
         As of :class:`Pruner`.
     example : Tensor
-        Inputs of a few examples that resemble nobody's data.
+        Inputs of a few synthetic examples.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PooledPruner(Pruner):
 
     @cached_property
     def states(self) -> ModelStates:
-        """The states of the model so far."""
+        """States of the model so far."""
         return ModelStates(self.model, self.layers, self.norms, self.method)
 
     @cached_property
@@ -76,19 +77,31 @@ class PooledPruner(Pruner):
         return count_positions(self.model, self.layers, self._example)
 
     def collector(self, dense: nn.Module | None) -> PooledCollector:
-        """Return what asks the clients for the statistics of each layer."""
+        """Return the collector of clients' statistics of each layer."""
         return PooledCollector(self, dense is not None)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of all readers' outputs on the clients' examples."""
-        parts = fisher_parts(self.model, self.layers)
-        sums, counts = self.pool.total(Question(wire.FISHER), parts, self.states)
-        labels = sum(counts) * self.positions[1]
-        return {path: (sums[path].tril() + sums[path].tril(-1).T) / labels for path in paths}
+        parts, question = fisher_parts(self.model, self.layers), Question(wire.FISHER)
+        shrinks, labels = self.method.shrinks, self.positions[1]
+        found = self.ask(question, parts)
+        halves = [
+            ({path: sums[path].tril() + sums[path].tril(-1).T for path in paths}, sum(counts) * labels)
+            for sums, counts in found
+        ]
+        if not shrinks:
+            return {path: total / halves[0][1] for path, total in halves[0][0].items()}
+        return {path: pool_fisher([(sums[path], count) for sums, count in halves]) for path in paths}
+
+    def ask(self, question: Question, parts: Sequence[Part]) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return the clients' sums and example counts, by halves where the method shrinks what they give."""
+        if self.method.shrinks:
+            return self.pool.halves(question, parts, self.states)
+        return [self.pool.total(question, parts, self.states)]
 
     @torch.no_grad()
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
-        """Return the model with the removed units cut out, and what its batch norms see on the clients' examples."""
+        """Return the model with the removed units cut out, and batch norm statistics on the clients' examples."""
         parts = norm_parts(self.model)
         if parts and not self.method.keeps_batch_norm:
             sums, counts = self.pool.total(Question(wire.NORMS), parts, self.states)
@@ -100,9 +113,9 @@ class PooledPruner(Pruner):
 
 
 class PooledCollector:
-    """Collects the statistics of layers from clients.
+    """Collector of statistics of layers from clients.
 
-    Inputs are measured from what they are on the example: all that clients send is small where they are much alike.
+    Inputs are measured from their values on the example, so that sums of similar inputs stay small.
     """
 
     def __init__(self, pruner: PooledPruner, targets: bool) -> None:
@@ -111,7 +124,8 @@ class PooledCollector:
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers, without statistics."""
-        return make_readers(self._pruner.model, layer, self._pruner.norms, self._targets)
+        pruner = self._pruner
+        return make_readers(pruner.model, layer, pruner.norms, self._targets, pruner.method.shrinks)
 
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the clients' statistics added up."""
@@ -121,7 +135,11 @@ class PooledCollector:
         if not any(part.symmetric for part in parts):
             reference.zero_()  # a diagonal needs no digits to spare, and must not become negative
         question = Question(wire.MOMENTS, list(pruner.layers).index(layer), reference)
-        sums, counts = pruner.pool.total(question, parts, pruner.states)
-        seen = {path: positions * sum(counts) for path, positions in pruner.positions[0].items()}
-        fill_moments(readers, sums, seen, split_reference(reference, readers))
+        origins, found = split_reference(reference, readers), pruner.ask(question, parts)
+        for reader in readers:
+            path, positions = reader.path, pruner.positions[0][reader.path]
+            halves = [read_moments(path, sums, positions * sum(counts), origins[path]) for sums, counts in found]
+            reader.moments = sum(halves[1:], halves[0])
+            if reader.half is not None and len(halves) > 1:
+                reader.half = halves[0]
         return readers

@@ -1,6 +1,6 @@
-"""The server's side of federated one-shot pruning: clients send sums over their examples, the server prunes.
+"""Server side of federated one-shot pruning: clients send sums over their examples, the server prunes.
 
-Sums of disjoint data sets add up, so pruning on what all clients send is pruning on their data in one place; nobody
+Sums of disjoint data sets add up, so pruning on all clients' sums is pruning on their data in one place; no client
 sends data, and since the server only adds, neither would it have to see a single client's sums.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ _Answer = TypeVar("_Answer")
 
 
 class ClientPool:
-    """The clients whose data are pooled: one cohort for the whole run, asked again and again.
+    """Clients whose data are pooled: one cohort for the whole run.
 
     Parameters
     ----------
@@ -45,9 +46,9 @@ class ClientPool:
     axes : sequence of str
         The model's width axes.
     macs : float
-        What one example costs a client per question, at most.
+        Largest cost of one example per question.
     candidates : sequence of int, optional
-        Clients of which the cohort is drawn; all on the roster where absent.
+        Clients that the cohort is drawn from; all on the roster if absent.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class ClientPool:
 
     # ---- rounds: one per layer
     def begin(self, server_round: int) -> None:
-        """Start counting for a new line of ``rounds.jsonl``."""
+        """Start the counts of a new line of ``rounds.jsonl``."""
         self._round = RoundUnderWay(server_round, ())
         self._spent: dict[int, dict[str, int]] = {}
 
     def finish(self, coverage: Mapping[str, float], metrics: dict[str, float], wall_time_s: float) -> RoundRecord:
-        """Return the line of what happened since :meth:`begin`; its cohort is who was asked anything."""
+        """Return the record since :meth:`begin`; its cohort holds all clients that were asked."""
         self._round.cohort = tuple(sorted(self._spent))
         self._round.costs = [
             ClientCost(client_id=client_id, macs=self._macs * spent["num_examples"], **spent)
@@ -115,15 +116,37 @@ class ClientPool:
         Raises
         ------
         FedLPError
-            If fewer than ``min_clients`` give a good answer, or nobody.
+            If fewer than ``min_clients``, or none, give a good answer.
         """
-        sums: dict[str, Tensor] = {}
-        counts = []
-        for values, count in self.answers(question, parts, states):
-            sums = {name: sums[name] + value for name, value in values.items()} if sums else dict(values)
-            counts.append(count)
-        full = {part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in parts if part.symmetric}
-        return {**sums, **full}, counts
+        return self._add(question, parts, states, 1)[0]
+
+    def halves(
+        self, question: Question, parts: Sequence[Part], states: ModelStates
+    ) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return two halves of :meth:`total`: of every other good client and of the rest, if any.
+
+        A cohort of one client is asked twice, about every other one of its examples and about the rest.
+        """
+        client_id = self.cohort[0]
+        if len(self.cohort) == 1 and min(self._roster.profile(client_id).num_examples, self._settings.examples) > 1:
+            return [self.total(replace(question, half=half), parts, states) for half in (1, 2)]
+        return self._add(question, parts, states, 2)
+
+    def _add(
+        self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
+    ) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return the sums and example counts of the good clients by turns in some groups, those of nobody left out."""
+        sums: list[dict[str, Tensor]] = [{} for _ in range(groups)]
+        counts: list[list[int]] = [[] for _ in range(groups)]
+        for number, (values, count) in enumerate(self.answers(question, parts, states)):
+            group = number % groups
+            before = sums[group]
+            sums[group] = {name: before[name] + value for name, value in values.items()} if before else dict(values)
+            counts[group].append(count)
+        for found in sums:
+            symmetric = [part for part in parts if part.symmetric and found]
+            found |= {part.name: wire.unpack_symmetric(found[part.name], part.shape[0]) for part in symmetric}
+        return [(found, asked) for found, asked in zip(sums, counts, strict=True) if asked]
 
     def answers(
         self, question: Question, parts: Sequence[Part], states: ModelStates
@@ -153,12 +176,12 @@ class ClientPool:
     ) -> Iterator[tuple[int, _Answer, int]]:
         """Yield each client's id, answer and number of examples, in order; failures are counted and named.
 
-        Clients that lack the state they were thought to have are sent all changes at the end.
+        Clients that lack the expected base state are sent all changes at the end.
 
         Parameters
         ----------
         decode : callable
-            Returns an answer from its records, the most examples it may be about and what errors call the client.
+            Returns an answer from its records, the most examples allowed and the client's name in errors.
         params_up : int
             Numbers in an answer.
         """
@@ -182,7 +205,7 @@ class ClientPool:
         self._require(good, question, states)
 
     def _require(self, good: int, question: Question, states: ModelStates) -> None:
-        """Raise FedLPError where too few answers are good."""
+        """Raise FedLPError if too few answers are good."""
         if good < max(1, self._settings.min_clients):
             raise FedLPError(
                 f"{self._describe(question, states)}: {good} of {len(self.cohort)} clients gave a good answer, "

@@ -22,9 +22,9 @@ class OneShotSettings:
     device : str
         Device of the clients.
     clients_per_round, min_clients : int
-        Clients that are asked, and those without whose answers pruning stops.
+        Clients asked, and the fewest good answers.
     timeout_s : float
-        Seconds that an answer may take.
+        Deadline of an answer.
     examples, batch_size : int
         Calibration examples of each client, and of a batch, >= 1.
     votes : bool
@@ -32,7 +32,7 @@ class OneShotSettings:
     shared : bool
         Whether channels that several layers read are pruned too.
     wide_sums : bool
-        Whether sums travel as float64; else as float32.
+        Whether sums are sent as float64; else as float32.
     """
 
     method: Method
@@ -49,5 +49,5 @@ class OneShotSettings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type in which sums travel."""
+        """Type of encoded sums."""
         return torch.float64 if self.wide_sums else torch.float32

@@ -1,15 +1,16 @@
-"""Clients come and go: which are there in a round, and which drop out in the middle of it.
+"""Availability of clients in a round, and drop-outs in mid-round.
 
 Draws are keyed on round and client, so that a resumed run has the same ones. A trace is a CSV file with the columns
-``client``, ``from`` and ``to``: the first and last round, both included, of a stretch in which the client is there; an
-empty ``to`` has no end. A client without a row is never there.
+``client``, ``from`` and ``to``: the first and last round, both included, of a stretch of availability; an
+empty ``to`` has no end. A client without a row is never available. With a duration of a round, ``from`` and ``to`` are
+seconds since the start of the run: a client is available in the rounds that begin in one of its stretches.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +18,21 @@ from fedlp.errors import DataError, one_line
 from fedlp.rng import Stream, generator
 
 Stretches = Mapping[int, tuple[tuple[int, float], ...]]
-"""First and last round of each stretch in which a client is there, by client id."""
+"""First and last round of each stretch of availability, by client id."""
 
 _COLUMNS = ("client", "from", "to")
 
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Which clients are there.
+    """Availability of clients by round.
 
     Attributes
     ----------
     seed : int
         Seed of every draw, >= 0.
     probability : float
-        Probability that a client is there in a round, in [0, 1]; not read where there is a trace.
+        Probability that a client is available in a round, in [0, 1]; not read if there is a trace.
     stretches : mapping, optional
         A trace.
     """
@@ -41,7 +42,7 @@ class Availability:
     stretches: Stretches | None = None
 
     def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
-        """Return those of some clients that are there in a round, in their order."""
+        """Return the available ones of some clients in a round, in their order."""
         return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
 
     def _is_there(self, server_round: int, client_id: int) -> bool:
@@ -52,15 +53,21 @@ class Availability:
         return bool(generator(self.seed, Stream.AVAILABILITY, server_round, client_id).random() < self.probability)
 
 
-def make_availability(setting: str | float | None, seed: int) -> Availability:
-    """Return the availability that a config asks for: a file with a trace, a probability, or all clients always."""
+def make_availability(setting: str | float | None, seed: int, round_s: float | None = None) -> Availability:
+    """Return the availability of a config: a trace file, a probability, or all clients always.
+
+    Parameters
+    ----------
+    round_s : float, optional
+        Duration of a round in seconds, > 0, for a trace in seconds.
+    """
     if isinstance(setting, str):
-        return Availability(seed, stretches=read_trace(Path(setting).expanduser()))
+        return Availability(seed, stretches=read_trace(Path(setting).expanduser(), round_s))
     return Availability(seed, 1.0 if setting is None else float(setting))
 
 
 def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probability: float) -> frozenset[int]:
-    """Return the clients of a cohort that drop out after they got their sub-model."""
+    """Return the clients of a cohort that drop out after receiving their sub-model."""
     if not probability:
         return frozenset()
     return frozenset(
@@ -70,13 +77,13 @@ def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probabili
     )
 
 
-def read_trace(path: Path) -> Stretches:
+def read_trace(path: Path, round_s: float | None = None) -> Stretches:
     """Return the stretches of a trace file.
 
     Raises
     ------
     DataError
-        If the file cannot be read, lacks a column, or a line is no client with two rounds; names it.
+        If the file cannot be read, lacks a column, or has an invalid line; names it.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -87,20 +94,23 @@ def read_trace(path: Path) -> Stretches:
     for number, row in enumerate(rows, start=2):
         if missing := [name for name in _COLUMNS if name not in row]:
             raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
-        client_id, stretch = _read_row(row, f"{path}, line {number}")
-        found.setdefault(client_id, []).append(stretch)
+        client_id, first, last = _read_row(row, f"{path}, line {number}", int if round_s is None else float)
+        if round_s is not None:
+            first, last = 1 + math.ceil(first / round_s), 1 + last // round_s
+        found.setdefault(client_id, []).append((int(first), last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")
     return {client_id: tuple(stretches) for client_id, stretches in found.items()}
 
 
-def _read_row(row: Mapping[str, str | None], where: str) -> tuple[int, tuple[int, float]]:
-    """Return a client and the first and last round of a stretch."""
+def _read_row(row: Mapping[str, str | None], where: str, read: Callable[[str], float]) -> tuple[int, float, float]:
+    """Return a client and the beginning and end of a stretch, in rounds or seconds."""
     try:
-        client_id, first = int(row["client"] or ""), int(row["from"] or "")
-        last = int(row["to"]) if (row["to"] or "").strip() else math.inf  # type: ignore[arg-type]
+        client_id, first = int(row["client"] or ""), read(row["from"] or "")
+        last = read(end) if (end := (row["to"] or "").strip()) else math.inf
     except ValueError as error:
-        raise DataError(f"{where}: client, from and to must be whole numbers ({error})") from error
-    if client_id < 0 or not 0 <= first <= last:
-        raise DataError(f"{where}: client {client_id} is there from {first} to {last}, which is no stretch of rounds")
-    return client_id, (first, last)
+        kind = "whole numbers" if read is int else "numbers, client a whole one"
+        raise DataError(f"{where}: client, from and to must be {kind} ({error})") from error
+    if client_id < 0 or not 0 <= first <= last or first == math.inf:
+        raise DataError(f"{where}: client {client_id} is there from {first} to {last}, which is no stretch")
+    return client_id, first, last

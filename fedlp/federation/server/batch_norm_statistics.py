@@ -1,7 +1,7 @@
 """Static batch norms: running statistics of the global model, measured on a few clients' examples.
 
-Clients of narrow sub-models see other activations than the global model has: an average of their statistics fits
-nobody. Here none are sent; before the global model is evaluated, some clients that can hold all of it run it over
+Activations of narrow sub-models differ from those of the global model: an average of their statistics fits
+neither. Here none are sent; before the global model is evaluated, some clients that can hold all of it run it over
 their examples (Diao et al., ICLR 2021, ask all clients).
 """
 
@@ -17,7 +17,7 @@ from fedlp.federation.submodels import SubModelLayout
 _MEAN, _VAR = ".running_mean", ".running_var"
 
 Statistics = tuple[Mapping[str, Tensor], int]
-"""Running means and variances by tensor name, and of how many examples."""
+"""Running means and variances by tensor name, and their number of examples."""
 
 
 def pool_statistics(parts: Sequence[Statistics]) -> dict[str, Tensor]:

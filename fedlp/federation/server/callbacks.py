@@ -46,11 +46,11 @@ class EarlyStopping:
     Attributes
     ----------
     metric : str or None
-        Name in the records; the first metric of the task where absent.
+        Name in the records; the first metric of the task if absent.
     patience : int
         Evaluations without an improvement after which the run ends, >= 1.
     min_delta : float
-        Least improvement that counts, >= 0.
+        Smallest improvement that counts, >= 0.
     """
 
     metric: str | None = None
@@ -69,7 +69,7 @@ class EarlyStopping:
         self._rises = larger_is_better(self._name, self.task)
 
     def __call__(self, record: RoundRecord, state: ServerState) -> bool:
-        """Return whether the metric has waited too long; a value that is not finite is no improvement."""
+        """Return whether patience is exhausted; a non-finite value is no improvement."""
         return self._note(record)
 
     def recall(self, records: Sequence[RoundRecord]) -> bool:
@@ -88,12 +88,12 @@ class EarlyStopping:
 
 
 def first_metric(task: Task) -> str:
-    """Return the metric that stands for a run: the task's first, "loss" where it has none."""
+    """Return the main metric of a run: the task's first, "loss" if it has none."""
     return next((metric.label for metric in task.measures()), "loss")
 
 
 def is_better(value: float, best: float, rises: bool, least: float = 0.0) -> bool:
-    """Return whether a value improves on the best one by more than ``least``; NaN stands for no value yet."""
+    """Return whether a value improves on the best one by more than ``least``; NaN means no value yet."""
     if not math.isfinite(value):
         return False
     if math.isnan(best):

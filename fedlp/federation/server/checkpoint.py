@@ -1,8 +1,8 @@
-"""Checkpoints: exactly the state that outlives a round, written atomically; the previous one is kept.
+"""Checkpoints: the complete state between rounds, written atomically; the previous one is kept.
 
-A checkpoint is ``round-N.safetensors`` (model, server optimiser and what the policy
-remembers) and ``round-N.json`` (its SHA-256), written last. A
-folder without a matching pair holds nothing that counts.
+A checkpoint is ``round-N.safetensors`` (model, server optimizer and the policy's
+memory) and ``round-N.json`` (its SHA-256), written last. A
+folder without a matching pair holds no checkpoint.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
 
 
 def load_checkpoint(folder: Path) -> ServerState | None:
-    """Return the newest checkpoint that is whole, or None where there is none at all; damaged ones are named in a log.
+    """Return the newest intact checkpoint, None if there is none; damaged ones are logged.
 
     Raises
     ------
@@ -91,14 +91,14 @@ def load_checkpoint(folder: Path) -> ServerState | None:
 
 
 def checkpoint_rounds(folder: Path) -> list[int]:
-    """Return the rounds of the checkpoints in a folder, sorted, whole or not."""
+    """Return the rounds of the checkpoints in a folder, sorted, intact or not."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
 
 
 def read_checkpoint(folder: Path, server_round: int) -> ServerState:
-    """Return the checkpoint of a round; CheckpointError, which names the file, where it is damaged."""
+    """Return the checkpoint of a round; CheckpointError, which names the file, if it is damaged."""
     stem = folder / f"round-{server_round:06d}"
     try:
         about = json.loads(stem.with_suffix(".json").read_text())
@@ -117,18 +117,18 @@ def read_checkpoint(folder: Path, server_round: int) -> ServerState:
 
 
 def discard_checkpoint(folder: Path, server_round: int) -> None:
-    """Let a checkpoint not count any more; its files stay, the JSON one as ``round-N.json.discarded``."""
+    """Discard a checkpoint; its files stay, the JSON one as ``round-N.json.discarded``."""
     path = folder / f"round-{server_round:06d}.json"
     path.replace(path.with_name(f"{path.name}.discarded"))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even through a power cut.
+    """Write a file atomically and durably, even through a power cut.
 
     Raises
     ------
     OSError
-        If it cannot be written; names the file. What was there before stays, and nothing is left of the attempt.
+        If it cannot be written; names the file. An earlier file stays, and no partial one is left.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -145,7 +145,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names of the files in a folder outlive a power cut, where the system can."""
+    """Make the names of a folder's files durable, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

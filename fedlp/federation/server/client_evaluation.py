@@ -1,4 +1,4 @@
-"""Evaluation on clients: each one's sub-model on its own test examples, and the distribution over clients.
+"""Evaluation on clients: each client's sub-model on its own test examples, and the distribution over clients.
 
 Only sums over a client's examples travel, checked like all numbers from outside. The record of a round holds, for
 ``loss`` and each metric of the task, such as ``accuracy``:
@@ -12,7 +12,7 @@ Only sums over a client's examples travel, checked like all numbers from outside
 ``client_accuracy_tier_T``  weighted mean of the clients of tier T, where there are several
 ==========================  ============================================================
 
-Where privacy asks for it the clients' sums are added up, and the metrics of the total are all that is recorded.
+With privacy, only the metrics of all clients' total sums are recorded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Values = Callable[[SubModelLayout, int], Mapping[str, Tensor]]
 """Returns the values of a layout that a client, by its id, receives."""
 
 Fail = Callable[[int, str, FedLPError], None]
-"""Counts and names a client that failed: its id, the kind of failure, the error."""
+"""Counts and names a failed client: its id, the kind of failure, the error."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class ClientEvaluationSettings:
     Attributes
     ----------
     task : Task
-        Gives metrics of sums.
+        Task whose metrics are computed from sums.
     lengths : mapping from name to int
-        Numbers of each sum that clients send; 0 for a number that is no list. See :func:`sum_lengths`.
+        Length of each sum from clients; 0 for a scalar. See :func:`sum_lengths`.
     seed : int
         Seed of the draw of clients, >= 0.
     num_clients : int or None
-        Clients that are asked; all where None.
+        Clients that evaluate; all if None.
     steps_examples : int
         Examples that a client trains on before it evaluates, for the count of its MACs.
     is_private : bool
@@ -82,7 +82,7 @@ class ClientEvaluationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One client that is to evaluate: its node, its sub-model, and the tier that it counts in."""
+    """Evaluating client: its node, sub-model and tier."""
 
     client_id: int
     node: int
@@ -92,13 +92,15 @@ class Asked:
 
 
 class ClientEvaluator:
-    """Asks clients for the metrics of their sub-models."""
+    """Evaluation round on clients."""
 
     def __init__(self, submodels: SubModels, settings: ClientEvaluationSettings) -> None:
         self._submodels, self._settings, self._costs = submodels, settings, Costs(submodels)
 
     def choose(self, server_round: int, client_ids: Sequence[int]) -> tuple[int, ...]:
-        """Return the clients that are asked in a round, sorted."""
+        """Return the evaluating clients of a round, sorted."""
+        if not client_ids:
+            return ()
         count = self._settings.num_clients or len(client_ids)
         return sample_cohort(self._settings.seed, server_round, client_ids, count, Stream.EVALUATION)
 
@@ -155,7 +157,7 @@ class ClientEvaluator:
         waiting: deque[tuple[Asked, SubModelLayout, int]],
         timeout: float,
     ) -> Iterator[Message]:
-        """Yield the requests, made only when needed; what follows in one layout and tier is encoded once."""
+        """Yield the requests lazily; consecutive clients of one layout and tier share an encoding."""
         last: tuple[tuple[SubModelLayout, str], ArrayRecord] | None = None
         for client in asked:
             layout = self._submodels.layout(client.submodel)
@@ -173,7 +175,7 @@ class ClientEvaluator:
             yield Message(content, client.node, kind, group_id=group, ttl=timeout)
 
     def _read(self, client: Asked, reply: Message) -> tuple[Sums, ClientEvaluation]:
-        """Return a client's sums and metrics; FedLPError where it failed or they cannot be right."""
+        """Return a client's sums and metrics; FedLPError if it failed or they are impossible."""
         if reply.has_error():
             raise FedLPError(reason_of(reply))
         who = f"client {client.client_id}"
@@ -189,7 +191,7 @@ class ClientEvaluator:
 
 
 def read_metrics(task: Task, sums: Sums, who: str) -> dict[str, float]:
-    """Return the metrics of a client's sums; ProtocolError where sums of its examples cannot give them."""
+    """Return the metrics of a client's sums; ProtocolError if sums of its examples cannot give them."""
     try:
         metrics = task.summarize(sums)
     except (DataError, ArithmeticError, ValueError, LookupError, TypeError) as error:
@@ -203,7 +205,7 @@ def read_metrics(task: Task, sums: Sums, who: str) -> dict[str, float]:
 
 
 def sum_lengths(model: nn.Module, info: DataInfo) -> dict[str, int]:
-    """Return the length of each evaluation sum of a task, 0 for a number: found by evaluating two random examples."""
+    """Return the length of each evaluation sum of a task, 0 for a scalar: found on two random examples."""
     examples = task_of(info).draw_examples(info, 2, generator(0, Stream.EVALUATION))
     sums = evaluate_sums(model, examples, info, batch_size=2)
     return {name: len(value) if isinstance(value, list) else 0 for name, value in sums.items()}

@@ -42,7 +42,7 @@ Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 """Sums of a sub-model's metrics over test examples [start, stop)."""
 
 Observer = Callable[[RoundRecord, ServerState], object]
-"""Told of every finished round, and of the state that a checkpoint holds; the run ends where one returns True."""
+"""Called with every finished round, and the state of its checkpoint; True ends the run."""
 
 
 class ClientCalibration(Protocol):
@@ -105,19 +105,19 @@ class EvaluatingStrategy(Strategy):
         return values
 
     def _present(self, server_round: int) -> list[int]:
-        """Return the clients that are there in a round and have data, sorted."""
+        """Return the clients that are available in a round and have data, sorted."""
         return self.settings.availability.present(server_round, self._roster.client_ids)
 
     def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
-        """Count and name a client whose part in the round is lost."""
+        """Count and name a failed client."""
         self._round.failures.append(ClientFailure(client_id, reason, str(error)))
         level = logging.INFO if reason in _EXPECTED else logging.WARNING
         log.log(level, "round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
     def _measure_statistics(self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
-        """Ask clients for the batch norm statistics of the sub-model that is evaluated; their costs are the round's.
+        """Request batch norm statistics of the evaluated sub-model from clients; their costs count in the round.
 
-        That is the whole model where some client holds it, else the largest sub-model of this round.
+        It is the whole model if some client holds it, else the largest sub-model of this round.
         """
         self._evaluated, asked = self._largest_submodel(server_round)
         self._like = asked[0] if asked else 0
@@ -132,7 +132,7 @@ class EvaluatingStrategy(Strategy):
         grid: Grid,
         timeout: float,
     ) -> ArrayRecord:
-        """Ask some clients for the batch norm statistics of a sub-model that they hold; return the model with them."""
+        """Request batch norm statistics of a held sub-model from some clients; return the model with them."""
         assert self.state is not None
         layout, asked = self.submodels.layout(submodel), list(asked)
         record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
@@ -167,7 +167,7 @@ class EvaluatingStrategy(Strategy):
         return arrays
 
     def _largest_submodel(self, server_round: int) -> tuple[SubModel, list[int]]:
-        """Return the largest sub-model of a round, and some clients that hold it, in an order drawn for the round."""
+        """Return the largest sub-model of a round, and its clients, in an order drawn for the round."""
         assert self.state is not None
         rng = generator(self.settings.seed, Stream.STATISTICS, server_round)
         holders: dict[SubModelLayout, list[int]] = {}
@@ -190,11 +190,11 @@ class EvaluatingStrategy(Strategy):
     ) -> Mapping[str, float]:
         """Return the distribution over clients of the metrics of their sub-models on their own test examples.
 
-        Where batch norms are static, a client whose sub-model is not the one that was measured measures its own.
+        With static batch norms, a client of any other than the measured sub-model measures its own.
         """
         assert self.state is not None
         assert self._clients is not None
-        chosen = self._clients.choose(server_round, self._present(server_round))
+        chosen = self._clients.choose(server_round, self._with_test_examples(server_round))
         measured = self.submodels.layout(self._evaluated)
         asked = [
             Asked(
@@ -208,8 +208,18 @@ class EvaluatingStrategy(Strategy):
         ]
         return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
 
+    def _with_test_examples(self, server_round: int) -> list[int]:
+        """Return the clients present that hold out examples; the round's record names the others."""
+        client_ids = self._present(server_round)
+        without = tuple(i for i in client_ids if self._roster.profile(i).num_test == 0)
+        if without:
+            self._round.absent = {**self._round.absent, "no_test_examples": without}
+        if len(without) == len(client_ids):
+            log.warning("round %d: no client evaluates, since none holds out an example", server_round)
+        return [client_id for client_id in client_ids if client_id not in without]
+
     def _held(self, server_round: int, client_ids: Iterable[int]) -> Iterator[tuple[int, SubModel]]:
-        """Yield clients and the sub-model that each holds in a round; none for one whose budget cannot be met."""
+        """Yield clients and their sub-models in a round; a client whose budget cannot be met is left out."""
         assert self.state is not None
         for client_id in client_ids:
             with suppress(AllocationError):
@@ -217,14 +227,14 @@ class EvaluatingStrategy(Strategy):
                 yield client_id, replace(submodel, nested_levels=())
 
     def _tier(self, client_id: int, submodel: SubModel) -> str:
-        """Return the tier that a client counts in."""
+        """Return the tier of a client."""
         held = self.submodels.layout(submodel).num_params() / self.submodels.spec.num_params
         return self._tiers.get(client_id) or f"{held:.3g}"
 
     def _evaluate_tiers(self, server_round: int, grid: Grid, timeout: float) -> None:
-        """Note the metrics of each tier's sub-model on the test set, with batch norm statistics of its own.
+        """Record the metrics of each tier's sub-model on the test set, with its own batch norm statistics.
 
-        Sub-models with a personal head cannot be evaluated here. The model keeps the statistics that it has.
+        Sub-models with a personal head cannot be evaluated here. The model's statistics are not changed.
         """
         assert self.state is not None
         state, evaluated = self.state, self._evaluated
@@ -255,7 +265,7 @@ class EvaluatingStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
-        """Yield requests for the metrics of ranges of the test set, where the grid's nodes hold it; else none."""
+        """Yield requests for metrics of ranges of the test set, if the grid's nodes hold it; else none."""
         assert self.state is not None
         if getattr(grid, "holds_test_set", False):
             layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
@@ -265,7 +275,7 @@ class EvaluatingStrategy(Strategy):
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
-        """Return the test metrics of the evaluated model; computed here where no node was asked."""
+        """Return the test metrics of the evaluated model; computed here if no node was asked."""
         assert self.state is not None
         parts = [_decode_sums(reply) for reply in replies]
         if not parts and self._evaluate is not None:
@@ -289,7 +299,7 @@ class EvaluatingStrategy(Strategy):
         timeout: float,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
     ) -> ArrayRecord:
-        """Measure the model after a round; return its arrays, with batch norm statistics where these are measured."""
+        """Evaluate the model after a round; return its arrays, with measured batch norm statistics, if any."""
         self._evaluated = SubModel()
         if self._measures_statistics:
             arrays = self._measure_statistics(server_round, arrays, grid, timeout)

@@ -1,7 +1,7 @@
-"""Send messages, get their replies back in the order of sending, as early as possible.
+"""Message exchange: replies in the order of sending, as early as possible.
 
-A reply is handed on as soon as all earlier ones are, so that the server can aggregate while clients still train and yet
-always adds in the same order. Whoever stays silent until the deadline is answered for with an error reply.
+A reply is passed on once all earlier ones are, so that the server aggregates while clients still train, and
+always in the same order. A client that is silent until the deadline gets an error reply in its place.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ATTEMPTS = 3
 
 @runtime_checkable
 class StreamingGrid(Protocol):
-    """A grid that does the ordered exchange itself and pulls messages only as fast as it can use them."""
+    """Grid with its own ordered exchange, which pulls messages only as fast as it can use them."""
 
     def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Yield one reply per message, in order."""
 
 
 class Postbox:
-    """Messages on their way, and the replies that have come."""
+    """Messages in flight, and received replies."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -45,11 +45,11 @@ class Postbox:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether replies are still to come."""
+        """Whether replies are outstanding."""
         return bool(self._waiting)
 
     def send(self, messages: list[Message], timeout: float) -> None:
-        """Send messages; a :class:`StreamingGrid` is waited for, up to ``timeout`` seconds a message."""
+        """Send messages; a :class:`StreamingGrid` answers within the call, up to ``timeout`` seconds a message."""
         if isinstance(self._grid, StreamingGrid):
             self._answered += zip(messages, self._grid.stream(messages, timeout), strict=True)
             return
@@ -60,7 +60,7 @@ class Postbox:
                 self._answered.append((message, Message(Error(GONE, "no such node"), reply_to=message)))
 
     def collect(self) -> list[tuple[Message, Message]]:
-        """Return the messages that were answered since the last time, each with its reply."""
+        """Return the messages answered since the last call, each with its reply."""
         answered, self._answered = self._answered, []
         for reply in self._puller.pull(list(self._waiting)) if self._waiting else ():
             if (message := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
@@ -94,15 +94,15 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
 def exchange_first(
     grid: Grid, messages: Iterable[Message], timeout: float, enough: int, order: Callable[[int], Iterable[int]]
 ) -> Iterator[Message]:
-    """Yield one reply per message, in the order of ``messages``; those beyond the first good ones are error replies.
+    """Yield one reply per message, in the order of ``messages``; replies beyond the first good ones become errors.
 
-    On a network the first are those that answer first. On a :class:`StreamingGrid`, whose workers tell nothing of
-    devices, they are the first in a given order, and only as many work as are needed.
+    On a network the first are the fastest. On a :class:`StreamingGrid`, whose workers do not model
+    devices, they are the first in a given order, and only as many work as needed.
 
     Parameters
     ----------
     enough : int
-        Good replies that are waited for.
+        Good replies that end the wait.
     order : callable
         Returns the order in which a number of messages would be answered.
     """
@@ -154,14 +154,14 @@ def _first_to_answer(
 
 
 def exchange_again(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Yield one reply per message, in the order of ``messages``; what fails is sent again, up to twice, to other nodes.
+    """Yield one reply per message, in the order of ``messages``; failed ones are resent, up to twice, to other nodes.
 
-    For what any node can do. A reply that is an error is the last one's.
+    For requests that any node can answer. An error reply is that of the last attempt.
 
     Parameters
     ----------
     timeout : float
-        Seconds that each attempt may take.
+        Deadline of each attempt.
     """
     sent, nodes = list(messages), list(grid.get_node_ids())
     replies = list(exchange(grid, sent, timeout))
@@ -183,10 +183,10 @@ def _address(message: Message, node_id: int) -> Message:
 
 
 def reason_of(reply: Message) -> str:
-    """Return why a reply is an error, in one printable line."""
+    """Return the reason of an error reply, in one printable line."""
     return printable(reply.error.reason or "") or "no reason given"
 
 
 def no_reply(message: Message, timeout: float) -> Message:
-    """Return the error reply that stands for silence."""
+    """Return the error reply of a silent client."""
     return Message(Error(NO_REPLY, f"no reply within {timeout:g} s"), reply_to=message)

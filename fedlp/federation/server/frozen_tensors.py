@@ -1,6 +1,6 @@
-"""Downlink of tensors that are never trained: they travel to a client once, later instructions name their digest.
+"""Downlink of frozen tensors: sent to a client once, later instructions name their digest.
 
-The server remembers, as part of its state and so of every checkpoint, the digest of the frozen tensors that each client
+The server's state, hence every checkpoint, holds the digest of the frozen tensors that each client
 has confirmed by a good update. As long as the client's sub-model has the same frozen tensors, its instructions leave
 them out. A client that has lost them fails that round, which is counted as any failure, and gets them anew next time.
 """
@@ -31,7 +31,7 @@ def note_holders(
     received : mapping from client id to bytes
         Digest of the frozen tensors of each client's sub-model in the round.
     failed : frozenset of int
-        Clients whose update did not come; what they hold is not known.
+        Clients without an update; their stored tensors are unknown.
     """
     if not received:
         return memory

@@ -1,4 +1,4 @@
-"""Where and when a run was made: date, git commit of the project, host and processor."""
+"""Provenance of a run: date, git commit of the project, host and processor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _ask(program: str, folder: Path, *words: str) -> str:
-    """Return what git prints; empty where it fails."""
+    """Return git's output; empty if it fails."""
     try:
         done = subprocess.run(
             [program, "-C", str(folder), *words],
@@ -57,7 +57,7 @@ def _ask(program: str, folder: Path, *words: str) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
+    """Return the processor's name; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Ask a grid for replies without waiting for one that is still on its way.
+"""Polling of a grid for replies, without a wait for replies in transfer.
 
 Flower hands out a reply when its sender announces it, and then waits for the content: three minutes where the sender
 has died meanwhile, as long as it takes where its link is slow. All that was asked for in one question waits with it. So
@@ -20,7 +20,7 @@ _REST_S = 0.2  # for each, before the next ones: a question costs both sides ten
 
 
 class Puller:
-    """Pulls replies to messages; one that is not whole yet holds up no other.
+    """Puller of replies; an incomplete one does not delay others.
 
     Parameters
     ----------
@@ -34,12 +34,12 @@ class Puller:
         self._rests_until = 0.0
 
     def pull(self, message_ids: Sequence[str]) -> list[Message]:
-        """Return what came since the last call, within seconds; called again at once it does not ask again.
+        """Return the replies since the last call, within seconds; open questions are not repeated.
 
         Parameters
         ----------
         message_ids : sequence of str
-            All messages that are not answered yet.
+            All unanswered messages.
         """
         if time.monotonic() >= self._rests_until:
             self._ask(message_ids)
@@ -48,7 +48,7 @@ class Puller:
         return [reply for question in answered for reply in question.replies()]
 
     def _ask(self, message_ids: Sequence[str]) -> None:
-        """Ask about all messages that no open question is about."""
+        """Ask for all messages without an open question."""
         deadline = time.monotonic() + _PATIENCE_S
         held = {key for question in self._open for key in question.message_ids}
         free = [key for key in message_ids if key not in held]
@@ -61,7 +61,7 @@ class Puller:
 
 
 class _Question(threading.Thread):
-    """Asks for the replies to some messages, and starts at once."""
+    """Request for the replies to some messages, started at once."""
 
     def __init__(self, grid: Grid, message_ids: Sequence[str]) -> None:
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ class _Question(threading.Thread):
             self._error = error
 
     def replies(self) -> list[Message]:
-        """Return the answer, or raise what went wrong."""
+        """Return the answer, or raise its error."""
         if self._error is not None:
             raise self._error
         return self._replies

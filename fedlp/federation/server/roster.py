@@ -1,4 +1,4 @@
-"""Who takes part: every node is asked once who it is, before the first round or when it appears."""
+"""Roster of clients: every node is asked once for its profile, before the first round or when it appears."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _MOST_NAMES = 10
 
 
 class Roster:
-    """Clients by their own id, which is stable, and the nodes they are reached at, which are random in every run.
+    """Clients by their stable id, and their nodes, whose ids are random in every run.
 
-    A client whose node is gone stays on the roster, so that who is drawn depends on who joined alone.
+    A client whose node is gone stays on the roster, so that draws depend on joined clients alone.
 
     Parameters
     ----------
     num_clients : int
         Clients to wait for; ids are in [0, num_clients).
     min_clients : int, optional
-        Clients that are enough to begin with, where the others do not come in time; all where absent.
+        Fewest clients to begin with after the deadline; all if absent.
     """
 
     def __init__(self, num_clients: int, min_clients: int | None = None) -> None:
@@ -45,12 +45,12 @@ class Roster:
 
     @property
     def client_ids(self) -> list[int]:
-        """All clients that joined and have examples, sorted."""
+        """Ids of joined clients with examples, sorted."""
         return sorted(client_id for client_id, profile in self._profiles.items() if profile.num_examples)
 
     @property
     def idle_ids(self) -> list[int]:
-        """All clients that joined without examples, sorted; they are never sampled."""
+        """Ids of joined clients without examples, sorted; they are never sampled."""
         return sorted(set(self._profiles) - set(self.client_ids))
 
     def node(self, client_id: int) -> int:
@@ -58,29 +58,29 @@ class Roster:
         return self._nodes[client_id]
 
     def profile(self, client_id: int) -> ClientProfile:
-        """Return what a client said of itself."""
+        """Return the profile of a client."""
         return self._profiles[client_id]
 
     @property
     def budgets(self) -> dict[int, Budget]:
-        """The budgets that devices brought, by client id."""
+        """Budgets from devices, by client id."""
         found = {client_id: self._profiles[client_id].budget for client_id in self.client_ids}
         return {client_id: budget for client_id, budget in found.items() if budget is not None}
 
     def join(self, grid: Grid, timeout: float) -> None:
-        """Ask nodes as they appear, until as many have answered as there are to be clients, or time is up.
+        """Ask nodes as they appear, until all expected clients have answered, or the deadline.
 
-        A node that answers wrongly, or with an error, is named and left out; the run goes on without it.
+        A node with an invalid or error reply is named and left out; the run goes on without it.
 
         Parameters
         ----------
         timeout : float
-            Seconds to wait for nodes.
+            Deadline in seconds.
 
         Raises
         ------
         FedLPError
-            If too few clients are there after that time, or nobody can take part.
+            If too few clients have joined by then, or none can take part.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -103,14 +103,14 @@ class Roster:
             )
 
     def refresh(self, grid: Grid, timeout: float) -> Iterator[int]:
-        """Ask nodes that appeared, and yield the clients that joined, or came back at another node, one by one.
+        """Ask new nodes, and yield the clients that joined, or returned at another node, one by one.
 
-        Where the grid is a network, nobody is waited for: who answers later has joined the next time.
+        On a network there is no wait: late answers count at the next call.
 
         Parameters
         ----------
         timeout : float
-            Seconds that an answer may take.
+            Deadline of an answer in seconds.
         """
         if self._postbox is None:
             self._postbox = Postbox(grid)
@@ -133,19 +133,19 @@ class Roster:
                 )
 
     def dismiss(self, client_id: int, error: FedLPError) -> None:
-        """Take a client that cannot take part off the roster, until its node leaves and comes back."""
+        """Remove a client that cannot take part, until its node leaves and returns."""
         del self._profiles[client_id]
         self._refuse(self._nodes.pop(client_id), error)
 
     @property
     def _is_complete(self) -> bool:
-        """Whether nobody else is to be waited for."""
+        """Whether all expected clients have joined."""
         joined = len(self._profiles)
         is_waiting = self._postbox is not None and self._postbox.is_waiting
         return joined == self._num_clients or (not is_waiting and joined + len(self._failed) >= self._num_clients)
 
     def _begin_with_some(self, timeout: float) -> None:
-        """Say who is missing, where enough are there; else raise."""
+        """Log the missing clients if enough have joined; else raise."""
         missing = [client_id for client_id in range(self._num_clients) if client_id not in self._profiles]
         if len(self._profiles) < self._min_clients:
             raise FedLPError(
@@ -161,13 +161,13 @@ class Roster:
         )
 
     def _forget_all_but(self, nodes: set[int]) -> None:
-        """Forget nodes that are gone, so that they are asked again when they come back."""
+        """Forget nodes that are gone, so that they are asked again on return."""
         self._asked &= nodes
         self._failed &= nodes
         self._rivals = {node: profile for node, profile in self._rivals.items() if node in nodes}
 
     def _answers(self, postbox: Postbox) -> Iterator[tuple[int, ClientProfile]]:
-        """Yield what nodes have said of themselves."""
+        """Yield the profiles of nodes."""
         for query, reply in postbox.collect():
             node = query.metadata.dst_node_id
             try:

@@ -1,4 +1,4 @@
-"""What is known of the round under way, and the line of ``rounds.jsonl`` it becomes."""
+"""State of the current round, and its line of ``rounds.jsonl``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure,
 
 @dataclass
 class RoundUnderWay:
-    """Filled in as messages go out and replies come in.
+    """Current round, filled in with messages and replies.
 
     Attributes
     ----------
     frozen : dict from client id to bytes
-        Digest of the frozen tensors of each client's sub-model; empty where nothing is frozen.
+        Digest of the frozen tensors of each client's sub-model; empty without frozen tensors.
     assigned : deque of (Assignment, int)
-        Instructions that are not answered yet, in the order of sending, with the bytes they took.
+        Unanswered instructions, in the order of sending, with their bytes.
     """
 
     server_round: int
@@ -57,7 +57,7 @@ class RoundUnderWay:
 
 
 def layer_coverage(coverage: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:
-    """Return the fraction of each layer's entries that somebody returned, from those of its tensors."""
+    """Return the coverage of each layer from those of its tensors."""
     sizes = {name: math.prod(info.shape) for name, info in spec.tensors.items()}
     return {
         layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)

@@ -18,7 +18,7 @@ class RoundSettings:
     seed : int
         Seed of every draw, >= 0.
     min_clients : int
-        Good updates without which a round leaves the model unchanged, >= 0.
+        Fewest good updates for a round to change the model, >= 0.
     eval_every : int
         Rounds between evaluations, >= 1; the last round always is evaluated.
     eval_batch_size : int
@@ -32,17 +32,17 @@ class RoundSettings:
     sends_deltas : bool
         Whether updates are differences from the values sent down; integers never are.
     entropy_coding : bool
-        Whether single bytes of uploads are Huffman codes.
+        Whether single bytes of uploads are Huffman coded.
     timeout_s : float
-        Seconds that a round waits for its clients.
+        Deadline of a round.
     evaluates_tiers : bool
         Whether the sub-model of each tier is evaluated after the last round.
     availability : Availability
-        Which clients are there in a round.
+        Availability of clients by round.
     dropout : float
-        Probability that a client drops out after it got its sub-model, in [0, 1).
+        Probability that a client drops out after receiving its sub-model, in [0, 1).
     extra_clients : int
-        Clients asked beyond ``clients_per_round``; as many answers fewer are taken, the first ones.
+        Over-selection: clients asked beyond ``clients_per_round``; the first ``clients_per_round`` answers count.
     """
 
     num_clients: int

@@ -1,4 +1,4 @@
-"""The files a run leaves, which every table and plot reads: config, rounds, manifest, model, checkpoints."""
+"""Run directory: config, rounds, manifest, model, checkpoints."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
 class RunDirectory:
-    """One run's folder: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``.
+    """Folder of one run: ``config.yaml rounds.jsonl manifest.json model.safetensors checkpoint/ clients/``.
 
-    Where devices brought budgets, also ``budgets.json``: client id -> limits, the last that each device brought.
+    With devices' own budgets, also ``budgets.json``: client id -> each device's last limits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class RunDirectory:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Keep other processes from running here meanwhile; ConfigError where one does. Ends with the process."""
+        """Lock the folder against other processes; ConfigError if one holds it. Ends with the process."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
         if sys.platform == "win32":
@@ -82,7 +82,7 @@ class RunDirectory:
             return
 
     def begin(self, config_yaml: str) -> None:
-        """Start a new run here; what a run that reached no checkpoint left under these names is deleted."""
+        """Start a new run here; files of a run that reached no checkpoint are deleted."""
         self.refuse_if_used()
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,11 +94,11 @@ class RunDirectory:
             self._rounds.write_bytes(b"")
 
     def has_checkpoints(self) -> bool:
-        """Return whether a run's checkpoints lie here."""
+        """Return whether the folder holds checkpoints."""
         return any(self._checkpoints.glob("*.json"))
 
     def refuse_if_used(self) -> None:
-        """Raise ConfigError if a run's checkpoints lie here."""
+        """Raise ConfigError if the folder holds checkpoints."""
         if self.has_checkpoints():
             raise ConfigError(
                 f"{self.path} holds a run already; continue it with resume={self.path}, or choose another hydra.run.dir"
@@ -110,10 +110,10 @@ class RunDirectory:
             write_atomically(self.path / "config.yaml", config_yaml.encode())
 
     def resume(self) -> ServerState | None:
-        """Return the state to go on from (None: from the start) and forget rounds that it does not include.
+        """Return the state to resume from (None: from the start) and drop later rounds.
 
-        It is the newest checkpoint that is whole and whose rounds are all on record; newer ones are named in a log, and
-        do not count any more.
+        It is the newest intact checkpoint whose rounds are all on record; newer ones are logged, and
+        discarded.
 
         Raises
         ------
@@ -148,14 +148,14 @@ class RunDirectory:
         return state
 
     def add_budgets(self, brought: Mapping[int, Budget]) -> None:
-        """Write down what budgets devices brought, by client id."""
+        """Record the budgets from devices, by client id."""
         known = {**self.read_budgets(), **brought}
         limits = {str(client_id): asdict(known[client_id]) for client_id in sorted(known)}
         with self._writing():
             write_atomically(self._budgets, json.dumps(limits, indent=1).encode() + b"\n")
 
     def read_budgets(self) -> dict[int, Budget]:
-        """Return the budgets that devices brought, by client id."""
+        """Return the budgets from devices, by client id."""
         if not self._budgets.is_file():
             return {}
         try:
@@ -171,7 +171,7 @@ class RunDirectory:
             file.write(_json_line(line))
 
     def save_state(self, state: ServerState) -> None:
-        """Write a checkpoint; before it, what is on record of its rounds becomes as durable as it."""
+        """Write a checkpoint; the records of its rounds are synced first."""
         with self._writing():
             with self._rounds.open("ab") as file:
                 os.fsync(file.fileno())
@@ -222,7 +222,7 @@ class RunDirectory:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the disk refuses into a FedLPError that says how to go on: the last checkpoint is still there."""
+        """Convert an OSError into a FedLPError with the resume command; the last checkpoint is kept."""
         try:
             yield
         except OSError as error:
@@ -234,7 +234,7 @@ class RunDirectory:
             ) from error
 
     def read_lines(self, strict: bool = True) -> list[dict[str, Any]]:
-        """Return the rounds; a torn last line, the mark of a run that was killed while writing, is left out.
+        """Return the rounds; a torn last line of a killed run is left out.
 
         Parameters
         ----------
@@ -257,7 +257,7 @@ class RunDirectory:
 
 
 def _read_line(line: bytes) -> dict[str, Any]:
-    """Return one round; ValueError where the line is none."""
+    """Return one round; ValueError for an invalid line."""
     value = json.loads(line)
     if not isinstance(value, dict) or not value.keys() >= _KEYS:
         raise ValueError("not the record of a round")
@@ -280,7 +280,7 @@ def _json_line(value: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value whose non-finite numbers are None, so that any JSON reader takes it."""
+    """Return a value with non-finite numbers as None, valid JSON."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

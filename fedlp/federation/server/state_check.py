@@ -1,12 +1,12 @@
 """Checks of updates against the model they came from, and of a new server state before it is accepted.
 
-An update that passed its decoder may still be one that no training gives: a negative variance, or an entry that is
+A decoded update may still be impossible for training: a negative variance, or an entry that is
 10,000 times the largest of its tensor. Such an update is rejected. If the state that a round gives is broken all the
 same, the round is undone: the model, the server optimizer's state and the policy's memory stay as they were.
 
 Suspects of an undone round are found without a second aggregation, from one number per update and tensor that is noted
 as updates come: a suspect's largest entry in the broken tensor is more than 100 times the (lower) median over the
-updates that hold the tensor, or it is the only one. Where nobody stands out, nobody is named. Suspects are part of the
+updates that hold the tensor, or it is the only one. Without an outlier, no suspect is named. Suspects are part of the
 state, so also of checkpoints: their later updates are rejected.
 """
 
@@ -45,7 +45,7 @@ class Fault:
     tensor : str
         Its name in the model.
     text : str
-        The tensor, or its slot in the server optimizer's state, and what it would hold.
+        Tensor, or its slot in the server optimizer's state, and the fault.
     """
 
     tensor: str
@@ -53,7 +53,7 @@ class Fault:
 
 
 class RoundGuard:
-    """Checks the updates of one round, and the state that they give.
+    """Check of one round's updates, and of the resulting state.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class RoundGuard:
         self._extents: dict[int, NDArray[np.float64]] = {}  # of each client, by tensor; NaN where it returned none
 
     def admit(self, update: ClientUpdate, keeps: Mapping[str, tuple[Keep, ...]]) -> None:
-        """Check an update against the state before the round, and note the extent of each of its tensors.
+        """Check an update against the state before the round, and record the extent of each of its tensors.
 
         Raises
         ------
@@ -106,12 +106,12 @@ class RoundGuard:
             raise ProtocolError(f"{who}: tensor {name} holds negative variances")
 
     def accept(self, new: ServerState, accuse: Callable[[int, str, ProtocolError], None]) -> ServerState:
-        """Return the state after the round: ``new`` if it is sound, else the one before, but for its round.
+        """Return the state after the round: ``new`` if sound, else the one before with the new round number.
 
         Parameters
         ----------
         accuse : callable
-            Told of each suspect: client id, reason and error.
+            Called with each suspect: client id, reason and error.
         """
         fault = find_fault(new)
         if fault is None:
@@ -139,7 +139,7 @@ class RoundGuard:
 
 
 def find_fault(state: ServerState) -> Fault | None:
-    """Return the first tensor that is not finite or out of range, or a negative variance; None where all is well.
+    """Return the first tensor that is not finite or out of range, or a negative variance; None if all are sound.
 
     A policy's memory is its own: it may hold infinities on purpose, and is made of numbers that were checked.
     """
@@ -156,7 +156,7 @@ def find_fault(state: ServerState) -> Fault | None:
 
 
 def _fault_of(name: str, tensor: Tensor, largest: float) -> str:
-    """Return what is wrong with a tensor; empty where nothing is."""
+    """Return the fault of a tensor; empty if sound."""
     if tensor.dtype == torch.bool or not tensor.numel():
         return ""
     low, high = (bound.item() for bound in torch.aminmax(tensor.detach()))
@@ -172,7 +172,7 @@ def _fault_of(name: str, tensor: Tensor, largest: float) -> str:
 
 
 def _largest(tensor: Tensor) -> float:
-    """Return the largest absolute value of a tensor; 0 where it is empty."""
+    """Return the largest absolute value of a tensor; 0 if empty."""
     if not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor.detach())

@@ -1,6 +1,6 @@
-"""The server's side of a round, one strategy for every method.
+"""Server side of a round, one strategy for every method.
 
-Down once, up once: sample a cohort, send each client its sub-model and upload set, average what comes back entry by
+Down once, up once: sample a cohort, send each client its sub-model and upload set, average the updates entry by
 entry, evaluate, record. Flower's :class:`~flwr.serverapp.strategy.Strategy` gives the verbs; ``start`` is our own,
 because a run must be able to resume, to wait no longer than a deadline, and to count and name failures instead of dying
 of them.
@@ -57,23 +57,23 @@ class FedLPStrategy(EvaluatingStrategy):
     settings : RoundSettings
         Settings of the rounds.
     encoding, aggregator, server_optimizer
-        Parts; values as they are, the coverage average, and the plain average where absent.
+        Parts; values as they are, the coverage average, and the plain average if absent.
     evaluate, num_test : callable, int
         Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
     client_evaluation : ClientEvaluationSettings, optional
         Settings of evaluations on clients; none without.
     tiers : mapping from client id to str, optional
-        Tier or device class of each client; the share of the parameters that it holds where absent.
+        Tier or device class of each client; the share of the parameters that it holds if absent.
     fit : callable, optional
-        Returns the policy that meets budgets which devices brought; without it, ``policy`` holds for all.
+        Returns the policy that meets devices' own budgets; without it, ``policy`` holds for all.
     takes_part : callable, optional
-        Returns whether a client may be sampled; all may where absent.
+        Returns whether a client may be sampled; all may if absent.
     calibration : ClientCalibration, optional
-        What asks clients for calibration sums before rounds; its costs are those of the round.
+        Asks clients for calibration sums before rounds; its costs are those of the round.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
-        State to go on from; ``start`` begins after its round.
+        State to resume from; ``start`` begins after its round.
     """
 
     # ---- the run
@@ -91,18 +91,18 @@ class FedLPStrategy(EvaluatingStrategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds that are left and return the final model.
+        """Run the remaining rounds and return the final model.
 
         Parameters
         ----------
         initial_arrays : ArrayRecord
-            The packed initial model; not used where the strategy was given a state to go on from.
+            Packed initial model; not used if the strategy resumes from a state.
         timeout : float
-            Seconds a round waits for its clients; an evaluation on own nodes takes the time it takes.
+            Deadline of a round in seconds; an evaluation on own nodes has none.
         evaluate_fn : callable, optional
             Returns further metrics of the global model after a round that is evaluated.
         train_config, evaluate_config : ConfigRecord
-            Part of Flower's signature; ConfigError where they hold anything, since clients read the run's config.
+            Part of Flower's signature; ConfigError unless empty, since clients read the run's config.
         """
         if train_config or evaluate_config:
             raise ConfigError(
@@ -139,19 +139,19 @@ class FedLPStrategy(EvaluatingStrategy):
         return result
 
     def _meet_budgets(self) -> None:
-        """Let the policy meet the budgets that devices brought."""
+        """Fit the policy to devices' own budgets."""
         if (brought := self._roster.budgets) and self._fit is not None:
             self.policy = self._fit(brought)
 
     def _prepare(self, server_round: int) -> None:
-        """Let the policy measure what it needs before a round, where it does so on the server."""
+        """Run the policy's measurements on the server before a round, if it has any."""
         assert self.state is not None
         memory = prepared(self.policy, self.state.memory, server_round, self.state.params)
         if memory is not self.state.memory:
             self.state = replace(self.state, memory=memory)
 
     def _frozen_digest(self, layout: SubModelLayout, client_id: int) -> bytes:
-        """Return the digest of the frozen tensors that a client's sub-model has; empty where it has none."""
+        """Return the digest of the frozen tensors of a client's sub-model; empty if it has none."""
         frozen = layout.name_set & self.submodels.spec.frozen
         if not frozen:
             return b""
@@ -159,7 +159,7 @@ class FedLPStrategy(EvaluatingStrategy):
         return digest_tensors({name: values[name] for name in frozen})
 
     def _meet_or_dismiss(self) -> None:
-        """Let the policy meet the budgets that devices brought; a client whose budget cannot be met stays out."""
+        """Fit the policy to devices' own budgets; a client whose budget cannot be met is dismissed."""
         try:
             self._meet_budgets()
         except FedLPError:
@@ -174,7 +174,7 @@ class FedLPStrategy(EvaluatingStrategy):
             self._meet_budgets()
 
     def _welcome(self, server_round: int, grid: Grid, timeout: float) -> None:
-        """Let clients take part that joined since the last round; one whose budget cannot be met stays out."""
+        """Admit clients that joined since the last round; one whose budget cannot be met is dismissed."""
         for client_id in self._roster.refresh(grid, timeout):
             try:
                 self._meet_budgets()
@@ -184,7 +184,7 @@ class FedLPStrategy(EvaluatingStrategy):
                 log.warning("round %d: client %d has joined", server_round, client_id)
 
     def _warn_of_starved_layers(self) -> None:
-        """Say which layers no client will ever return, such as the head where nobody has full depth."""
+        """Warn of layers that no client will ever return, such as the head if no client has full depth."""
         assert self.state is not None
         layouts = []
         for client_id in self._roster.client_ids:
@@ -199,7 +199,7 @@ class FedLPStrategy(EvaluatingStrategy):
             log.warning("no client trains %s (%d layers): their values stay as they are", names, len(starved))
 
     def _warn_of_narrow_clients(self, layouts: set[SubModelLayout]) -> None:
-        """Say that no client holds the whole model, so that the largest sub-model is what can be measured."""
+        """Warn that no client holds the whole model, so that the largest sub-model is evaluated."""
         if layouts and not any(layout.is_whole for layout in layouts):
             most = max(layout.num_params() for layout in layouts) / self.submodels.spec.num_params
             measured = ", and is what is evaluated" if self._measures_statistics else ""
@@ -211,7 +211,7 @@ class FedLPStrategy(EvaluatingStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
-        """Yield the round's instructions in the order of client ids, made only when they are needed."""
+        """Yield the round's instructions lazily, in the order of client ids."""
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
@@ -263,7 +263,7 @@ class FedLPStrategy(EvaluatingStrategy):
         return {reason: client_ids for reason, client_ids in found.items() if client_ids}
 
     def _drop(self, instruction: Assignment, bytes_down: int) -> None:
-        """Count a client that got its sub-model and was not heard of again."""
+        """Count a client that received its sub-model and dropped out."""
         client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
         self._round.costs.append(ClientCost(client_id, 0, bytes_down, 0, layout.num_params(), 0, 0.0))
         self._fail(client_id, "dropped_out", FedLPError("it dropped out, as fleet.dropout has it"))
@@ -284,7 +284,7 @@ class FedLPStrategy(EvaluatingStrategy):
 
     # ---- up
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        """Average the updates entry by entry as they come; what nobody returned keeps its value.
+        """Average the updates entry by entry as they arrive; entries without an update keep their value.
 
         ``replies`` holds one reply per instruction, in order.
         """
@@ -373,7 +373,7 @@ class FedLPStrategy(EvaluatingStrategy):
         return update
 
     def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
-        """Return what an update counts in the average."""
+        """Return the weight of an update in the average."""
         match self.settings.weighting:
             case "examples":
                 return float(update.num_examples)
@@ -384,7 +384,7 @@ class FedLPStrategy(EvaluatingStrategy):
                 return 1.0
 
     def _num_returned(self, instruction: Assignment, update: ClientUpdate) -> int:
-        """Return how many trainable numbers came."""
+        """Return the number of trainable entries received."""
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
 
@@ -394,7 +394,7 @@ class FedLPStrategy(EvaluatingStrategy):
     # ---- helpers
     @property
     def _sends_weights(self) -> bool:
-        """Whether updates hold weights; else differences from what was sent down, but for integers."""
+        """Whether updates hold weights; else differences from the sent values, except integers."""
         return not self.settings.sends_deltas
 
     @property
@@ -403,5 +403,5 @@ class FedLPStrategy(EvaluatingStrategy):
 
 
 def _without_floats(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return zeros in place of the weights, to which differences are added up."""
+    """Return zeros in place of the weights, for sums of differences."""
     return {name: torch.zeros_like(values) if values.is_floating_point() else values for name, values in params.items()}

@@ -48,7 +48,7 @@ class FedLPHetero:
         return ClientOptions(keeps_heads=self.persist_heads)
 
     def policy(self, context: PolicyContext) -> Policy:
-        """Return the policy; ConfigError where the model has no depth prefixes, or not these."""
+        """Return the policy; ConfigError if the model lacks these depth prefixes."""
         depths, num_depths = self.depths, len(context.submodels.spec.depths)
         if num_depths == 1:
             raise ConfigError("fedlp_hetero needs a model with depth prefixes; this one has none: choose another model")

@@ -22,7 +22,7 @@ class FedLPHomo:
     Attributes
     ----------
     layer_preserving_rate : float or list of float
-        Probability that a layer is uploaded, in [0, 1]; one per client where it is a list.
+        Probability that a layer is uploaded, in [0, 1]; a list has one per client.
     upload_unit : "layer" or "tensor"
         Unit of the draw; "tensor" as in FedLP's official code.
     """
@@ -36,7 +36,7 @@ class FedLPHomo:
         check_rates(self.layer_preserving_rate, self.upload_unit)
 
     def policy(self, context: PolicyContext) -> Policy:
-        """Return the policy; ConfigError where the rates are not one per client."""
+        """Return the policy; ConfigError unless there is one rate, or one per client."""
         return LayerUploads.of(context, client_rates(self.layer_preserving_rate, context.num_clients), self.upload_unit)
 
 
@@ -88,7 +88,7 @@ def check_rates(rates: Any, upload_unit: str) -> None:
 
 
 def client_rates(rates: Any, num_clients: int) -> float | tuple[float, ...]:
-    """Return one rate for all, or one per client; ConfigError where a list has another length."""
+    """Return one rate for all, or one per client; ConfigError if a list has another length."""
     if not isinstance(rates, list | tuple):
         return float(rates)
     if len(rates) != num_clients:

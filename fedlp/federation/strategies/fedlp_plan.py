@@ -1,7 +1,7 @@
 """FedLP-Plan: a per-layer plan for each client from its own budget, under FedLP's aggregation.
 
-A client gets the largest sub-model that its budget holds (parameters, MACs, memory, seconds), divided among layers by
-the allocator; it sends the part of that which ``sparsity`` and its limit on uploads leave. Units are chosen by the
+A client gets the largest sub-model within its budget (parameters, MACs, memory, seconds), divided among layers by
+the allocator; it sends the part that ``sparsity`` and its limit on uploads leave. Units are selected by the
 server or by the client, by the pruner's score.
 """
 
@@ -29,7 +29,7 @@ class FedLPPlan:
     Attributes
     ----------
     layer_preserving_rate : float or list of float
-        Probability that a layer is uploaded, in [0, 1]; one per client where it is a list.
+        Probability that a layer is uploaded, in [0, 1]; a list has one per client.
     upload_unit : "layer" or "tensor"
         Unit of that draw.
     sparsity : float
@@ -37,26 +37,26 @@ class FedLPPlan:
     spread : "macs" or "allocator"
         Division of the upload budget among layers: in proportion to their MACs per weight, or by the allocator.
     unit_selection : "server", "client" or "random"
-        Who chooses the units that are sent: the server (nested), each client, or chance.
+        Selection of the sent units: by the server (nested), by each client, or at random.
     criterion : "weights" or "update"
         Values whose loss scores measure: the client's weights, or its update of them.
     compensate : bool
-        Whether the weights that a client sends make up for the units left out; needs unit_selection=client.
+        Whether the sent weights compensate for the units left out; needs unit_selection=client.
     refresh_every : int
         Rounds between fresh measurements of units and inputs, >= 1.
     warmup_rounds : int
-        First rounds in which clients send all that they hold, >= 0.
+        First rounds in which clients send all held units, >= 0.
     ramp_rounds : int
-        Rounds after those in which sparsity goes evenly from ``ramp_from`` to ``sparsity``, >= 0.
+        Following rounds in which sparsity moves linearly from ``ramp_from`` to ``sparsity``, >= 0.
     ramp_from : float
         Sparsity before the ramp, in [0, 1).
     width_multiple : int
         Widths are a multiple of it where budgets allow, >= 1.
     regrow : float or None
-        Fraction of the units that goes to the least recently updated ones, in [0, 1]; where None 1, or 0 if budgets
+        Fraction of the units that goes to the least recently updated ones, in [0, 1]; if None 1, or 0 if budgets
         limit some clients and others hold the whole model.
     train_sent : bool
-        Whether clients train only entries that they will send, where the server has chosen the units.
+        Whether clients train only entries that they will send, if the server selects the units.
     submodels : "slices", "pruned" or None
         Sub-models of clients with a budget: slices of the global values, or the model pruned by the pruner's score and
         refitted; see :mod:`~fedlp.federation.strategies.pruned_submodels`. Where None "pruned", if training starts from
@@ -67,7 +67,7 @@ class FedLPPlan:
         are clients' too; or as many of each client that holds the whole model, which sends sums over them (second
         moments of each layer's inputs). Where None "clients", if the server has no data; else "server".
     refit_every : int or None
-        Rounds between fresh prunings, >= 1; pruned once, before the first round, where None.
+        Rounds between fresh prunings, >= 1; pruned once, before the first round, if None.
     """
 
     layer_preserving_rate: Any = 1.0

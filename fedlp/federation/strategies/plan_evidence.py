@@ -1,4 +1,4 @@
-"""Evidence of allocation rules in a round: the server's weights, and sums that clients send.
+"""Evidence of allocation rules in a round: the server's weights, and sums from clients.
 
 Pooled input norms are those of all clients' inputs in one place: sums of squares add up, column by column, over the
 clients that hold the column. Wanda's metric on the server is then exactly the central one.
@@ -32,14 +32,14 @@ def round_evidence(
     memory: Memory,
     params: Mapping[str, Tensor] | None,
 ) -> Evidence:
-    """Return the evidence that is there in a round.
+    """Return the evidence available in a round.
 
     Parameters
     ----------
     most : mapping from layer name to int
-        Units of each layer that may be kept: those that score best.
+        Most units of each layer that may be kept, by score.
     sparsity : float
-        Mean sparsity that the limit comes to, in [0, 1].
+        Mean sparsity that corresponds to the limit, in [0, 1].
     params : mapping from tensor name to Tensor, or None
         Global values.
     """
@@ -79,7 +79,7 @@ def _weights(submodels: SubModels, params: Mapping[str, Tensor]) -> dict[str, li
 def pool_input_norms(layers: Sequence[PrunableLayer], memory: Memory, answers: Sequence[Answer]) -> dict[str, Tensor]:
     """Return the mean square of each column of each reader's inputs, over the clients that measured it in this round.
 
-    A column that nobody measured keeps its value, or has the mean of the others.
+    A column without a measurement keeps its value, or has the mean of the others.
     """
     found: dict[str, Tensor] = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Policy of FedLP-Plan: units of each layer, and what the server remembers of them."""
+"""Policy of FedLP-Plan: units of each layer, and the server's memory of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanOptions(Protocol):
 
     @property
     def unit_selection(self) -> str:
-        """Who chooses the units that are sent."""
+        """Selection of the sent units."""
 
     @property
     def upload_unit(self) -> str:
@@ -107,7 +107,7 @@ class PlanPolicy:
 
     @cached_property
     def pruned(self) -> PrunedSubModels | None:
-        """Sub-models pruned by the server; None where sub-models are slices."""
+        """Sub-models pruned by the server; None if sub-models are slices."""
         if self.options.submodels != "pruned":
             return None
         return PrunedSubModels(self.context, self.solver, self.options.refit_every)
@@ -151,7 +151,7 @@ class PlanPolicy:
     def counts(
         self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
     ) -> tuple[Counts, Counts]:
-        """Return the units of each axis that a client gets, and those that it sends.
+        """Return the number of units of each axis that a client receives, and that it sends.
 
         Raises
         ------
@@ -163,14 +163,14 @@ class PlanPolicy:
         return self.solver.counts(self.sparsity(server_round), client_id, memory, params, given)
 
     def _units(self, client_id: int, memory: Memory) -> Mapping[str, NDArray[np.int64]]:
-        """Return the units of a client's pruned sub-model; empty where it has none."""
+        """Return the units of a client's pruned sub-model; empty if it has none."""
         return {} if self.pruned is None else self.pruned.units(client_id, memory)
 
     # ---- the units
     def assign(
         self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
     ) -> Assignment:
-        """Return the client's assignment; AllocationError where its budget is out of reach."""
+        """Return the client's assignment; AllocationError if its budget is out of reach."""
         options, layers = self.options, self._layers
         held, sent = self.counts(server_round, client_id, memory, params)
         fresh = (server_round - 1) % options.refresh_every == 0
@@ -197,7 +197,7 @@ class PlanPolicy:
     def _ranked(
         self, server_round: int, client_id: int, sent: Counts, own: Mapping[str, Tensor], memory: Memory
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the units of each layer in the order in which the client is to have them."""
+        """Return the units of each layer in the order of the client's preference."""
         whose = 0 if self.options.unit_selection == "server" else client_id  # the server draws alike for all clients
         ranked, units = {}, self._units(client_id, memory)
         for number, x in enumerate(self._layers):
@@ -209,7 +209,7 @@ class PlanPolicy:
         return ranked
 
     def _uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
-        """Return the tensors that come back: a layer draw, maybe without the statistics of batch norms."""
+        """Return the uploaded tensors: a layer draw, without the statistics of batch norms if these are static."""
         submodels, batch_norm, rate = self.context.submodels, self.context.batch_norm, self._rate(client_id)
         uploads = submodels.layout(submodel).name_set
         if rate < 1.0:
@@ -225,7 +225,7 @@ class PlanPolicy:
 
     @cached_property
     def _evidence(self) -> frozenset[str]:
-        """Measurements that clients send in a round of fresh ones."""
+        """Measurements requested in a round of fresh ones."""
         options = self.options
         limited = self._somebody_is_limited and self.pruned is None  # else the server has measured what limits ask for
         allocates = limited or options.spread == "allocator"
@@ -241,7 +241,7 @@ class PlanPolicy:
         return frozenset(found)
 
     def settled(self) -> PlanPolicy:
-        """Return the policy without regrowth: the units that score best are held."""
+        """Return the policy without regrowth: the best-scored units are held."""
         return PlanPolicy(self.context, replace(self.options, regrow=0.0), self.costs, self.rates)  # type: ignore[type-var]
 
     @cached_property
@@ -254,7 +254,7 @@ class PlanPolicy:
 
     @cached_property
     def _regrow(self) -> float:
-        """Return the option, or where it is None 0, if clients that hold all move what slices lack; else 1."""
+        """Return the option; if None, 0 if whole clients train the units that slices lack, else 1."""
         given = self.options.regrow
         if given is not None:
             return given
@@ -272,7 +272,7 @@ class PlanPolicy:
         return found
 
     def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
-        """Return the units that a client returned last, as booleans; empty where the server chooses."""
+        """Return the units that a client returned last, as booleans; empty if the server selects."""
         prefix = f"{_HELD}.{client_id}."
         if self.options.unit_selection != "client":
             return {}
@@ -281,9 +281,9 @@ class PlanPolicy:
     def _rank(
         self, layer: PrunableLayer, own: Tensor | None, sent: int, memory: Memory, rng: np.random.Generator
     ) -> NDArray[np.int64]:
-        """Return the units of a layer, those that a client is to have first.
+        """Return the units of a layer in order of preference for a client.
 
-        First come the least recently updated units, as many as ``regrow`` says; then the client's own, then all others
+        First come the fraction ``regrow`` of least recently updated units; then the client's own, then all others
         by their scores. Units without scores come in their order, or at random.
         """
         axis, size = layer.name, layer.num_units
@@ -305,8 +305,8 @@ class PlanPolicy:
     def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
         """Return pooled scores and input norms, each unit's last round, and each client's last units.
 
-        A unit's score is the mean over the clients that scored it, weighted by their examples; one that nobody has
-        scored in this round keeps its score.
+        A unit's score is the mean over the clients that scored it, weighted by their examples; a unit without a score
+        in this round keeps its old one.
         """
         found = dict(memory)
         for layer in self._layers:
@@ -330,7 +330,7 @@ class PlanPolicy:
         return found | pool_input_norms(self._layers, found, answers)
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
-        """Return one case per kind of client, with the counts that hold before anything is known of the units.
+        """Return one case per kind of client, with the counts before any measurement of units.
 
         Clients whose budgets are out of reach are left out.
         """

@@ -23,7 +23,7 @@ Counts = Mapping[str, int]
 
 
 class PlanSolver:
-    """Solves budgets into units per layer; clients of one budget share the solution.
+    """Solver of budgets for units per layer; clients of one budget share the solution.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class PlanSolver:
         self._seen: tuple[Any, Any] = (None, None)  # memory and model that the solutions are of
 
     def held(self, client_id: int, evidence: Evidence) -> Counts:
-        """Return the units of each axis that a client's budget holds, by the rule on evidence of the whole model."""
+        """Return the units of each axis within a client's budget, by the rule on evidence of the whole model."""
         budget = self._context.budgets[client_id]
         whole = {layer.name: layer.num_units for layer in self._layers}
         if not limits_what_is_held(budget):
@@ -55,12 +55,12 @@ class PlanSolver:
         params: Mapping[str, Tensor] | None,
         given: Counts | None = None,
     ) -> tuple[Counts, Counts]:
-        """Return the units of each axis that a client gets, and those that it sends at a sparsity of uploads.
+        """Return the units of each axis that a client receives, and that it sends at an upload sparsity.
 
         Parameters
         ----------
         given : mapping from axis name to int, optional
-            Units that the client gets; solved for where absent.
+            Units that the client receives; solved for if absent.
         """
         if self._seen[0] is not memory or self._seen[1] is not params:
             self._solved.clear()
@@ -88,7 +88,7 @@ class PlanSolver:
         return float(self._costs.evaluate(row)[0, COSTS.index("params")])
 
     def _solve(self, budget: Budget, most: Counts, client_id: int, spread: str = "allocator") -> Counts:
-        """Return the units that a budget leaves of ``most``."""
+        """Return the units within a budget, at most ``most``."""
         key = budget, tuple(most.values()), spread
         if key not in self._solved:
             self._solved[key] = self._fit(budget, most, client_id, spread)
@@ -117,7 +117,7 @@ class PlanSolver:
         )
 
     def _by_rule(self, load: Cost, most: Counts, given: Evidence | None) -> Mapping[str, int]:
-        """Return the units that the allocation rule keeps; uniform until its evidence has come."""
+        """Return the units kept by the allocation rule; uniform until its evidence has arrived."""
         rule, (memory, params) = self._context.allocator, self._seen
         whole, none = load(most), load(dict.fromkeys(most, 0))
         sparsity = min(max((whole - 1.0) / (whole - none), 0.0), 1.0)

@@ -22,10 +22,10 @@ from fedlp.federation.submodels import SubModels
 from fedlp.types import Assignment, Budget, ClientReport, Keep, SubModel
 
 Memory = Mapping[str, Tensor]
-"""Values that a policy carries from round to round: part of the server's state, so of every checkpoint."""
+"""Memory of a policy between rounds: part of the server's state, hence of every checkpoint."""
 
 Answer = tuple[Assignment, ClientReport]
-"""A client's assignment, and its good answer to it."""
+"""A client's assignment, and its good answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Case:
     layer_preserving_rate : float
         Rate at which its layers are sent, in [0, 1].
     sent : SubModel or None
-        Part of each layer that it sends; all it has where None.
+        Part of each layer that it sends; all of the sub-model if None.
     """
 
     submodel: SubModel
@@ -59,11 +59,11 @@ class ClientOptions:
     keeps_heads : bool
         Whether personal heads are kept between rounds.
     train_sent : bool
-        Whether only entries that will be sent are trained, where the server has chosen the units.
+        Whether only entries that will be sent are trained, if the server selects the units.
     criterion : "weights" or "update"
         Values whose loss scores measure: the client's weights, or its update of them.
     compensate : bool
-        Whether the weights that are sent make up for the units left out.
+        Whether the sent weights compensate for the units left out.
     """
 
     keeps_heads: bool = False
@@ -78,7 +78,7 @@ class Offset(NamedTuple):
     Attributes
     ----------
     kind : str
-        Clients of equal kind share sub-model and offset; empty where there is no offset.
+        Clients of equal kind share sub-model and offset; empty if there is no offset.
     values : mapping from tensor name to Tensor
         In the shapes of the sub-model.
     """
@@ -91,17 +91,17 @@ class ServerPruner(Protocol):
     """Pruning on the server, with calibration examples of its own."""
 
     def evidence(self, params: Mapping[str, Tensor]) -> Evidence:
-        """Return what allocation rules may ask about the global model."""
+        """Return the evidence of the global model for allocation rules."""
 
     def prune(
         self, params: Mapping[str, Tensor], kept: Mapping[str, int]
     ) -> tuple[Mapping[str, Keep], Mapping[str, Tensor]]:
-        """Return the units that stay of each layer, and what refitted values differ by from the global ones."""
+        """Return the kept units of each layer, and the differences of refitted from global values."""
 
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """Setting that a policy is made for.
+    """Context of a policy: model, budgets and parts.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ class PolicyContext:
         One per client.
     fit : callable
         Returns the index of the largest of some sub-models, in rising order, that each client's budget holds;
-        ConfigError where none does.
+        ConfigError if none does.
     layer_costs : callable
         Returns the costs of any choice of units of the prunable layers.
     allocator : AllocationRule
@@ -117,11 +117,11 @@ class PolicyContext:
     batch_norm : "average", "whole" or "static"
         Whose running statistics enter the global model.
     scores_units : bool
-        Whether the pruner's score looks at the client's data or weights; else it is random.
+        Whether the pruner's score reads the client's data or weights; else it is random.
     sends_deltas : bool
         Whether updates are differences from the received values.
     pruner : ServerPruner or None
-        Pruning on the server, on calibration examples of its own or moments that clients send.
+        Pruning on the server, on its calibration examples or on clients' sums.
     is_pretrained : bool
         Whether training starts from pretrained weights.
     """
@@ -152,12 +152,12 @@ class Policy(Protocol):
     def assign(
         self, server_round: int, client_id: int, memory: Memory, params: Mapping[str, Tensor] | None = None
     ) -> Assignment:
-        """Return the client's assignment; AllocationError where its budget cannot be met.
+        """Return the client's assignment; AllocationError if its budget cannot be met.
 
         Parameters
         ----------
         params : mapping from tensor name to Tensor, optional
-            Global values; a policy that looks at none ignores them.
+            Global values; ignored by policies that do not read them.
         """
 
     def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
@@ -173,7 +173,7 @@ class Strategy(Protocol):
     Attributes
     ----------
     client : ClientOptions
-        Optional; those of a plain method where absent.
+        Optional; those of a plain method if absent.
     """
 
     def policy(self, context: PolicyContext) -> Policy:
@@ -210,14 +210,14 @@ def client_options(strategy: object) -> ClientOptions:
 
 
 def settled(policy: Policy) -> Policy:
-    """Return the policy that assigns each client its best sub-model, without exploration; the policy itself mostly."""
+    """Return the policy that assigns each client its best sub-model, without exploration; by default unchanged."""
     method = getattr(policy, "settled", None)
     found: Policy = policy if method is None else method()
     return found
 
 
 def prepared(policy: Policy, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
-    """Return the memory that a round begins with; unchanged for a policy without ``prepare``."""
+    """Return the memory at the start of a round; unchanged for a policy without ``prepare``."""
     method = getattr(policy, "prepare", None)
     found: Memory = memory if method is None else method(memory, server_round, params)
     return found

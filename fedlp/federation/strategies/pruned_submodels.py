@@ -1,4 +1,4 @@
-r"""Pruned sub-models: units chosen by the pruner's score, the weights that stay refitted, per kind of client.
+r"""Pruned sub-models: units by the pruner's score and refitted kept weights, per kind of client.
 
 A kind is a distinct budget. Before the first round, and every ``refit_every`` rounds, the server prunes the global
 model :math:`w` to each kind's budget: units :math:`S` and refitted values :math:`\hat w`. Between prunings a client of
@@ -6,9 +6,9 @@ that kind receives :math:`w_S + o` with the constant offset :math:`o = \hat w - 
 added to the global model at :math:`S`. The global model so stays one value for all kinds. Units and offsets are part of
 the policy's memory, hence of every checkpoint.
 
-With adapters :math:`w` is the base, and what is pruned is the model with adapters merged into it.
+With adapters, :math:`w` is the base, and the model with merged adapters is pruned.
 
-Running statistics of batch norms get no offset: they are measured anew where they are used.
+Running statistics of batch norms have no offset: they are re-measured before use.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class PrunedSubModels:
     Parameters
     ----------
     refit_every : int or None
-        Rounds between prunings; pruned once where None.
+        Rounds between prunings; pruned once if None.
     """
 
     def __init__(self, context: PolicyContext, solver: PlanSolver, refit_every: int | None) -> None:
         self._context, self._solver, self._every = context, solver, refit_every
 
     def prepare(self, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
-        """Return the memory with every kind's units and offset; fresh where a round refits, else where absent.
+        """Return the memory with every kind's units and offset; fresh in a refit round or if absent.
 
-        A kind whose budget is out of reach has none: its clients are refused. A kind that holds the whole model has
+        A kind whose budget is out of reach has none: its clients are refused. A kind with the whole model has
         none either.
         """
         kinds = self._kinds()
@@ -63,7 +63,7 @@ class PrunedSubModels:
         return found
 
     def units(self, client_id: int, memory: Memory) -> dict[str, NDArray[np.int64]]:
-        """Return the units of each axis that a client holds; empty where it has no pruned sub-model."""
+        """Return the units of each axis of a client; empty if it has no pruned sub-model."""
         prefix = f"{_UNIT}.{kind_of(self._context.budgets[client_id])}."
         names = [layer.name for layer in self._context.submodels.layers]
         return {x: np.flatnonzero(memory[prefix + x].numpy()) for x in names if prefix + x in memory}
@@ -92,7 +92,7 @@ class PrunedSubModels:
     def _prune(
         self, kind: str, client_id: int, server_round: int, params: Mapping[str, Tensor], evidence: Evidence
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is remembered of a kind."""
+        """Yield the memory entries of a kind."""
         yield f"{_ROUND}.{kind}", torch.tensor(server_round)
         layers = self._context.submodels.layers
         kept = self._solver.held(client_id, evidence)
@@ -110,7 +110,7 @@ class PrunedSubModels:
 
 
 def kind_of(budget: Budget | None) -> str:
-    """Return a short name that clients of equal budgets share."""
+    """Return the short name shared by clients of equal budgets."""
     return hashlib.blake2b(repr(budget).encode(), digest_size=6).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Width slices: a width level per client, drawn once; all layers of the slice travel.
 
-HeteroFL, FjORD and FedRolex differ in where a slice begins and in how it is trained. A level p keeps ceil(p * size)
+HeteroFL, FjORD and FedRolex differ in the start of a slice and in its training. A level p keeps ceil(p * size)
 units of each axis, at least one.
 
 Deviations
@@ -33,7 +33,7 @@ class WidthStrategy:
     widths : list of float
         Width levels, each in (0, 1].
     width_probabilities : list of float or None
-        Fraction of clients at each level; uniform where None.
+        Fraction of clients at each level; uniform if None.
     """
 
     widths: list[float] = field(default_factory=lambda: [1.0])
@@ -54,7 +54,7 @@ class WidthStrategy:
             )
 
     def policy(self, context: PolicyContext) -> Policy:
-        """Return the policy; with budgets each client gets the largest level that its budget holds."""
+        """Return the policy; with budgets each client gets the largest level within its budget."""
         levels = tuple(self.widths)
         shares = self.width_probabilities or [1.0 / len(levels)] * len(levels)
         drawn = WidthSlices(

@@ -1,4 +1,4 @@
-"""Digest of tensors, by which server and client tell that they mean the same values."""
+"""Digest of tensors, by which server and client confirm equal values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the SHA-256 of names, dtypes, shapes and values, whatever the order of the names; 32 bytes."""
+    """Return the SHA-256 of names, dtypes, shapes and values, independent of the order of names; 32 bytes."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

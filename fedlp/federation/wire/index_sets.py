@@ -1,6 +1,6 @@
-"""Index sets as bytes: which tensors are uploaded, and which units of each axis a client holds.
+"""Index sets as bytes: uploaded tensors, and held units of each axis.
 
-Both sides know the names and the sizes, so only positions travel: as bitmaps (bit i of byte i // 8, least significant
+Both sides know the names and the sizes, so only positions are sent: as bitmaps (bit i of byte i // 8, least significant
 first), or as runs where that is shorter.
 """
 
@@ -26,18 +26,18 @@ def encode_names(chosen: frozenset[str], all_names: tuple[str, ...]) -> bytes:
 
 @lru_cache(maxsize=1024)
 def decode_names(data: bytes, all_names: tuple[str, ...]) -> frozenset[str]:
-    """Invert :func:`encode_names`; ValueError where the bitmap is not of that length."""
+    """Invert :func:`encode_names`; ValueError if the bitmap has another length."""
     bits = _unpack_bits(data, len(all_names), "uploads")
     return frozenset(all_names[int(i)] for i in np.flatnonzero(bits))
 
 
 def encode_counts(kept: Mapping[str, int], axes: Sequence[str]) -> bytes:
-    """Return how many units of each axis are kept; those that are absent count as 0."""
+    """Return the number of kept units of each axis; 0 for absent axes."""
     return np.array([kept.get(axis, 0) for axis in axes], dtype="<u4").tobytes()
 
 
 def decode_counts(data: bytes, axes: Sequence[str]) -> dict[str, int]:
-    """Invert :func:`encode_counts`; ValueError where there is not one count per axis."""
+    """Invert :func:`encode_counts`; ValueError unless there is one count per axis."""
     counts = np.frombuffer(data, dtype="<u4")
     if len(counts) != len(axes):
         raise ValueError(f"there are {len(counts)} unit counts for {len(axes)} axes")
@@ -67,7 +67,7 @@ def decode_widths(data: bytes, axes: Mapping[str, int]) -> dict[str, Keep]:
     Raises
     ------
     ValueError
-        Where an axis or index is out of range, axes do not come in their order, or bytes are more than their bitmaps.
+        If an axis or index is out of range, axes are out of order, or bytes exceed their bitmaps.
     """
     sizes = list(axes.items())
     most = sum(_AXIS.size + (size + 7) // 8 for size in axes.values())

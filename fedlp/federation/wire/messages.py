@@ -1,11 +1,11 @@
-"""Types to Flower records and back: the only file with record keys, the only door bad input can come through.
+"""Types to Flower records and back: the only file with record keys, and the only decoder of external input.
 
 Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
-and ``scores`` where they were asked for, unless a client has too few examples for them. Only the kept slices of the
-tensors asked for travel; index sets are runs or bitmaps, whichever is shorter. Decoders check everything against what
-was assigned and raise :class:`ProtocolError` naming the client and what was wrong.
+and ``scores`` on request, unless a client has too few examples for them. Only the kept slices of the
+requested tensors are sent; index sets are runs or bitmaps, whichever is shorter. Decoders check everything against
+the assignment and raise :class:`ProtocolError` naming the client and the fault.
 
-Longer than other files: one door has one file.
+Longer than other files: all decoders stand in one file.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def encode_instruction(
     Parameters
     ----------
     held : bytes
-        Digest of the frozen tensors, where ``params`` does not hold them because the client does.
+        Digest of the frozen tensors, if ``params`` leaves them out because the client holds them.
     """
     record = ConfigRecord(
         {
@@ -205,7 +205,7 @@ def decode_update(
     encoding: Encoding | None = None,
     coded: bool = False,
 ) -> ClientUpdate:
-    """Return a client's update, checked against what it was assigned; tensors may be read-only views into the message.
+    """Return a client's update, checked against its assignment; tensors may be read-only views into the message.
 
     Raises
     ------
@@ -274,7 +274,7 @@ def _decode_metrics(record: MetricRecord, who: str) -> dict[str, float]:
 
 
 def _check_widths(sent: Mapping[str, Keep], assigned: Assignment, who: str) -> dict[str, Keep]:
-    """Return which units a client returns, after checking those that it was asked to choose."""
+    """Return the units that a client returns, after a check of its selection."""
     held = assigned.submodel.widths
     if wrong := sorted(sent.keys() ^ assigned.kept.keys()):
         was = "without being asked" if wrong[0] in sent else "not, as it was asked to"
@@ -333,36 +333,41 @@ _MOST_VECTORS = 10**12  # of one client and round
 def encode_profile(profile: ClientProfile) -> RecordDict:
     """Return the records of a client's profile."""
     record = ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})
+    if profile.num_test is not None:
+        record["num-test"] = profile.num_test
     for name, limit in given_limits(profile.budget):
         record[_BUDGET[name]] = float(limit)
     return RecordDict({PROFILE: record})
 
 
 def decode_profile(content: RecordDict) -> ClientProfile:
-    """Return a client's profile; ProtocolError where it is malformed."""
+    """Return a client's profile; ProtocolError if malformed."""
     try:
         record = read_config(content, PROFILE)
         limits = {name: read_limit(record, key) for name, key in _BUDGET.items() if key in record}
         budget = Budget(**limits) if limits else None
-        profile = ClientProfile(read_integer(record, "client-id"), read_integer(record, "num-examples"), budget)
+        num_test = read_integer(record, "num-test") if "num-test" in record else None
+        profile = ClientProfile(
+            read_integer(record, "client-id"), read_integer(record, "num-examples"), budget, num_test
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"a client's profile cannot be read: {say_why(error)}") from error
     if profile.client_id < 0:
         raise ProtocolError(f"a client's profile is out of range: client-id is {profile.client_id}")
-    if profile.num_examples:  # a client may have none
-        check_count(profile.num_examples, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
+    for count in filter(None, (profile.num_examples, profile.num_test)):  # a client may have none
+        check_count(count, MOST_EXAMPLES, f"the profile of client {profile.client_id}")
     return profile
 
 
 def encode_range(params: ArrayRecord, start: int, stop: int, submodel: SubModel, submodels: SubModels) -> RecordDict:
-    """Return the records that ask for the metrics of a sub-model on test examples ``start`` to ``stop``."""
+    """Return the records that request the metrics of a sub-model on test examples ``start`` to ``stop``."""
     record = ConfigRecord({"start": start, "stop": stop})
     _write_submodel(record, submodel, submodels)
     return RecordDict({PARAMS: params, RANGE: record})
 
 
 def encode_submodel(params: ArrayRecord, submodel: SubModel, submodels: SubModels) -> RecordDict:
-    """Return the records that hold a sub-model and nothing else."""
+    """Return the records of a sub-model alone."""
     record = ConfigRecord()
     _write_submodel(record, submodel, submodels)
     return RecordDict({PARAMS: params, INSTRUCTION: record} if record else {PARAMS: params})
@@ -388,7 +393,7 @@ def encode_sums(sums: Mapping[str, float | list[float]]) -> RecordDict:
 
 
 def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
-    """Return additive evaluation sums, numbers and lists; ProtocolError where one is none. A loss may be NaN."""
+    """Return additive evaluation sums, numbers and lists; ProtocolError for an invalid one. A loss may be NaN."""
     sums: dict[str, float | list[float]] = {}
     try:
         record = read_metrics(content, METRICS)
@@ -409,7 +414,7 @@ def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
 
 # ---- evaluation on clients
 def encode_evaluation_request(request: EvaluationRequest, params: ArrayRecord, submodels: SubModels) -> RecordDict:
-    """Return the records that ask for metrics on a client's own test examples; ``params`` are the encoded tensors."""
+    """Return the records that request metrics on a client's own test examples; ``params`` are the encoded tensors."""
     record = ConfigRecord({"server-round": request.server_round, "client-id": request.client_id})
     _write_submodel(record, request.submodel, submodels)
     if request.measures_statistics:
@@ -418,7 +423,7 @@ def encode_evaluation_request(request: EvaluationRequest, params: ArrayRecord, s
 
 
 def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> EvaluationRequest:
-    """Return the request of a message; ProtocolError where a record is missing or malformed."""
+    """Return the request of a message; ProtocolError if a record is missing or malformed."""
     try:
         record = read_config(content, INSTRUCTION)
         submodel = _read_submodel(record, submodels)
@@ -434,24 +439,24 @@ def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> Eval
 
 
 def encode_client_sums(sums: Mapping[str, float | list[float]], num_examples: int) -> RecordDict:
-    """Return the records of a client's evaluation sums, and of how many examples they are."""
+    """Return the records of a client's evaluation sums, and their number of examples."""
     return RecordDict({METRICS: MetricRecord({"num-examples": num_examples, **sums})})
 
 
 def decode_client_sums(
     content: RecordDict, lengths: Mapping[str, int], who: str
 ) -> tuple[dict[str, float | list[float]], int]:
-    """Return a client's evaluation sums, and of how many examples they are.
+    """Return a client's evaluation sums, and their number of examples.
 
     Parameters
     ----------
     lengths : mapping from name to int
-        Numbers of each sum that the task has; 0 for a number that is no list.
+        Length of each sum of the task; 0 for a scalar.
 
     Raises
     ------
     ProtocolError
-        If other sums came than the task has, or a number is not finite or out of range.
+        If the sums are not the task's, or a number is not finite or out of range.
     """
     try:
         record = read_metrics(content, METRICS)
@@ -480,14 +485,14 @@ def _read_sum(name: str, value: object, length: int) -> float | list[float]:
 
 # ---- statistics of batch norms
 def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:
-    """Return the records of batch norm statistics that a client has measured."""
+    """Return the records of a client's measured batch norm statistics."""
     return RecordDict({PARAMS: encode_params(params), METRICS: MetricRecord({"num-examples": num_examples})})
 
 
 def decode_statistics(
     content: RecordDict, profile: ClientProfile, submodel: SubModel, submodels: SubModels
 ) -> tuple[dict[str, Tensor], int]:
-    """Return a client's statistics and of how many examples they are; ProtocolError where they cannot be right."""
+    """Return a client's statistics and their number of examples; ProtocolError if they are impossible."""
     who = f"client {profile.client_id}"
     names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
     try:
@@ -505,7 +510,7 @@ def decode_statistics(
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Return the bytes of all records of a message, keys included, as Flower counts them where it does.
+    """Return the bytes of all records of a message, keys included, by Flower's count where it has one.
 
     Flower's own count raises for an empty string or list, which any client can send.
     """
@@ -528,7 +533,7 @@ def _count_value(value: object) -> int:
 
 # ---- params
 def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRecord:
-    """Return tensors as one array per dtype, concatenated in order; if ``coded``, single bytes as Huffman codes."""
+    """Return tensors as one array per dtype, concatenated in order; if ``coded``, single bytes are Huffman coded."""
     record = ArrayRecord()  # filled key by key: the constructor would copy
     for name, (count, image) in pack_tensors(params, coded).items():
         record[name] = Array(name, (count,), "numpy.ndarray", image)
@@ -536,7 +541,7 @@ def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRec
 
 
 def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
-    """Return the whole model's tensors, writable copies; ProtocolError where the record does not hold them."""
+    """Return the whole model's tensors, writable copies; ProtocolError if the record lacks them."""
     try:
         tensors = read_tensors(RecordDict({PARAMS: params}), PARAMS, submodels.layout(SubModel()).signature())
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Tensors to flat buffers and back: one array per dtype, in the order of the model.
 
-A message holds no names and no shapes: both sides know the model, the sub-model and the upload set, so the values
-alone travel. Each array is a one-dimensional ``.npy`` image, which every Flower mod can read. Where a message is coded,
+A message holds no names and no shapes: both sides know the model, the sub-model and the upload set, so values
+suffice. Each array is a one-dimensional ``.npy`` image, which every Flower mod can read. In a coded message,
 arrays of single bytes are Huffman codes instead (raw DEFLATE without matches): quantised differences are mostly zeros.
 """
 
@@ -59,12 +59,12 @@ def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str
     Parameters
     ----------
     coded : bool
-        Whether arrays of single bytes are Huffman codes.
+        Whether arrays of single bytes are Huffman coded.
 
     Raises
     ------
     KeyError
-        For a dtype that has no encoding.
+        For a dtype without an encoding.
     """
     counts: dict[str, int] = {}
     parts: dict[str, list[Any]] = {}
@@ -88,12 +88,12 @@ def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str
 def unpack_tensors(
     packed: Mapping[str, memoryview | bytes], signature: Signature, coded: bool = False
 ) -> dict[str, Tensor]:
-    """Return the tensors of ``signature`` as read-only views, of what was not coded into the packed images.
+    """Return the tensors of ``signature`` as read-only views; uncoded ones point into the packed images.
 
     Raises
     ------
     ValueError
-        Where an array is missing, left over, or not exactly of the expected type and length; says which.
+        If an array is missing, left over, or not exactly of the expected type and length; names it.
     """
     counts: dict[str, int] = {}
     sizes = [math.prod(shape) for _, shape, _ in signature]
@@ -126,13 +126,13 @@ def _open_image(name: str, count: int, image: memoryview | bytes) -> Tensor:
 
 
 def _code(parts: Sequence[Any]) -> bytes:
-    """Return the Huffman codes of some bytes; of random ones hardly more bytes than they are."""
+    """Return the Huffman codes of some bytes; random bytes hardly grow."""
     coder = zlib.compressobj(wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
     return b"".join([*(coder.compress(part) for part in parts), coder.flush()])
 
 
 def _decode(name: str, count: int, image: memoryview | bytes) -> Tensor:
-    """Return what was coded; never more than the expected bytes are made of whatever came."""
+    """Return the decoded bytes; output is bounded by the expected length for any input."""
     decoder = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     try:
         values = decoder.decompress(image, count + 1)

@@ -1,4 +1,4 @@
-"""Ranges of numbers from outside: beyond them a number makes no sense, and within them sums stay finite."""
+"""Ranges of external numbers, within which sums stay finite."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ def check_values(tensors: Mapping[str, Tensor], who: str, largest: float = LARGE
 
 
 def check_count(value: object, most: int, who: str) -> int:
-    """Return a number of examples in [1, ``most``]; ProtocolError where it is none."""
+    """Return a number of examples in [1, ``most``]; ProtocolError otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ProtocolError(f"{who}: num-examples is {show(value)}, not a count in [1, {most}]")
     return value
 
 
 def read_number(value: object, least: float, most: float) -> float | None:
-    """Return a number as a float; None where it is none, or outside [``least``, ``most``]."""
+    """Return a number as a float; None if invalid, or outside [``least``, ``most``]."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         return None
     return float(value)
 
 
 def show(value: object) -> str:
-    """Return a value from outside in a few words."""
+    """Return an external value in a few words."""
     if isinstance(value, str | bytes | list) and len(value) > 20:
         return f"a {type(value).__name__} of length {len(value)}"
     return printable(value if isinstance(value, int | float) and not isinstance(value, bool) else repr(value), 40)

@@ -1,6 +1,6 @@
-"""Reading Flower's records: the right kind of record and value under a key, or an error that says what is wrong.
+"""Typed access to Flower's records: record or value of the right kind under a key, or an error with the fault.
 
-All raise KeyError or ValueError; whoever decodes a message turns them into a ProtocolError that names the client.
+All raise KeyError or ValueError; decoders convert them into a ProtocolError that names the client.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedlp.federation.wire.ranges import LARGEST_COST, read_number, show
 
 
 def read_tensors(content: RecordDict, key: str, signature: Signature, coded: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a record, read-only: views into the message but for what was coded."""
+    """Return the tensors of a record, read-only; uncoded ones are views into the message."""
     arrays = content[key]
     if not isinstance(arrays, ArrayRecord):
         raise ValueError(f"record {key} holds no arrays")
@@ -38,7 +38,7 @@ def read_metrics(content: RecordDict, key: str) -> MetricRecord:
 
 
 def read_integer(record: ConfigRecord, key: str) -> int:
-    """Return an integer, which no boolean is."""
+    """Return an integer; booleans are refused."""
     value = record[key]
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key} is {show(value)}, not an integer")
@@ -62,5 +62,5 @@ def read_bytes(record: ConfigRecord, key: str) -> bytes:
 
 
 def say_why(error: BaseException) -> str:
-    """Return in a line what one of these errors means; it may quote what came."""
+    """Return one of these errors as one line; it may quote the input."""
     return printable(f"record or key {error} is missing" if isinstance(error, KeyError) else error)

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, as a model's widths change."""
+"""Activation memory of a training step as a function of a model's widths."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BATCH = 2  # batch statistics need two
 
 
 def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footprint:
-    """Return the bytes that autograd keeps of one training example, up to the loss: a polynomial in the units kept.
+    """Return the bytes saved by autograd for one training example, up to the loss: a polynomial in the units kept.
 
-    Measured once on the whole model, on shapes alone. What a layer that reads an axis keeps of its input scales with
+    Measured once on the whole model, on shapes alone. The saved input of a layer that reads an axis scales with
     that axis; anything else with the axis on which the last layer before it wrote. Storage that is kept twice counts
     once, and weights do not count.
 

@@ -1,4 +1,4 @@
-"""What a model costs as its widths change, without building it."""
+"""Costs of a model as a function of its widths, without building it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 class Footprint:
     """Parameters and multiply-accumulates of a model as its widths change: a polynomial in the units kept.
 
-    Every weight counts with the product of what is kept along its axes; what lies on no axis is constant.
+    Every weight counts with the product of the units kept along its axes; weights on no axis are constant.
     """
 
     def __init__(self, model: nn.Module, spec: WidthSpec, positions: Mapping[str, float] | None = None) -> None:
@@ -42,7 +42,7 @@ class Footprint:
         self._terms[key] = self._terms.get(key, 0.0) + per_unit
 
     def count(self, kept: Mapping[str, float]) -> float:
-        """Return the cost when so many units of each axis are kept; axes that are absent stay whole."""
+        """Return the cost for units kept of each axis; absent axes stay whole."""
         units = {**self._spec.axes, **kept}
         return sum(share * math.prod(units[axis] for axis in axes) for axes, share in self._terms.items())
 

@@ -1,4 +1,4 @@
-"""A pruned classifier on disk: compact weights, and which units of the whole architecture they belong to."""
+"""Pruned classifier on disk: compact weights, and their units of the whole architecture."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def save_classifier(
     spec : WidthSpec
         Axes of the whole model.
     widths : mapping from axis name to Keep
-        What was kept, in units; axes that are absent are whole.
+        Kept units; absent axes are whole.
     folder : Path
         Made if absent. ``widths.json`` has for every axis its ``size`` in units and the units that are kept, ``keep``,
         as runs ``[start, stop)``.
     dtype : torch.dtype
-        Of the floating-point numbers in the file.
+        Floating-point format of the file.
 
     Raises
     ------
@@ -66,11 +66,11 @@ def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn
     Parameters
     ----------
     model_whole : nn.Module
-        Of the architecture before it was cut, whatever its weights; not touched.
+        Model of the uncut architecture, with any weights; not modified.
     spec : WidthSpec
         Its axes.
     folder : Path
-        Has ``model.safetensors`` and ``widths.json``.
+        Folder with ``model.safetensors`` and ``widths.json``.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn
     Raises
     ------
     CheckpointError
-        If a file is missing, damaged or of another architecture; names it and what differs.
+        If a file is missing, damaged or of another architecture; names it and the difference.
     """
     widths = _read_widths(folder / _WIDTHS, spec)
     path = folder / _WEIGHTS
@@ -109,13 +109,13 @@ def load_classifier(model_whole: nn.Module, spec: WidthSpec, folder: Path) -> nn
 
 
 def stored_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a model's tensors as they are written: contiguous, floating-point ones in one dtype."""
+    """Return a model's tensors for the file: contiguous, floating-point ones in one dtype."""
     tensors = state_tensors(model)
     return {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round floating-point tensors to the numbers of a dtype, in place: the model computes with what is written.
+    """Round floating-point tensors to the numbers of a dtype, in place: the model then equals the file.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def _runs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _add_biases(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Give layers the biases that pruning gave them; values come later."""
+    """Add the biases of pruning to layers; values are loaded later."""
     for path, module in model.named_modules():
         is_layer = isinstance(module, nn.Linear | nn.Conv2d)
         if is_layer and module.bias is None and f"{path}.bias" in stored:

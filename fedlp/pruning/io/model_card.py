@@ -1,4 +1,4 @@
-"""What lies beside a pruned language model for its reader: how to load it."""
+"""Model card of a pruned language model: how to load it."""
 
 from __future__ import annotations
 

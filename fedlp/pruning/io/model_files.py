@@ -1,6 +1,6 @@
-"""How a pruned model leaves fedlp: files that its own ecosystem loads.
+"""Files of a pruned model for its own ecosystem.
 
-A language model becomes a folder for transformers, a classifier compact weights with the units they belong to, and
+A language model becomes a folder for transformers, a classifier compact weights with their units, and
 either of them an ONNX file.
 """
 
@@ -57,14 +57,14 @@ def save_language_model(
         own class describes the model also ``modeling_pruned.py``, and ``pruned_blocks`` in the config: such a folder is
         loaded with ``from_pretrained(folder, trust_remote_code=True)``. ``README.md`` says how.
     tokenizer : str or None
-        Hugging Face name or folder of a tokenizer that is saved along.
+        Hugging Face name or folder of a tokenizer, which is saved as well.
     dtype : torch.dtype or None
         Of the weights in the file; the model's own for None.
 
     Raises
     ------
     ConfigError
-        If the model cannot be described, the tokenizer not be loaded or the folder not be written.
+        If the model cannot be described, the tokenizer cannot be loaded or the folder cannot be written.
     """
     config, model_class = _describe(model)
     config.architectures = [model_class.__name__]
@@ -101,7 +101,7 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _describe(model: nn.Module) -> tuple[Any, Any]:
-    """Return a config that describes a model, and the class that it builds: transformers' own if possible."""
+    """Return a config that describes a model, and the class it builds: transformers' own if possible."""
     from fedlp.models import modeling_pruned as template
 
     config: Any = copy.deepcopy(model.config)
@@ -129,7 +129,7 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
 
 
 def _auto_class(native: Any, config_class: Any) -> str:
-    """Return the class of transformers that finds a class by its config."""
+    """Return the auto class of transformers for a model class."""
     transformers = import_transformers()
     for kind, words in _AUTO_CLASSES.items():
         if getattr(transformers, f"MODEL_FOR_{kind}_MAPPING").get(config_class, None) is native:
@@ -138,7 +138,7 @@ def _auto_class(native: Any, config_class: Any) -> str:
 
 
 def _write_sizes(config: Any, model: nn.Module, blocks: Blocks, layout: Layout) -> None:
-    """Write the sizes that the model has, those of the widest block where blocks differ."""
+    """Write the model's sizes, those of the widest block if blocks differ."""
     from fedlp.models.modeling_pruned import layer_sizes, path_of_blocks
 
     config.per_layer_config = None
@@ -178,7 +178,7 @@ def _write_layers(config: Any, blocks: Blocks, layout: Layout) -> None:
 
 
 def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
-    """Return the heads of a config whose blocks say their own: query heads must divide the hidden size.
+    """Return the heads of a config with per-block sizes: query heads must divide the hidden size.
 
     They fill the hidden size, if possible, and are no fewer than any block's, if possible.
     """
@@ -196,7 +196,7 @@ def _widest(blocks: Blocks, size: str) -> int:
 
 
 def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> bool:
-    """Return whether a class builds a model of the same tensors and blocks from a config that is read again."""
+    """Return whether a class builds a model of the same tensors and blocks from the config as written."""
     from huggingface_hub.errors import StrictDataclassError
 
     from fedlp.models.modeling_pruned import describe_blocks

@@ -1,4 +1,4 @@
-"""A model as an ONNX file."""
+"""ONNX export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_ONNX_BYTES = 2**31 - 2**27  # of weights in one file; more lie beside it
 
 
 class _Logits(nn.Module):
-    """A model of which only the logits come out."""
+    """Wrapper of a model that returns only the logits."""
 
     def __init__(self, model: nn.Module, is_language: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def export_onnx(model: nn.Module, example_inputs: Tensor, path: Path) -> None:
     Parameters
     ----------
     model : nn.Module
-        A classifier or a causal language model; exported in evaluation mode, and left as it was.
+        A classifier or a causal language model; exported in evaluation mode, not modified.
     example_inputs : (batch, ...)
         Only their shape and type matter. The batch may differ later, and so may a language model's number of tokens.
     path : Path
@@ -91,7 +91,7 @@ def _to_onnx(model: nn.Module, example_inputs: Tensor) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of what an exporter's error is about."""
+    """Return the first line of the cause of an exporter's error."""
     while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
         error = error.__cause__
     return one_line(error).partition(";")[0]

@@ -59,7 +59,7 @@ class EliminationState:
         self._start_panel()
 
     def saliency(self, score: Score) -> Tensor:
-        """Return the saliency of each unit, (units,); 0 for removed units that are still held."""
+        """Return the saliency of each unit, (units,); 0 for removed units before the next flush."""
         return block_saliency(self.inv_blocks, self.gram_blocks, score, self.units)
 
     def remove(self, positions: Tensor) -> float:

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from fedlp.errors import CalibrationError
 
-MIN_DAMPING = 1e-6  # where none is asked for: against rounding only
-FALLBACK_DAMPING = 0.01  # where none is asked for and the Hessian is singular (SlimGPT's value)
 _RANK_TOLERANCE = 1e-9  # eigenvalues below this fraction of the largest count as zero, in an error message
 _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
 
 
 @dataclass(slots=True)
 class Moments:
-    """Running sums over input vectors x of one layer, and optionally over the outputs t that they should give.
+    """Running sums over input vectors x of one layer, and optionally over target outputs t.
 
     Attributes
     ----------
@@ -46,7 +44,7 @@ class Moments:
     def empty(
         cls, size: int, targets: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> Moments:
-        """Return the moments of nothing, for ``size`` inputs and ``targets`` target outputs (0 for none)."""
+        """Return empty moments, for ``size`` inputs and ``targets`` target outputs (0 for none)."""
         total = torch.zeros(size, dtype=dtype, device=device)
         gram = total.new_zeros(size, size)
         if not targets:
@@ -54,7 +52,7 @@ class Moments:
         return cls(0, total, gram, total.new_zeros(targets), total.new_zeros(targets, size))
 
     def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
-        """Take in (tokens, n) inputs, and (tokens, out) targets where targets are collected; any float dtype."""
+        """Add (tokens, n) inputs, and (tokens, out) targets if targets are collected; any float dtype."""
         x = inputs.to(self.gram.dtype)
         for start in range(0, x.shape[1], _PANEL):
             stop = start + _PANEL
@@ -67,6 +65,16 @@ class Moments:
             self.cross.addmm_(t.T, x)
             self.target_total += t.sum(dim=0)
 
+    def include(self, other: Moments) -> None:
+        """Add the moments of another data set."""
+        self.count += other.count
+        self.total += other.total
+        self.gram += other.gram
+        if self.target_total is not None and other.target_total is not None:
+            self.target_total += other.target_total
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+
     def __add__(self, other: Moments) -> Moments:
         """Return the moments of the union of two disjoint data sets."""
         return Moments(
@@ -75,6 +83,16 @@ class Moments:
             self.gram + other.gram,
             None if self.target_total is None or other.target_total is None else self.target_total + other.target_total,
             None if self.cross is None or other.cross is None else self.cross + other.cross,
+        )
+
+    def __sub__(self, other: Moments) -> Moments:
+        """Return the moments of a data set less a part of it."""
+        return Moments(
+            self.count - other.count,
+            self.total - other.total,
+            self.gram - other.gram,
+            None if self.target_total is None or other.target_total is None else self.target_total - other.target_total,
+            None if self.cross is None or other.cross is None else self.cross - other.cross,
         )
 
     def shifted(self, by: Tensor) -> Moments:
@@ -104,7 +122,7 @@ class Moments:
     def hessian(self, centred: bool) -> Tensor:
         r"""Return :math:`H = \frac{2}{N}\sum x x^\top`, (n, n), of inputs less their mean if ``centred``.
 
-        Centring is what a constant input that is never removed comes to: the means of removed inputs then go into a
+        Centring is equivalent to a constant input that is never removed: the means of removed inputs then go into a
         bias, and cost nothing (the Schur complement of the constant).
         """
         matrix = self.gram.tril() + self.gram.tril(-1).T
@@ -113,24 +131,6 @@ class Moments:
             matrix.addr_(self.total, self.mean, alpha=-1.0)
             matrix.diagonal().add_(rounding * len(matrix))  # inputs that are almost constant leave nothing else
         return matrix.mul_(2.0 / self.count)
-
-    def inverse_hessian(self, centred: bool, damping: float | None, layer: str) -> Tensor:
-        """Return the inverse of the damped Hessian, (n, n), as :func:`invert_hessian` does.
-
-        Parameters
-        ----------
-        damping : float or None
-            None for ``MIN_DAMPING``; with fewer input vectors than inputs for none at all, which is an error.
-
-        Raises
-        ------
-        CalibrationError
-            As :func:`invert_hessian`.
-        """
-        hessian = self.hessian(centred)
-        if damping is None:
-            damping = MIN_DAMPING if self.count >= len(hessian) else 0.0
-        return invert_hessian(hessian, damping, layer, self.count)
 
     def target_hessian(self, centred: bool) -> Tensor:
         r"""Return :math:`\frac{2}{N}\sum t x^\top`, (out, n), of both less their means if ``centred``."""
@@ -149,12 +149,17 @@ class Moments:
 
 
 def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> Tensor:
-    r"""Return the inverse of :math:`H + \lambda\,\overline{\operatorname{diag} H}\,I`.
+    r"""Return the inverse of :math:`H + \lambda\,\overline{\operatorname{diag} H}\,I`, (n, n), as below."""
+    return torch.cholesky_inverse(factor_hessian(hessian, damping, layer, count))
+
+
+def factor_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> Tensor:
+    r"""Return the Cholesky factor of :math:`H + \lambda\,\overline{\operatorname{diag} H}\,I`, (n, n), lower.
 
     Parameters
     ----------
     hessian : (n, n)
-        Symmetric positive semi-definite; not modified. The inverse has its dtype.
+        Symmetric positive semi-definite; not modified. The factor has its dtype.
     damping : float
         :math:`\lambda`, a fraction of the mean diagonal entry, >= 0.
     layer : str
@@ -182,7 +187,8 @@ def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
             f"layer {layer}: the Hessian of its {size} inputs has rank {rank}, from {count} calibration vectors; "
             f"give at least {size} independent ones (calibration.examples), or damp it (pruner.damping=0.01)"
         )
-    return torch.cholesky_inverse(factor)
+    found: Tensor = factor
+    return found
 
 
 def square_root(matrix: Tensor) -> Tensor:

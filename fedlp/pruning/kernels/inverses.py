@@ -1,4 +1,4 @@
-"""Inverse Hessians as an elimination reads them: some rows, the diagonal blocks, the inverse of the kept columns."""
+"""Inverse Hessians for an elimination: some rows, the diagonal blocks, the inverse of the kept columns."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ OBS takes the model to be at a minimum of its loss on the calibration data. Wher
 it or because pruning has moved it, the second-order model of the loss has its minimum elsewhere, a step
 :math:`-\mathcal F^{-1} g` away. The curvature is that of K-FAC (Martens and Grosse, ICML 2015; for convolutions Grosse
 and Martens, ICML 2016): :math:`F \otimes A`, the Fisher information of a reader's outputs and the second moments of
-its inputs, both of which pruning has already. How far to go is what data that the step has not seen say.
+its inputs, both available from pruning. The step size is chosen on held-out data.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def newton_steps(
     data : Calibration
         At least two batches; the last eighth of them, or one, is held out.
     steps : int
-        At most so many.
+        Largest number of steps.
     progress : callable
-        Is told the number of a step and the held-out loss after it.
+        Called with the number of a step and the held-out loss after it.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def _directions(model: nn.Module, paths: Sequence[str], data: Calibration, rng: 
 
 
 def _input_moments(model: nn.Module, paths: Sequence[str], data: Calibration) -> dict[str, Moments]:
-    """Return second moments of what each reader reads, with a constant 1 for its bias."""
+    """Return second moments of each reader's inputs, with a constant 1 for its bias."""
     found: dict[str, Moments] = {}
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...], _: Any, path: str) -> None:
@@ -144,7 +144,7 @@ def _input_moments(model: nn.Module, paths: Sequence[str], data: Calibration) ->
 
 
 def _gradient(module: nn.Module) -> Tensor:
-    """Return the loss gradient as (out, columns), with that of the bias as the last column where there is one."""
+    """Return the loss gradient as (out, columns), with that of the bias, if any, as the last column."""
     grad: Tensor = module.weight.grad  # type: ignore[assignment]
     matrix = (grad.T if is_transposed(module) else grad.flatten(1)).to(torch.float64)
     bias: nn.Parameter | None = getattr(module, "bias", None)
@@ -160,7 +160,7 @@ def _damped(matrix: Tensor) -> Tensor:
 
 
 def _search(loss_after: Callable[[float], float], size: float) -> tuple[float, float]:
-    """Return the best of step sizes that are doubled, then halved, as long as that helps; at most 1."""
+    """Return the best step size by doubling, then halving, while the loss falls; at most 1."""
     loss = loss_after(size)
     for factor in (2.0, 0.5):
         while _SMALLEST_SIZE <= size * factor <= 1.0 and (other := loss_after(size * factor)) < loss:

@@ -1,4 +1,4 @@
-r"""Structured Optimal Brain Surgeon: which units of a layer's input to remove, and what the other weights become.
+r"""Structured Optimal Brain Surgeon: removal of units of a layer's input, and compensation by the other weights.
 
 For a layer :math:`y = Wx` with Hessian :math:`H = \frac{2}{N}\sum xx^\top`, removing the columns :math:`u` of one unit
 with optimal compensation raises the mean squared output error by
@@ -9,11 +9,11 @@ with optimal compensation raises the mean squared output error by
 
 where :math:`F` weighs the outputs (the identity, or their Fisher information). SlimGPT (Ling et al., NeurIPS 2024)
 factorises the Hessian anew for every group of columns. Here it is inverted once: the elimination is a pivoted Cholesky
-factorisation of :math:`H^{-1}`. Scores depend on the weights only through :math:`W^\top F W`. Where steps are small,
+factorisation of :math:`H^{-1}`. Scores depend on the weights only through :math:`W^\top F W`. With small steps,
 that matrix is carried along in the weights' place, so that a step reads a few rows only; and the weights are solved for
 once, at the end: they do not depend on the order of removal.
 
-The kernels are pure: tensors in, new tensors out. Where the blocks of lazy updates end does not change the results.
+The kernels are pure: tensors in, new tensors out. The block size of lazy updates does not change the results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Elimination:
     steps : tuple of int
         Units per step.
     losses : tuple of float
-        Loss after each step, in units of the squared output error; never falls. NaN where it is not known.
+        Loss after each step, in units of the squared output error; non-decreasing. NaN if unknown.
     """
 
     order: tuple[int, ...]
@@ -53,9 +53,9 @@ class Elimination:
     losses: tuple[float, ...]
 
     def saliency(self, num_units: int) -> Tensor:
-        """Return the rise of the loss per unit, (units,), float64, made to never fall along the order of removal.
+        """Return the loss increase per unit, (units,), float64, non-decreasing along the order of removal.
 
-        Units that were not removed have that of the last step, or 1 where nothing was removed.
+        Units that were not removed have that of the last step, or 1 if none was removed.
         """
         if not self.order:
             return torch.ones(num_units, dtype=torch.float64)
@@ -109,7 +109,7 @@ def eliminate(
         the number of units.
     score : "exact" or "columns"
         "columns" is SlimGPT's grouped Cholesky score: a unit's columns are eliminated one after the other, but without
-        updating its weights. The same for units of one column.
+        updating its weights. Equal to "exact" for units of one column.
     block : int
         Columns after which lazy updates are applied; purely a matter of speed.
 
@@ -149,7 +149,7 @@ def resolve_weight(weight: Tensor, hessian_inv: Tensor, kept: Tensor, removed: T
 
     .. math:: W_S - W_P ([H^{-1}]_{PP})^{-1} [H^{-1}]_{PS} = W H_{:,S} (H_{SS})^{-1}
 
-    The one or the other form is used, whichever factorises the smaller matrix, but for rounding the same.
+    The form with the smaller matrix to factorise is used; both agree up to rounding.
     """
     w = weight.to(hessian_inv.dtype)
     if not len(removed):

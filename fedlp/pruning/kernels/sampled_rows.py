@@ -1,4 +1,4 @@
-"""A sample of a layer's input vectors: the same statistics as moments, and a cheap inverse Hessian for few vectors."""
+"""Sample of a layer's input vectors: statistics as of moments, and a cheap inverse Hessian for few vectors."""
 
 from __future__ import annotations
 

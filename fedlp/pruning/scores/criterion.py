@@ -1,4 +1,4 @@
-"""The protocol of pruning scores, and the questions that are asked of one.
+"""Protocol of pruning scores, and their checked evaluation.
 
 A score maps a view of one layer to the saliency of each unit; units of the least saliency are removed first. Its class
 is registered by name, ``@register("score", NAME)``, and its fields are its options.
@@ -36,7 +36,7 @@ class UnitScore(Protocol):
 
 @runtime_checkable
 class RanksJointly(Protocol):
-    """A score in which removals interact, such as optimal brain surgeon."""
+    """Score in which removals interact, such as optimal brain surgeon."""
 
     def eliminate(self, view: LayerView, count: int) -> Elimination:
         """Return the order in which ``count`` units are removed, and the losses along it."""
@@ -44,7 +44,7 @@ class RanksJointly(Protocol):
 
 @runtime_checkable
 class HasPrice(Protocol):
-    """A score that takes more than the passes over the examples which its needs ask for."""
+    """Score with a compute cost beyond the passes over the examples."""
 
     def macs(self, view: LayerView) -> float:
         """Return the multiply-accumulates of scoring all units of a layer."""
@@ -52,7 +52,7 @@ class HasPrice(Protocol):
 
 @dataclass(frozen=True)
 class FunctionScore:
-    """A score that is a function of the view, with ``needs`` as an attribute of the function.
+    """Score by a function of the view, with ``needs`` as an attribute of the function.
 
     Attributes
     ----------
@@ -73,12 +73,12 @@ class FunctionScore:
 
 
 def as_score(part: object) -> UnitScore:
-    """Return a part of kind ``score`` as a score: an instance of a class as it is, a function with its needs.
+    """Return a part of kind ``score`` as a score: an instance of a class unchanged, a function with its needs.
 
     Raises
     ------
     ConfigError
-        If it does not follow the protocol; says what is missing.
+        If it does not follow the protocol; names the missing member.
     """
     inner = getattr(part, "func", part)
     if isinstance(inner, FunctionType) and isinstance(needs := getattr(inner, "needs", None), frozenset | set):
@@ -88,7 +88,7 @@ def as_score(part: object) -> UnitScore:
 
 
 def check_score(score: object) -> None:
-    """Raise ConfigError unless an object follows the protocol of scores; says what is missing."""
+    """Raise ConfigError unless an object follows the protocol of scores; names the missing member."""
     name, needs = score_name(score), getattr(score, "needs", None)
     if not callable(score) or not isinstance(needs, frozenset | set):
         raise ConfigError(f"{name} is no score: it must have __call__(view) and needs, a set of {_list(NEEDS)}")
@@ -110,7 +110,7 @@ def saliencies(score: UnitScore, view: LayerView) -> Tensor:
     Raises
     ------
     CalibrationError
-        If the score returns something else; names score and layer.
+        If the score returns an invalid value; names score and layer.
     """
     found = score(view)
     where = f"score {score_name(score)}, layer {view.layer.name}"
@@ -140,7 +140,7 @@ def removal_order(score: UnitScore, view: LayerView, count: int) -> Elimination:
 
 
 def scoring_macs(score: UnitScore, view: LayerView) -> float:
-    """Return the multiply-accumulates of scoring a layer, beside the passes over the examples."""
+    """Return the multiply-accumulates of scoring a layer, without the passes over the examples."""
     return score.macs(view) if isinstance(score, HasPrice) else 0.0
 
 

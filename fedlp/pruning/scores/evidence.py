@@ -43,7 +43,7 @@ class Precision:
     Attributes
     ----------
     parts : int or None
-        A step removes one unit in so many of those left, at least one; None for one unit a step, the exact greedy
+        Denominator of the fraction of remaining units removed per step, at least one unit; None for the exact greedy
         order.
     block : int
         Columns after which lazy updates are applied; affects speed only.
@@ -65,7 +65,7 @@ class Precision:
 
 EXACT = Precision()
 COARSE = Precision(parts=32, block=256)
-"""Precision of scores in a round: a plot of the losses would show no difference."""
+"""Precision of scores in a round."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Evidence:
     Attributes
     ----------
     model : nn.Module
-        The model that the examples run through.
+        Model of the forward passes.
     spec : WidthSpec
         Its width axes.
     data : Calibration
@@ -83,9 +83,9 @@ class Evidence:
     generator : torch.Generator
         Source of random numbers.
     gradients : mapping from parameter name to Tensor, or None
-        Gradient of the loss with respect to every parameter, where a score needs it.
+        Gradient of the loss with respect to every parameter, if a score needs it.
     scored : nn.Module or None
-        Holder of the weights that are scored, of the same architecture, such as the change of the weights in a round;
+        Model with the scored weights, of the same architecture, such as the change of the weights in a round;
         None for ``model``.
     precision : Precision
         Granularity of eliminations.

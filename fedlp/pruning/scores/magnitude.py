@@ -13,7 +13,7 @@ from fedlp.registry import register
 @register("score", "magnitude")
 @dataclass(frozen=True)
 class Magnitude:
-    """Squared norm of all parameters that go with a unit: sum of w²."""
+    """Squared norm of all parameters of a unit: sum of w²."""
 
     needs = frozenset({"weights"})
 

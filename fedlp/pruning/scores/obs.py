@@ -17,7 +17,7 @@ from fedlp.registry import register
 @register("score", "obs")
 @dataclass(frozen=True)
 class OBS:
-    """Optimal brain surgeon: rise of the layer's output error, with optimal compensation by the units that stay."""
+    """Optimal brain surgeon: increase of the layer's output error, with optimal compensation by the kept units."""
 
     needs = frozenset({"weights", "moments"})
     form: ClassVar[Score] = "exact"
@@ -32,7 +32,7 @@ class OBS:
         return eliminate(problems, self.schedule(view, count), score=self.form, block=view.precision.block)
 
     def __call__(self, view: LayerView) -> Tensor:
-        """Return the rise of the loss as each unit is removed in turn, (units,), float64; never falls along the order.
+        """Return the loss increase of each unit's removal in order, (units,), float64, non-decreasing along the order.
 
         The unit that is never removed has the saliency of the last one removed.
         """

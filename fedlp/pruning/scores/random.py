@@ -1,4 +1,4 @@
-"""Random saliency: the baseline that every score must beat."""
+"""Random saliency, the baseline of scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlp.registry import register
 @register("score", "random")
 @dataclass(frozen=True)
 class Random:
-    """Units at random, by uniform random numbers."""
+    """Uniformly random saliency."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -1,4 +1,4 @@
-"""SlimGPT (Ling et al., NeurIPS 2024), to reproduce it and to measure the difference.
+"""SlimGPT (Ling et al., NeurIPS 2024).
 
 Its Incremental Pruning Ratio is ``allocator=log_depth``. *Deviations*: the released code divides by ``log(32)`` at any
 depth; there it is the paper's ``log(n)``.
@@ -30,10 +30,10 @@ class SlimGPT(OBS):
 
 
 def group_schedule(total: int, scale: float = 1.0) -> list[int]:
-    """Return how many FFN channels each step removes (Dynamic Group Size of the released code), summing to ``total``.
+    """Return the FFN channels removed per step (Dynamic Group Size of the released code), summing to ``total``.
 
-    The group is halved from step to step, after 512 has been taken off it, between 1024 and 64. ``scale`` multiplies
-    these constants, which are meant for the 11,008 channels of LLaMA-7B.
+    The group size minus 512 is halved from step to step, between 1024 and 64. ``scale`` multiplies
+    these constants of the 11,008 channels of LLaMA-7B.
     """
     first, largest, smallest = (max(1, round(size * scale)) for size in (_FIRST, _LARGEST, _SMALLEST))
     schedule: list[int] = []

@@ -13,7 +13,7 @@ from fedlp.registry import register
 @register("score", "taylor")
 @dataclass(frozen=True)
 class Taylor:
-    """Weight times gradient of all parameters that go with a unit: sum of |w ∂L/∂w|."""
+    """Weight times gradient of all parameters of a unit: sum of |w ∂L/∂w|."""
 
     needs = frozenset({"weights", "gradients"})
 

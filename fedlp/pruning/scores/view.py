@@ -1,10 +1,10 @@
-"""A pruning score's view of one prunable layer.
+"""View of one prunable layer for pruning scores.
 
-A *reader* is a linear layer or convolution whose inputs are the units that may be pruned. A score sees the readers'
-weights and the statistics of their inputs in the same way wherever these come from: second moments of all calibration
+A *reader* is a linear layer or convolution whose inputs are the prunable units. A score reads the readers'
+weights and the statistics of their inputs in the same way from any source: second moments of all calibration
 data in one-shot pruning, sums over clients in federated one-shot pruning, a sample of a few vectors in a round.
 
-What a score may read is what it ``needs``; anything else is refused, since nobody will have collected it everywhere.
+A score may read only its ``needs``; any other access is refused, since it is not collected everywhere.
 
 =============== ====================================================================================================
 weights         weights of the readers, and all parameters that are removed with a unit
@@ -48,14 +48,14 @@ class ReaderView:
     unit_size : int
         Columns per unit.
     statistics : InputStatistics or None
-        Statistics of its inputs, where they were collected; read them through the properties below.
+        Statistics of its inputs, if collected; read through the properties below.
     solve : callable
-        Returns the full-width weights (outputs, n) that the elimination starts from, and the inverse of the damped
+        Returns the initial full-width weights (outputs, n) of the elimination, and the inverse of the damped
         Hessian (n, n).
     fisher : (outputs, outputs) or None
         Fisher information of its outputs, which weighs their errors; None for the identity.
     needs : frozenset of str
-        What the score has declared.
+        Declared needs of the score.
     """
 
     path: str
@@ -112,7 +112,7 @@ class LayerView:
     evidence : Evidence
         Of the model; read it through the properties below.
     needs : frozenset of str
-        What the score has declared.
+        Declared needs of the score.
     """
 
     layer: PrunableLayer
@@ -143,7 +143,7 @@ class LayerView:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All parameters of the model that is scored, detached, by name."""
+        """All parameters of the scored model, detached, by name."""
         _require(self.needs, "weights", "parameters of the model")
         scored = self.evidence.model if self.evidence.scored is None else self.evidence.scored
         return {name: t.detach() for name, t in named_tensors(scored).items() if isinstance(t, nn.Parameter)}
@@ -179,7 +179,7 @@ class LayerView:
         return torch.stack(parts).sum(dim=0)
 
     def sum_coupled(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum over all entries that are removed with each unit, (units,), float64.
+        """Return the sum over all entries removed with each unit, (units,), float64.
 
         Parameters
         ----------

@@ -1,1 +1,1 @@
-"""Width axes of a model: found by tracing, and cut along."""
+"""Width axes of a model: tracing, slicing, cutting."""

@@ -1,4 +1,4 @@
-"""Self-attention that can have fewer heads than its width holds."""
+"""Self-attention with a variable number of heads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class HeadAttention(nn.Module):
     """Self-attention like torch's, whose heads may be fewer than ``embed_dim / head_dim``.
 
     Its parameters have the names and meaning of :class:`torch.nn.MultiheadAttention`'s, but ``out_proj`` is called as
-    a module, so forward hooks see its inputs.
+    a module, so that forward hooks apply.
 
     Parameters
     ----------
     attention : nn.MultiheadAttention
-        Batch first, with equal sizes of queries, keys and values. Its parameters, which may have lost heads, are taken
-        over, not copied.
+        Batch first, with equal sizes of queries, keys and values. Its parameters, possibly pruned, are
+        shared, not copied.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -30,13 +30,13 @@ class HeadAttention(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """How many heads there are."""
+        """Number of heads."""
         return len(self.in_proj_weight) // (3 * self.head_dim)
 
     def forward(self, inputs: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
         """Map (batch, tokens, embed_dim) to the same shape, and None for the attention's weights.
 
-        Keys and values are the inputs too, whatever else is passed.
+        Keys and values are the inputs too; other arguments are ignored.
         """
         fused = F.linear(inputs, self.in_proj_weight, self.in_proj_bias)
         by_head = fused.view(*inputs.shape[:2], 3, self.num_heads, self.head_dim)

@@ -2,13 +2,13 @@
 
 * ``hidden``: the residual stream, of LLaMA, Mistral, Qwen2/3, GPT-2 and OPT; one feature is a unit. It stays whole in
   any other architecture.
-* ``BLOCK.self_attn`` (or what the attention is called): one KV head with all queries that attend to it is a unit, so
-  the ratio of query heads to KV heads stays what it was, and so does the size of a head. Where all queries share one
+* ``BLOCK.self_attn`` (or the attention's name): one KV head with all queries that attend to it is a unit, so
+  the ratio of query heads to KV heads and the size of a head do not change. If all queries share one
   KV head (multi-query attention), a query head is a unit.
 * ``BLOCK.mlp``: one intermediate neuron is a unit.
 
-``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2, ``bert.encoder.layer.N`` of BERT and so on. What no rule
-covers stays whole, and pins the axis that it may depend on: a norm over all heads pins its attention.
+``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2, ``bert.encoder.layer.N`` of BERT. A part without a rule
+stays whole, and pins the axis that it may depend on: a norm over all heads pins its attention.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Block:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers', which are not traced."""
+    """Return whether a model is one of transformers, which are not traced."""
     return hasattr(getattr(model, "config", None), "model_type")
 
 
 def decoder_widths(model: nn.Module) -> WidthSpec:
-    """Return the width axes of a language model; widths that differ from block to block are fine.
+    """Return the width axes of a language model; widths may differ between blocks.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
 
 
 def _letters(block: Block, hidden: bool) -> dict[str, Dim]:
-    """Return what the letters of a layout stand for in one block."""
+    """Return the size behind each letter of a layout in one block."""
     queries, head = block.queries, block.head_dim
     return {
         "h": Dim(HIDDEN, 1) if hidden else WHOLE,
@@ -100,7 +100,7 @@ def _letters(block: Block, hidden: bool) -> dict[str, Dim]:
 
 
 def _pinned(model: nn.Module, blocks: list[Block], unknown: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Yield the axes that stay whole, and why; the residual stream where any other tensor is unknown."""
+    """Yield the axes that stay whole, with reasons; the residual stream if any other tensor is unknown."""
     config, layout = _config(model), _layout(model)
     is_fused = any(letters[0] in "fi" for letters in layout.layers.values())
     for block in blocks:
@@ -116,13 +116,13 @@ def _pinned(model: nn.Module, blocks: list[Block], unknown: Mapping[str, Tensor]
 
 
 def _is_per_head(model: nn.Module, owner: str, tensor: Tensor) -> bool:
-    """Return whether a tensor is that of a norm over the entries of a head, the same for all heads."""
+    """Return whether a tensor belongs to a norm over the entries of a head, shared by all heads."""
     path, _, name = owner.rpartition(".")
     return name in _PER_HEAD and tensor.shape == (_template().head_dim_of(model.get_submodule(path)),)
 
 
 def _adapter_dims(names: Iterable[str], dims: Mapping[str, tuple[Dim, ...]]) -> dict[str, tuple[Dim, ...]]:
-    """Return the dimensions of adapters, (rank, in) and (out, rank): those of the weights that they belong to."""
+    """Return the dimensions of adapters, (rank, in) and (out, rank), from their weights."""
     found: dict[str, tuple[Dim, ...]] = {}
     for name in names:
         path, _, part = name.rpartition(".")
@@ -133,10 +133,10 @@ def _adapter_dims(names: Iterable[str], dims: Mapping[str, tuple[Dim, ...]]) -> 
 
 
 def match_decoder(model: nn.Module) -> None:
-    """Set the sizes that the modules of a cut language model keep as attributes, and those in its config.
+    """Set the size attributes of the modules of a cut language model, and the sizes in its config.
 
-    A config that can hold the size of a head gets the exact sizes where blocks agree, those of the widest block where
-    they do not. Any other is left as it is unless it can describe the model exactly.
+    A config that can hold the size of a head gets the exact sizes if blocks agree, those of the widest block if
+    they do not. Any other is changed only if it can describe the model exactly.
     """
     layout, blocks, streams = _layout(model), _blocks(model), stream_dims(model)
     module: Any
@@ -157,14 +157,14 @@ def match_decoder(model: nn.Module) -> None:
 
 
 def path_of_blocks(model: nn.Module) -> str:
-    """Return the path of the list of blocks; ConfigError where the architecture has no rules."""
+    """Return the path of the list of blocks; ConfigError if the architecture has no rules."""
     _layout(model)
     path: str = _template().path_of_blocks(model)
     return path
 
 
 def adds_to_stream(model: nn.Module) -> bool:
-    """Return whether each block adds what its attention and MLP write to a residual stream, as it is."""
+    """Return whether each block adds the outputs of its attention and MLP unchanged to a residual stream."""
     config = _config(model)
     is_after_norm = getattr(config, "apply_residual_connection_post_layernorm", False)
     is_before = getattr(config, "do_layer_norm_before", True)

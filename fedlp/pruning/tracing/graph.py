@@ -2,7 +2,7 @@
 
 Every convolution and linear layer starts an axis of its outputs; normalisation, activations and pools pass it on;
 additions, depthwise and grouped convolutions tie axes together; flattening gives each unit more entries. Inputs and
-class outputs always stay whole. What cannot be said this way (concatenation, channel shuffles, attention) is an error.
+class outputs always stay whole. Other operations (concatenation, channel shuffles, attention) are an error.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def trace_classifier(model: nn.Module, inputs: Tensor) -> WidthSpec:
 
 
 class _Tracer(fx.Tracer):
-    """Traces down to modules without children, whoever wrote them."""
+    """Tracer down to modules without children, user modules included."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or not any(m.children())
@@ -108,7 +108,7 @@ class _AxisFinder(fx.Interpreter):
 
     # ------------------------------------------------------------------------------------------------------ operations
     def _follow(self, node: fx.Node, value: Tensor) -> _Dims:
-        """Return the dimensions of a node's value; ValueError where they cannot be said."""
+        """Return the dimensions of a node's value; ValueError if they cannot be said."""
         sources = [source for source in node.all_input_nodes if source in self._dims]
         name = _target_name(node)
         if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""Which tensors of a language model lie along its residual stream, for architectures whose stream can lose features."""
+"""Tensors along a language model's residual stream, for architectures whose stream can lose features."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Stream:
     embedding : int
         Features of an embedding.
     dims : mapping from tensor name to one Dim per dimension
-        Of all tensors along it but the layers of blocks.
+        Dimensions of all tensors along it, except the layers of blocks.
     fits_config : bool
-        Whether a config says by its sizes alone if embeddings are projected.
+        Whether the sizes in a config alone tell if embeddings are projected.
     """
 
     size: int
@@ -81,7 +81,7 @@ _TABLES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
 
 
 def stream_dims(model: nn.Module) -> Stream | None:
-    """Return the residual stream of a language model; None where it cannot lose features."""
+    """Return the residual stream of a language model; None if it cannot lose features."""
     config: Any = model.config
     table = _TABLES.get(config.model_type)
     if table is None or not _has(model, table.blocks):

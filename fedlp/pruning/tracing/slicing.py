@@ -1,4 +1,4 @@
-"""Cutting tensors along named width axes."""
+"""Slicing of tensors along named width axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_PIECES = 8  # runs that are copied as slices; more are gathered by index
 
 
 class Dim(NamedTuple):
-    """What one dimension of a tensor is made of.
+    """Structure of one dimension of a tensor.
 
     Entry ``e`` of unit ``u`` in copy ``c`` has index ``(c * num_units + u) * entries + e``; after these copies come
     those of ``behind``, in which a unit has another number of entries.
@@ -26,13 +26,13 @@ class Dim(NamedTuple):
     Attributes
     ----------
     axis : str or None
-        Axis whose units it loses; None if it always stays whole.
+        Axis of its units; None if it always stays whole.
     entries : int
         Consecutive entries per unit.
     copies : int
-        How many times the axis lies behind itself: 3 in fused queries, keys and values.
+        Number of consecutive copies of the axis: 3 in fused queries, keys and values.
     behind : tuple of int
-        Entries per unit of each copy after these: keys and values, where several queries share them.
+        Entries per unit of each copy after these: keys and values, if several queries share them.
     """
 
     axis: str | None
@@ -41,14 +41,14 @@ class Dim(NamedTuple):
     behind: tuple[int, ...] = ()
 
     def keep(self, units: Keep) -> Keep:
-        """Return the entries that stay if some units do."""
+        """Return the kept entries for kept units."""
         found = units.repeat(self.entries).tile(self.copies)
         for entries in self.behind:
             found = found.before(units.repeat(entries))
         return found
 
     def units(self, count: int) -> NDArray[np.int64]:
-        """Return the unit that each entry belongs to, of ``count`` units."""
+        """Return the unit of each entry, of ``count`` units."""
         per_copy = (self.entries,) * self.copies + self.behind
         return np.concatenate([np.repeat(np.arange(count), entries) for entries in per_copy])
 
@@ -58,16 +58,16 @@ WHOLE = Dim(None, 1)
 
 @dataclass(frozen=True)
 class WidthSpec:
-    """Which dimensions of which tensors lose the same units.
+    """Width axes: dimensions of tensors that lose the same units.
 
     Attributes
     ----------
     axes : mapping from axis name to int
-        Number of units of every axis, in the order of the forward pass. A unit is the least that can be removed: a
+        Number of units of every axis, in the order of the forward pass. A unit is the smallest removable part: a
         channel, a neuron, a GroupNorm's or a convolution's group, a KV head with its queries, a hidden feature.
     dims : mapping from tensor name to one Dim per dimension
     whole : mapping from part of the model to reason
-        What could lose units but for something that no rule covers.
+        Parts that stay whole, since no rule covers them.
     """
 
     axes: Mapping[str, int]
@@ -75,7 +75,7 @@ class WidthSpec:
     whole: Mapping[str, str] = field(default_factory=dict)
 
     def describe_whole(self) -> list[str]:
-        """Return one line per reason why parts of the model stay whole."""
+        """Return one line per reason for parts of the model that stay whole."""
         by_reason: dict[str, list[str]] = {}
         for part, reason in self.whole.items():
             by_reason.setdefault(reason, []).append(part)
@@ -86,16 +86,16 @@ class WidthSpec:
 
 
 def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mapping[str, Keep]) -> tuple[Keep, ...]:
-    """Return what stays of every dimension of one global tensor.
+    """Return the kept indices of every dimension of one global tensor.
 
     Parameters
     ----------
     spec : WidthSpec
         Of the global model.
     name : str
-        The tensor; one that the spec does not know stays whole.
+        Name of the tensor; one unknown to the spec stays whole.
     shape : sequence of int
-        Its global shape.
+        Global shape.
     widths : mapping from axis name to Keep
         In units; axes that are absent stay whole.
 
@@ -121,7 +121,7 @@ def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) 
 
 
 def slice_tensor(tensor: Tensor, keeps: Sequence[Keep]) -> Tensor:
-    """Return what stays of a tensor, as a contiguous copy without autograd; the tensor is not touched.
+    """Return the kept part of a tensor, as a contiguous copy without autograd; the tensor is not modified.
 
     Single runs are views until the end, so a tensor whose every dimension keeps one run is copied once.
     """

@@ -1,4 +1,4 @@
-"""Axes that are tied together as they turn out to be one."""
+"""Union of width axes that are tied together."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AxisTable:
         return axis, entries
 
     def tie(self, first: AxisDim, second: AxisDim) -> None:
-        """Make two dimensions of the same length lose the same units."""
+        """Tie two dimensions of the same length, so that they lose the same units."""
         (a, a_entries), (b, b_entries) = self.root(first), self.root(second)
         if a is None or b is None:
             self.keep_whole(first)
@@ -61,7 +61,7 @@ class AxisTable:
                     self._whole.add(joint)
 
     def keep_whole(self, dim: AxisDim) -> None:
-        """Mark a dimension as one that never loses units."""
+        """Mark a dimension as whole."""
         axis, _ = self.root(dim)
         if axis is not None:
             self._whole.add(axis)
@@ -77,7 +77,7 @@ class AxisTable:
         return Dim(None, 1) if axis is None or self.is_whole(dim) else Dim(self._names[axis], entries)
 
     def final_sizes(self) -> dict[str, int]:
-        """Return the units of every axis that can lose some, oldest first."""
+        """Return the units of every axis that can lose some, in order of creation."""
         roots = [axis for axis, parent in enumerate(self._parents) if axis == parent and axis not in self._whole]
         roots.sort(key=lambda axis: self._births[axis])
         return {self._names[axis]: self._sizes[axis] for axis in roots}

@@ -1,7 +1,7 @@
-"""What can be pruned: the layers whose input units nobody else needs, and their weights as matrices.
+"""Prunable layers: those with input units that no other part needs, and their weights as matrices.
 
-A unit is removed for the sake of the layers that read it (``readers``): OBS compensates in their weights. Whatever
-computes it (rows of producers, norms, depthwise filters) loses it without compensation.
+A unit is an input of its ``readers``: OBS compensates in their weights. The tensors that
+compute it (rows of producers, norms, depthwise filters) lose it without compensation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RESIDUAL = "hidden"  # language models' residual stream: norms average over it,
 
 
 def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tuple[PrunableLayer, ...]:
-    """Return what units can be removed from, in the order of the forward pass.
+    """Return the prunable layers, in the order of the forward pass.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
     Raises
     ------
     ConfigError
-        If there is none; says so.
+        If there is none.
     """
     readers: dict[str, list[tuple[str, int]]] = {axis: [] for axis in spec.axes}
     for path, module in model.named_modules():
@@ -68,7 +68,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
 
 
 def _depths(axes: list[str]) -> Iterator[float]:
-    """Yield where each axis lies, in [0, 1]: by its block's number where all have one, else by its own."""
+    """Yield the relative position of each axis, in [0, 1]: by its block's number if all have one, else by its own."""
     numbers = [re.search(r"(?:layers|layer|h|encoder_layer)[._](\d+)\.", axis) for axis in axes]
     found = [int(match[1]) if match else -1 for match in numbers]
     places = list(range(len(axes))) if min(found) < 0 else found
@@ -86,7 +86,7 @@ def _count_params(model: nn.Module, spec: WidthSpec, axis: str) -> int:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether a linear layer keeps its weight as (in, out), as GPT-2's do."""
+    """Return whether a linear layer stores its weight as (in, out), as in GPT-2."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -105,7 +105,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
-    """Write a reader's weight from (out, columns) and, unless it is None, its bias, which it may not have had."""
+    """Write a reader's weight from (out, columns) and, unless None, its bias, which is added if missing."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     values = matrix.T if is_transposed(module) else matrix.reshape(weight.shape)
     weight.copy_(values)
@@ -114,7 +114,7 @@ def write_weight(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None
 
 
 def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what a reader's weight matrix is multiplied with, (tokens, columns)."""
+    """Return the input rows of a reader's weight matrix, (tokens, columns)."""
     if isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
         patches = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)

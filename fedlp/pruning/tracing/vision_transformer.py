@@ -27,7 +27,7 @@ def is_vision_transformer(model: nn.Module) -> bool:
 
 
 def vit_widths(model: nn.Module) -> WidthSpec:
-    """Return the width axes of a vision transformer; widths that differ from block to block are fine."""
+    """Return the width axes of a vision transformer; widths may differ between blocks."""
     axes: dict[str, int] = {}
     dims: dict[str, tuple[Dim, ...]] = {}
     block: Any

@@ -1,4 +1,4 @@
-"""Groups of tensors that lose the same units: find a model's width axes, and cut the model along them.
+"""Width axes of a model: tracing, and cutting the model along them.
 
 A cut model is a smaller dense model, never a masked one. Its outputs are those of the whole model with the removed
 units silenced, except along a language model's ``hidden`` axis, where norms average over fewer features.
@@ -36,7 +36,7 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
     Raises
     ------
     ConfigError
-        If the model has a part that axes cannot express; names it.
+        If axes cannot express a part of the model; names it.
     """
     if is_language_model(model):
         return decoder_widths(model)
@@ -53,7 +53,7 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     spec : WidthSpec
         Its axes.
     widths : mapping from axis name to Keep
-        What stays, in units; axes that are absent stay whole.
+        Kept units; absent axes stay whole.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
 
 
 def _match_sizes(module: nn.Module) -> None:
-    """Set the sizes that a module keeps as attributes to those of its tensors."""
+    """Set a module's size attributes to the sizes of its tensors."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         outputs_per_group = module.out_channels // module.groups
         module.out_channels = module.weight.shape[0]

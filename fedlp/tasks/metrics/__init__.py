@@ -17,7 +17,7 @@ from fedlp.registry import lookup
 
 @runtime_checkable
 class Metric(Protocol):
-    """One number that says how good predictions are.
+    """Quality measure of predictions, one number.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Metric(Protocol):
     larger_is_better : bool
         Direction of improvement.
     bounds : tuple of float
-        Optional: smallest and largest value; a client whose sums give another one is rejected.
+        Optional: smallest and largest value; a client's sums with a value outside are rejected.
     """
 
     @property

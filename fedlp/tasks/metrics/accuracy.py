@@ -14,7 +14,7 @@ from fedlp.registry import register
 @register("metric", "accuracy")
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of right predictions; of several labels the share over examples and labels, at a threshold of 1/2."""
+    """Share of correct predictions; for several labels the share over examples and labels, at a threshold of 1/2."""
 
     label: str = "accuracy"
     larger_is_better: bool = True
@@ -22,7 +22,7 @@ class Accuracy:
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
-        """Return the number of right predictions and of all."""
+        """Return the number of correct predictions and of all."""
         right = (outputs > 0) == targets.bool() if targets.ndim == 2 else outputs.argmax(dim=-1) == targets
         return {"correct": right.sum(), "count": float(right.numel())}
 

@@ -24,7 +24,7 @@ class MacroF1:
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
-        """Return right, predicted and true examples of each class or label, (classes,)."""
+        """Return true positives, predicted and actual positives of each class or label, (classes,)."""
         classes = outputs.shape[-1]
         wanted = targets.bool() if targets.ndim == 2 else F.one_hot(targets, classes).bool()
         found = outputs > 0 if targets.ndim == 2 else F.one_hot(outputs.argmax(dim=-1), classes).bool()

@@ -23,7 +23,7 @@ class Perplexity:
     bounds: ClassVar[tuple[float, float]] = (1.0, math.inf)
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
-        """Return nothing: the task's own loss and count suffice."""
+        """Return no sums: the task's own loss and count suffice."""
         return {}
 
     def value(self, sums: Mapping[str, Any]) -> float:

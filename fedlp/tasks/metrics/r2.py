@@ -34,7 +34,7 @@ class R2:
         }
 
     def value(self, sums: Mapping[str, Any]) -> float:
-        """Return 1 - errors / variance, at most 1; nan where all targets are equal."""
+        """Return 1 - errors / variance, at most 1; nan if all targets are equal."""
         spreads = [
             square - total**2 / sums["count"] for square, total in zip(sums["squares"], sums["targets"], strict=True)
         ]

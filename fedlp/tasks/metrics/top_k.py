@@ -27,7 +27,7 @@ class TopK:
         return f"top_{self.k}"
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor | float]:
-        """Return the number of right predictions and of all."""
+        """Return the number of correct predictions and of all."""
         best = outputs.topk(min(self.k, outputs.shape[-1]), dim=-1).indices
         return {"correct": (best == targets[:, None]).any(dim=-1).sum(), "count": float(len(targets))}
 

@@ -34,7 +34,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Where in a run a client trains: round ``server_round`` of ``num_rounds``."""
+    """Position in a run: round ``server_round`` of ``num_rounds``."""
 
     server_round: int = 1
     num_rounds: int = 1
@@ -60,7 +60,7 @@ def make_schedule(chosen: str | Mapping[str, Any]) -> Schedule:
 
 
 def lr_factor(schedule: Schedule, moment: Moment, progress: float) -> float:
-    """Return a schedule's factor; ConfigError where it is negative or not finite."""
+    """Return a schedule's factor; ConfigError if it is negative or not finite."""
     factor = float(schedule(server_round=moment.server_round, num_rounds=moment.num_rounds, progress=progress))
     if not (math.isfinite(factor) and factor >= 0):
         raise ConfigError(

@@ -29,6 +29,15 @@ def test_a_trace_says_who_is_there(tmp_path: Path) -> None:
     assert rounds == {1: [0], 2: [0, 2], 3: [2], 4: [], 5: [0], 6: [0]}
 
 
+def test_a_trace_in_seconds(tmp_path: Path) -> None:
+    trace = write(tmp_path / "trace.csv", "client,from,to", "0,0,59.5", "1,60,120", "2,61,119", "2,150,", "3,1,10")
+    there = make_availability(str(trace), seed=0, round_s=60)
+    rounds = {number: there.present(number, [0, 1, 2, 3]) for number in range(1, 6)}
+    assert rounds == {1: [0], 2: [1], 3: [1], 4: [2], 5: [2]}  # rounds begin at 0, 60, 120, ... seconds
+    with pytest.raises(DataError, match=r"line 2.*numbers"):
+        read_trace(write(tmp_path / "bad.csv", "client,from,to", "0,soon,9"), 60)
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

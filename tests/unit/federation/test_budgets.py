@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedlp.allocation.budget.costs import COSTS
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import LocalConfig, compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.budgets import layer_costs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlp.allocation.evidence import Evidence
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.client.input_norms import measure_input_norms

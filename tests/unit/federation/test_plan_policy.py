@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import AllocationError, ProtocolError
 from fedlp.federation.strategies.plan_policy import PlanPolicy

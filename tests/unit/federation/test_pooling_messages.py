@@ -91,6 +91,16 @@ def test_a_request_goes_there_and_back() -> None:
     assert wire.decode_request(bare, wire.MOMENTS, tuple(AXES), lambda layers: signature).layers == ()
 
 
+def test_a_question_about_half_of_the_examples_goes_there_and_back() -> None:
+    def there_and_back(half: int) -> Question:
+        asked = wire.encode_request(Request(Question(wire.FISHER, half=half), b"x", b"x"), tuple(AXES))
+        return wire.decode_request(asked, wire.FISHER, tuple(AXES), lambda layers: []).question
+
+    assert [there_and_back(half).half for half in (0, 1, 2)] == [0, 1, 2]
+    with pytest.raises(ProtocolError, match="there is no half 3"):
+        there_and_back(3)
+
+
 def put(name: str, value: object, index: tuple[int, ...] = (0,)) -> Fault:
     def fault(content: RecordDict) -> None:
         bad = sums()

@@ -300,18 +300,6 @@ def test_fisher_information_predicts_the_divergence_of_a_small_change() -> None:
 
 
 # ---- bad input
-def test_too_few_calibration_vectors_are_damped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    data = [tokens(1)[0][:1]]
-    by_default, damped = (make_pruner(language_model(), Method(OBS(), damping=value), data) for value in (None, 0.01))
-    with caplog.at_level("WARNING", logger="fedlp"):
-        found = by_default.prune(half(by_default))
-    assert "layers.0.self_attn.o_proj (12 vectors); damping 0.01 was added" in caplog.text
-    expected = damped.prune(half(damped))
-    assert caplog.text.count("damping") == 2  # one line, of the default only
-    pairs = zip(found.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-
-
 def test_damping_that_is_asked_for_and_too_small_names_the_layer() -> None:
     pruner = make_pruner(language_model(), Method(OBS(), damping=0.0), [tokens(1)[0][:1]])
     with pytest.raises(CalibrationError, match=r"o_proj: .* has rank \d+, from 12 calibration .*pruner\.damping"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedlp.errors import DataError
-from fedlp.report import write_report
+from fedlp.report import html, write_report
 
 WriteRun = Callable[..., Path]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,6 +30,7 @@ class _Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.ids: list[str] = []
         self.words: list[str] = []
         self.feed(text)
         assert not self.open
@@ -36,7 +38,8 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "img", "br", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -44,6 +47,20 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def without_plotly(path: Path) -> str:
+    """Return the page without the library that lies in it."""
+    text = path.read_text(encoding="utf-8")
+    library = html.plotly_script()
+    assert text.count(library) <= 1
+    return text.replace(library, "")
+
+
+def figures(path: Path) -> list[dict[str, Any]]:
+    """Return the figures that the page holds as data."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', without_plotly(path))
+    return json.loads(found[1])  # type: ignore[index, no-any-return]
 
 
 def _pngs(out: Path) -> set[str]:
@@ -66,14 +83,20 @@ def test_the_page_needs_nothing_but_itself(write_run: WriteRun, tmp_path: Path) 
         "uplink_per_client.png",
         "coverage.png",
     }
-    embedded = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links]
-    assert {hashlib.sha256(png).digest() for png in embedded} == {
-        hashlib.sha256(png.read_bytes()).digest() for png in out.glob("*.png")
-    }
-    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", path.read_text())
-    assert "url(" not in path.read_text()
+    own = without_plotly(path)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//|url\(|@import|fetch\(", own)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert {link.removeprefix("#") for link in page.links if link.startswith("#")} <= set(page.ids)
     assert {"FedAvg", "FedLP-Homo(0.5)", "abc1234", "strategy.layer_preserving_rate"} <= set(page.words)
-    assert page.tags.count("figure") == 5
+    assert [one["title"] for one in figures(path)] == [
+        "Accuracy",
+        "What a client held",
+        "What a client sent",
+        "Cost by part",
+        "Coverage of each layer",
+    ]
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 5
+    assert page.tags.count("table") == page.tags.count("caption")
     labels = [group["label"] for group in json.loads((out / "summary.json").read_text())["groups"]]
     assert labels == ["FedAvg", "FedLP-Homo(0.5)"]
 
@@ -97,8 +120,10 @@ def test_text_from_files_is_escaped(write_run: WriteRun, tmp_path: Path) -> None
     values = {"label": evil, "dataset__name": evil, "manifest": {"versions": {evil: evil}, "commit": evil}}
     write_run("runs/0", edit=fail, **values)
     write_run("runs/1", edit=fail, local__lr=0.1, **values)
-    page = _Page(write_report([tmp_path / "runs"], tmp_path / "out").read_text(encoding="utf-8"))
-    assert "script" not in page.tags
+    path = write_report([tmp_path / "runs"], tmp_path / "out")
+    page = _Page(path.read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 3  # Plotly, the figures, ours
+    assert "<script>alert" not in without_plotly(path)
     assert any("<script>alert(1)</script>" in word for word in page.words)
     assert "and 202 more." in page.words
 
@@ -135,11 +160,122 @@ def test_many_methods_share_one_map_of_coverage(write_run: WriteRun, tmp_path: P
         rate = index / 10
         write_run(f"runs/{index}", strategy__name="fedlp_homo", strategy__layer_preserving_rate=rate, num_rounds=2)
     page = write_report([tmp_path / "runs"], tmp_path / "out").read_text()
-    assert "mean over rounds and seeds" in page
-    assert "10 methods, 10 runs" in page
+    assert "FedLP-Homo(0.1), FedLP-Homo(0.2), FedLP-Homo(0.3) and 7 more on cifar10" in page
+    assert "10 runs of 10 configs" in page
 
 
 def test_a_report_that_cannot_be_written_says_so(write_run: WriteRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot write the report to"):
         write_report([write_run()], tmp_path / "file")
+
+
+def test_the_page_says_when_where_and_from_what(write_run: WriteRun, tmp_path: Path) -> None:
+    made = {"date": "2026-11-29T23:06:40+00:00", "commit": "0123456789abcdef", "cpu": "Some CPU", "cores": 4}
+    path = write_report([write_run(manifest={"made": made})], tmp_path / "out")
+    assert "1 run of 1 config · 2026-11-29 · commit 0123456789ab… · Some CPU, 4 cores" in without_plotly(path)
+
+
+def test_cells_are_sorted_as_numbers(write_run: WriteRun, tmp_path: Path) -> None:
+    text = without_plotly(write_report([write_run()], tmp_path / "out"))
+    assert '<td data-value="9">9.0 s</td>' in text
+    assert html._value("2.0 min") == ' data-value="120"'
+    assert html._value("98.89 ± 0.10") == ' data-value="98.89"'
+    assert html._value("~1,234") == ' data-value="1234"'
+    assert html._value("–") == ""
+
+
+def test_failures_are_counted_by_reason(write_run: WriteRun, tmp_path: Path) -> None:
+    def fail(lines: list[dict[str, Any]]) -> None:
+        lines[1]["failures"] = [{"client_id": client, "reason": "no_reply", "message": "late"} for client in (1, 2)]
+
+    text = without_plotly(write_report([write_run(edit=fail)], tmp_path / "out"))
+    assert '<th scope="row">FedAvg</th><td>no_reply</td><td>2</td>' in text
+
+
+def test_clients_that_evaluate_are_shown_by_tier(write_run: WriteRun, tmp_path: Path) -> None:
+    def evaluate(lines: list[dict[str, Any]]) -> None:
+        lines[-1]["evaluations"] = [
+            {
+                "client_id": client,
+                "tier": str(1.0 - client % 2 / 2),
+                "num_examples": 5,
+                "metrics": {"loss": 1.0, "accuracy": 0.1 * client},
+            }
+            for client in range(4)
+        ]
+
+    found = figures(write_report([write_run(edit=evaluate)], tmp_path / "out"))
+    boxes = next(one for one in found if one["title"] == "Accuracy by tier and client")
+    assert boxes["series"][0]["x"] == ["tier 1.0", "tier 0.5", "tier 1.0", "tier 0.5"]
+    assert boxes["series"][0]["y"] == [0.0, 10.0, 20.0, 30.0]
+    assert "median of 15" in boxes["alt"]
+
+
+def test_budgets_stand_beside_what_was_held(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run(fleet={"name": "tiers", "fractions": [1.0, 0.5], "limited": ["params"]})
+    held = next(one for one in figures(write_report([run], tmp_path / "out")) if one["title"] == "What a client held")
+    assert [limit["label"] for limit in held["limits"]] == ["budget 1", "budget 0.5"]
+
+
+@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_plots_for_papers_are_vectors(write_run: WriteRun, tmp_path: Path, kind: str, start: bytes) -> None:
+    run = write_run()
+    for out in ("one", "two"):
+        write_report([run], tmp_path / out, formats=[kind])
+    files = sorted((tmp_path / "one").glob(f"*.{kind}"))
+    assert len(files) == 4
+    assert not list((tmp_path / "one").glob("*.png"))
+    for file in files:
+        assert file.read_bytes().startswith(start)
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+# ---- in a browser, where there is one
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """
+<script>
+window.addEventListener("load", () => setTimeout(() => {
+  const seen = [...document.querySelectorAll(".plot")].map((plot) => plot.querySelectorAll("path, image").length);
+  const buttons = [...document.querySelectorAll("table.numbers th button")];
+  buttons[5].click();
+  const first = document.querySelector("table.numbers tbody th").textContent;
+  document.querySelectorAll("select").forEach((one) => {
+    one.selectedIndex = one.options.length - 1;
+    one.dispatchEvent(new Event("change"));
+  });
+  document.querySelectorAll(".controls input").forEach((one) => one.click());
+  document.getElementById("theme").click();
+  document.title = JSON.stringify({ seen, first, theme: document.documentElement.dataset.theme, errors: window.errors,
+    overflow: document.documentElement.scrollWidth - window.innerWidth });
+}, 300));
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1280, 1600])
+def test_a_browser_shows_every_plot_without_errors(write_run: WriteRun, tmp_path: Path, width: int) -> None:
+    for seed in range(3):
+        write_run(f"runs/a{seed}", seed=seed)
+        write_run(f"runs/b{seed}", seed=seed, strategy__name="fedlp_homo", strategy__layer_preserving_rate=0.5)
+    path = write_report([tmp_path / "runs"], tmp_path / "out")
+    errors = "<script>window.errors = []; window.onerror = (text) => { window.errors.push(text); };</script>"
+    page = path.read_text(encoding="utf-8").replace("<head>", f"<head>{errors}").replace("</body>", f"{PROBE}</body>")
+    path.write_text(page, encoding="utf-8")
+    command = [
+        str(BROWSER),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += [f"--window-size={width},2000", "--virtual-time-budget=10000", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))  # type: ignore[index]
+    assert found["errors"] == []
+    assert len(found["seen"]) == 5
+    assert min(found["seen"]) > 0, "a plot without marks"
+    assert found["overflow"] <= 0
+    assert found["first"] == "FedLP-Homo(0.5)", "sorted by uplink, ascending"
+    assert found["theme"] in ("light", "dark")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlp.report import Group, find_runs, group_runs
+from fedlp.report import Group, find_runs, group_runs, summary_table, write_report
 from fedlp.report.export import summary_json
+from fedlp.report.plots import draw_plots
 from fedlp.report.summary import METRICS, client_uploads, coverage, curve, mean_coverage, metric_of, summarize
 
 WriteRun = Callable[..., Path]
@@ -184,3 +185,24 @@ def test_every_client_and_round_is_in_the_uplink_distribution(write_run: WriteRu
     paths = _write_seeds(write_run, 2)
     naive = [client["bytes_up"] for path in paths for line in _lines(path) for client in line["clients"]]
     assert client_uploads(_group(tmp_path)).tolist() == naive
+
+
+def test_a_metric_of_a_users_own_is_drawn_without_a_best_value(write_run: WriteRun, tmp_path: Path) -> None:
+    def rename(lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            line["metrics"] = {"margin/2": line["server_round"] / 8, "loss": 0.5, "train_loss": 0.7, "client_loss": 0.1}
+
+    write_run("0", edit=rename, manifest={"final_metrics": {"margin/2": 0.75, "loss": 0.5}})
+    group = _group(tmp_path)
+    metric = metric_of(group)
+    assert metric is not None
+    assert (metric.name, metric.higher_is_better) == ("margin/2", None)
+    row = summarize(group)
+    assert row.final is not None
+    assert row.final.mean == 0.75
+    assert row.best is None
+    plots = [plot.file for plot in draw_plots([group])]
+    assert "margin_2_vs_rounds.png" in plots
+    page = write_report([tmp_path], tmp_path / "report")
+    assert "margin/2" in page.read_text()
+    assert "margin/2" in summary_table([group])

@@ -1,4 +1,4 @@
-"""Protocol of encodings, and what all share."""
+"""Protocol of encodings, and shared helpers."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from fedlp.federation.wire.packing import Signature
 
 @runtime_checkable
 class Encoding(Protocol):
-    """Protocol of the kind ``encoding``: values to what travels and back.
+    """Protocol of the kind ``encoding``: values to encoded tensors and back.
 
-    An encoding describes the size of what travels from shapes alone, and checks what it reads.
+    An encoding gives the size of encoded tensors from shapes alone, and validates its input.
     """
 
     def encode(self, params: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the tensors that travel for some values; ``generator``, on the CPU, draws what is random."""
+        """Return the encoded tensors; ``generator``, on the CPU, supplies random numbers."""
 
     def signature(self, signature: Signature) -> Signature:
-        """Return names, shapes and dtypes of what travels for tensors of ``signature``."""
+        """Return names, shapes and dtypes of the encoded tensors for ``signature``."""
 
     def decode(self, encoded: Mapping[str, Tensor], signature: Signature, who: str) -> dict[str, Tensor]:
-        """Return the values, in the dtypes of ``signature``, finite where what travels as it is is finite.
+        """Return the decoded values, in the dtypes of ``signature``; finite if unencoded tensors are.
 
         Raises
         ------
         ProtocolError
-            Where what came cannot have been encoded from finite values; names ``who`` and the tensor.
+            If the input is no encoding of finite values; names ``who`` and the tensor.
         """
 
 
 def is_matrix(shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Return whether a tensor is encoded: a float of two dimensions or more. Vectors are few, and matter much."""
+    """Return whether a tensor is encoded: a float of two dimensions or more. Vectors are small and sensitive."""
     return dtype in (torch.float32, torch.float64) and len(shape) >= 2
 
 
 def is_plain(encoding: Encoding) -> bool:
-    """Return whether values travel as they are."""
+    """Return whether values are sent unencoded."""
     return bool(getattr(encoding, "is_plain", False))
 
 
 def encoded_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: Encoding) -> tuple[float, float]:
     """Return the bytes of each entry of a tensor, and of each row beside its entries.
 
-    Encodings that say nothing of rows (``row_bytes``) count all bytes per entry.
+    Encodings without ``row_bytes`` count all bytes per entry.
     """
     travels = encoding.signature((("x", tuple(shape), dtype),))
     total = sum(math.prod(size) * kind.itemsize for _, size, kind in travels)

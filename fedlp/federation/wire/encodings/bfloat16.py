@@ -16,7 +16,7 @@ from fedlp.registry import register
 @register("encoding", "bfloat16")
 @dataclass(frozen=True)
 class BFloat16:
-    """Matrices in bfloat16; vectors and integers as they are."""
+    """Matrices in bfloat16; vectors and integers unchanged."""
 
     bits = 16
 

@@ -15,7 +15,7 @@ from fedlp.registry import register
 @register("encoding", "float32")
 @dataclass(frozen=True)
 class Float32:
-    """Values as they are, 32 bits each."""
+    """Unencoded values, 32 bits each."""
 
     is_plain = True
 

@@ -55,7 +55,7 @@ class Quantised:
             )
 
     def encode(self, params: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return quantised matrices with their scales, and the rest as it is."""
+        """Return quantised matrices with their scales, other tensors unchanged."""
         found: dict[str, Tensor] = {}
         for name, tensor in params.items():
             if not is_matrix(tensor.shape, tensor.dtype):
@@ -72,7 +72,7 @@ class Quantised:
         return found
 
     def signature(self, signature: Signature) -> Signature:
-        """Return names, shapes and dtypes of what travels."""
+        """Return names, shapes and dtypes of the encoded tensors."""
         found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for name, shape, dtype in signature:
             if not is_matrix(shape, dtype):
@@ -127,7 +127,7 @@ def check_scale(scale: Tensor, name: str, who: str) -> None:
 
 
 def pack_bits(steps: Tensor, bits: int) -> Tensor:
-    """Return signed numbers of few bits, (n,) int8, with several in each byte: (ceil(n bits / 8),) uint8."""
+    """Return signed numbers of few bits, (n,) int8, packed into bytes: (ceil(n bits / 8),) uint8."""
     per_byte = 8 // bits
     padded = F.pad(steps, (0, -len(steps) % per_byte)).view(torch.uint8).bitwise_and_(2**bits - 1).view(-1, per_byte)
     packed = padded[:, 0].clone()
@@ -137,7 +137,7 @@ def pack_bits(steps: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
-    """Return what :func:`pack_bits` was given, as (count,) float32."""
+    """Return the numbers packed by :func:`pack_bits`, (count,) float32."""
     signed = packed.view(torch.int8)
     steps = torch.empty(len(packed), 8 // bits)
     for place in range(8 // bits):

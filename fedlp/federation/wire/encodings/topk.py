@@ -32,7 +32,7 @@ class TopK:
     Attributes
     ----------
     fraction : float
-        Fraction of the entries of a matrix that travel, in (0, 1].
+        Fraction of the entries of a matrix that are sent, in (0, 1].
     """
 
     fraction: float = 0.02
@@ -42,7 +42,7 @@ class TopK:
             raise ConfigError(f"upload.fraction={self.fraction} is not allowed: it must be in (0, 1]")
 
     def encode(self, params: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return codes, indices and scale of each matrix, and the rest as it is."""
+        """Return codes, indices and scale of each matrix, other tensors unchanged."""
         found: dict[str, Tensor] = {}
         for name, tensor in params.items():
             if not is_matrix(tensor.shape, tensor.dtype) or not tensor.numel():
@@ -61,7 +61,7 @@ class TopK:
         return found
 
     def signature(self, signature: Signature) -> Signature:
-        """Return names, shapes and dtypes of what travels."""
+        """Return names, shapes and dtypes of the encoded tensors."""
         found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for name, shape, dtype in signature:
             if not is_matrix(shape, dtype) or not math.prod(shape):
@@ -74,7 +74,7 @@ class TopK:
         return tuple(found)
 
     def decode(self, encoded: Mapping[str, Tensor], signature: Signature, who: str) -> dict[str, Tensor]:
-        """Return matrices with zeros where nothing came; ProtocolError for indices out of range or out of order."""
+        """Return matrices with zeros at unsent entries; ProtocolError for indices out of range or out of order."""
         found: dict[str, Tensor] = {}
         for name, shape, dtype in signature:
             tensor = encoded[name]

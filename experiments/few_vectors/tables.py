@@ -1,0 +1,81 @@
+"""Tables of models pruned with few calibration vectors, from one line each in ``results/MODEL.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.tables import line, spread
+
+Line = dict[str, Any]
+
+
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md`` from the lines in ``results`` to ``out``."""
+    text = ["# Few calibration vectors", ""]
+    rows: list[Line] = []
+    for file in sorted(results.glob("*.jsonl")):
+        found = [json.loads(one) for one in file.read_text().splitlines()]
+        rows += found
+        for test in [test for test in found[0]["losses"] if test != "accuracy"]:
+            text += _loss_table(found, test)
+    text += _wins(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _loss_table(rows: list[Line], test: str) -> list[str]:
+    """Return the losses on one test: a row a method, a column per number of vectors, widths and ratio."""
+    dense = np.mean([row["losses"][test] for row in rows if row["method"] == "dense"])
+    pruned = [row for row in rows if row["method"] != "dense"]
+    cells = sorted({(row["rule"], row["ratio"], row["vectors"]) for row in pruned})
+    seeds = len({row["seed"] for row in pruned})
+    head = ["method", *(f"{rule} {100 * ratio:.0f}%, {vectors:g}" for rule, ratio, vectors in cells)]
+    text = [f"## {rows[0]['model']}, {test}: loss, dense {dense:.3f}; up to {seeds} seeds", ""]
+    text += [line(head), line(["---"] * len(head))]
+    for method in dict.fromkeys(row["method"] for row in pruned):
+        values = [
+            [x["losses"][test] for x in pruned if (x["method"], x["rule"], x["ratio"], x["vectors"]) == (method, *cell)]
+            for cell in cells
+        ]
+        text.append(line([method, *(spread(found, 3) if found else "" for found in values)]))
+    return [*text, ""]
+
+
+def _wins(rows: list[Line]) -> list[str]:
+    """Return in how many settings the default's mean loss over seeds is the lower, by rival, model and test."""
+    text = ["## Settings (widths, ratio, vectors) in which the default's mean loss is no higher", ""]
+    tests = ["held out", "other texts"]
+    head = ["model", "rival", *tests, "largest lead", "largest lag"]
+    text += [line(head), line(["---"] * len(head))]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for rival in [m for m in dict.fromkeys(row["method"] for row in rows) if m not in ("dense", "default")]:
+            counts, gaps = [], []
+            for test in tests:
+                found = _gaps([row for row in rows if row["model"] == model], rival, test)
+                counts.append(f"{sum(gap >= 0 for gap in found)} of {len(found)}" if found else "")
+                gaps += found
+            if gaps:
+                text.append(line([model, rival, *counts, f"{max(gaps):.3f}", f"{max(-min(gaps), 0.0):.3f}"]))
+    return text
+
+
+def _gaps(rows: list[Line], rival: str, test: str) -> list[float]:
+    """Return by setting the rival's mean loss less the default's, over seeds that both have."""
+    found: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        own = [
+            v
+            for name, v in row["losses"].items()
+            if name != "accuracy" and (name == "held out") == (test == "held out")
+        ]
+        if own:
+            key = row["rule"], row["ratio"], row["vectors"]
+            found.setdefault(key, {}).setdefault(row["seed"], {})[row["method"]] = float(np.mean(own))
+    pairs = [
+        [(s["default"], s[rival]) for s in seeds.values() if {"default", rival} <= s.keys()] for seeds in found.values()
+    ]
+    return [float(np.mean([theirs - ours for ours, theirs in pair])) for pair in pairs if pair]

@@ -1,0 +1,256 @@
+"""Figures of the page as plain data, which ``assets/page.js`` hands to Plotly: nothing here draws.
+
+A figure is a mapping of ``id``, ``title``, ``caption``, ``alt``, a description, ``kind`` and the values
+of that kind. The script chooses colour, dash and marker by a curve's index, so that a method looks the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlp.report.groups import Group, clean
+from fedlp.report.runs import Run
+from fedlp.report.summary import METRICS, FloatArray, Metric, coverage, curve, metric_of, summarize
+from fedlp.types import RoundRecord
+
+Figure = dict[str, Any]
+
+_AXES = (
+    ("round", "round", 1.0),
+    ("bytes_up", "uplink of all clients so far, MB", 1e6),
+    ("bytes_down", "downlink of all clients so far, MB", 1e6),
+    ("macs", "training of all clients so far, GMACs", 1e9),
+    ("wall_time_s", "measured time of the rounds so far, s", 1.0),
+)
+_COSTS = (
+    ("bytes_up_per_round", "uplink of a round, MB", 1e6),
+    ("bytes_down_per_round", "downlink of a round, MB", 1e6),
+    ("macs", "training in all, GMACs", 1e9),
+    ("wall_time_s", "measured time in all, s", 1.0),
+)
+_BOX = "Box: quartiles; whiskers: values within one and a half boxes; points: values beyond."
+_MOST_BOXED = 5_000  # values of one box; beyond it an even selection
+
+
+def figures(groups: Sequence[Group]) -> list[Figure]:
+    """Return every figure for which the groups have numbers, in the order in which a reader wants them."""
+    metrics = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])
+    found = [figure for metric in metrics if (figure := _curves(groups, metric))]
+    found += [*_clients(groups), *_client_costs(groups), *_costs(groups), *_coverage(groups)]
+    return [{"id": f"figure-{index}", **figure} for index, figure in enumerate(found)]
+
+
+# ---- metric against round, bytes, MACs, time
+def _curves(groups: Sequence[Group], metric: Metric) -> Figure | None:
+    found = {}
+    for index, group in enumerate(groups):
+        one = curve(group, metric) if metric_of(group) == metric else None
+        if one is not None and np.isfinite(one.mean).any():
+            found[index] = one
+    if not found:
+        return None
+    name = metric.name.replace("_", " ")
+    curves: list[dict[str, Any]] = [
+        {
+            "index": index,
+            "label": groups[index].label,
+            "x": {key: _numbers(_spent(groups[index], key, one.rounds) / scale) for key, _, scale in _AXES},
+            "y": _numbers(one.mean),
+            "low": _numbers(one.low) if (one.high > one.low).any() else None,
+            "high": _numbers(one.high) if (one.high > one.low).any() else None,
+        }
+        for index, one in found.items()
+    ]
+    seeds = max(len(groups[index].counted) for index in found)
+    band = f" Bands: {'± one standard deviation' if seeds > 2 else 'range'} over seeds." if seeds > 1 else ""
+    return {
+        "kind": "curves",
+        "title": name.capitalize(),
+        "caption": f"{name.capitalize()} of the global model on the test set after each evaluated round.{band}",
+        "alt": f"{name.capitalize()}: " + "; ".join(_spoken(one) for one in curves) + ".",
+        "label": f"test {metric.title}",
+        "axes": [
+            {"key": key, "label": label} for key, label, _ in _AXES if max(max(one["x"][key]) for one in curves) > 0
+        ],
+        "curves": curves,
+    }
+
+
+def _spoken(one: dict[str, Any]) -> str:
+    known = [value for value in one["y"] if value is not None]
+    end = f"{known[-1]:.4g} after {one['x']['bytes_up'][-1]:.3g} MB up"
+    return f"{clean(one['label'])} starts at {known[0]:.4g} and ends at {end}"
+
+
+def _spent(group: Group, key: str, rounds: NDArray[np.int64]) -> FloatArray:
+    """Return what was spent by the end of each round, mean over seeds."""
+    if key == "round":
+        return rounds.astype(np.float64)
+    runs = [run for run in group.counted if run.rounds]
+    return np.mean([_spent_by(run, key, rounds) for run in runs], axis=0)  # type: ignore[no-any-return]
+
+
+def _spent_by(run: Run, key: str, rounds: NDArray[np.int64]) -> FloatArray:
+    recorded = np.array([record.server_round for record in run.rounds])
+    sums: FloatArray = np.cumsum([0.0, *(getattr(record, key) for record in run.rounds)])
+    return sums[np.searchsorted(recorded, rounds, side="right")]
+
+
+# ---- clients
+def _clients(groups: Sequence[Group]) -> Iterator[Figure]:
+    """Yield the spread over clients and tiers of the metric that clients measured last."""
+    boxes = []
+    names: dict[str, None] = {}
+    for index, group in enumerate(groups):
+        for record in _last_evaluated(group):
+            for one in record.evaluations:
+                name = next(iter(one.metrics), None) if "accuracy" not in one.metrics else "accuracy"
+                if name is not None and np.isfinite(one.metrics[name]):
+                    names[name] = None
+                    boxes.append((index, group.label, one.tier, name, one.metrics[name]))
+    for name in names:
+        rows = [row for row in boxes if row[3] == name]
+        tiers = list(dict.fromkeys(row[2] for row in rows))
+        scale, unit = (100.0, ", %") if name == "accuracy" else (1.0, "")
+        series = [
+            {"index": index, "label": groups[index].label, "x": [_tier(row) for row in mine], "y": _values(mine, scale)}
+            for index in dict.fromkeys(row[0] for row in rows)
+            if (mine := [row for row in rows if row[0] == index])
+        ]
+        yield {
+            "kind": "boxes",
+            "title": f"{name.capitalize()} by tier and client",
+            "caption": "Each client's sub-model on the client's own test examples, in the last round that evaluated on "
+            f"clients. {_BOX}",
+            "alt": f"{name} of clients in {len(tiers)} tiers: " + "; ".join(map(_spoken_box, series)) + ".",
+            "label": f"{name} of one client{unit}",
+            "series": series,
+        }
+
+
+def _last_evaluated(group: Group) -> Iterator[RoundRecord]:
+    for run in group.counted:
+        record = next((one for one in reversed(run.rounds) if one.evaluations), None)
+        if record is not None:
+            yield record
+
+
+def _tier(row: tuple[Any, ...]) -> str:
+    return f"tier {clean(row[2])}"
+
+
+def _values(rows: Sequence[tuple[Any, ...]], scale: float) -> list[float | None]:
+    return _numbers(np.array([row[4] for row in rows]) * scale)
+
+
+def _spoken_box(one: dict[str, Any]) -> str:
+    values = np.array([value for value in one["y"] if value is not None])
+    worst = np.sort(values)[: max(1, len(values) // 10)].mean()
+    return f"{clean(one['label'])} has a median of {np.median(values):.3g} and {worst:.3g} in its lowest tenth"
+
+
+def _client_costs(groups: Sequence[Group]) -> Iterator[Figure]:
+    """Yield what one client got and sent in one round, beside what its budget was where fractions say so."""
+    for key, title in (("params_down", "What a client held"), ("bytes_up", "What a client sent")):
+        unit, label = (1e3, "thousand parameters down") if key == "params_down" else (1e3, "kB up")
+        series = [
+            {"index": index, "label": group.label, "x": [group.label] * len(values), "y": _numbers(values / unit)}
+            for index, group in enumerate(groups)
+            if (values := _costs_of(group, key)).size
+        ]
+        if not series:
+            continue
+        limits = _limits(groups, series) if key == "params_down" else []
+        more = " Dotted lines: the fleet's budgets, as fractions of the largest sub-model here." if limits else ""
+        yield {
+            "kind": "boxes",
+            "title": title,
+            "caption": f"One client in one round, over clients, rounds and seeds. {_BOX}{more}",
+            "alt": f"{title}: " + "; ".join(map(_spoken_box, series)) + f" ({label}).",
+            "label": label,
+            "series": series,
+            "limits": limits,
+        }
+
+
+def _costs_of(group: Group, key: str) -> FloatArray:
+    values = [float(getattr(cost, key)) for run in group.counted for record in run.rounds for cost in record.clients]
+    step = -(-len(values) // _MOST_BOXED) or 1
+    return np.array(values[::step])
+
+
+def _limits(groups: Sequence[Group], series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    fleets = [group.config.get("fleet") or {} for group in groups]
+    fractions = [fleet.get("fractions") or [] for fleet in fleets if "params" in (fleet.get("limited") or ["params"])]
+    if not fractions or any(one != fractions[0] for one in fractions) or not fractions[0]:
+        return []
+    largest = max(value for one in series for value in one["y"])
+    return [{"value": fraction * largest, "label": f"budget {fraction:g}"} for fraction in fractions[0]]
+
+
+# ---- cost of a round
+def _costs(groups: Sequence[Group]) -> Iterator[Figure]:
+    rows = [(index, summarize(group)) for index, group in enumerate(groups)]
+    parts = []
+    for key, label, scale in _COSTS:
+        values = {index: getattr(row, key) for index, row in rows}
+        if any(values.values()):
+            parts.append({"label": label, "values": [_number(values[index], scale) for index, _ in rows]})
+    if parts:
+        yield {
+            "kind": "bars",
+            "title": "Cost by part",
+            "caption": "Means over seeds. Bytes are of encoded messages, all clients of a round together; MACs are of "
+            "training; time is measured on the machine of the run, so compare it between runs of one machine only.",
+            "alt": "Cost by part: " + "; ".join(_spoken_part(part, groups) for part in parts) + ".",
+            "labels": [group.label for group in groups],
+            "parts": parts,
+        }
+
+
+def _number(value: float | None, scale: float) -> float | None:
+    return None if value is None or not np.isfinite(value) else value / scale
+
+
+def _spoken_part(part: dict[str, Any], groups: Sequence[Group]) -> str:
+    pairs = zip(groups, part["values"], strict=True)
+    return f"{part['label']}: " + ", ".join(f"{clean(g.label)} {v:.3g}" for g, v in pairs if v is not None)
+
+
+# ---- layers
+def _coverage(groups: Sequence[Group]) -> Iterator[Figure]:
+    maps = []
+    for group in groups:
+        layers, rounds, values = coverage(group)
+        if layers:
+            maps.append(
+                {
+                    "label": group.label,
+                    "layers": [clean(layer) for layer in layers],
+                    "rounds": rounds.tolist(),
+                    "values": [_numbers(row, 4) for row in values],
+                }
+            )
+    if maps:
+        yield {
+            "kind": "maps",
+            "title": "Coverage of each layer",
+            "caption": "Fraction of each layer's entries that at least one client returned, mean over seeds. One minus "
+            "it is the share of the layer that kept its old values: its sparsity in the round.",
+            "alt": "Mean coverage over layers and rounds: " + "; ".join(map(_spoken_map, maps)) + ".",
+            "maps": maps,
+        }
+
+
+def _spoken_map(one: dict[str, Any]) -> str:
+    known = [value for row in one["values"] for value in row if value is not None]
+    return f"{clean(one['label'])} {np.mean(known):.0%}" if known else f"{clean(one['label'])} is not on record"
+
+
+def _numbers(values: FloatArray, digits: int = 6) -> list[float | None]:
+    """Return JSON numbers of so many significant digits; None for what is not finite."""
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist()]
