@@ -151,6 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds models/ and text/")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case", help="internal: measure one client of a case in this process")
     parser.add_argument("--client", type=int)
     arguments = parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> int:
         print(json.dumps(measure(overrides(arguments.data, arguments.case), arguments.client)))
         return 0
     results = []
-    for case in CASES:
+    for case in arguments.cases:
         for tier, client_id in tiers(overrides(arguments.data, case)).items():
             command = [sys.executable, __file__, "--data", str(arguments.data), "--case", case]
             done = subprocess.run(
