@@ -381,7 +381,7 @@ class Federation:
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        model = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        model: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         return model if self.pooled is None else max(model, oneshot_costs.largest_message(self.pooled, self.submodels))
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:

@@ -47,7 +47,6 @@ class PooledSubModelPruner(CalibratedPruner):
     def __init__(
         self, submodels: SubModels, settings: OneShotSettings, rule: Any, capable: Callable[[], Collection[int]]
     ) -> None:
-        check_pooled(settings.method.score)
         super().__init__(submodels, settings.method, rule, lambda: Calibration([], []), settings.device)
         self._settings, self._capable = settings, capable
         self._grid: Grid | None = None
@@ -129,6 +128,7 @@ def pooled_settings(config: RunConfig, method: Method) -> OneShotSettings:
 
 def pooled_method(method: Method, submodels: SubModels) -> Method:
     """Return the method that server and clients use: without biases where some reader has no place for one."""
+    check_pooled(method.score)
     method = replace(method, keeps_batch_norm=True)
     example = Calibration([submodels.spec.example_inputs(1)], [], 0)
     probe = replace(method, fisher=False, correction=0.0)

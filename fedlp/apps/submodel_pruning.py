@@ -141,6 +141,11 @@ def check_pooled_calibration(config: RunConfig) -> None:
     """Raise ConfigError for options that calibration on clients' sums does not go with."""
     if config.privacy.name != "none":
         raise ConfigError("strategy.calibrate_on=clients does not go with privacy: clients send sums over their inputs")
+    if config.adapter.name != "none":
+        raise ConfigError(
+            "strategy.calibrate_on=clients does not go with adapter=lora; give the server examples (dataset.server) and "
+            "set strategy.calibrate_on=server, or strategy.submodels=slices"
+        )
 
 
 def check_adapters(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ def without_parameters() -> Iterator[None]:
             module._parameters[name] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
 
     with _LOCK:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlp.apps.federate import Federation, make_runtime
+from fedlp.apps.federate import Federation
+from fedlp.apps.runs import make_runtime
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.federation.server.checkpoint import load_checkpoint
