@@ -32,7 +32,7 @@ LLAMA = (
     *("partition=iid", "calibration.examples=8", "calibration.batch_size=4", "local.batch_size=8"),
     *("num_clients=6", "clients_per_round=6", "num_rounds=2", "strategy=fedlp_plan", "strategy.submodels=pruned"),
     *("pruner=slimgpt", "strategy.sparsity=0", "upload=float32", "upload.entropy_coding=false", "simulation.workers=2"),
-    *("fleet=tiers", "fleet.fractions=[1.0,0.6,0.4]", "fleet.limited=[params]"),
+    *("fleet=tiers", "fleet.fractions=[1.0,0.8,0.6]", "fleet.limited=[params]"),
 )
 POOLED = (*LLAMA, "strategy.calibrate_on=clients")
 
@@ -110,7 +110,7 @@ def test_classifiers_are_pooled_too(once: Once) -> None:
 
 def test_nobody_holds_the_whole() -> None:
     with pytest.raises(ConfigError, match=r"no client's budget holds the whole model"):
-        run(Path("/nonexistent"), *POOLED, "fleet.fractions=[0.6,0.4]")
+        run(Path("/nonexistent"), *POOLED, "fleet.fractions=[0.8,0.6]")
 
 
 def test_privacy_is_refused() -> None:

@@ -22,7 +22,7 @@ Once = Callable[..., Finished]
 def test_the_table_of_tiers(once: Once) -> None:
     done = once(*LLAMA, "evaluation.tiers=true", "local.lr=1e-30", "strategy.calibrate_on=server")
     tiers = done.manifest["tiers"]
-    assert list(tiers) == ["1", "0.6", "0.4"], "from the largest to the smallest"
+    assert list(tiers) == ["1", "0.8", "0.6"], "from the largest to the smallest"
     assert [entry["clients"] for entry in tiers.values()] == [2, 2, 2]
     totals = done.manifest["totals"]
     for key in ("bytes_up", "bytes_down"):
