@@ -54,6 +54,16 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     return re.sub(r"<p>\.\. math:: (.*?)</p>", lambda m: _math(m[1], "block"), html, flags=re.S)
 
 
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Leave out the one script that the theme would fetch, which helps old browsers to search from the disk."""
+    return re.sub(r'<script src="https://unpkg\.com/[^"]*"></script>', "", output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """Leave it out of the page for what is not found, too."""
+    return on_post_page(output_content, None, config)
+
+
 def _math(tex: str, display: str) -> str:
     return convert(unescape(tex).strip(), display=display)
 

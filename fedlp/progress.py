@@ -1,4 +1,4 @@
-"""Live progress: one rewritten line in a terminal, plain lines elsewhere."""
+"""Live progress: one line that is rewritten in a terminal, a bar in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ class Progress:
     label : str
         Start of the line.
     done : int
-        Rounds finished before a resumed run.
+        Rounds finished before, when a run is resumed.
+    bar : bool
+        Whether the line is a bar that carriage returns rewrite, as a notebook shows it.
     """
 
-    def __init__(self, num_rounds: int, label: str, done: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, num_rounds: int, label: str, done: int = 0, stream: TextIO | None = None, bar: bool = False
+    ) -> None:
         self._num_rounds = num_rounds
         self._label = label
         self._first = done
@@ -31,6 +35,7 @@ class Progress:
         self._bytes_up = 0
         self._metrics = ""
         self._open = False
+        self._bar, self._longest = bar, 0
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Show one finished round, given as its line of ``rounds.jsonl``."""
@@ -45,10 +50,13 @@ class Progress:
         parts = [
             f"round {done}/{self._num_rounds}",
             self._metrics,
+            _epsilon(line.get("privacy") or {}),
             f"up {self._bytes_up / 1e6:.2f} MB",
             f"{len(failures)} failed" if failures else "",
             f"{_duration(left)} left" if done < self._num_rounds else f"done in {_duration(elapsed)}",
         ]
+        if self._bar:
+            parts.insert(0, _bar(done / self._num_rounds))
         self._print([part for part in parts if part], last=done == self._num_rounds)
 
     def close(self) -> None:
@@ -59,7 +67,12 @@ class Progress:
             self._open = False
 
     def _print(self, parts: list[str], last: bool) -> None:
-        if self._stream.isatty():
+        if self._bar:
+            line = f"{self._label}: {'  '.join(parts)}"
+            self._longest = max(self._longest, len(line))
+            self._stream.write(f"\r{line:<{self._longest}}" + ("\n" if last else ""))
+            self._open = not last
+        elif self._stream.isatty():
             self._stream.write(f"\r{fit_line(self._label, parts, width_of(self._stream) - 1)}{ERASE_REST}")
             self._stream.write("\n" if last else "")
             self._open = not last
@@ -68,6 +81,12 @@ class Progress:
         self._stream.flush()
 
 
+def _bar(fraction: float) -> str:
+    filled = round(_BAR * fraction)
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}]"
+
+
+_BAR = 20  # characters
 ERASE_REST = "\x1b[K"  # of a terminal's line
 
 
@@ -95,6 +114,11 @@ def fit_line(label: str, parts: list[str], width: int) -> str:
 
 
 _SHORTEST_LABEL, _MOST_KEPT = 8, 2
+
+
+def _epsilon(privacy: Mapping[str, Any]) -> str:
+    epsilon = privacy.get("epsilon")
+    return "" if epsilon is None else f"epsilon {epsilon:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     AVAILABILITY = 23
     DROPOUT = 24
     ARRIVAL = 25
+    CENTRAL_NOISE = 30
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -308,7 +308,10 @@ class ClientUpdate(ClientReport):
 
     def report(self) -> ClientReport:
         """Return the answer without its tensors."""
-        return ClientReport(**{f.name: getattr(self, f.name) for f in fields(ClientReport)})
+        return ClientReport(**{name: getattr(self, name) for name in _REPORTED})
+
+
+_REPORTED = tuple(item.name for item in fields(ClientReport))
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +399,10 @@ class RoundRecord:
     absent : mapping from reason to client ids
         Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
         for want of examples held out: "no_test_examples". Left out where empty.
+    phases : mapping from name to mapping
+        ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.
+    privacy : mapping from str to float
+        ``epsilon`` at ``delta`` after the round, and its noise; left out if empty.
     """
 
     server_round: int
@@ -412,3 +419,5 @@ class RoundRecord:
     wall_time_s: float
     evaluations: tuple[ClientEvaluation, ...] = ()
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    privacy: Mapping[str, float] = field(default_factory=dict)

@@ -31,6 +31,14 @@ def plain_cnn() -> nn.Module:
     )
 
 
+def plain_mlp(work: Workload) -> nn.Module:
+    """Return softmax regression, or FedLP's MLP with one hidden layer."""
+    features = torch.Size(work.input_shape).numel()
+    if work.model == "linear":
+        return nn.Sequential(nn.Flatten(), nn.Linear(features, NUM_CLASSES))
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, 500), nn.ReLU(), nn.Linear(500, NUM_CLASSES))
+
+
 def normalise(images: Tensor) -> Tensor:
     """Return uint8 images as floats."""
     return images.float().div_(255).sub_(MEAN).div_(STD)
@@ -111,11 +119,11 @@ class BareRounds:
         return SmallCNN(self._work.input_shape, NUM_CLASSES) if self._fast else plain_cnn()
 
 
-class BareLinear:
-    """FedAvg rounds of softmax regression: one loop in this process, with the model handed over by name."""
+class BareLoop:
+    """FedAvg rounds of fully connected networks: one loop in this process, with the model handed over by name."""
 
     def __init__(self, work: Workload, num_clients: int) -> None:
-        self._model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(work.input_shape).numel(), NUM_CLASSES))
+        self._model = plain_mlp(work)
         self._params = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         images, targets = make_images(work, num_clients)
         self._shards = list(zip(normalise(images).split(work.examples), targets.split(work.examples), strict=True))

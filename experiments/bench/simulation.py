@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bare import BareLinear, BareRounds
+from bare import BareLoop, BareRounds
 from timing import MemoryPeak, alternate, clock, paired_ratio, parse_args, print_table, write_report
 from workload import WORKLOADS, run_fedlp
 
@@ -46,7 +46,7 @@ def steady_rounds(name: str, num_rounds: int) -> Times:
 
 def tiny_rounds(num_clients: int, num_rounds: int) -> Times:
     """Return the seconds of each round of softmax regression."""
-    bare = BareLinear(WORKLOADS["linear"], num_clients)
+    bare = BareLoop(WORKLOADS["linear"], num_clients)
     return interleave("linear", num_clients, num_rounds, {"bare": bare.run_round})
 
 

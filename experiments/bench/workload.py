@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,12 +29,15 @@ class Workload:
     input_shape: tuple[int, int, int]
     examples: int
     batch_size: int
+    options: tuple[str, ...] = ()
 
 
 WORKLOADS = {
     "cnn": Workload("small_cnn", (3, 32, 32), examples=500, batch_size=50),
     "cnn_short": Workload("small_cnn", (3, 32, 32), examples=50, batch_size=25),
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
+    "mlp": Workload("fedlp_mlp", (1, 8, 8), examples=10, batch_size=10),
+    "digits": Workload("fedlp_mlp", (1, 8, 8), examples=14, batch_size=10),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }
 
@@ -53,24 +57,26 @@ def run_fedlp(
     num_rounds: int,
     workers: int,
     observe: Callable[[float], None] = lambda seconds: None,
+    batched: bool = False,
 ) -> None:
     """Run FedAvg through fedlp's strategy, messages and client app on its local engine.
 
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
+    from fedlp.apps.batching import cohort_size
     from fedlp.apps.federate import Federation
-    from fedlp.config import compose, to_yaml
+    from fedlp.config import compose
     from fedlp.data.datasets import DataInfo, Examples
     from fedlp.data.examples import FederatedData
     from fedlp.federation.client.app import make_client_app
-    from fedlp.federation.server.strategy import FedLPStrategy
+    from fedlp.federation.server.strategy import FedLPStrategy, RoundSettings
     from fedlp.federation.wire import messages
     from fedlp.simulation.local import LocalGrid
 
     overrides = [f"model={work.model}", "strategy=fedavg", f"num_clients={num_clients}", f"clients_per_round={cohort}"]
     overrides += [f"num_rounds={num_rounds}", f"eval_every={num_rounds}", f"local.batch_size={work.batch_size}"]
-    config = compose([*overrides, f"local.lr={LR}"])
+    config = compose([*overrides, f"local.lr={LR}", f"simulation.batched={batched}", *work.options])
     channels = work.input_shape[0]
     count = num_clients * work.examples
     info = DataInfo(
@@ -82,20 +88,21 @@ def run_fedlp(
     data = FederatedData(info, Examples(images, targets, None), test)
     federation = Federation(config, data=data, parts=parts)
     runtime = federation.runtime("unused")
-    app = make_client_app(lambda cfg, state_dir: runtime)
+    out = Path("unused")
+    app = make_client_app(lambda cfg, state_dir, own=None: runtime, lambda message, context: ("", out))
     params = federation.initial_params()
     strategy = FedLPStrategy(
-        config,
         federation.submodels,
         federation.policy,
+        RoundSettings(num_clients, cohort, config.seed, eval_every=num_rounds),
         evaluate=runtime.evaluate,
         num_test=1,
-        macs=lambda submodel: 0.0,
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    settings: dict[str, bool | float | int | str] = {"cfg": to_yaml(config), "out": "unused"}
-    with LocalGrid(lambda: app, num_clients, workers, size, settings) as grid:
+    with LocalGrid(
+        lambda: app, num_clients, workers, size, cohort=cohort_size(config, federation.submodels, federation.info)
+    ) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 

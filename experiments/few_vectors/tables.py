@@ -46,36 +46,34 @@ def _loss_table(rows: list[Line], test: str) -> list[str]:
 
 
 def _wins(rows: list[Line]) -> list[str]:
-    """Return in how many settings the default's mean loss over seeds is the lower, by rival, model and test."""
-    text = ["## Settings (widths, ratio, vectors) in which the default's mean loss is no higher", ""]
-    tests = ["held out", "other texts"]
-    head = ["model", "rival", *tests, "largest lead", "largest lag"]
+    """Return in how many settings the default's mean loss over seeds is no higher, by model, rival, widths and test."""
+    text = ["## Tests and settings (ratio, vectors) in which the default's mean loss is no higher", ""]
+    kinds = [(rule, is_held_out) for rule in ("dp", "uniform") for is_held_out in (True, False)]
+    names = [f"{rule}, {'held out' if is_held_out else 'other texts'}" for rule, is_held_out in kinds]
+    head = ["model", "rival", *names, "largest lead", "largest lag"]
     text += [line(head), line(["---"] * len(head))]
     for model in dict.fromkeys(row["model"] for row in rows):
-        for rival in [m for m in dict.fromkeys(row["method"] for row in rows) if m not in ("dense", "default")]:
-            counts, gaps = [], []
-            for test in tests:
-                found = _gaps([row for row in rows if row["model"] == model], rival, test)
-                counts.append(f"{sum(gap >= 0 for gap in found)} of {len(found)}" if found else "")
-                gaps += found
+        for rival in [
+            name for name in dict.fromkeys(row["method"] for row in rows) if name not in ("dense", "default")
+        ]:
+            found = [_gaps([row for row in rows if row["model"] == model], rival, *kind) for kind in kinds]
+            gaps = [gap for some in found for gap in some]
             if gaps:
+                counts = [f"{sum(gap >= 0 for gap in some)} of {len(some)}" if some else "" for some in found]
                 text.append(line([model, rival, *counts, f"{max(gaps):.3f}", f"{max(-min(gaps), 0.0):.3f}"]))
     return text
 
 
-def _gaps(rows: list[Line], rival: str, test: str) -> list[float]:
-    """Return by setting the rival's mean loss less the default's, over seeds that both have."""
+def _gaps(rows: list[Line], rival: str, rule: str, is_held_out: bool) -> list[float]:
+    """Return by test and setting the rival's mean loss less the default's, over seeds that both have."""
     found: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
-    for row in rows:
-        own = [
-            v
-            for name, v in row["losses"].items()
-            if name != "accuracy" and (name == "held out") == (test == "held out")
-        ]
-        if own:
-            key = row["rule"], row["ratio"], row["vectors"]
-            found.setdefault(key, {}).setdefault(row["seed"], {})[row["method"]] = float(np.mean(own))
-    pairs = [
-        [(s["default"], s[rival]) for s in seeds.values() if {"default", rival} <= s.keys()] for seeds in found.values()
-    ]
-    return [float(np.mean([theirs - ours for ours, theirs in pair])) for pair in pairs if pair]
+    for row in [row for row in rows if row["rule"] == rule]:
+        for test, loss in row["losses"].items():
+            if test != "accuracy" and (test == "held out") == is_held_out:
+                key = test, row["ratio"], row["vectors"]
+                found.setdefault(key, {}).setdefault(row["seed"], {})[row["method"]] = loss
+    gaps = []
+    for seeds in found.values():
+        pairs = [own[rival] - own["default"] for own in seeds.values() if {"default", rival} <= own.keys()]
+        gaps += [float(np.mean(pairs))] if pairs else []
+    return gaps

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from fedlp.report import Run
-from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, blank, to_png
+from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, blank, label_ends, to_png
 
 CURVES = {  # at most five, by the name of the method's folder
     "heterofl": "HeteroFL",
@@ -18,7 +18,6 @@ CURVES = {  # at most five, by the name of the method's folder
     "plan-slices": "FedLP-Plan, slices",
     "plan-pruned": "FedLP-Plan, pruned and refitted",
 }
-_CLOSEST = 0.055  # of the axis, between two labels
 
 
 def draw_tiers(methods: Mapping[str, Sequence[Run]], out: Path) -> None:
@@ -31,44 +30,24 @@ def draw_tiers(methods: Mapping[str, Sequence[Run]], out: Path) -> None:
     with rc_context(STYLE):
         figure = blank(3.7)
         axes = figure.subplots()
-        ends = {}
+        ends = []
         for index, (name, values) in enumerate(found.items()):
             rows = np.array([values[tier] for tier in tiers])  # (tiers, seeds)
             look = {"color": COLOURS[index], "linestyle": DASHES[index % 4], "marker": MARKERS[index], "ms": 6}
             spread = rows.std(axis=1, ddof=1) if rows.shape[1] > 1 else None
             axes.errorbar(range(len(tiers)), rows.mean(axis=1), yerr=spread, capsize=3, lw=1.8, **look)
             uplink = np.mean([run.totals["bytes_up"] for run in methods[name]]) / 1e6
-            ends[index] = (rows[-1].mean(), f"{CURVES[name]}\n{uplink:.1f} MB up")
+            ends.append((len(tiers) - 1, rows[-1].mean(), f"{CURVES[name]}\n{uplink:.1f} MB up", COLOURS[index]))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if len(axes.get_yticks()) < 4 else NullFormatter())
         axes.set_xticks(range(len(tiers)), [f"{float(tier):.0%}" for tier in tiers])
-        axes.set_xlim(-0.2, len(tiers) + 0.75)
+        axes.set_xlim(-0.2, len(tiers) - 0.9)
         axes.grid(axis="y", which="both")
         axes.set_xlabel("tier: memory that its devices may use, of what training the whole model takes")
         axes.set_ylabel("perplexity of the tier's own model")
-        _label(axes, ends, len(tiers) - 1)
+        label_ends(axes, ends, gap=0.12)
         out.write_bytes(to_png(figure))
-
-
-def _label(axes, ends: Mapping[int, tuple[float, str]], x: float) -> None:  # type: ignore[no-untyped-def]
-    """Write each curve's name at its end, pushed apart where ends are close."""
-    low, high = np.log(axes.get_ylim())
-    order = sorted(ends, key=lambda index: ends[index][0])
-    places = [(np.log(ends[index][0]) - low) / (high - low) for index in order]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + 2.2 * _CLOSEST)
-    over = max(0.0, places[-1] - 0.97)
-    for place, index in zip(places, order, strict=True):
-        axes.annotate(
-            ends[index][1],
-            (x, ends[index][0]),
-            xytext=(x + 0.15, np.exp(low + (place - over) * (high - low))),
-            color=COLOURS[index],
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": COLOURS[index], "lw": 0.6},
-        )
 
 
 def _by_tier(runs: Sequence[Run]) -> dict[str, list[float]]:

@@ -159,12 +159,14 @@ def run(
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:
     folder = Path(out) if out is not None else Path(datetime.now().strftime("runs/%Y-%m-%d/%H-%M-%S.%f"))
-    shown = progress if progress is not None else "ipykernel" in sys.modules
-    observers = []
-    if shown:
-        line = Progress(federation.config.num_rounds, run_label(to_plain(federation.config)))
-        observers.append(lambda record, _: line.show(asdict(record)))
-    manifest = federation.run_locally(folder, observers)
+    in_notebook = "ipykernel" in sys.modules
+    label, stream = run_label(to_plain(federation.config)), sys.stdout if in_notebook else None
+    line = Progress(federation.config.num_rounds, label, stream=stream, bar=in_notebook)
+    shown = progress if progress is not None else in_notebook
+    try:
+        manifest = federation.run_locally(folder, [lambda record, _: line.show(asdict(record))] if shown else [])
+    finally:
+        line.close()
     return Result(folder.absolute(), manifest, federation.submodels.skeleton)
 
 

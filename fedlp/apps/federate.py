@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.allocation.budget.costs import given_limits
+from fedlp.apps.batching import cohort_size
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
+from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
     check_adapters,
@@ -39,6 +42,7 @@ from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
+from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
@@ -108,6 +112,7 @@ class Federation:
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
+        check_secagg(config, self.policy)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -194,7 +199,7 @@ class Federation:
             budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
         for client_id, budget in brought.items():
             budgets[client_id] = budget
-            if config.privacy.name != "none" and budget.upload_bytes is not None:
+            if config.privacy.name == "local_dp" and budget.upload_bytes is not None:
                 raise ConfigError(
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
@@ -330,6 +335,8 @@ class Federation:
             calibration=config.calibration,
             privacy=config.privacy,
             oneshot=self.pooled,
+            secagg=secagg_settings(config),
+            batched=config.simulation.batched,
         )
 
     def client_evaluation(self) -> ClientEvaluationSettings | None:
@@ -359,9 +366,15 @@ class Federation:
         )
 
     # ---- running
+    def say_whole_parts(self) -> None:
+        """Log which parts of the model stay whole, where the method cuts it."""
+        if line := self.submodels.whole_parts():
+            log.warning("%s", line)
+
     def serve(self, grid: Grid, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on a grid, from the start or from the last checkpoint; return the manifest."""
         directory = RunDirectory(out)
+        self.say_whole_parts()
         runtime = self.server_runtime(str(directory.clients))  # where data is missing, nothing has been written yet
         with directory.claim():
             if not self.config.resume:
@@ -377,12 +390,14 @@ class Federation:
         self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
     ) -> dict[str, Any]:
         """Train on a grid; return the manifest."""
-        return _serve_rounds(grid, self, directory, runtime, observers)
+        return _serve_rounds(grid, self, directory, runtime, observers, make_ledger(self.config))
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        model: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
-        return model if self.pooled is None else max(model, oneshot_costs.largest_message(self.pooled, self.submodels))
+        size: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
+        if self.config.privacy.name == "secagg":  # masked values and shares
+            size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
+        return size if self.pooled is None else max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
@@ -396,12 +411,18 @@ class Federation:
             num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
             message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
+            cohort=cohort_size(config, self.submodels, self.info),
         ) as grid:
             return self.serve(grid, out, observers)
 
 
 def _serve_rounds(
-    grid: Grid, plan: Federation, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
+    grid: Grid,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
     state = load_state(directory, plan.config)
@@ -411,7 +432,7 @@ def _serve_rounds(
         check_fits(state, plan.submodels)
         directory.write_config(to_yaml(config))
 
-    keeper = RoundKeeper(directory, config, task_of(plan.info))
+    keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
 
     def fit(brought: Mapping[int, Budget]) -> Policy:
@@ -419,30 +440,12 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    upload = config.upload
-    settings = RoundSettings(
-        num_clients=config.num_clients,
-        clients_per_round=config.clients_per_round,
-        seed=config.seed,
-        min_clients=config.min_clients,
-        eval_every=config.eval_every,
-        eval_batch_size=config.eval_batch_size,
-        local_epochs=config.local.epochs,
-        weighting=config.aggregator.weighting,
-        measures_statistics=config.aggregator.batch_norm == "static",
-        sends_deltas=upload.values == "deltas",
-        entropy_coding=upload.entropy_coding,
-        timeout_s=config.simulation.round_timeout_s,
-        evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
-        dropout=config.fleet.dropout,
-        extra_clients=config.fleet.extra_clients,
-    )
-    strategy = FedLPStrategy(
+    secagg = secagg_settings(config)
+    strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
         plan.submodels,
         plan.policy,
-        settings,
-        encoding=upload.make(),
+        _round_settings(config),
+        encoding=config.upload.make(),
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
@@ -452,6 +455,8 @@ def _serve_rounds(
         fit=fit,
         takes_part=plan.takes_part,
         calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
         observers=(keeper, *observers),
         state=state,
     )
@@ -470,6 +475,28 @@ def _serve_rounds(
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest
+
+
+def _round_settings(config: RunConfig) -> RoundSettings:
+    """Return the settings of the server's rounds."""
+    return RoundSettings(
+        num_clients=config.num_clients,
+        clients_per_round=config.clients_per_round,
+        seed=config.seed,
+        min_clients=config.min_clients,
+        eval_every=config.eval_every,
+        eval_batch_size=config.eval_batch_size,
+        local_epochs=config.local.epochs,
+        weighting=config.aggregator.weighting,
+        measures_statistics=config.aggregator.batch_norm == "static",
+        sends_deltas=config.upload.values == "deltas",
+        entropy_coding=config.upload.entropy_coding,
+        timeout_s=config.simulation.round_timeout_s,
+        evaluates_tiers=config.evaluation.tiers,
+        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
+        dropout=config.fleet.dropout,
+        extra_clients=config.fleet.extra_clients,
+    )
 
 
 def _reader(config: RunConfig) -> Reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import platform
 import resource
@@ -33,6 +34,7 @@ from fedlp.tasks import task_of, with_task
 from fedlp.training.loop import check_loss, train_locally
 from fedlp.types import Budget, Keep, PrunableLayer
 
+log = logging.getLogger("fedlp")
 _PEAK_RESET = "5"  # what Linux's clear_refs takes to forget the peak of a process
 
 
@@ -131,6 +133,8 @@ def _load_subject(config: ProfileConfig) -> Subject:
     check_loss(config.local, info)
     model = spec.build(config.seed)
     widths = trace_widths(model, spec.example_inputs(1))
+    if line := widths.whole_line():
+        log.warning("%s", line)
     return Subject(spec, model, info, widths, find_layers(model, widths, shared=not spec.reads_tokens))
 
 

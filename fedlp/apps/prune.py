@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -36,6 +37,7 @@ from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
 from fedlp.types import Keep, PrunableLayer
 
+log = logging.getLogger("fedlp")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -121,6 +123,8 @@ def load_subject(config: PruneConfig) -> Subject:
         _load_run(model, Path(config.run) / "model.safetensors")
     data = replace(reader.load(config.seed), info=info)
     widths = trace_widths(model, spec.example_inputs(1))
+    if line := widths.whole_line():
+        log.warning("%s", line)
     shared = config.pruner.shared and not spec.reads_tokens
     return Subject(spec, model, info, data, widths, find_layers(model, widths, shared), tokenizer_of(dataset))
 

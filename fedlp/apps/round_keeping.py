@@ -34,6 +34,8 @@ class RoundKeeper:
     config : RunConfig
     task : Task
         Gives metrics their direction.
+    budget : callable, optional
+        A further callback, named ``privacy.max_epsilon``.
 
     Raises
     ------
@@ -41,9 +43,13 @@ class RoundKeeper:
         If there is no such callback or metric.
     """
 
-    def __init__(self, directory: RunDirectory, config: RunConfig, task: Task) -> None:
+    def __init__(
+        self, directory: RunDirectory, config: RunConfig, task: Task, budget: Callable[..., Any] | None = None
+    ) -> None:
         self._directory, self._config = directory, config
         self._callbacks = make_callbacks(config, task)
+        if budget is not None:
+            self._callbacks.append(("privacy.max_epsilon", budget))
         self._best = None if config.keep_best is None else BestModel(directory, config.keep_best, task)
         self.stopped_by = ""
 

@@ -16,6 +16,7 @@ import torch
 from fedlp.apps.evaluation_check import refuse_simulation
 from fedlp.apps.federate import Federation, load_state
 from fedlp.apps.federated_prune import FederatedPruning
+from fedlp.apps.privacy_ledger import expected_privacy
 from fedlp.apps.round_keeping import check_trained
 from fedlp.config import RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
@@ -95,6 +96,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     _plot_partition(federation, out)
     progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
     if config.simulation.engine == "ray":
+        federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
         progress.close()
@@ -124,7 +126,7 @@ def _check_device(name: str) -> None:
 def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     """Write and return a manifest with expected costs, without loading data or training."""
     plan = federation_of(from_yaml(cfg))
-    expected = plan.expected()
+    expected = {**plan.expected(), **expected_privacy(plan.config)}
     per_round = plan.config.clients_per_round
     totals = {
         "rounds": plan.config.num_rounds,
@@ -137,6 +139,7 @@ def dry_run(cfg: str, out: Path) -> dict[str, Any]:
     directory = RunDirectory(out)
     directory.refuse_if_used()
     _plot_partition(plan, out)
+    plan.say_whole_parts()
     return directory.write_manifest(to_plain(plan.config), expected, expected_totals=totals)
 
 

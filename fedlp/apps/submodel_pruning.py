@@ -143,8 +143,8 @@ def check_pooled_calibration(config: RunConfig) -> None:
         raise ConfigError("strategy.calibrate_on=clients does not go with privacy: clients send sums over their inputs")
     if config.adapter.name != "none":
         raise ConfigError(
-            "strategy.calibrate_on=clients does not go with adapter=lora; give the server examples (dataset.server) and "
-            "set strategy.calibrate_on=server, or strategy.submodels=slices"
+            "strategy.calibrate_on=clients does not go with adapter=lora; set strategy.calibrate_on=server (and "
+            "dataset.server, if the data are on devices), or strategy.submodels=slices"
         )
 
 

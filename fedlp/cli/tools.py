@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.config import ProfileConfig, PruneConfig, SearchConfig, from_omegaconf, with_absolute_paths
+from fedlp.config import ProfileConfig, PruneConfig, SearchConfig, from_omegaconf, refuse_unread, with_absolute_paths
 
 
 def prune_job(composed: DictConfig) -> None:
     """Prune one model."""
     config = with_absolute_paths(from_omegaconf(composed, PruneConfig))
+    refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     set_up_logging()
     from fedlp.apps import prune as oneshot
@@ -27,6 +29,7 @@ def prune_job(composed: DictConfig) -> None:
 def search_job(composed: DictConfig) -> None:
     """Search for an allocation function."""
     config = with_absolute_paths(from_omegaconf(composed, SearchConfig))
+    refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
     set_up_logging()
     from fedlp.apps.search import run_search

@@ -184,8 +184,7 @@ def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = from_omegaconf(hydra_compose(root, overrides=prepare(root, overrides)), schema)
-            if isinstance(config, RunConfig):
-                refuse_unread(config, overrides)
+            refuse_unread(config, overrides)
             return config
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(explain(error, schema)) from error

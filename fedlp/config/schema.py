@@ -203,6 +203,8 @@ class SimulationConfig:
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
     workers: int | None = None  # worker processes, >= 1; number of cores if null
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
+    batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;
+    # true, false, or "auto": models for which it was measured to be faster
 
 
 @dataclass
@@ -270,16 +272,29 @@ class CallbackConfig(PartConfig):
 
 @dataclass
 class PrivacyConfig:
-    """Privacy of uploads; ``docs/privacy.md`` states the guarantees.
+    """Privacy of updates; ``docs/privacy.md`` states the guarantees.
 
-    ``name`` is "none", or "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``.
+    ``name`` is "none"; "local_dp": every upload is clipped and noised by Flower's ``LocalDpMod``; "central_dp": the
+    server clips each update and noises their sum; or "secagg": the server learns sums over groups of clients alone.
     """
 
     name: str = "none"
-    clipping_norm: float = 1.0  # largest L2 norm of an update, > 0; the sensitivity is twice this
-    epsilon: float = 0.5  # epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1
-    delta: float = 1e-5  # delta of one upload, in (0, 1)
-    seeded: bool = False  # whether noise is drawn from the run's seed, which any reader of the config can subtract
+    clipping_norm: float = 1.0  # largest L2 norm of an update, > 0; the sensitivity of local_dp is twice this
+    epsilon: float | None = 0.5  # local_dp: epsilon of one upload, > 0; the Gaussian mechanism's bound holds below 1;
+    # central_dp: epsilon of the whole run, from which the noise is found; null if noise_multiplier is given
+    delta: float = 1e-5  # delta in (0, 1): of one upload (local_dp), and of the epsilon on record
+    seeded: bool = False  # local_dp: noise from the run's seed, which any reader of the config can subtract
+    noise_multiplier: float | None = None  # central_dp: standard deviation of the noise on the sum, in clipping norms
+    clipping_quantile: float | None = None  # central_dp: quantile of the norms that the clipping norm adapts to, from
+    # clipping_norm on (Andrew et al., 2021), in (0, 1); fixed if null
+    max_epsilon: float | None = None  # the run ends before its epsilon would pass this
+    accountant: str = "pld"  # accountant of dp-accounting: "pld" (tight) or "rdp" (quick)
+    secure_noise: bool = False  # central_dp: cohorts and noise from the operating system; no run can be repeated then
+    threshold: float = 0.6  # secagg: fraction of a group whose shares open its sum, in (0.5, 1]; others may drop out
+    min_group: int = 3  # secagg: updates without which no sum is opened, at least 2
+    bits: int = 32  # secagg: bits of each masked value, 32 or 64
+    value_range: float = 4.0  # secagg: largest absolute change of a weight in a round, > 0; larger ones are clipped
+    phase_timeout_s: float = 300.0  # secagg: seconds that a phase without training waits for clients, > 0
 
 
 @dataclass

@@ -8,17 +8,22 @@ from typing import Any
 from fedlp import registry
 from fedlp.config.federated_prune import schema_for
 from fedlp.config.schema import RunConfig
+from fedlp.config.unread_options import refuse_unread_options
 from fedlp.errors import ConfigError
 
 _METHOD_GROUPS = ("allocator", "pruner", "calibration")
 
 
-def refuse_unread(config: RunConfig, overrides: Iterable[str]) -> None:
-    """Raise ConfigError for an override of a group that the strategy does not read.
+def refuse_unread(config: object, overrides: Iterable[str]) -> None:
+    """Raise ConfigError for an override of a group or an option that the chosen parts do not read.
 
     A strategy lists the groups that it reads of allocator, pruner and calibration as ``reads``; one without the
     attribute may read all. Of the other groups it reads all but those in ``ignores``.
     """
+    overrides = list(overrides)
+    refuse_unread_options(config, overrides)
+    if not isinstance(config, RunConfig):
+        return
     for override in overrides:
         group = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if group in config.unread:

@@ -51,6 +51,10 @@ def validate(config: RunConfig) -> None:
     _validate_evaluation(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
+    is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
+    _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
+    fits = not simulation.batched or simulation.engine == "local"
+    _require(fits, "simulation.batched", simulation.batched, f"false with simulation={simulation.engine}")
     if simulation.workers is not None:
         _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
     _require(
@@ -181,11 +185,18 @@ def validate_search(config: SearchConfig) -> None:
 
 
 def _validate_privacy(privacy: PrivacyConfig) -> None:
-    _choice("privacy.name", privacy.name, ("none", "local_dp"))
-    for name in ("clipping_norm", "epsilon"):
+    _choice("privacy.name", privacy.name, ("none", "local_dp", "central_dp", "secagg"))
+    for name in ("clipping_norm", "epsilon", "noise_multiplier", "max_epsilon", "value_range", "phase_timeout_s"):
         value = getattr(privacy, name)
-        _require(0 < value < math.inf, f"privacy.{name}", value, "a finite number above 0")
+        _require(value is None or 0 < value < math.inf, f"privacy.{name}", value, "a finite number above 0")
+    _choice("privacy.accountant", privacy.accountant, ("pld", "rdp"))
+    quantile = privacy.clipping_quantile
+    _require(quantile is None or 0 < quantile < 1, "privacy.clipping_quantile", quantile, "in (0, 1), or null")
+    _require(privacy.epsilon is not None or privacy.name != "local_dp", "privacy.epsilon", None, "a number")
     _require(0 < privacy.delta < 1, "privacy.delta", privacy.delta, "in (0, 1)")
+    _require(0.5 < privacy.threshold <= 1, "privacy.threshold", privacy.threshold, "in (0.5, 1]")
+    _require(privacy.min_group >= 2, "privacy.min_group", privacy.min_group, "at least 2")
+    _require(privacy.bits in (32, 64), "privacy.bits", privacy.bits, "32 or 64")
 
 
 def _validate_evaluation(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from fedlp.config import PrivacyConfig
 from fedlp.errors import DataError
 from fedlp.federation.wire.messages import METRICS
 from fedlp.rng import Stream, generator
-from fedlp.types import TrainInstruction
+from fedlp.types import ClientUpdate
 
 log = logging.getLogger("fedlp")
 
@@ -29,7 +29,7 @@ _WHAT = "privacy=local_dp"
 def protect_update(
     privacy: PrivacyConfig,
     seed: int,
-    instruction: TrainInstruction,
+    update: ClientUpdate,
     message: Message,
     reply: Message,
     context: Context,
@@ -38,9 +38,10 @@ def protect_update(
 
     The number of examples is not changed. DataError if training changed no entry, which the mod cannot scale.
     """
-    if privacy.name == "none":
+    if privacy.name != "local_dp":
         return reply
-    key = instruction.server_round, instruction.client_id
+    assert privacy.epsilon is not None
+    key = update.server_round, update.client_id
     rng = generator(seed, Stream.PRIVACY, *key) if privacy.seeded else np.random.default_rng()
     reply.content[METRICS] = MetricRecord({"num-examples": reply.content.metric_records[METRICS]["num-examples"]})
     noise = mod.LocalDpMod(privacy.clipping_norm, 2 * privacy.clipping_norm, privacy.epsilon, privacy.delta)
@@ -49,7 +50,7 @@ def protect_update(
             return noise(message, context, lambda *_: reply)
     except ZeroDivisionError as error:
         raise DataError(
-            f"client {instruction.client_id}: training changed no weight, and Flower's mod divides by the change; "
+            f"client {update.client_id}: training changed no weight, and Flower's mod divides by the change; "
             "raise local.lr"
         ) from error
 

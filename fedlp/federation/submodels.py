@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from fedlp.federation.bounded_cache import BoundedCache
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
 from fedlp.models.unallocated import without_parameters
-from fedlp.pruning.tracing.units import find_layers, weight_matrix
+from fedlp.pruning.tracing.units import prunable_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
 
@@ -95,6 +96,8 @@ class SubModels:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.names = tuple(spec.tensors)
+        self.name_set = frozenset(self.names)
+        self._uncut: dict[int | None, SubModelLayout] = {}  # by depth
         self._layout = BoundedCache(self._make_layout, lambda layout: layout.num_bytes, _CACHE_BYTES)
 
     @cached_property
@@ -104,8 +107,17 @@ class SubModels:
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
-        """Prunable layers; of a classifier also channels with several readers."""
-        return find_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
+        """What units can be removed from, of a classifier also channels that several layers read; may be nothing."""
+        return prunable_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
+
+    def whole_parts(self) -> str:
+        """Return in one line which parts of the model stay whole and why; empty where none does or nothing is cut."""
+        return self.widths.whole_line() if "widths" in self.__dict__ else ""
+
+    def refuse_narrow(self, asked: str) -> NoReturn:
+        """Raise ConfigError that says why a model of which nothing can be cut cannot do what is asked."""
+        why = self.whole_parts() or "no layer alone reads what another computes"
+        raise ConfigError(f"{asked}, but nothing of model {self.spec.blueprint.name} can be cut: {why}")
 
     @cached_property
     def reader_columns(self) -> dict[str, int]:
@@ -116,7 +128,7 @@ class SubModels:
     @property
     def _measured(self) -> nn.Module:
         """A model of the global architecture, of which only shapes are read; language models take no memory."""
-        return self.shapes() if self.spec.reads_tokens else self.skeleton()
+        return self.shapes() if self.is_language else self.skeleton()
 
     @cached_property
     def statistics(self) -> frozenset[str]:
@@ -127,6 +139,11 @@ class SubModels:
         """Return a model of the global architecture with arbitrary values (pretrained weights are not loaded)."""
         return self.spec.build_depth(len(self.spec.depths), seed=0, client_id=0)
 
+    @property
+    def is_language(self) -> bool:
+        """Whether the model is a language model of transformers, whose width axes follow from rules."""
+        return self.spec.blueprint.is_language is True
+
     def shapes(self) -> nn.Module:
         """Return a language model of the global architecture whose parameters take no memory."""
         with without_parameters():
@@ -134,7 +151,12 @@ class SubModels:
 
     def layout(self, submodel: SubModel) -> SubModelLayout:
         """Return the layout of a sub-model."""
-        return self._layout(submodel.depth, tuple(sorted(submodel.widths.items())))
+        if submodel.widths:
+            return self._layout(submodel.depth, tuple(sorted(submodel.widths.items())))
+        found = self._uncut.get(submodel.depth)
+        if found is None:
+            found = self._uncut[submodel.depth] = self._make_layout(submodel.depth, ())
+        return found
 
     def _make_layout(self, depth: int | None, widths: tuple[tuple[str, Keep], ...]) -> SubModelLayout:
         if depth is not None and not 1 <= depth <= len(self.spec.depths):

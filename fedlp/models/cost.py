@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlp.models.spec import forward_logits, shapes_only
+from fedlp.models.spec import forward_logits, run_copy
 
 NORM_MACS = 4  # per element: subtract, divide, multiply, add
 _FLOPS_PER_MAC = 2
@@ -42,11 +41,7 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
         Model inputs; only shape and dtype matter. The count does not depend on the batch.
     """
     example = inputs[:1].expand(2, *inputs.shape[1:])  # batch statistics need two
-    try:
-        with shapes_only(model, example) as (shapes, batch):
-            return _count(shapes, batch)
-    except Exception:  # whatever operators raise that find no values: those of a mixture of experts, say
-        return _count(copy.deepcopy(model), example.to(next(model.parameters()).device))
+    return run_copy(model, example, _count)
 
 
 def _count(model: nn.Module, batch: Tensor) -> Macs:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+_T = TypeVar("_T")
 _SHORT = 16  # tokens that show what a language model calls
 
 
@@ -71,6 +72,21 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
             yield shapes, example
     finally:
         log.disabled = was_disabled
+
+
+def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T], device: str = "meta") -> _T:
+    """Return ``run(model, inputs)`` of copies that have shapes but no values; of copies with values where it fails.
+
+    It fails where operators need values: those of a mixture of experts, say. torch's generators are left as they were.
+    ``device`` is that of :func:`shapes_only`.
+    """
+    try:
+        with shapes_only(model, inputs, device) as (shapes, example):
+            return run(shapes, example)
+    except Exception:  # whatever operators raise that find no values
+        with torch.random.fork_rng(devices=[]):
+            place = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
+            return run(copy.deepcopy(model), inputs.to(place))
 
 
 def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.forward import first_line, forward_logits, run_and_note, shapes_only, short_example
+from fedlp.models.forward import first_line, forward_logits, run_and_note, run_copy, shapes_only, short_example
 from fedlp.models.layer_order import order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
 from fedlp.registry import lookup
@@ -38,6 +38,7 @@ __all__ = [
     "forward_logits",
     "leading_layers",
     "named_tensors",
+    "run_copy",
     "shapes_only",
     "state_tensors",
 ]

@@ -40,6 +40,7 @@ STYLE = {
 }
 _WIDTH_IN = 7.2
 _DPI = 160
+_APART = 0.06  # of the width: curves that end farther apart have a legend
 _WIDEST = 5  # between the ends of curves on a linear axis; beyond it the short ones are squeezed
 
 
@@ -80,6 +81,47 @@ def scale_amounts(axes: Axes, amounts: Sequence[NDArray[np.float64]]) -> None:
     else:
         axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.06) -> bool:
+    """Write names of curves beside their ends, pushed apart where those are close.
+
+    Parameters
+    ----------
+    ends : sequence of (x, y, text, colour)
+        Last point of each curve.
+    gap : float
+        Least distance of two names, as a fraction of the height.
+
+    Returns
+    -------
+    bool
+        False, and nothing is written, if the curves end too far apart for names in one column.
+    """
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # what automatic limits come to
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((x, y))).tolist() for x, y, *_ in ends]
+    right = max(place[0] for place in places)
+    if min(place[0] for place in places) < right - _APART:
+        return False
+    order = sorted(range(len(ends)), key=lambda index: places[index][1])
+    heights = [places[index][1] for index in order]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    down = max(0.0, heights[-1] - 0.98)
+    for height, index in zip(heights, order, strict=True):
+        x, y, words, colour = ends[index]
+        axes.annotate(
+            words,
+            (x, y),
+            xytext=(right + 0.06, height - down),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0.0, 0.5), "shrinkB": 2},
+        )
+    return True
 
 
 def to_png(figure: Figure) -> bytes:

@@ -68,7 +68,7 @@ def _table(kind: str, titles: str, lines: Sequence[str], caption: str) -> str:
     label = text(caption)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{label}">'
-        f'<table class="{kind}"><caption>{label}</caption>'
+        f'<table class="{kind}"><caption><span>{label}</span></caption>'
         f"<thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 

@@ -50,6 +50,8 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
             _evaluation(mapping(item, where), where) for item in _optional_list(entry, "evaluations", where)
         ),
         absent=_absent(mapping(entry.get("absent", {}), where), where),
+        phases=_phases(mapping(entry.get("phases", {}), where), where),
+        privacy=_privacy(entry, where),
     )
 
 
@@ -71,6 +73,15 @@ def _absent(item: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
         if not isinstance(ids, list) or not all(is_count(client_id) for client_id in ids):
             raise DataError(f"{where}: absent clients ({reason}) are not a list of client ids; the file is damaged")
     return {reason: tuple(ids) for reason, ids in item.items()}
+
+
+def _phases(item: Mapping[str, Any], where: str) -> dict[str, dict[str, int]]:
+    counters = ("bytes_down", "bytes_up")
+    return {name: {key: _count(mapping(found, where), key, where) for key in counters} for name, found in item.items()}
+
+
+def _privacy(entry: Mapping[str, Any], where: str) -> dict[str, float]:
+    return numbers(mapping(entry.get("privacy") or {}, where), f"{where}: privacy")
 
 
 def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:

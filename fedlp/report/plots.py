@@ -11,12 +11,25 @@ from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fedlp.report.client_plots import client_plots
-from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, Plot, blank, plain, scale_amounts, to_png, unit_for
+from fedlp.report.figures import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    STYLE,
+    Plot,
+    blank,
+    label_ends,
+    plain,
+    scale_amounts,
+    to_png,
+    unit_for,
+)
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
 
 _MOST_MARKERS = 12
+_MOST_LABELS = 5  # written beside their curves; a legend where there are more
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +132,12 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
     axes.grid()
     axes.set_xlabel(f"{axis.label}, {unit_name}" if unit_name else axis.label)
     axes.set_ylabel(f"test {metric.title}")
-    if len(curves) > 1:
+    ends = [
+        (axis.values(one)[-1] / unit, one.mean[-1], plain(labels[index], 22), COLOURS[index % len(COLOURS)])
+        for index, one in curves.items()
+    ]
+    direct = 1 < len(curves) <= _MOST_LABELS and bool(np.isfinite([end[1] for end in ends]).all())
+    if len(curves) > 1 and not (direct and label_ends(axes, ends)):
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
     return to_png(figure)
 

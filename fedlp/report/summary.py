@@ -90,6 +90,8 @@ class Summary:
         Totals of a whole run; of a dry run the expected ones if no client fails.
     params_per_client, expected_params_per_client : float or None
         Parameters sent to and from one client in one round, measured and predicted.
+    epsilon : float or None
+        Largest epsilon that a run had spent at its end; None where it is not on record.
     """
 
     group: Group
@@ -106,6 +108,7 @@ class Summary:
     macs: float | None = None
     wall_time_s: float | None = None
     failures: int = 0
+    epsilon: float | None = None
 
 
 def metric_of(group: Group) -> Metric | None:
@@ -217,6 +220,7 @@ def summarize(group: Group) -> Summary:
         macs=totals["macs"],
         wall_time_s=totals["wall_time_s"],
         failures=sum(int(run.totals["failures"]) for run in runs),
+        epsilon=max((run.rounds[-1].privacy["epsilon"] for run in runs if _is_accounted(run)), default=None),
     )
 
 
@@ -232,6 +236,10 @@ def _expected_summary(group: Group) -> Summary:
         expected_params_per_client=_expected(group, "params_up_per_client", "params_down_per_client"),
         macs=totals.get("macs"),
     )
+
+
+def _is_accounted(run: Run) -> bool:
+    return bool(run.rounds) and "epsilon" in run.rounds[-1].privacy
 
 
 def _reported(run: Run) -> list[str]:

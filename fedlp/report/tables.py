@@ -33,12 +33,14 @@ def columns(rows: Sequence[Summary]) -> list[Column]:
     metrics = {row.metric for row in rows if row.metric}
     shared = next(iter(metrics)) if len(metrics) == 1 else None
     name, unit = (shared.name, shared.unit) if shared else ("metric", "")
+    spent = [Column(("epsilon", ""), lambda row: number(row.epsilon))] if any(row.epsilon for row in rows) else []
     return [
         Column(("method", ""), lambda row: row.group.label),
         Column(("seeds", ""), _seeds),
         Column(("rounds", ""), _rounds),
         Column((name, f"final, {unit}" if unit else "final"), lambda row: _result(row, row.final, shared)),
         Column(("", "best"), lambda row: _best(row, shared)),
+        *spent,
         Column(("MB up", "a round"), _cost("bytes_up_per_round", MB)),
         Column(("MB down", "a round"), _cost("bytes_down_per_round", MB)),
         Column(("MB up", "in all"), _cost("bytes_up", MB), in_terminal=False),

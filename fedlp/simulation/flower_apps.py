@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fedlp.config.resuming import resumed_config
 from fedlp.errors import ConfigError, FedLPError
 from fedlp.federation.server.checkpoint import write_atomically
 from fedlp.simulation.carried_config import CarryingGrid, read_carried
+from fedlp.simulation.flower_compat import is_simulated
 
 __all__ = ["Grid", "make_server_app", "read_settings", "settings_of"]
 
@@ -30,6 +32,7 @@ def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
         outcome: dict[str, str] = {}
         try:
             cfg, out = read_settings(context)
+            check_size(grid, from_yaml(cfg).num_clients)
             carries = not context.run_config.get("cfg") and from_yaml(cfg).resume
             serve(CarryingGrid(grid, cfg) if carries else grid, cfg, out)
         except FedLPError as error:
@@ -43,6 +46,25 @@ def make_server_app(serve: Callable[[Grid, str, Path], object]) -> ServerApp:
                 write_atomically(Path(str(path)), json.dumps(outcome).encode())
 
     return app
+
+
+def check_size(grid: Grid, num_clients: int, patience_s: float = 10.0) -> None:
+    """Raise ConfigError if Flower simulates fewer SuperNodes than the run has clients; nobody else would ever join.
+
+    Parameters
+    ----------
+    patience_s : float
+        Time for the simulated nodes to appear, in seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while is_simulated(grid) and (count := len(list(grid.get_node_ids()))) < num_clients:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"Flower simulates {count} SuperNodes, but the run has num_clients={num_clients}; "
+                f"add --federation-config num-supernodes={num_clients} to flwr run, lower num_clients, "
+                "or use fedlp simulation=ray"
+            )
+        time.sleep(0.1)
 
 
 def read_settings(context: Context) -> tuple[str, Path]:

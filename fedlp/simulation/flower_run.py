@@ -64,14 +64,14 @@ def run_on_flower(
         command = [program, "run", str(write_app(scratch)), SUPERLINK]
         command += ["--run-config", str(write_run_config(scratch / "run.toml", settings))]
         federation = f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
-        with _superlink(scratch, program) as env:
+        with private_superlink(scratch, program) as env:
             call_flwr([*command, "--federation-config", federation], env)
             lines = RoundLines(out / "rounds.jsonl", on_line, seen)
             follow_run(program, env, outcome, lines, log=out / "flower.log")
 
 
 @contextmanager
-def _superlink(scratch: Path, program: str) -> Iterator[dict[str, str]]:
+def private_superlink(scratch: Path, program: str) -> Iterator[dict[str, str]]:
     """Start a SuperLink in simulation mode on a free port and end it, with all its children, afterwards."""
     home, port = scratch / "home", free_port()
     home.mkdir()

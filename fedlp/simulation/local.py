@@ -24,22 +24,25 @@ from flwr.serverapp import Grid
 
 from fedlp.errors import FedLPError
 from fedlp.federation.server.exchange import no_reply
+from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.simulation import flower_compat
-from fedlp.simulation.transport import Area, copy_array, decode_frame, encode_frame
+from fedlp.simulation.transport import Area, Item, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory, serve
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
+_TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
+
+Numbered = list[tuple[int, Message]]
+"""Messages with their places in the order."""
 
 
 @dataclass
 class _Task:
-    """Message in flight: position in the order, slot, and start of its work."""
+    """Messages in flight together: positions in the order, slot, and start of their work."""
 
-    index: int
-    message: Message
+    messages: Numbered
     slot: int
-    frame: bytes
     since: float
 
 
@@ -71,6 +74,8 @@ class LocalGrid(Grid):
         Upper bound of the arrays of one message.
     run_config : dict
         Content of ``Context.run_config``.
+    cohort : int
+        Messages of one kind that a worker receives at once, >= 1.
 
     Use as a context manager: workers end with it.
     """
@@ -84,14 +89,17 @@ class LocalGrid(Grid):
         num_workers: int,
         message_bytes: int,
         run_config: dict[str, bool | float | int | str] | None = None,
+        cohort: int = 1,
     ) -> None:
         flower_compat.become_server()
         keep_freed_memory()  # of one update for the next
         self._load_app = load_app
         self._num_clients = num_clients
         self._run_config = run_config or {}
-        self._capacity = message_bytes + (1 << 16)
-        self._depth = 8 if message_bytes <= _SMALL_BYTES else 2  # messages a worker may have waiting
+        self._cohort = cohort
+        self._capacity = (message_bytes + (1 << 16)) * cohort
+        self._depth = 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2  # tasks a worker may have waiting
+        self._again: deque[Numbered] = deque()  # what a worker that ended had been given
         self._fork = multiprocessing.get_context("fork")
         self._sent = 0
         self._replies: dict[str, Message] = {}
@@ -162,19 +170,23 @@ class LocalGrid(Grid):
         timeout : float
             Deadline of a worker for one message; it is then replaced and the reply is an error.
         """
-        source = enumerate(messages)
+        source = self._together(messages)
         done: dict[int, Message] = {}
-        window = 2 * len(self._workers) * self._depth  # sent and not yet yielded
+        window = 2 * len(self._workers) * self._depth * self._cohort  # sent and not yet yielded
         sent = yielded = 0
         exhausted = False
         while True:
-            while not exhausted and sent - yielded < window and (worker := self._idlest()) is not None:
-                item = next(source, None)
-                if item is None:
+            while (worker := self._idlest()) is not None:
+                if self._again:
+                    self._send(worker, self._again.popleft())
+                    continue
+                if exhausted or sent - yielded >= window:
+                    break
+                if (found := next(source, None)) is None:
                     exhausted = True
-                else:
-                    self._send(worker, *item)
-                    sent += 1
+                    break
+                self._send(worker, found)
+                sent += len(found)
             if yielded in done:
                 yielded += 1
                 yield done.pop(yielded - 1)
@@ -183,23 +195,41 @@ class LocalGrid(Grid):
             else:
                 self._collect(done, timeout)
 
+    def _together(self, messages: Iterable[Message]) -> Iterator[Numbered]:
+        """Yield messages that travel together: neighbours of one kind, made only when they are needed."""
+        found: Numbered = []
+        for item in enumerate(messages):
+            kind = item[1].metadata.message_type
+            if found and (kind != found[0][1].metadata.message_type or kind not in _TOGETHER):
+                yield found
+                found = []
+            found.append(item)
+            if len(found) == self._cohort:
+                yield found
+                found = []
+        if found:
+            yield found
+
     def _idlest(self) -> _Worker | None:
         worker = min(self._workers, key=lambda worker: len(worker.tasks))
         return worker if len(worker.tasks) < self._depth else None
 
-    def _send(self, worker: _Worker, index: int, message: Message) -> None:
-        self._sent += 1
-        flower_compat.set_message_id(message, str(self._sent))
+    def _send(self, worker: _Worker, numbered: Numbered) -> None:
         slot = worker.free_slot()
         assert slot is not None
-        about = {
-            "message_id": message.metadata.message_id,
-            "node_id": message.metadata.dst_node_id,
-            "type": message.metadata.message_type,
-            "group_id": message.metadata.group_id,
-        }
-        frame = bytes((slot,)) + encode_frame(about, message.content, worker.slots[slot][0])
-        worker.tasks.append(_Task(index, message, slot, frame, time.monotonic()))
+        items: list[Item] = []
+        for _, message in numbered:
+            self._sent += 1
+            flower_compat.set_message_id(message, str(self._sent))
+            about = {
+                "message_id": message.metadata.message_id,
+                "node_id": message.metadata.dst_node_id,
+                "type": message.metadata.message_type,
+                "group_id": message.metadata.group_id,
+            }
+            items.append((about, message.content))
+        frame = bytes((slot,)) + encode_frame(items, worker.slots[slot][0])
+        worker.tasks.append(_Task(numbered, slot, time.monotonic()))
         self._deliver(worker, frame)
 
     def _deliver(self, worker: _Worker, frame: bytes) -> None:
@@ -209,8 +239,9 @@ class LocalGrid(Grid):
             return  # the worker is gone: its closed pipe is found, and its tasks are settled, in _collect
 
     def _collect(self, done: dict[int, Message], timeout: float) -> None:
-        """Wait for any worker and process its event: a reply, a death, or a deadline."""
-        deadline = min(worker.tasks[0].since for worker in self._workers if worker.tasks) + timeout
+        """Wait for any worker and process its event: replies, a death, or a deadline."""
+        busy = [worker.tasks[0] for worker in self._workers if worker.tasks]
+        deadline = min(task.since + timeout * len(task.messages) for task in busy)
         patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         ready = self._selector.select(patience)
         for key, _ in ready:
@@ -219,8 +250,8 @@ class LocalGrid(Grid):
             return
         now = time.monotonic()
         for i, worker in enumerate(self._workers):
-            if worker.tasks and now - worker.tasks[0].since >= timeout:
-                done[worker.tasks[0].index] = no_reply(worker.tasks[0].message, timeout)
+            if worker.tasks and now - worker.tasks[0].since >= timeout * len(worker.tasks[0].messages):
+                self._settle(worker.tasks[0], done, lambda message: no_reply(message, timeout))
                 self._replace(i)
 
     def _receive(self, i: int, done: dict[int, Message]) -> None:
@@ -231,18 +262,26 @@ class LocalGrid(Grid):
             worker.process.join(timeout=5)
             reason = f"the client's process died (exit code {worker.process.exitcode})"
             for task in list(worker.tasks)[:1]:  # a worker may also die while it waits
-                done[task.index] = Message(Error(CRASHED, reason), reply_to=task.message)
+                self._settle(task, done, lambda message: Message(Error(CRASHED, reason), reply_to=message))
             self._replace(i)
             return
-        about, content = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
+        items = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
         task = worker.tasks.popleft()
         if worker.tasks:
             worker.tasks[0].since = time.monotonic()
-        if content is not None:
-            done[task.index] = Message(content, reply_to=task.message)
+        for (index, message), (about, content) in zip(task.messages, items, strict=True):
+            if content is not None:
+                done[index] = flower_compat.make_reply(content, message)
+            else:
+                code, reason = about["error"]
+                done[index] = Message(Error(code, reason), reply_to=message)
+
+    def _settle(self, task: _Task, done: dict[int, Message], fail: Callable[[Message], Message]) -> None:
+        """File the failure of a message on which a worker ended; several are tried again, each by itself."""
+        if len(task.messages) > 1:
+            self._again.extend([numbered] for numbered in task.messages)
         else:
-            code, reason = about["error"]
-            done[task.index] = Message(Error(code, reason), reply_to=task.message)
+            done |= {index: fail(message) for index, message in task.messages}
 
     # ---- workers
     def _start_worker(self, i: int) -> _Worker:
@@ -267,7 +306,7 @@ class LocalGrid(Grid):
         old.connection.close()
         self._workers[i] = new = self._start_worker(i)
         for task in list(old.tasks)[1:]:
-            self._send(new, task.index, task.message)
+            self._send(new, task.messages)
 
 
 def _run_worker(

@@ -1,8 +1,8 @@
 """Transport of messages to worker processes: a JSON frame through a pipe, arrays through shared memory.
 
-Nothing is pickled. A frame is ``length of the JSON, JSON, small arrays``; large arrays lie in the slot's area, where
-the receiver reads them without a copy. An area that already holds the very same arrays (a model that goes to many
-clients) is not written again.
+Nothing is pickled. A frame holds one message or several: ``length of the JSON, JSON, small arrays``; large arrays lie
+in the slot's area, where the receiver reads them without a copy. An area that already holds the very same arrays (a
+model that goes to many clients) is not written again.
 """
 
 from __future__ import annotations
@@ -61,31 +61,35 @@ class Area:
         return views
 
 
-def encode_frame(about: dict[str, Any], content: RecordDict | None, area: Area) -> bytes:
-    """Return the frame of a message; its large arrays are written into the area.
+Item = tuple[dict[str, Any], RecordDict | None]
+"""What travels for one message: JSON values (message id, node id, ...), and its records."""
 
-    Parameters
-    ----------
-    about : dict
-        JSON values of the frame (message id, node id, ...).
+
+def encode_frame(items: Sequence[Item], area: Area) -> bytes:
+    """Return the frame of one or several messages; their large arrays are written into the area.
+
+    An array that several messages share is written once.
     """
-    buffers: list[Any] = []
-    records = None if content is None else {key: _encode_record(record, buffers) for key, record in content.items()}
-    lengths = [len(buffer) for buffer in buffers]
+    buffers = _Buffers()
+    head: dict[str, Any] = {
+        "items": [
+            (about, None if content is None else {k: _encode_record(record, buffers) for k, record in content.items()})
+            for about, content in items
+        ]
+    }
+    lengths = [len(buffer) for buffer in buffers.found]
     inline = sum(lengths) <= INLINE_BYTES
-    head = json.dumps({"about": about, "records": records, "lengths": lengths, "inline": inline}).encode()
+    text = json.dumps(head | {"lengths": lengths, "inline": inline}).encode()
     if not inline:
-        area.write(buffers)
-        return b"".join((_LENGTH.pack(len(head)), head))
-    return b"".join((_LENGTH.pack(len(head)), head, *buffers))
+        area.write(buffers.found)
+        return b"".join((_LENGTH.pack(len(text)), text))
+    return b"".join((_LENGTH.pack(len(text)), text, *buffers.found))
 
 
-def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> tuple[dict[str, Any], RecordDict | None]:
+def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> list[Item]:
     """Invert :func:`encode_frame`; ``wrap`` makes arrays of views, valid until the slot is reused."""
     (size,) = _LENGTH.unpack_from(frame)
     head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])
-    if head["records"] is None:
-        return head["about"], None
     if head["inline"]:
         views, offset, whole = [], _LENGTH.size + size, memoryview(frame)
         for length in head["lengths"]:
@@ -93,8 +97,31 @@ def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> tuple[dict[str, 
             offset += length
     else:
         views = area.read(head["lengths"])
-    records = {key: _decode_record(kind, items, views, wrap) for key, (kind, items) in head["records"].items()}
-    return head["about"], make_record(RecordDict, records)
+    return [
+        (about, None if records is None else _decode_records(records, views, wrap)) for about, records in head["items"]
+    ]
+
+
+def _decode_records(records: dict[str, Any] | None, views: Sequence[memoryview], wrap: WrapBuffer) -> RecordDict | None:
+    if records is None:
+        return None
+    found = {key: _decode_record(kind, items, views, wrap) for key, (kind, items) in records.items()}
+    return make_record(RecordDict, found)
+
+
+class _Buffers:
+    """Buffers of a frame, each once."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self._places: dict[int, int] = {}
+
+    def add(self, buffer: Any) -> int:
+        """Return the place of a buffer."""
+        place = self._places.setdefault(id(buffer), len(self.found))
+        if place == len(self.found):
+            self.found.append(buffer)
+        return place
 
 
 def copy_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
@@ -106,12 +133,11 @@ def _aligned(length: int) -> int:
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
-def _encode_record(record: object, buffers: list[Any]) -> tuple[str, dict[str, Any]]:
+def _encode_record(record: object, buffers: _Buffers) -> tuple[str, dict[str, Any]]:
     if isinstance(record, ArrayRecord):
         items = {}
         for key, array in record.items():
-            items[key] = (array.dtype, array.shape, array.stype, len(buffers))
-            buffers.append(array.data)
+            items[key] = (array.dtype, array.shape, array.stype, buffers.add(array.data))
         return "arrays", items
     if isinstance(record, MetricRecord):
         return "metrics", dict(record)
@@ -130,11 +156,10 @@ def _decode_record(
     return make_record(ConfigRecord, {key: _decode_value(value, views) for key, value in items.items()})
 
 
-def _encode_value(value: Any, buffers: list[Any]) -> Any:
+def _encode_value(value: Any, buffers: _Buffers) -> Any:
     """Return a config value as JSON; bytes become a reference to a buffer."""
     if isinstance(value, bytes):
-        buffers.append(value)
-        return {"buffer": len(buffers) - 1}
+        return {"buffer": buffers.add(value)}
     return [_encode_value(item, buffers) for item in value] if isinstance(value, list) else value
 
 

@@ -9,13 +9,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlp.errors import FedLPError
+from fedlp.federation.client.cohort_app import CohortApp, attempt
+from fedlp.federation.wire.messages import TRAIN
 from fedlp.simulation import flower_compat
-from fedlp.simulation.transport import Area, decode_frame, encode_frame
+from fedlp.simulation.transport import Area, Item, decode_frame, encode_frame
 
 STOP = b"\xff"
 RAISED = 2  # Flower's code for a ClientApp that raised
@@ -53,41 +56,57 @@ def serve(
             return  # the parent is gone
         if frame == STOP:
             return
-        slot = frame[0]
-        down, up = slots[slot]
-        about, content = decode_frame(frame[1:], down, flower_compat.make_array)
-        node_id = about["node_id"]
-        context = Context(
-            run_id=flower_compat.RUN_ID,
-            node_id=node_id,
-            node_config={"partition-id": node_id - 1, "num-partitions": num_partitions},
-            state=RecordDict(),
-            run_config=run_config,
-        )
-        message = flower_compat.make_instruction(
-            content or RecordDict(), about["message_id"], node_id, about["type"], about["group_id"]
-        )
-        reply, error = _answer(app, message, context)
+        down, up = slots[frame[0]]
+        items = decode_frame(frame[1:], down, flower_compat.make_array)
+        received = [_receive(about, content, run_config, num_partitions) for about, content in items]
+        answers = _answer(app, received)
         try:
-            answer = encode_frame({"error": error}, reply, up)
-        except FedLPError as failure:  # a reply that is larger than its slot
-            answer = encode_frame({"error": [RAISED, str(failure)]}, None, up)
+            frame_up = encode_frame(answers, up)
+        except FedLPError as failure:  # replies that are larger than their slot
+            frame_up = encode_frame([({"error": [RAISED, str(failure)]}, None)] * len(answers), up)
         try:
-            connection.send_bytes(frame[:1] + answer)
+            connection.send_bytes(frame[:1] + frame_up)
         except OSError:
             return
 
 
-def _answer(app: ClientApp, message: Message, context: Context) -> tuple[RecordDict | None, list[object] | None]:
-    """Return the reply's records, or an error code and reason: an exception of a client must not end the run."""
-    try:
-        reply = app(message, context)
-        if reply.has_error():
-            return None, [reply.error.code, reply.error.reason]
-        return reply.content, None
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        return None, [RAISED, f"{type(error).__name__}: {text[0] if text else 'no message'}"]
+def _receive(
+    about: dict[str, Any],
+    content: RecordDict | None,
+    run_config: dict[str, bool | float | int | str],
+    num_partitions: int,
+) -> tuple[Message, Context]:
+    """Return a message as its node receives it."""
+    node_id = about["node_id"]
+    context = Context(
+        run_id=flower_compat.RUN_ID,
+        node_id=node_id,
+        node_config={"partition-id": node_id - 1, "num-partitions": num_partitions},
+        state=RecordDict(),
+        run_config=run_config,
+    )
+    records = content or RecordDict()
+    message = flower_compat.make_instruction(records, about["message_id"], node_id, about["type"], about["group_id"])
+    return message, context
+
+
+def _answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Item]:
+    """Return the reply to each message; training messages that came together are answered together."""
+    together = len(received) > 1 and isinstance(app, CohortApp)
+    if together and all(message.metadata.message_type == TRAIN for message, _ in received):
+        assert isinstance(app, CohortApp)
+        return [_encode(reply) for reply in app.train_cohort(received)]
+    return [_encode(attempt(lambda pair: app(*pair), pair)) for pair in received]
+
+
+def _encode(reply: Message | Exception) -> Item:
+    """Return a reply's records, or an error code and reason: an exception of a client must not end the run."""
+    if isinstance(reply, Exception):
+        text = str(reply).strip().splitlines()
+        return {"error": [RAISED, f"{type(reply).__name__}: {text[0] if text else 'no message'}"]}, None
+    if reply.has_error():
+        return {"error": [reply.error.code, reply.error.reason]}, None
+    return {"error": None}, reply.content
 
 
 def end_with_parent(lifeline: int) -> None:

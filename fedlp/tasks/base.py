@@ -61,6 +61,11 @@ class Task(ABC):
     metrics: tuple[str, ...] = ()
 
     # ---- a batch
+    @property
+    def averages_rows(self) -> bool:
+        """Whether the training loss of a batch is the mean of the losses of its examples, each by itself."""
+        return False
+
     def prepare(self, inputs: Tensor, info: DataInfo, device: torch.device) -> Inputs:
         """Return a batch as model input.
 
@@ -90,6 +95,10 @@ class Task(ABC):
         inputs, targets : (n, ...)
             As the data set holds them, before :meth:`prepare`; they may be on another device.
         """
+
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the training loss of each example, (n,), of a task that averages rows."""
+        raise NotImplementedError
 
     def criterion(self, examples: Examples) -> LossFn:
         """Return the training loss for one client's examples; class weights may depend on all of them."""

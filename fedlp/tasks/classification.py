@@ -46,11 +46,21 @@ class Classification(Task):
             raise ConfigError(f"task.class_weights={weights} must be null, balanced or one finite weight per class")
         object.__setattr__(self, "class_weights", tuple(weights))
 
+    @property
+    def averages_rows(self) -> bool:
+        """Whether classes have equal weights."""
+        return self.class_weights is None
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy with label smoothing and class weights."""
         weights = self.class_weights
         given = None if weights is None or isinstance(weights, str) else torch.tensor(weights).to(outputs)
         return self._cross_entropy(outputs, targets, given)
+
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each example, smoothed as the options say."""
+        labels = targets.to(outputs.device)
+        return F.cross_entropy(outputs, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def criterion(self, examples: Examples) -> LossFn:
         """Return the loss with weights inverse to the counts of the client's classes where they are ``balanced``."""

@@ -38,11 +38,23 @@ class MultiLabel(Task):
                 raise ConfigError(f"task.positive_weights={self.positive_weights} must be finite numbers above 0")
             object.__setattr__(self, "positive_weights", tuple(self.positive_weights))
 
+    @property
+    def averages_rows(self) -> bool:
+        """Always."""
+        return True
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over examples and labels."""
         weights = self.positive_weights
         given = None if weights is None else torch.tensor(weights).to(outputs)
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), pos_weight=given)
+
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the binary cross-entropy of each example, averaged over its labels."""
+        weights = self.positive_weights
+        given = None if weights is None else torch.tensor(weights).to(outputs)
+        wanted = targets.to(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, wanted, pos_weight=given, reduction="none").mean(dim=1)
 
     def loss_sum(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the binary cross-entropy of each example, averaged over labels and summed over examples."""

@@ -36,10 +36,22 @@ class Regression(Task):
         if self.huber is not None and not 0 < self.huber < float("inf"):
             raise ConfigError(f"task.huber={self.huber} is not allowed: it must be null or a finite number above 0")
 
+    @property
+    def averages_rows(self) -> bool:
+        """Always."""
+        return True
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error, or Huber's loss."""
         wanted = _like(targets, outputs)
         return F.mse_loss(outputs, wanted) if self.huber is None else F.huber_loss(outputs, wanted, delta=self.huber)
+
+    def row_losses(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the squared error of each example, or Huber's loss, averaged over its values."""
+        wanted = _like(targets, outputs)
+        if self.huber is None:
+            return F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)
+        return F.huber_loss(outputs, wanted, reduction="none", delta=self.huber).flatten(1).mean(dim=1)
 
     def loss_sum(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the squared error of each example, averaged over its values and summed over examples."""

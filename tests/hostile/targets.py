@@ -13,6 +13,11 @@ from torch import Tensor
 from fedlp.config import compose
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.oneshot.messages import Part
+from fedlp.federation.secagg import messages as phases
+from fedlp.federation.secagg.group_sum import GroupSum
+from fedlp.federation.secagg.keys import DIGEST_BYTES, SEALED_BYTES, public_key
+from fedlp.federation.secagg.settings import SecAggSettings
+from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
@@ -174,8 +179,43 @@ def evaluation() -> Target:
     return Target("evaluation sums", honest, decode, named="evaluation sums")
 
 
+def secure_aggregation() -> Iterator[Target]:
+    """Yield the messages of secure aggregation; what is accepted may be any bytes, but of the right number."""
+    keys = phases.PublicKeys(public_key(bytes(range(32))), public_key(bytes(range(1, 33))))
+
+    def decode_keys(content: RecordDict) -> None:
+        GroupSum(SecAggSettings(), 3).add_keys(4, phases.decode_keys(content, 3, 4))
+
+    yield Target("keys", phases.encode_keys(3, 4, keys), decode_keys)
+    digests = (bytes(DIGEST_BYTES),) * 5
+    dealing = phases.Dealing((bytes(SEALED_BYTES),) * 4, digests, digests, digests[0])
+
+    def decode_dealing(content: RecordDict) -> None:
+        found = phases.decode_dealing(content, 3, 4, 5)
+        assert [len(x) for x in found.sealed] == [SEALED_BYTES] * 4
+        assert [len(x) for x in (*found.seed_digests, *found.key_digests)] == [DIGEST_BYTES] * 10
+
+    yield Target("shares", phases.encode_dealing(3, 4, dealing), decode_dealing)
+    for bits, kind in ((32, np.uint32), (64, np.uint64)):
+
+        def decode_masked(content: RecordDict, bits: int = bits, kind: type[np.generic] = kind) -> None:
+            values, sums = phases.decode_masked(content, 3, 4, bits, 300, 6)
+            assert (values.dtype, values.shape, sums.dtype, sums.shape) == (kind, (300,), np.uint64, (6,))
+
+        vectors = np.arange(300, dtype=kind), np.arange(6, dtype=np.uint64)
+        yield Target(f"masked update of {bits} bits", phases.encode_masked(3, 4, *vectors), decode_masked)
+    shares = bytes(SHARE_BYTES)
+
+    def decode_opening(content: RecordDict) -> None:
+        seeds, others = phases.decode_opening(content, 3, 4, 4, 1)
+        assert [len(share) for share in (*seeds, *others)] == [SHARE_BYTES] * 5
+
+    yield Target("shares that open a sum", phases.encode_opening(3, 4, [shares] * 4, [shares]), decode_opening)
+
+
 def all_targets() -> Iterator[Target]:
     """Yield every kind of message that a client sends."""
+    yield from secure_aggregation()
     updates = Updates()
     yield updates.target("update", widths=False)
     yield updates.target("update of chosen units, 8 bits, coded", widths=True, encoding=Int8(), coded=True)

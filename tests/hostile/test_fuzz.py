@@ -13,6 +13,7 @@ from fedlp.errors import ProtocolError
 from fedlp.federation.server.exchange import reason_of
 from fedlp.federation.wire import messages
 from fedlp.simulation.flower_compat import become_server
+from tests.hostile.conftest import Figures
 from tests.hostile.mutations import TEXTS, mutate
 from tests.hostile.targets import Target, all_targets
 
@@ -27,8 +28,8 @@ def test_an_honest_reply_is_accepted(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_any_mutation_is_refused_by_name_or_harmless(target: Target, num_cases: int) -> None:
-    refused = 0
+def test_any_mutation_is_refused_by_name_or_harmless(target: Target, num_cases: int, figures: Figures) -> None:
+    refused, seconds = 0, [0.0]
     cases = -(-num_cases // len(TARGETS))
     for seed in range(cases):
         content = mutate(np.random.default_rng((seed, 7)), target.honest)
@@ -46,11 +47,19 @@ def test_any_mutation_is_refused_by_name_or_harmless(target: Target, num_cases: 
             raise AssertionError(f"case {seed} of {target.name}: {type(error).__name__}: {error}") from error
         taken = time.process_time() - started
         assert taken < MOST_SECONDS, f"case {seed} took {taken:.1f} s"
+        seconds.append(taken)
     assert refused > cases // 4, "the fuzzer hardly finds what is refused"
     target.decode(target.honest)
+    figures[target.name] = {
+        "cases": cases,
+        "refused": refused,
+        "cpu_s": round(sum(seconds), 2),
+        "slowest_s": round(max(seconds), 4),
+    }
 
 
-def test_any_reason_of_an_error_is_one_short_line(num_cases: int) -> None:
+def test_any_reason_of_an_error_is_one_short_line(num_cases: int, figures: Figures) -> None:
+    started = time.process_time()
     become_server()
     to = Message(RecordDict(), 1, "train")
     for seed in range(num_cases // 10):
@@ -61,6 +70,7 @@ def test_any_reason_of_an_error_is_one_short_line(num_cases: int) -> None:
         assert text
         assert text.isprintable()
         assert len(text) <= 203
+    figures["error reply"] = {"cases": num_cases // 10, "cpu_s": round(time.process_time() - started, 2)}
 
 
 def resident() -> int:
@@ -68,7 +78,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
-def test_what_is_refused_leaves_no_memory_behind(num_cases: int) -> None:
+def test_what_is_refused_leaves_no_memory_behind(num_cases: int, figures: Figures) -> None:
     target = TARGETS[1]
     cases = num_cases // 10
 
@@ -82,4 +92,6 @@ def test_what_is_refused_leaves_no_memory_behind(num_cases: int) -> None:
     spend(0)
     before = resident()
     spend(cases)
-    assert resident() - before < 64e6
+    grown = resident() - before
+    assert grown < 64e6
+    figures["memory after refusals"] = {"cases": cases, "grown_mb": round(grown / 1e6, 1)}

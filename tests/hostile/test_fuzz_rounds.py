@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedlp.config import compose, to_yaml
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.wire import messages
 from fedlp.types import RoundRecord
+from tests.hostile.conftest import Figures
 from tests.hostile.instant_clients import InstantClient, InstantGrid
 from tests.hostile.mutations import TEXTS, mutate, pick
 from tests.hostile.test_soak import resident
@@ -60,8 +62,9 @@ class Mutant(InstantClient):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_client_of_mutated_replies_harms_nobody(
-    case: str, num_cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, num_cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
 ) -> None:
+    started = time.process_time()
     num_rounds = max(20, num_cases // 100)
     monkeypatch.setattr(logging.getLogger("fedlp"), "disabled", True)  # pytest keeps whatever is logged
     config = compose((*PLAIN, *CASES[case], f"num_rounds={num_rounds}"))
@@ -84,6 +87,12 @@ def test_a_client_of_mutated_replies_harms_nobody(
     assembly.serve_run(InstantGrid(config.num_clients, Mutant(cfg)), cfg, tmp_path, [judge])
     assert refused > num_rounds // 3
     assert resident() - before[0] < 128e6, f"{(resident() - before[0]) / 1e6:.0f} MB more after {num_rounds} rounds"
+    figures[f"rounds: {case}"] = {
+        "cases": num_rounds,
+        "refused": refused,
+        "cpu_s": round(time.process_time() - started, 1),
+        "grown_mb": round((resident() - before[0]) / 1e6, 1),
+    }
     totals: dict[str, Any] = read(tmp_path).manifest["totals"]
     assert all(isinstance(value, int | float) for value in totals.values())
 

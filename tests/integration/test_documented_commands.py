@@ -36,6 +36,7 @@ ELSEWHERE = {
     "docs/data.md": "tests/integration/test_tasks.py",
     "docs/deployment.md": "tests/deploy/test_recipe.py",
     "docs/docker.md": "tests/deploy/test_docker_commands.py",
+    "docs/index.md": "tests/integration/test_documents.py",
 }
 """Pages whose blocks a test of their own runs; commands within their text are run here."""
 
@@ -68,7 +69,11 @@ def lines_of(page: Path) -> Iterator[str]:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = sorted({line.partition("  #")[0].strip() for page in PAGES for line in lines_of(page)})
+FRAGMENTS = ("fedlp describe", "fedlp-prune federated=true", "fedlp-prune federated=true unit_selection=client")
+"""Commands of which the text gives a part."""
+
+LINES = {line.partition("  #")[0].strip() for page in PAGES for line in lines_of(page)}
+COMMANDS = sorted(line for line in LINES if line not in FRAGMENTS and not re.search(r"(?<!RUN_DIR) \.\.\.", line))
 EXAMPLES = sorted({line for text in HELP.values() for line, _ in text.examples} - {*COMMANDS})
 
 
@@ -96,7 +101,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: Callable[..
     (tmp_path / "my_tasks.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
     write_images(tmp_path / "SAMPLE", ("cat", "dog"), 2, (8, 8))
     pack_runs(tmp_path / "RUN_DIR", tmp_path / "packed.runs.jsonl.xz")
-    return {"RUN_DIR": "RUN_DIR", "GROUP": "strategy", "METRIC": "accuracy", "FILE": "packed.runs.jsonl.xz"}
+    return {
+        "RUN_DIR": "RUN_DIR",
+        "GROUP": "strategy",
+        "METRIC": "accuracy",
+        "FILE": "packed.runs.jsonl.xz",
+    } | dict.fromkeys(("runs/first", "runs/fedavg"), "RUN_DIR")
 
 
 def _random_images(reader: Any, seed: int) -> FederatedData:
@@ -146,7 +156,7 @@ def stated(line: str, names: dict[str, str], folder: Path) -> list[str]:
             value = "bytes" if option == "dataset.tokenizer" else _write_language_model(folder)
         elif value == "FILE" and option:
             value = _write_resnet(folder) if option == "model.path" else "words.txt"
-        elif value in names:
+        elif option in ("run", "resume"):
             value = names[value]
         words += [] if word == "..." else [f"{option}={value}" if "=" in word else names.get(word, word)]
     return words
@@ -167,7 +177,9 @@ def test_a_command_of_the_pages_runs(line: str, workplace: dict[str, str], call:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
         words.append("hydra.sweeper.n_trials=2")
     given = {word.partition("=")[0] for word in words}
-    is_whole = {"options", "describe"} & {*words} or "resume" in given
+    if "federated=true" in words:
+        words += ["num_clients=2", "clients_per_round=2", "calibration.batch_size=4"]
+    is_whole = {"options", "describe", "new"} & {*words} or "resume" in given
     small = [] if is_whole else [word for word in SMALL.get(name, ()) if word.partition("=")[0] not in given]
     if name == "fedlp" and "simulation=ray" in words:
         done = execute(name, *words, *small, cwd=tmp_path)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
+from flwr.superlink.grid import InMemoryGrid
 
 from fedlp.apps import runs as assembly
 from fedlp.errors import ConfigError
-from fedlp.simulation.flower_apps import read_settings
+from fedlp.simulation.flower_apps import check_size, read_settings
 from fedlp.simulation.local import LocalGrid
 from tests.integration.running import TINY, Finished, read
 from tests.integration.test_resume import assert_same
@@ -70,3 +71,12 @@ def test_what_the_command_line_refuses_is_refused(settings: dict[str, str], word
         pytest.raises(ConfigError, match=words),
     ):
         assembly.server_app(grid, context(**filled))
+
+
+def test_a_simulation_of_another_size_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = InMemoryGrid.__new__(InMemoryGrid)
+    monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda self: [7, 8])
+    words = "simulates 2 SuperNodes, but the run has num_clients=20; add --federation-config num-supernodes=20"
+    with pytest.raises(ConfigError, match=words):
+        check_size(grid, 20, patience_s=0.0)
+    check_size(grid, 2, patience_s=0.0)

@@ -7,16 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedlp.simulation.flower_process import SUPERLINK, call_flwr, find_flwr, write_run_config
+from fedlp.simulation.flower_run import private_superlink
 from tests.integration.running import command
 
 PARTS = Path(__file__).parent / "own" / "parts.py"
 M = "other_package.parts"
-SMALL = ("num_rounds=2", "num_clients=4", "clients_per_round=3", "simulation.workers=1", "local.batch_size=16")
+SMALL = ("num_rounds=3", "num_clients=4", "clients_per_round=3", "simulation.workers=1", "local.batch_size=16")
 SETTINGS = (
     f"model={M}:ResCNN",
     "model.width=6",
@@ -28,6 +31,9 @@ SETTINGS = (
     f"local.schedule={M}:halving",
     f"server_optimizer={M}:HalfStep",
     f"aggregator={M}:Midrange",
+    f"tracker={M}:Lines",
+    "tracker.file=mine.txt",
+    f"callbacks=[{{name: {M}:StopAfter, rounds: 2}}]",
 )
 OWN_STRATEGY = (f"strategy={M}:FirstUnits", "strategy.share=0.6", f"upload={M}:Signs", "upload.values=deltas")
 OWN_PLAN = (
@@ -62,6 +68,10 @@ def call(tool: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
     return done
 
 
+def bytes_of(run: Path) -> bytes:
+    return (run / "model.safetensors").read_bytes()
+
+
 def install(folder: Path) -> dict[str, str]:
     """Return an environment in which the package is installed, with entry points for some of its parts."""
     site = folder / "site"
@@ -82,6 +92,10 @@ def test_a_strategy_and_an_encoding_with_everything_around_them(elsewhere: Path)
     assert metrics["accuracy"] + metrics["error_rate"] == pytest.approx(1.0)
     assert manifest["totals"]["failures"] == 0
     assert rounds[-1]["coverage"]["wide"] < 1.0
+    assert len(rounds) == 2  # the callback ended it
+    lines = (elsewhere / "run" / "mine.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "end"]
+    assert float(lines[1].split()[1]) == metrics["error_rate"]
 
 
 def test_an_allocator_and_a_score_in_a_round(elsewhere: Path) -> None:
@@ -96,7 +110,8 @@ def test_a_sweep_over_an_option_of_ones_own(elsewhere: Path) -> None:
         "fedlp",
         "-m",
         *SETTINGS,
-        *OWN_STRATEGY[:1],
+        OWN_STRATEGY[0],
+        *OWN_STRATEGY[2:],
         *SMALL,
         "strategy.share=0.5,0.9",
         "hydra.sweep.dir=sweep",
@@ -128,11 +143,50 @@ def test_names_of_an_installed_package(elsewhere: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_same_bytes_on_flowers_runtime(elsewhere: Path) -> None:
-    call("fedlp", *SETTINGS, *OWN_STRATEGY, *SMALL, "hydra.run.dir=local", cwd=elsewhere)
-    call("fedlp", *SETTINGS, *OWN_STRATEGY, *SMALL, "simulation=ray", "hydra.run.dir=ray", cwd=elsewhere)
-    ray, local = ((elsewhere / run / "model.safetensors").read_bytes() for run in ("ray", "local"))
-    assert ray == local
+@pytest.mark.parametrize("method", [OWN_STRATEGY, OWN_PLAN], ids=["strategy", "plan"])
+def test_the_same_bytes_on_flowers_runtime(elsewhere: Path, method: tuple[str, ...]) -> None:
+    call("fedlp", *SETTINGS, *method, *SMALL, "hydra.run.dir=local", cwd=elsewhere)
+    call("fedlp", *SETTINGS, *method, *SMALL, "simulation=ray", "hydra.run.dir=ray", cwd=elsewhere)
+    assert bytes_of(elsewhere / "ray") == bytes_of(elsewhere / "local")
+    assert (elsewhere / "ray" / "mine.txt").read_text() == (elsewhere / "local" / "mine.txt").read_text()
+
+
+PROJECT = """
+[project]
+name = "strange"
+version = "1.0.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "stranger"
+
+[tool.flwr.app.components]
+serverapp = "other_package.apps:server_app"
+clientapp = "other_package.apps:client_app"
+
+[tool.flwr.app.config]
+overrides = ""
+out = ""
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_flwr_run_of_an_app_of_ones_own(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (elsewhere / "pyproject.toml").write_text(PROJECT)
+    (elsewhere / "other_package" / "apps.py").write_text("from fedlp.apps.runs import client_app, server_app\n")
+    out, scratch, program = tmp_path_factory.mktemp("out") / "run", Path(tempfile.mkdtemp(prefix="f")), find_flwr()
+    assert program is not None
+    overrides = (*SETTINGS[:-1], *OWN_STRATEGY, *SMALL)
+    settings = write_run_config(scratch / "run.toml", {"overrides": " ".join(overrides), "out": str(out)})
+    with private_superlink(scratch, program) as env:
+        line = [program, "run", str(elsewhere), SUPERLINK, "--stream", "--run-config", str(settings)]
+        said = call_flwr([*line, "--federation-config", "num-supernodes=4 client-resources-num-cpus=1"], env)
+    shutil.rmtree(scratch, ignore_errors=True)
+    assert (out / "manifest.json").is_file(), said
+    call("fedlp", *overrides, "hydra.run.dir=local", cwd=elsewhere)
+    assert bytes_of(out) == bytes_of(elsewhere / "local")
+    assert (out / "mine.txt").read_text() == (elsewhere / "local" / "mine.txt").read_text()
 
 
 def test_a_dataclass_of_ones_own_in_python(elsewhere: Path) -> None:

@@ -48,6 +48,15 @@ def test_a_run_gives_the_bytes_of_the_local_engine(once: Once, tmp_path: Path) -
     assert heads[0] == heads[1] != []
 
 
+def test_secure_aggregation_gives_the_bytes_of_the_local_engine(once: Once, tmp_path: Path) -> None:
+    case = (*TINY, "strategy=fedavg", "privacy=secagg", "fleet.dropout=0.2")
+    done = execute("fedlp", *case, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    ray, local = read(tmp_path / "run"), once(*case)
+    assert ray.model == local.model
+    assert ray.untimed == local.untimed
+
+
 def test_a_run_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     absent = ("dataset=cifar10", "dataset.root=/nonexistent", "dataset.download=false", "model=fedlp_cnn")
     done = execute("fedlp", *absent, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)

@@ -26,6 +26,19 @@ def line(server_round: int, **metrics: float | None) -> dict[str, Any]:
     return {"server_round": server_round, "bytes_up": 10**6, "metrics": metrics, "failures": []}
 
 
+def test_a_notebook_shows_one_bar() -> None:
+    stream = io.StringIO()
+    shown = Progress(4, "FedAvg", stream=stream, bar=True)
+    for server_round in (1, 2):
+        shown.show(line(server_round, accuracy=0.5))
+    shown.close()
+    first, second = stream.getvalue().removesuffix("\n").split("\r")[1:]
+    assert first.startswith("FedAvg: [#####...............]  round 1/4  accuracy 0.5  up 1.00 MB")
+    assert second.startswith("FedAvg: [##########..........]  round 2/4")
+    assert len(second) >= len(first.rstrip())  # nothing of the longer line is left over
+    assert stream.getvalue().count("\n") == 1
+
+
 @pytest.mark.parametrize("width", [200, 80, 60, 40, 20, 10])
 def test_a_line_of_any_width(width: int) -> None:
     for label in ("FedAvg", "a label of one's own that says all there is to say about a run"):

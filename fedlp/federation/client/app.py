@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.data.device_data import OwnPlace
 from fedlp.errors import DataError, FedLPError
 from fedlp.federation.budgets import read_budget
+from fedlp.federation.client.cohort_app import CohortApp, Received, attempt
+from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
 from fedlp.federation.client.settings import ClientSettings
@@ -32,6 +34,8 @@ from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.privacy import protect_update
+from fedlp.federation.secagg import messages as secagg_messages
+from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
@@ -41,10 +45,11 @@ from fedlp.models.unallocated import allocate
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
+from fedlp.simulation.flower_compat import make_reply
 from fedlp.tasks import Sums
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
-from fedlp.training.loop import train_locally
+from fedlp.training.loop import TrainResult, train_locally
 from fedlp.training.schedules import Moment
 from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
 
@@ -85,6 +90,7 @@ class ClientRuntime:
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+        self._trainer = CohortTrainer(settings, info)
 
     @cached_property
     def pooling(self) -> PoolingClient:
@@ -99,24 +105,71 @@ class ClientRuntime:
 
     def train(self, instruction: TrainInstruction) -> ClientUpdate:
         """Train the assigned sub-model and return the requested tensors."""
-        seed, client_id, server_round = self.settings.seed, instruction.client_id, instruction.server_round
+        prepared = self._prepare(instruction)
+        return self._finish(prepared, *self._train_alone(prepared))
+
+    def train_cohort(self, instructions: Sequence[TrainInstruction]) -> Iterator[ClientUpdate | Exception]:
+        """Yield the update of each client, or why there is none; clients of one shape train together where they can.
+
+        An update is that of :meth:`train` up to rounding, and does not depend on who else is in the cohort. Its tensors
+        hold until the next one is asked for.
+        """
+        prepared = [attempt(self._prepare, instruction) for instruction in instructions]
+        together = self._trainer.train([one for one in prepared if isinstance(one, Prepared)])
+
+        def update(one: Prepared) -> ClientUpdate:
+            found: tuple[TrainResult, Mapping[str, Tensor]] | None = together.get(one.instruction.client_id)
+            return self._finish(one, *(found or self._train_alone(one)))
+
+        for one in prepared:
+            yield attempt(update, one) if isinstance(one, Prepared) else one
+
+    def _prepare(self, instruction: TrainInstruction) -> Prepared:
+        """Return all that a client's training needs."""
         instruction = self._with_frozen(instruction)
-        model, state = self._load_submodel(instruction)
-        examples = self.shards.of(client_id)
-        rng = generator(seed, Stream.LOCAL_TRAINING, server_round, client_id)
-        nested = self._nested(instruction.submodel, model)
-        with masked_gradients(model, self._uploads.gradient_masks(instruction, model)):
-            moment = Moment(server_round, self.settings.num_rounds)
+        model, state = self._shaped(instruction.submodel)
+        personal = self._load_personal(instruction.submodel, instruction.client_id, instruction.server_round)
+        return Prepared(
+            instruction=instruction,
+            model=model,
+            state=state,
+            values={**instruction.params, **personal} if personal else instruction.params,
+            examples=self.shards.of(instruction.client_id),
+            nested=self._nested(instruction.submodel, model),
+            frozen=frozenset(self._frozen(instruction)),
+            masks=self._uploads.gradient_masks(instruction, model),
+        )
+
+    def _train_alone(self, prepared: Prepared) -> tuple[TrainResult, Mapping[str, Tensor]]:
+        """Train one client's sub-model in place."""
+        load_tensors(prepared.state, prepared.values)
+        model, instruction = prepared.model, prepared.instruction
+        with masked_gradients(model, prepared.masks):
             result = train_locally(
-                model, examples, self.info, self.settings.local, rng, nested, self._frozen(instruction), moment
+                model,
+                prepared.examples,
+                self.info,
+                self.settings.local,
+                prepared.rng(self.settings.seed),
+                prepared.nested,
+                prepared.frozen,
+                Moment(instruction.server_round, self.settings.num_rounds),
             )
-        self._save_personal(instruction, state)
+        return result, prepared.state
+
+    def _finish(self, prepared: Prepared, result: TrainResult, trained: Mapping[str, Tensor]) -> ClientUpdate:
+        """Return the update of a trained client, and keep what it needs in later rounds."""
+        instruction, examples = prepared.instruction, prepared.examples
+        client_id, server_round = instruction.client_id, instruction.server_round
+        self._save_personal(instruction, trained)
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
         if self._uploads.is_plain(instruction):
-            sent = {name: tensor for name, tensor in state.items() if name in instruction.uploads}
+            sent = {name: tensor for name, tensor in trained.items() if name in instruction.uploads}
             return ClientUpdate(server_round, client_id, len(examples), metrics, params=sent)
+        if trained is not prepared.state:
+            load_tensors(prepared.state, trained)
         residual = self._load_residual(instruction)
-        upload = self._uploads.make(instruction, model, examples, residual)
+        upload = self._uploads.make(instruction, prepared.model, examples, residual)
         if upload.residual and self.store is not None:
             self.store.save(client_id, server_round, upload.residual)
         if upload.macs:
@@ -174,7 +227,7 @@ class ClientRuntime:
         """Return a model of the sub-model's shapes and its live tensors; shapes depend on numbers of units alone."""
         if depth is not None:
             model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
-        elif counts and self.submodels.spec.reads_tokens:
+        elif counts and self.submodels.is_language:
             model = self.submodels.shapes()  # a device may not have the memory for the whole model
         else:
             model = self.submodels.skeleton()
@@ -183,15 +236,6 @@ class ClientRuntime:
             model = allocate(cut_model(model, self.submodels.widths, widths))
         model = model.to(self.device)
         return model, state_tensors(model)
-
-    def _load_submodel(self, instruction: TrainInstruction) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return the sub-model with the instruction's values, and its live tensors."""
-        submodel = instruction.submodel
-        model, state = self._shaped(submodel)
-        load_tensors(state, instruction.params)
-        personal = self._load_personal(submodel, instruction.client_id, instruction.server_round)
-        load_tensors(state, personal)
-        return model, state
 
     def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
         """Return the instruction completed by stored frozen tensors; received ones are stored.
@@ -263,10 +307,10 @@ class MakeRuntime(Protocol):
     def __call__(self, cfg: str, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime: ...  # noqa: D102
 
 
-def make_client_app(
-    make_runtime: MakeRuntime,
-    read_settings: Callable[[Message, Context], tuple[str, Path]],
-) -> ClientApp:
+ReadSettings = Callable[[Message, Context], tuple[str, Path]]
+
+
+def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> ClientApp:
     """Return the Flower app around a runtime.
 
     Parameters
@@ -276,79 +320,167 @@ def make_client_app(
     read_settings : callable
         Returns the config (YAML) and the run directory of a message or the node's run config.
     """
-    app = ClientApp()
+    app, answers = CohortApp(), _Answers(make_runtime, read_settings)
+    app.query("capabilities")(answers.capabilities)
+    for kind in pooling_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answers.pooling)
+    app.query(pooling_messages.MODEL.removeprefix("query."))(answers.take_model)
+    for kind in secagg_messages.KINDS:
+        app.query(kind.removeprefix("query."))(answers.secure)
+    app.query("statistics")(answers.statistics)
+    app.train()(answers.train)
+    app.cohort(answers.train_cohort)
+    app.evaluate("client")(answers.evaluate_own)
+    app.evaluate("central")(answers.evaluate)
+    return app
 
-    def load_settings(message: Message, context: Context) -> tuple[str, Path]:
-        cfg, out = read_settings(message, context)
-        return cfg, Path(str(context.node_config.get("state-dir", out / "clients")))
 
-    def load_runtime(message: Message, context: Context) -> ClientRuntime:
-        cfg, state_dir = load_settings(message, context)
-        place = context.node_config.get("data")
-        own = None if place is None else OwnPlace(client_id_of(context), str(place))
-        return make_runtime(cfg, str(state_dir), own) if own else make_runtime(cfg, str(state_dir))
+class _Answers:
+    """The answers of a client to the server's messages."""
 
-    @app.query("capabilities")
-    def query(message: Message, context: Context) -> Message:
+    def __init__(self, make_runtime: MakeRuntime, read_settings: ReadSettings) -> None:
+        self._make_runtime, self._read_settings = make_runtime, read_settings
+
+    def capabilities(self, message: Message, context: Context) -> Message:
+        """Return what the client says of itself; an error reply where it cannot take part."""
         client_id = client_id_of(context)
         try:
             path = context.node_config.get("budget")
             budget = None if path is None else read_budget(Path(str(path)))
-            profile = load_runtime(message, context).profile(client_id, budget)
+            profile = self._runtime(message, context).profile(client_id, budget)
         except FedLPError as error:  # one line in the device's log, and the client's name in the server's
             log.error("client %d cannot take part: %s", client_id, error)
             return Message(Error(RAISED, f"client {client_id}: {error}"), reply_to=message)
         return Message(messages.encode_profile(profile), reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
-        instruction = messages.decode_instruction(message.content, runtime.submodels)
-        if instruction.client_id != client_id_of(context):
-            raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
-        update = runtime.train(instruction)
-        reply = Message(
-            messages.encode_update(update, runtime.submodels, runtime.settings.entropy_coding), reply_to=message
-        )
-        return protect_update(runtime.settings.privacy, runtime.settings.seed, instruction, message, reply, context)
+    def train(self, message: Message, context: Context) -> Message:
+        """Return the update that an instruction asks for."""
+        runtime = self._runtime(message, context)
+        instruction = read_instruction(runtime, message, context)
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
+        return _respond(runtime, message, context, runtime.train(instruction))
 
-    def answer(message: Message, context: Context) -> Message:
-        runtime, client_id = load_runtime(message, context), client_id_of(context)
-        folder = load_settings(message, context)[1] / str(client_id)
+    def train_cohort(self, received: Received) -> list[Message | Exception]:
+        """Return the update that each of several instructions asks for, or why there is none."""
+        runtime = self._runtime(*received[0])
+        if runtime.settings.secagg is not None:
+            raise DataError("updates of secure aggregation are masked one by one")
+        known: messages.Known = {}
+        read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
+        updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
+        replies: list[Message | Exception] = []
+        for pair, one in zip(received, read, strict=True):
+            update = one if isinstance(one, Exception) else next(updates)
+            send = partial(_respond, runtime, *pair)
+            replies.append(update if isinstance(update, Exception) else attempt(send, update))
+        return replies
+
+    def pooling(self, message: Message, context: Context) -> Message:
+        """Return the answer to a question of one-shot pruning."""
+        runtime, client_id = self._runtime(message, context), client_id_of(context)
+        folder = self._state_dir(message, context) / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
-    @app.query(pooling_messages.MODEL.removeprefix("query."))
-    def take_model(message: Message, context: Context) -> Message:
-        runtime, client_id = load_runtime(message, context), client_id_of(context)
-        folder = load_settings(message, context)[1] / str(client_id)
+    def take_model(self, message: Message, context: Context) -> Message:
+        """Keep the model that questions of one-shot pruning are about; return the answer that says so."""
+        runtime, client_id = self._runtime(message, context), client_id_of(context)
+        folder = self._state_dir(message, context) / str(client_id)
         return Message(runtime.pooling.take_model(message.content, folder), reply_to=message)
 
-    for kind in pooling_messages.KINDS:
-        app.query(kind.removeprefix("query."))(answer)
+    def secure(self, message: Message, context: Context) -> Message:
+        """Return the answer to a message of secure aggregation beside training."""
+        content = self._secure_client(message, context).answer(
+            message.metadata.message_type, message.content, client_id_of(context)
+        )
+        return Message(content, reply_to=message)
 
-    @app.query("statistics")
-    def statistics(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def _secure_client(self, message: Message, context: Context) -> SecAggClient:
+        runtime = self._runtime(message, context)
+        settings = runtime.settings
+        if settings.secagg is None:
+            raise DataError("this run has no secure aggregation")
+        folder = self._state_dir(message, context) / str(client_id_of(context))
+        return SecAggClient(settings.secagg, runtime.submodels, folder, settings.sends_deltas)
+
+    def statistics(self, message: Message, context: Context) -> Message:
+        """Return the batch norm statistics of a sub-model on the client's examples."""
+        runtime = self._runtime(message, context)
         submodel, params = messages.decode_submodel(message.content, runtime.submodels)
         found = runtime.statistics(submodel, params, client_id_of(context))
         return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
-    @app.evaluate("client")
-    def evaluate_own(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def evaluate_own(self, message: Message, context: Context) -> Message:
+        """Return the evaluation sums on the client's own test examples."""
+        runtime = self._runtime(message, context)
         request = messages.decode_evaluation_request(message.content, runtime.submodels)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            return Message(evaluate_masked(runtime, client, message.content, request), reply_to=message)
         return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
-    @app.evaluate("central")
-    def evaluate(message: Message, context: Context) -> Message:
-        runtime = load_runtime(message, context)
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Return the evaluation sums on a range of the test examples."""
+        runtime = self._runtime(message, context)
         submodel, params, start, stop = messages.decode_range(message.content, runtime.submodels)
         return Message(messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message)
 
-    return app
+    def _runtime(self, message: Message, context: Context) -> ClientRuntime:
+        cfg, _ = self._read_settings(message, context)
+        state_dir, place = str(self._state_dir(message, context)), context.node_config.get("data")
+        if place is None:
+            return self._make_runtime(cfg, state_dir)
+        return self._make_runtime(cfg, state_dir, OwnPlace(client_id_of(context), str(place)))
+
+    def _state_dir(self, message: Message, context: Context) -> Path:
+        """Return the folder of the clients' files."""
+        _, out = self._read_settings(message, context)
+        return Path(str(context.node_config.get("state-dir", out / "clients")))
+
+
+def train_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, instruction: TrainInstruction
+) -> RecordDict:
+    """Return a masked update; the client's secrets are forgotten where there is none."""
+    secrets, most_examples = client.begin_masking(content, instruction.client_id)
+    try:
+        return client.mask(secrets, most_examples, instruction, runtime.train(instruction))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def evaluate_masked(
+    runtime: ClientRuntime, client: SecAggClient, content: RecordDict, request: EvaluationRequest
+) -> RecordDict:
+    """Return masked evaluation sums; the client's secrets are forgotten where there are none."""
+    secrets, _ = client.begin_masking(content, request.client_id)
+    try:
+        return client.mask_sums(secrets, request.client_id, *runtime.evaluate_own(request))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def _respond(runtime: ClientRuntime, message: Message, context: Context, update: ClientUpdate) -> Message:
+    """Return the reply that holds an update."""
+    settings = runtime.settings
+    reply = make_reply(messages.encode_update(update, runtime.submodels, settings.entropy_coding), message)
+    return protect_update(settings.privacy, settings.seed, update, message, reply, context)
+
+
+def read_instruction(
+    runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
+) -> TrainInstruction:
+    """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
+    instruction = messages.decode_instruction(message.content, runtime.submodels, known)
+    if instruction.client_id != client_id_of(context):
+        raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
+    return instruction
 
 
 def client_id_of(context: Context) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedlp.config import CalibrationConfig, LocalConfig, PrivacyConfig
 from fedlp.federation.oneshot.settings import OneShotSettings
+from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.strategies.policy import ClientOptions
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -43,8 +44,12 @@ class ClientSettings:
         Calibration examples of scores.
     privacy : PrivacyConfig
         Noise on uploads.
+    secagg : SecAggSettings or None
+        Settings of secure aggregation, where updates are masked.
     oneshot : OneShotSettings or None
         Settings of federated one-shot pruning, if the run is one.
+    batched : bool or "auto"
+        Whether clients of one message train together; "auto" for models for which it was measured to be faster.
     """
 
     local: LocalConfig
@@ -61,4 +66,6 @@ class ClientSettings:
     method: Method = field(default_factory=Method)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secagg: SecAggSettings | None = None
     oneshot: OneShotSettings | None = None
+    batched: bool | str = False

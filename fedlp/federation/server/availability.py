@@ -43,6 +43,8 @@ class Availability:
 
     def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
         """Return the available ones of some clients in a round, in their order."""
+        if self.stretches is None and self.probability >= 1:
+            return list(client_ids)
         return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
 
     def _is_there(self, server_round: int, client_id: int) -> bool:
@@ -96,7 +98,7 @@ def read_trace(path: Path, round_s: float | None = None) -> Stretches:
             raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
         client_id, first, last = _read_row(row, f"{path}, line {number}", int if round_s is None else float)
         if round_s is not None:
-            first, last = 1 + math.ceil(first / round_s), 1 + last // round_s
+            first, last = 1 + math.ceil(first / round_s), last if last == math.inf else 1 + last // round_s
         found.setdefault(client_id, []).append((int(first), last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")

@@ -95,14 +95,14 @@ class ClientEvaluator:
     """Evaluation round on clients."""
 
     def __init__(self, submodels: SubModels, settings: ClientEvaluationSettings) -> None:
-        self._submodels, self._settings, self._costs = submodels, settings, Costs(submodels)
+        self._submodels, self.settings, self._costs = submodels, settings, Costs(submodels)
 
     def choose(self, server_round: int, client_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the evaluating clients of a round, sorted."""
         if not client_ids:
             return ()
-        count = self._settings.num_clients or len(client_ids)
-        return sample_cohort(self._settings.seed, server_round, client_ids, count, Stream.EVALUATION)
+        count = self.settings.num_clients or len(client_ids)
+        return sample_cohort(self.settings.seed, server_round, client_ids, count, Stream.EVALUATION)
 
     def run(
         self,
@@ -124,7 +124,7 @@ class ClientEvaluator:
             The encoded global values.
         """
         waiting: deque[tuple[Asked, SubModelLayout, int]] = deque()
-        requests = self._requests(round_.server_round, asked, values, whole, waiting, timeout)
+        requests = self.requests(round_.server_round, asked, values, whole, waiting, timeout)
         found: list[ClientEvaluation] = []
         totals: list[Sums] = []
         for reply in exchange(grid, requests, timeout):
@@ -139,16 +139,16 @@ class ClientEvaluator:
                 kind = ERROR_KINDS.get(reply.error.code, "error") if reply.has_error() else "rejected"
                 fail(client.client_id, kind, error)
             bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
-            macs = self._macs(client.submodel, count)
+            macs = self.macs(client.submodel, count)
             round_.costs.append(ClientCost(client.client_id, 0, bytes_down, bytes_up, layout.num_params(), 0, macs))
         if not found:
             return {}
-        if self._settings.is_private:
-            return {PREFIX + name: value for name, value in self._settings.task.summarize(add_sums(totals)).items()}
+        if self.settings.is_private:
+            return {PREFIX + name: value for name, value in self.settings.task.summarize(add_sums(totals)).items()}
         round_.evaluations += found
-        return summarize_clients(found, directions(self._settings.task))
+        return summarize_clients(found, directions(self.settings.task))
 
-    def _requests(
+    def requests(
         self,
         server_round: int,
         asked: Iterable[Asked],
@@ -179,14 +179,14 @@ class ClientEvaluator:
         if reply.has_error():
             raise FedLPError(reason_of(reply))
         who = f"client {client.client_id}"
-        sums, count = messages.decode_client_sums(reply.content, self._settings.lengths, who)
-        metrics = read_metrics(self._settings.task, sums, who)
+        sums, count = messages.decode_client_sums(reply.content, self.settings.lengths, who)
+        metrics = read_metrics(self.settings.task, sums, who)
         return sums, ClientEvaluation(client.client_id, client.tier, count, metrics)
 
-    def _macs(self, submodel: SubModel, num_examples: int) -> float:
+    def macs(self, submodel: SubModel, num_examples: int) -> float:
         """Return the MACs of an evaluation."""
         training = self._costs.macs(submodel).training
-        steps = self._settings.steps_examples if num_examples else 0
+        steps = self.settings.steps_examples if num_examples else 0
         return training / _TRAINING_PASSES * num_examples + training * steps
 
 

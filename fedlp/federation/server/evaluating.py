@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -19,6 +19,7 @@ from fedlp.federation.aggregation.aggregator import Aggregator, CoverageAverageR
 from fedlp.federation.aggregation.server_optimizer import PlainAverage, ServerOptimizer
 from fedlp.federation.costs import Costs
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
+from fedlp.federation.server.central_privacy import CentralPrivacy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import PREFIX, Asked, ClientEvaluationSettings, ClientEvaluator
 from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
@@ -44,9 +45,12 @@ Evaluate = Callable[[Mapping[str, Tensor], int, int, SubModel], Sums]
 Observer = Callable[[RoundRecord, ServerState], object]
 """Called with every finished round, and the state of its checkpoint; True ends the run."""
 
+Ledger = Callable[[int, Sequence[int]], Mapping[str, float]]
+"""Returns what is on record of privacy after a round, from its number and its cohort."""
+
 
 class ClientCalibration(Protocol):
-    """What asks clients for calibration sums between rounds, and counts their costs."""
+    """Asks clients for calibration sums between rounds, and counts their costs."""
 
     def connect(self, grid: Grid, roster: Roster) -> None:
         """Take the clients to ask."""
@@ -77,6 +81,8 @@ class EvaluatingStrategy(Strategy):
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         takes_part: Callable[[int], bool] = lambda client_id: True,
         calibration: ClientCalibration | None = None,
+        central_privacy: CentralPrivacy | None = None,
+        ledger: Ledger | None = None,
         observers: Iterable[Observer] = (),
         state: ServerState | None = None,
     ) -> None:
@@ -90,6 +96,7 @@ class EvaluatingStrategy(Strategy):
         self._tiers = tiers or {}
         self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
         self._calibration = calibration
+        self._private, self._ledger = central_privacy, ledger
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
@@ -192,11 +199,17 @@ class EvaluatingStrategy(Strategy):
 
         With static batch norms, a client of any other than the measured sub-model measures its own.
         """
+        assert self._clients is not None
+        asked = self._asked_clients(server_round)
+        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+
+    def _asked_clients(self, server_round: int) -> list[Asked]:
+        """Return the clients that are to evaluate their sub-models."""
         assert self.state is not None
         assert self._clients is not None
         chosen = self._clients.choose(server_round, self._with_test_examples(server_round))
         measured = self.submodels.layout(self._evaluated)
-        asked = [
+        return [
             Asked(
                 client_id,
                 self._roster.node(client_id),
@@ -206,7 +219,6 @@ class EvaluatingStrategy(Strategy):
             )
             for client_id, submodel in self._held(server_round, chosen)
         ]
-        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
 
     def _with_test_examples(self, server_round: int) -> list[int]:
         """Return the clients present that hold out examples; the round's record names the others."""

@@ -42,16 +42,25 @@ class Roster:
         self._failed: set[int] = set()  # nodes that cannot say who they are, or cannot take part
         self._rivals: dict[int, ClientProfile] = {}  # nodes that say they are a client which another node is
         self._postbox: Postbox | None = None
+        self._there: list[int] = []  # nodes at the last refresh
+        self._sorted: tuple[list[int], list[int]] | None = None  # clients with and without examples, if still right
 
     @property
     def client_ids(self) -> list[int]:
-        """Ids of joined clients with examples, sorted."""
-        return sorted(client_id for client_id, profile in self._profiles.items() if profile.num_examples)
+        """Ids of joined clients with examples, sorted. Not to be modified."""
+        return self._sort()[0]
 
     @property
     def idle_ids(self) -> list[int]:
-        """Ids of joined clients without examples, sorted; they are never sampled."""
-        return sorted(set(self._profiles) - set(self.client_ids))
+        """Ids of joined clients without examples, sorted; they are never sampled. Not to be modified."""
+        return self._sort()[1]
+
+    def _sort(self) -> tuple[list[int], list[int]]:
+        if self._sorted is None:
+            ids = sorted(self._profiles)
+            with_examples = [i for i in ids if self._profiles[i].num_examples]
+            self._sorted = with_examples, [i for i in ids if not self._profiles[i].num_examples]
+        return self._sorted
 
     def node(self, client_id: int) -> int:
         """Return the node of a client."""
@@ -115,6 +124,9 @@ class Roster:
         if self._postbox is None:
             self._postbox = Postbox(grid)
         there = list(grid.get_node_ids())
+        if there == self._there and not self._rivals and not self._postbox.is_waiting:
+            return  # so that a round of a large federation costs next to nothing here
+        self._there = there
         self._forget_all_but({*there, *self._nodes.values()})
         new = [node for node in there if node not in self._asked]
         self._asked.update(new)
@@ -125,6 +137,7 @@ class Roster:
             if holder == node or holder not in there:
                 self._rivals.pop(node, None)
                 self._profiles[client_id], self._nodes[client_id] = profile, node
+                self._sorted = None
                 yield client_id
             elif node not in self._rivals:
                 self._rivals[node] = profile
@@ -135,6 +148,7 @@ class Roster:
     def dismiss(self, client_id: int, error: FedLPError) -> None:
         """Remove a client that cannot take part, until its node leaves and returns."""
         del self._profiles[client_id]
+        self._sorted = None
         self._refuse(self._nodes.pop(client_id), error)
 
     @property

@@ -34,6 +34,8 @@ class RoundUnderWay:
     tested: dict[str, float] = field(default_factory=dict)
     evaluations: list[ClientEvaluation] = field(default_factory=list)
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    privacy: dict[str, float] = field(default_factory=dict)
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -53,6 +55,8 @@ class RoundUnderWay:
             wall_time_s=wall_time_s,
             evaluations=tuple(self.evaluations),
             absent=self.absent,
+            phases=self.phases,
+            privacy=self.privacy,
         )
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger("fedlp")
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _RESULTS = ("manifest.json", "model.safetensors", "model-best.safetensors")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
-_OPTIONAL = ("evaluations", "absent")  # left out where empty
+_OPTIONAL = ("evaluations", "absent", "phases", "privacy")  # left out where empty
 _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
@@ -268,7 +268,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
 
 
 def _is_good(line: Mapping[str, Any]) -> bool:
-    """Return whether a round had a good update that reached the model."""
+    """Return whether a round had a good update that reached the model, or was to have none and is noise alone."""
+    if "clipping_norm" in line.get("privacy", ()) and not line["failures"]:
+        return True
     trained = {cost["client_id"] for cost in line.get("clients", ()) if cost["num_examples"]}
     good = trained - {failure["client_id"] for failure in line["failures"]}
     was_kept = any(line.get("coverage", {}).values()) or not line["params_up"]  # a layer draw may take no layer

@@ -105,21 +105,22 @@ class RoundGuard:
         if bool((variance < 0).any()):
             raise ProtocolError(f"{who}: tensor {name} holds negative variances")
 
-    def accept(self, new: ServerState, accuse: Callable[[int, str, ProtocolError], None]) -> ServerState:
+    def accept(self, new: ServerState, accuse: Callable[[int, str, ProtocolError], None] | None) -> ServerState:
         """Return the state after the round: ``new`` if sound, else the one before with the new round number.
 
         Parameters
         ----------
         accuse : callable
-            Called with each suspect: client id, reason and error.
+            Called with each suspect: client id, reason and error; nobody is suspected if None.
         """
         fault = find_fault(new)
         if fault is None:
             return new
-        suspects = self._suspects(fault)
+        suspects = self._suspects(fault) if accuse is not None else []
         advice = "" if suspects else "; no update stands out: lower server_optimizer.lr or local.lr"
         log.warning("round %d is undone: %s%s", new.server_round, fault.text, advice)
         for client_id in suspects:
+            assert accuse is not None
             text = f"client {client_id}, round {new.server_round}: with its update, {fault.text}; the round is undone"
             accuse(client_id, "suspected", ProtocolError(text))
         known = tuple(sorted({*self._state.suspects, *suspects}))

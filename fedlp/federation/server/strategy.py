@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,9 +23,12 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
+from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.noised_sum import NoisedSum
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
+from fedlp.federation.server.central_privacy import expected_holders
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.evaluating import Evaluate, EvaluatingStrategy, Observer
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_first, reason_of
@@ -38,6 +41,7 @@ from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.rng import Stream, generator
+from fedlp.simulation.flower_compat import make_request
 from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
@@ -70,6 +74,10 @@ class FedLPStrategy(EvaluatingStrategy):
         Returns whether a client may be sampled; all may if absent.
     calibration : ClientCalibration, optional
         Asks clients for calibration sums before rounds; its costs are those of the round.
+    central_privacy : CentralPrivacy, optional
+        Poisson sampling, clipping and noise in place of the aggregator.
+    ledger : callable, optional
+        Returns what is on record of privacy after a round.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional
@@ -123,8 +131,7 @@ class FedLPStrategy(EvaluatingStrategy):
             started = time.monotonic()
             self._welcome(server_round, grid, timeout)
             self._prepare(server_round)
-            requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-            arrays, metrics = self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
+            arrays, metrics = self._train_round(server_round, arrays, grid, timeout)
             result.train_metrics_clientapp[server_round] = metrics
             if server_round % self.settings.eval_every == 0 or server_round == num_rounds:
                 arrays = self._evaluate_round(server_round, arrays, grid, timeout, evaluate_fn)
@@ -137,6 +144,13 @@ class FedLPStrategy(EvaluatingStrategy):
                 break
         result.arrays = arrays
         return result
+
+    def _train_round(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Send the instructions of a round, aggregate the replies; return the new model and the round's metrics."""
+        requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
+        return self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
 
     def _meet_budgets(self) -> None:
         """Fit the policy to devices' own budgets."""
@@ -215,13 +229,16 @@ class FedLPStrategy(EvaluatingStrategy):
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
-        cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
+        if self._private is not None:
+            cohort = self._private.cohort(server_round, candidates)
+        else:
+            cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
         if self._calibration is not None:
             costs, failures = self._calibration.spent()
             self._round.costs.extend(costs)
             self._round.failures.extend(failures)
-        dropped = draw_dropouts(settings.seed, server_round, cohort, settings.dropout)
+        dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
@@ -245,22 +262,29 @@ class FedLPStrategy(EvaluatingStrategy):
                 record = encoded[*kind, held] = messages.encode_params({name: values[name] for name in names})
             if digest:
                 self._round.frozen[client_id] = digest
-            instruction = replace(assigned, uploads=assigned.uploads - self.submodels.spec.frozen)
+            instruction = assigned
+            if frozen := self.submodels.spec.frozen:
+                instruction = replace(assigned, uploads=assigned.uploads - frozen)
             content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
             if client_id in dropped:
                 self._drop(instruction, messages.count_bytes(content))
                 continue
             self._round.assigned.append((instruction, messages.count_bytes(content)))
             ttl = self.settings.timeout_s
-            yield Message(content, self._roster.node(client_id), messages.TRAIN, group_id=str(server_round), ttl=ttl)
+            yield make_request(content, self._roster.node(client_id), messages.TRAIN, str(server_round), ttl)
 
-    def _absent(self, present: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""
+        joined = self._roster.client_ids
         found = {
-            "unavailable": tuple(sorted({*self._roster.client_ids} - {*present})),
+            "unavailable": tuple(sorted({*joined} - {*present})) if len(joined) > len(present) else (),
             "no_data": tuple(self._roster.idle_ids),
         }
         return {reason: client_ids for reason, client_ids in found.items() if client_ids}
+
+    def _draw_dropouts(self, server_round: int, cohort: Sequence[int]) -> frozenset[int]:
+        """Return the clients that drop out after they got their sub-model."""
+        return draw_dropouts(self.settings.seed, server_round, cohort, self.settings.dropout)
 
     def _drop(self, instruction: Assignment, bytes_down: int) -> None:
         """Count a client that received its sub-model and dropped out."""
@@ -290,7 +314,7 @@ class FedLPStrategy(EvaluatingStrategy):
         """
         assert self.state is not None
         state = self.state
-        average = self._aggregator.begin(state.params if self._sends_weights else _without_floats(state.params))
+        average = self._begin(server_round, state)
         guard = RoundGuard(state, self._trainable, self._sends_weights)
         losses: list[tuple[float, int]] = []
         answers: list[Answer] = []
@@ -303,14 +327,33 @@ class FedLPStrategy(EvaluatingStrategy):
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             average.add(update.params, layout.keeps, weight)
             answers.append((instruction, update.report()))
-            if "train-loss" in update.metrics:
+            if "train-loss" in update.metrics and self._private is None:
                 losses.append((update.metrics["train-loss"], update.num_examples))
+        good = len(self._round.cohort) - len(self._round.failures)
+        return self._conclude(server_round, average, guard, answers, losses, good)
+
+    def _before_round(self) -> Mapping[str, Tensor]:
+        """Return the values that updates are averaged over: the model's, or zeros where they are differences."""
+        assert self.state is not None
+        return self.state.params if self._sends_weights else _without_floats(self.state.params)
+
+    def _conclude(
+        self,
+        server_round: int,
+        average: Accumulator,
+        guard: RoundGuard,
+        answers: Sequence[Answer],
+        losses: Sequence[tuple[float, int]],
+        good: int,
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Make the aggregate of ``good`` updates the new model, where they are enough and it is sound."""
+        assert self.state is not None
+        state = self.state
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
-        good = len(self._round.cohort) - len(self._round.failures)
-        if good >= self.settings.min_clients:
+        if good >= self.settings.min_clients or self._private is not None:
             params, coverage = average.result()
             if not self._sends_weights:
                 for name, values in params.items():
@@ -321,6 +364,8 @@ class FedLPStrategy(EvaluatingStrategy):
             )
             self._round.coverage = layer_coverage(coverage, self.submodels.spec)
             memory = self.policy.remember(memory, server_round, answers)
+            if self._private is not None and isinstance(average, NoisedSum):
+                memory = self._private.remember(memory, server_round, average)
         else:
             log.warning(
                 "round %d: %d good updates, min_clients=%d: the model stays",
@@ -332,11 +377,33 @@ class FedLPStrategy(EvaluatingStrategy):
         lost = frozenset(failure.client_id for failure in self._round.failures)
         memory = note_holders(memory, self._round.frozen, lost)
         self.state = guard.accept(
-            replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory), self._fail
+            replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory),
+            self._fail if self._private is None else None,  # suspicion would come from values without noise
         )
+        if self._private is not None:
+            self._round.privacy["clipping_norm"] = self._private.clip(state.memory)
+        if self._ledger is not None:
+            self._round.privacy |= self._ledger(server_round, self._round.cohort)
         if self.state.params is state.params:
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
+
+    def _begin(self, server_round: int, state: ServerState) -> Accumulator:
+        """Return the round's accumulator."""
+        params = self._before_round()
+        if self._private is None:
+            return self._aggregator.begin(params)
+        clients = [client_id for client_id in range(self.settings.num_clients) if self._takes_part(client_id)]
+        holders = expected_holders(
+            self.policy,
+            self.submodels,
+            server_round,
+            clients,
+            self._private.sampling_rate,
+            state.memory,
+            state.params,
+        )
+        return self._private.begin(server_round, params, holders, state.memory)
 
     def _receive(
         self, instruction: Assignment, bytes_down: int, reply: Message, guard: RoundGuard
@@ -367,7 +434,7 @@ class FedLPStrategy(EvaluatingStrategy):
                 params_up=self._num_returned(instruction, update) if update else 0,
                 macs=self._costs.macs(instruction.submodel).training * examples * self.settings.local_epochs
                 + (update.metrics.get("pruning-macs", 0.0) if update else 0.0),
-                train_loss=update.metrics.get("train-loss") if update else None,
+                train_loss=update.metrics.get("train-loss") if update and self._private is None else None,
             )
         )
         return update

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fedlp.errors import ConfigError
 from fedlp.federation.sampling import sample_uploads
-from fedlp.federation.strategies.policy import Case, Policy, PolicyContext, StatelessPolicy
+from fedlp.federation.strategies.policy import Case, Holding, Policy, PolicyContext, StatelessPolicy
 from fedlp.federation.submodels import SubModels
 from fedlp.registry import register
 from fedlp.types import SubModel
@@ -70,6 +70,14 @@ class LayerUploads(StatelessPolicy):
         if rate == 1.0:  # all is sent, for any draw
             return self.submodels.layout(submodel).name_set
         return sample_uploads(self.seed, server_round, client_id, layers, rate, self.upload_unit)
+
+    def holdings(self, server_round: int, client_ids: Sequence[int]) -> list[Holding]:
+        """Return one holding of the whole model: each tensor is returned by the sum of the rates of clients."""
+        rates = self.rates
+        count = (
+            rates * len(client_ids) if isinstance(rates, float) else sum(rates[client_id] for client_id in client_ids)
+        )
+        return [Holding(SubModel(), self.submodels.layout(SubModel()).name_set, count)]
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:
         """Return one case per client, or one for all."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fedlp.allocation.evidence import needs_of
 from fedlp.errors import ConfigError
-from fedlp.federation.strategies.fedlp_homo import check_rates, client_rates
+from fedlp.federation.strategies.fedlp_homo import LayerUploads, check_rates, client_rates
 from fedlp.federation.strategies.plan_policy import PlanPolicy
 from fedlp.federation.strategies.plan_solver import limits_what_is_held
 from fedlp.federation.strategies.policy import ClientOptions, Policy, PolicyContext
@@ -141,6 +141,8 @@ class FedLPPlan:
                 "round choose a rule of weights, input norms or unit scores, such as allocator=dsa or dp"
             )
         rates = client_rates(self.layer_preserving_rate, context.num_clients)
+        if not context.submodels.layers:
+            return _whole_models(context, rates, self.upload_unit)
         return PlanPolicy(context, self, context.layer_costs(), rates)
 
     def _prunes(self, context: PolicyContext) -> bool:
@@ -150,6 +152,14 @@ class FedLPPlan:
         if self.unit_selection != "server":
             return False
         return any(limits_what_is_held(budget) for budget in context.budgets)
+
+
+def _whole_models(context: PolicyContext, rates: float | tuple[float, ...], upload_unit: str) -> Policy:
+    """Return the policy for a model of which nothing can be cut; ConfigError where a budget does not hold it whole."""
+    try:
+        return LayerUploads.of(context, rates, upload_unit)
+    except ConfigError as error:
+        context.submodels.refuse_narrow(str(error).partition(", but")[0])
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -10,7 +10,9 @@ also states its distribution over sub-models, from which a dry run computes expe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from fedlp.allocation.budget.costs import CostModel
 from fedlp.allocation.evidence import AllocationRule, Evidence
+from fedlp.errors import AllocationError
 from fedlp.federation.submodels import SubModels
 from fedlp.types import Assignment, Budget, ClientReport, Keep, SubModel
 
@@ -48,6 +51,25 @@ class Case:
     probability: float
     layer_preserving_rate: float = 1.0
     sent: SubModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A part of the model that some clients return in a round, if they take part.
+
+    Attributes
+    ----------
+    submodel : SubModel
+        Sub-model of what is returned.
+    uploads : frozenset of str
+        Tensors that are returned.
+    count : float
+        Expected number of these clients.
+    """
+
+    submodel: SubModel
+    uploads: frozenset[str]
+    count: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +250,29 @@ def offset_of(policy: Policy, client_id: int, memory: Memory) -> Offset:
     method = getattr(policy, "offset", None)
     found: Offset = Offset() if method is None else method(client_id, memory)
     return found
+
+
+def holdings_of(
+    policy: Policy, server_round: int, client_ids: Sequence[int], memory: Memory, params: Mapping[str, Tensor]
+) -> list[Holding]:
+    """Return what all clients together would return in a round, as far as the server assigns it.
+
+    A policy may have a method ``holdings(server_round, client_ids)``, for expectations over draws or for speed.
+    Clients whose budget cannot be met are left out.
+    """
+    method = getattr(policy, "holdings", None)
+    if method is not None:
+        found: list[Holding] = method(server_round, client_ids)
+        return found
+    counts: Counter[tuple[int | None, tuple[tuple[str, Keep], ...], frozenset[str]]] = Counter()
+    for client_id in client_ids:
+        with suppress(AllocationError):
+            assigned = policy.assign(server_round, client_id, memory, params)
+            widths = {**assigned.submodel.widths, **assigned.returned}
+            counts[assigned.submodel.depth, tuple(sorted(widths.items())), assigned.uploads] += 1
+    return [
+        Holding(SubModel(depth, dict(widths)), uploads, count) for (depth, widths, uploads), count in counts.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 from fedlp.errors import ConfigError
@@ -56,6 +57,8 @@ class WidthStrategy:
     def policy(self, context: PolicyContext) -> Policy:
         """Return the policy; with budgets each client gets the largest level within its budget."""
         levels = tuple(self.widths)
+        if min(levels) < 1 and not context.submodels.widths.axes:
+            context.submodels.refuse_narrow(f"strategy.widths={list(levels)} asks for narrow sub-models")
         shares = self.width_probabilities or [1.0 / len(levels)] * len(levels)
         drawn = WidthSlices(
             context.seed, context.submodels, self.rolls, self.nests, levels, tuple(shares), None, context.batch_norm
@@ -97,6 +100,16 @@ class WidthSlices(StatelessPolicy):
         """Return the client's width in (0, 1]."""
         if self.levels_by_client is not None:
             return self.levels_by_client[client_id]
+        if client_id not in self._drawn:
+            self._drawn[client_id] = self._draw(client_id)
+        return self._drawn[client_id]
+
+    @cached_property
+    def _drawn(self) -> dict[int, float]:
+        """Widths by client, as far as they were asked for."""
+        return {}
+
+    def _draw(self, client_id: int) -> float:
         return self.levels[sample_level(self.seed, Stream.WIDTHS, client_id, self.probabilities)]
 
     def submodel(self, server_round: int, client_id: int) -> SubModel:

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import ProtocolError, printable
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -53,6 +53,7 @@ from fedlp.federation.wire.record_access import (
     read_tensors,
     say_why,
 )
+from fedlp.simulation.flower_compat import make_array, make_record
 from fedlp.types import (
     Assignment,
     Budget,
@@ -97,12 +98,13 @@ def encode_instruction(
     held : bytes
         Digest of the frozen tensors, if ``params`` leaves them out because the client holds them.
     """
-    record = ConfigRecord(
+    record = make_record(
+        ConfigRecord,
         {
             "server-round": instruction.server_round,
             "client-id": instruction.client_id,
             "uploads": encode_names(instruction.uploads, submodels.names),
-        }
+        },
     )
     _write_submodel(record, instruction.submodel, submodels)
     if instruction.kept:
@@ -113,7 +115,7 @@ def encode_instruction(
         record[_EVIDENCE[name]] = True
     if held:
         record["held"] = held
-    return RecordDict({PARAMS: params, INSTRUCTION: record})
+    return make_record(RecordDict, {PARAMS: params, INSTRUCTION: record})
 
 
 def _write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubModels) -> None:
@@ -134,8 +136,17 @@ def _read_submodel(record: ConfigRecord, submodels: SubModels) -> SubModel:
     )
 
 
-def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstruction:
+Known = dict[tuple[object, ...], dict[str, Tensor]]
+"""Tensors of earlier messages by the identity of their bytes, valid while those messages are."""
+
+
+def decode_instruction(content: RecordDict, submodels: SubModels, known: Known | None = None) -> TrainInstruction:
     """Return the instruction of a message, its tensors as read-only views into the message.
+
+    Parameters
+    ----------
+    known : dict, optional
+        Tensors of other messages, which messages of the same bytes share; filled here.
 
     Raises
     ------
@@ -155,7 +166,7 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
             client_id=client_id,
-            params=read_tensors(content, PARAMS, layout.signature(names)),
+            params=_read_shared(content, layout, names, {} if known is None else known),
             held=held,
             submodel=submodel,
             uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
@@ -167,24 +178,37 @@ def decode_instruction(content: RecordDict, submodels: SubModels) -> TrainInstru
         raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
 
 
+def _read_shared(
+    content: RecordDict, layout: SubModelLayout, names: frozenset[str] | None, known: Known
+) -> dict[str, Tensor]:
+    arrays = content[PARAMS]
+    data = [id(array.data) for array in arrays.values()] if isinstance(arrays, ArrayRecord) else []
+    key = id(layout), names, *data
+    if key not in known:
+        known[key] = read_tensors(content, PARAMS, layout.signature(names))
+    return known[key]
+
+
 # ---- updates
 def encode_update(update: ClientUpdate, submodels: SubModels, coded: bool = False) -> RecordDict:
     """Return the records of one client's update; its tensors are already encoded; see :func:`encode_params`."""
-    record = ConfigRecord(
+    record = make_record(
+        ConfigRecord,
         {
             "server-round": update.server_round,
             "client-id": update.client_id,
-            "uploads": encode_names(frozenset(update.params) & frozenset(submodels.names), submodels.names),
-        }
+            "uploads": encode_names(submodels.name_set.intersection(update.params), submodels.names),
+        },
     )
     if update.widths:
         record["widths"] = encode_widths(update.widths, tuple(submodels.widths.axes))
-    content = RecordDict(
+    content = make_record(
+        RecordDict,
         {
             PARAMS: encode_params(update.params, coded),
             UPDATE: record,
-            METRICS: MetricRecord({"num-examples": update.num_examples, **update.metrics}),
-        }
+            METRICS: make_record(MetricRecord, {"num-examples": update.num_examples, **update.metrics}),
+        },
     )
     if update.scores:
         flat = torch.cat([update.scores[layer.name].flatten() for layer in submodels.layers])
@@ -514,13 +538,15 @@ def count_bytes(content: RecordDict) -> int:
 
     Flower's own count raises for an empty string or list, which any client can send.
     """
-    return sum(len(key) + _count_record(record) for key, record in content.items())
-
-
-def _count_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
-    if isinstance(record, ArrayRecord):
-        return record.count_bytes()
-    return sum(len(key) + _count_value(value) for key, value in record.items())
+    total = 0
+    for key, record in content.items():
+        total += len(key)
+        if isinstance(record, ArrayRecord):
+            total += sum(len(name) + len(array.data) for name, array in record.items())
+        else:
+            for name, value in record.items():
+                total += len(name) + (8 if type(value) in (int, float) else _count_value(value))
+    return total
 
 
 def _count_value(value: object) -> int:
@@ -534,10 +560,9 @@ def _count_value(value: object) -> int:
 # ---- params
 def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRecord:
     """Return tensors as one array per dtype, concatenated in order; if ``coded``, single bytes are Huffman coded."""
-    record = ArrayRecord()  # filled key by key: the constructor would copy
-    for name, (count, image) in pack_tensors(params, coded).items():
-        record[name] = Array(name, (count,), "numpy.ndarray", image)
-    return record
+    packed = pack_tensors(params, coded)
+    arrays = {name: make_array(name, (count,), "numpy.ndarray", image) for name, (count, image) in packed.items()}
+    return make_record(ArrayRecord, arrays)
 
 
 def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:

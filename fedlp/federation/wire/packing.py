@@ -70,7 +70,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str
     parts: dict[str, list[Any]] = {}
     for tensor in tensors.values():
         name = dtype_name(tensor.dtype)
-        values = tensor.detach().cpu().contiguous().reshape(-1)
+        values = tensor.detach().cpu().contiguous()
         if name == "bfloat16":
             values = values.view(torch.int16)
         counts[name] = counts.get(name, 0) + values.numel()

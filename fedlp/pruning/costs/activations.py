@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedlp.models.spec import forward_logits, named_tensors, shapes_only
+from fedlp.models.spec import forward_logits, named_tensors, run_copy
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.widths import WidthSpec
@@ -27,41 +27,45 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
     inputs : (batch, ...)
         Only the shape of one example matters.
     """
-    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    weights = {path: names[id(module.weight)] for path, module in model.named_modules() if _weighs(module, names)}
+    example = inputs[:1].expand(_BATCH, *inputs.shape[1:])
+    found = run_copy(model, example, lambda copied, batch: _kept_storage(copied, batch, spec), "cpu")
+    footprint = Footprint(model, spec, {})
+    for axis, size in found:
+        footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]))
+    return footprint
+
+
+def _kept_storage(model: nn.Module, batch: Tensor, spec: WidthSpec) -> list[tuple[str | None, float]]:
+    """Return the axis and the bytes of each storage that a training step of a model keeps."""
+    tensors = named_tensors(model)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    own = {_storage(tensor) for tensor in tensors.values()}
     sizes: dict[int, float] = {}
     axes: dict[int, str | None] = {}
     held: list[Tensor] = []  # so that no storage takes another's place
     reading: list[str | None] = []
     written: list[str | None] = [None]
-    with shapes_only(model, inputs[:1].expand(_BATCH, *inputs.shape[1:]), "cpu") as (shapes, batch):
-        own = {_storage(tensor) for tensor in named_tensors(shapes).values()}
 
-        def pack(tensor: Tensor) -> Tensor:
-            key = _storage(tensor)
-            if key not in own and tensor.dim() > 1:  # statistics of a batch have one dimension
-                held.append(tensor)
-                sizes[key] = float(tensor.untyped_storage().nbytes())
-                axes[key] = reading[-1] if reading else axes.get(key, written[-1])
-            return tensor
+    def pack(tensor: Tensor) -> Tensor:
+        key = _storage(tensor)
+        if key not in own and tensor.dim() > 1:  # statistics of a batch have one dimension
+            held.append(tensor)
+            sizes[key] = float(tensor.untyped_storage().nbytes())
+            axes[key] = reading[-1] if reading else axes.get(key, written[-1])
+        return tensor
 
-        def leave(writes: str | None) -> None:
-            reading.pop()
-            written.append(writes)
+    def leave(writes: str | None) -> None:
+        reading.pop()
+        written.append(writes)
 
-        for path, name in weights.items():
-            module = shapes.get_submodule(path)
-            reads, writes = _axes(module, spec, name)
-            module.register_forward_pre_hook(lambda *_, axis=reads: reading.append(axis))
-            module.register_forward_hook(lambda *_, axis=writes: leave(axis))
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = forward_logits(shapes.train(), batch)
-            logits.flatten(0, -2).log_softmax(dim=-1)
-    footprint = Footprint(model, spec, {})
-    for key, size in sizes.items():
-        axis = axes[key]
-        footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]))
-    return footprint
+    for module in [module for module in model.modules() if _weighs(module, names)]:
+        reads, writes = _axes(module, spec, names[id(module.weight)])
+        module.register_forward_pre_hook(lambda *_, axis=reads: reading.append(axis))
+        module.register_forward_hook(lambda *_, axis=writes: leave(axis))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = forward_logits(model.train(), batch)
+        logits.flatten(0, -2).log_softmax(dim=-1)
+    return [(axes[key], size) for key, size in sizes.items()]
 
 
 def _weighs(module: nn.Module, names: Mapping[int, str]) -> bool:

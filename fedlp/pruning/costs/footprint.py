@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.models.cost import NORM_MACS, count_macs
-from fedlp.models.spec import forward_logits, named_tensors, shapes_only
+from fedlp.models.spec import forward_logits, named_tensors, run_copy
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.widths import WidthSpec
 
@@ -64,27 +64,32 @@ def macs_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footpri
     inputs : (batch, ...)
         Only the shape of one example matters.
     """
-    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    uses = {path: names[id(module.weight)] for path, module in model.named_modules() if _counts(module, names)}
-    positions: dict[str, float] = {}
-    with shapes_only(model, inputs[:1].expand(2, *inputs.shape[1:])) as (shapes, batch), torch.no_grad():
-
-        def note(path: str, module: nn.Module, output: Tensor) -> None:
-            outputs = output.shape[-1] if isinstance(module, nn.Linear) or is_transposed(module) else output.shape[1]
-            per_weight = NORM_MACS if isinstance(module, _NORMS) else 1
-            width = output.shape[-1] if isinstance(module, nn.LayerNorm) else outputs
-            name = uses[path]
-            positions[name] = positions.get(name, 0.0) + per_weight * output.numel() / width / 2
-
-        for path in uses:
-            module = shapes.get_submodule(path)
-            module.register_forward_hook(lambda module, _, output, path=path: note(path, module, output))
-        forward_logits(shapes.eval(), batch)
+    example = inputs[:1].expand(2, *inputs.shape[1:])
+    positions = run_copy(model, example, _count_positions)
     footprint = Footprint(model, spec, positions)
     for axis, per_unit in _attention_macs(model, spec, inputs.shape[-1]).items():
         footprint.add(axis, per_unit)
     footprint.add(None, count_macs(model, inputs).forward - footprint.count({}))
     return footprint
+
+
+@torch.no_grad()
+def _count_positions(model: nn.Module, batch: Tensor) -> dict[str, float]:
+    """Return how often the entries of each weight are used per example, of a batch of two."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    positions: dict[str, float] = {}
+
+    def note(name: str, module: nn.Module, output: Tensor) -> None:
+        outputs = output.shape[-1] if isinstance(module, nn.Linear) or is_transposed(module) else output.shape[1]
+        per_weight = NORM_MACS if isinstance(module, _NORMS) else 1
+        width = output.shape[-1] if isinstance(module, nn.LayerNorm) else outputs
+        positions[name] = positions.get(name, 0.0) + per_weight * output.numel() / width / 2
+
+    for module in [module for module in model.modules() if _counts(module, names)]:
+        name = names[id(module.weight)]
+        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
+    forward_logits(model.eval(), batch)
+    return positions
 
 
 def _counts(module: nn.Module, names: Mapping[int, str]) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from fedlp.errors import ConfigError, one_line
 from fedlp.models.spec import named_tensors
 from fedlp.models.torchvision_compat import import_note
-from fedlp.models.transformers_loading import import_transformers
+from fedlp.models.transformers_loading import import_transformers, quiet
 from fedlp.pruning.io.classifier_files import load_classifier, round_weights, save_classifier, stored_tensors
 from fedlp.pruning.io.model_card import model_card
 from fedlp.pruning.io.onnx_files import export_onnx
@@ -202,8 +202,8 @@ def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> 
     from fedlp.models.modeling_pruned import describe_blocks
 
     try:
-        again = type(config).from_dict(config.to_dict())
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):  # the library warns that its own check reads a size that blocks override
+            again = type(config).from_dict(config.to_dict())
             built: nn.Module = model_class(again)
     except (ValueError, StrictDataclassError):
         return False

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlp.errors import ConfigError
 from fedlp.types import Keep
 
+_MOST_NAMES, _MOST_REASONS = 3, 4  # of parts that stay whole, in one line
 _MAX_PIECES = 8  # runs that are copied as slices; more are gathered by index
 
 
@@ -74,15 +75,32 @@ class WidthSpec:
     dims: Mapping[str, tuple[Dim, ...]]
     whole: Mapping[str, str] = field(default_factory=dict)
 
+    def pinned(self, reasons: Mapping[str, str]) -> WidthSpec:
+        """Return the spec in which some axes stay whole, and why."""
+        dims = {name: tuple(WHOLE if dim.axis in reasons else dim for dim in each) for name, each in self.dims.items()}
+        axes = {axis: size for axis, size in self.axes.items() if axis not in reasons}
+        return WidthSpec(axes, dims, {**self.whole, **reasons})
+
+    def whole_line(self) -> str:
+        """Return :meth:`describe_whole` as one line; empty where nothing stays whole."""
+        lines = self.describe_whole()
+        more = f"; {len(lines) - _MOST_REASONS} more reasons" if len(lines) > _MOST_REASONS else ""
+        return "; ".join(lines[:_MOST_REASONS]) + more
+
     def describe_whole(self) -> list[str]:
         """Return one line per reason for parts of the model that stay whole."""
         by_reason: dict[str, list[str]] = {}
         for part, reason in self.whole.items():
             by_reason.setdefault(reason, []).append(part)
         return [
-            f"{parts[0]}{f' and {len(parts) - 1} more stay' if len(parts) > 1 else ' stays'} whole: {reason}"
-            for reason, parts in by_reason.items()
+            f"{_list(parts)} {'stays' if len(parts) == 1 else 'stay'} whole: {why}" for why, parts in by_reason.items()
         ]
+
+
+def _list(parts: Sequence[str]) -> str:
+    """Return up to three names, and how many more there are."""
+    shown = ", ".join(parts[:_MOST_NAMES])
+    return shown if len(parts) <= _MOST_NAMES else f"{shown} and {len(parts) - _MOST_NAMES} more"
 
 
 def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mapping[str, Keep]) -> tuple[Keep, ...]:

@@ -24,6 +24,7 @@ class AxisTable:
         self._parents: list[int] = []
         self._factors: list[int] = []  # own units per unit of the parent
         self._whole: set[int] = set()
+        self._reasons: dict[int, str] = {}  # why an axis is whole; empty where that is as it must be
 
     def start(self, name: str, size: int) -> int:
         """Return a new axis of ``size`` units."""
@@ -42,12 +43,12 @@ class AxisTable:
             axis, entries = self._parents[axis], entries * self._factors[axis]
         return axis, entries
 
-    def tie(self, first: AxisDim, second: AxisDim) -> None:
-        """Tie two dimensions of the same length, so that they lose the same units."""
+    def tie(self, first: AxisDim, second: AxisDim, reason: str = "") -> None:
+        """Make two dimensions of the same length lose the same units; where one is whole, both are, for a reason."""
         (a, a_entries), (b, b_entries) = self.root(first), self.root(second)
         if a is None or b is None:
-            self.keep_whole(first)
-            self.keep_whole(second)
+            self.keep_whole(first, reason)
+            self.keep_whole(second, reason)
         elif a != b or a_entries != b_entries:
             entries, length = math.lcm(a_entries, b_entries), self._sizes[a] * a_entries
             if length % entries or length != self._sizes[b] * b_entries:
@@ -58,13 +59,34 @@ class AxisTable:
             for axis, own in ((a, a_entries), (b, b_entries)):
                 self._parents[axis], self._factors[axis] = joint, entries // own
                 if axis in self._whole:
-                    self._whole.add(joint)
+                    self._mark(joint, self._reasons[axis])
 
-    def keep_whole(self, dim: AxisDim) -> None:
-        """Mark a dimension as whole."""
+    def keep_whole(self, dim: AxisDim, reason: str = "") -> None:
+        """Mark a dimension as one that never loses units, and note the first reason."""
+        axis, _ = self.root(dim)
+        if axis is not None:
+            self._mark(axis, reason)
+
+    @property
+    def num_axes(self) -> int:
+        """Number of axes, those included that were tied into others."""
+        return len(self._names)
+
+    def keep_whole_from(self, number: int) -> None:
+        """Mark all axes from the ``number``-th on as whole, without a reason."""
+        for axis in range(number, len(self._names)):
+            self.keep_whole((axis, 1))
+
+    def keep_outputs(self, dim: AxisDim) -> None:
+        """Mark a dimension of the model's outputs, which is whole without a reason."""
         axis, _ = self.root(dim)
         if axis is not None:
             self._whole.add(axis)
+            self._reasons[axis] = ""
+
+    def _mark(self, axis: int, reason: str) -> None:
+        self._whole.add(axis)
+        self._reasons[axis] = self._reasons.get(axis) or reason
 
     def is_whole(self, dim: AxisDim) -> bool:
         """Return whether a dimension never loses units."""
@@ -81,3 +103,9 @@ class AxisTable:
         roots = [axis for axis, parent in enumerate(self._parents) if axis == parent and axis not in self._whole]
         roots.sort(key=lambda axis: self._births[axis])
         return {self._names[axis]: self._sizes[axis] for axis in roots}
+
+    def reasons(self) -> dict[str, str]:
+        """Return why axes of several units stay whole, oldest first; without those that always do."""
+        roots = [axis for axis, parent in enumerate(self._parents) if axis == parent and self._reasons.get(axis)]
+        roots.sort(key=lambda axis: self._births[axis])
+        return {self._names[axis]: self._reasons[axis] for axis in roots if self._sizes[axis] > 1}

@@ -23,7 +23,16 @@ _RESIDUAL = "hidden"  # language models' residual stream: norms average over it,
 
 
 def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tuple[PrunableLayer, ...]:
-    """Return the prunable layers, in the order of the forward pass.
+    """Return :func:`prunable_layers`; ConfigError where there is none, which says why."""
+    found = prunable_layers(model, spec, shared)
+    if not found:
+        why = spec.whole_line() or "no layer alone reads what another computes"
+        raise ConfigError(f"{type(model).__name__} has no prunable units: {why}")
+    return found
+
+
+def prunable_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tuple[PrunableLayer, ...]:
+    """Return what units can be removed from, in the order of the forward pass; there may be nothing.
 
     Parameters
     ----------
@@ -33,11 +42,6 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
         Its width axes.
     shared : bool
         Also axes that several layers read, such as the residual stream of a ResNet's stage.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
     """
     readers: dict[str, list[tuple[str, int]]] = {axis: [] for axis in spec.axes}
     for path, module in model.named_modules():
@@ -51,7 +55,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
         if spec.axes[axis] > 1 and (len(found) == 1 or (shared and found and axis != _RESIDUAL)) and axis != _RESIDUAL
     ]
     if not chosen:
-        raise ConfigError(f"{type(model).__name__} has no prunable units: no layer alone reads what another computes")
+        return ()
     depths = _depths(chosen)
     return tuple(
         PrunableLayer(

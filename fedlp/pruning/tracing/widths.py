@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.spec import named_tensors
+from fedlp.pruning.tracing.cut_check import without_broken_axes
 from fedlp.pruning.tracing.decoder import decoder_widths, is_language_model, match_decoder
 from fedlp.pruning.tracing.graph import trace_classifier
 from fedlp.pruning.tracing.slicing import Dim, WidthSpec, slice_tensor, tensor_keeps
@@ -26,6 +27,8 @@ __all__ = ["Dim", "WidthSpec", "cut_model", "slice_tensor", "tensor_keeps", "tra
 def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
     """Return the width axes of a classifier (traced), a vision transformer or a language model (both by rule).
 
+    A part of a classifier that no rule covers stays whole, and so does an axis along which the cut model fails.
+
     Parameters
     ----------
     model : nn.Module
@@ -36,11 +39,13 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
     Raises
     ------
     ConfigError
-        If axes cannot express a part of the model; names it.
+        If the model is a language model of an architecture without rules; names it.
     """
     if is_language_model(model):
         return decoder_widths(model)
-    return vit_widths(model) if is_vision_transformer(model) else trace_classifier(model, inputs)
+    if is_vision_transformer(model):
+        return vit_widths(model)
+    return without_broken_axes(model, trace_classifier(model, inputs), inputs, cut_model)
 
 
 def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:

@@ -189,3 +189,33 @@ class SignSGD:
 def halving(server_round: int, num_rounds: int, progress: float, every: int = 1) -> float:
     """Half of the learning rate every few rounds."""
     return 0.5 ** ((server_round - 1) // every)
+
+
+@register("tracker", "lines")
+@dataclass
+class Lines:
+    """One line of text per round."""
+
+    file: str = "lines.txt"
+
+    def begin(self, config, run_dir):  # type: ignore[no-untyped-def]
+        self._path = run_dir / self.file
+
+    def round(self, record):  # type: ignore[no-untyped-def]
+        with self._path.open("a") as file:
+            file.write(f"{record.server_round} {record.metrics.get('error_rate')}\n")
+
+    def end(self, manifest):  # type: ignore[no-untyped-def]
+        with self._path.open("a") as file:
+            file.write("end\n")
+
+
+@register("callback", "stop_after")
+@dataclass(frozen=True)
+class StopAfter:
+    """End of the run after some rounds."""
+
+    rounds: int = 5
+
+    def __call__(self, record, state):  # type: ignore[no-untyped-def]
+        return record.server_round >= self.rounds

@@ -375,12 +375,16 @@ def test_depth_prefix_can_be_cut_too() -> None:
     assert cut_model(prefix, axes, {"conv3": Keep.first(3, 64)})(spec.example_inputs(2)).shape == (2, 10)
 
 
-@pytest.mark.parametrize(("name", "node"), [("squeezenet1_1", "cat"), ("convnext_tiny", "LayerNorm2d")])
-def test_inexpressible_model_is_one_line_that_names_the_node(name: str, node: str) -> None:
+@pytest.mark.parametrize(("name", "node", "axes"), [("squeezenet1_1", "cat", 9), ("convnext_tiny", "LayerNorm2d", 18)])
+def test_what_no_rule_covers_is_one_line_that_names_it_and_the_rest_is_cut(name: str, node: str, axes: int) -> None:
     spec = describe_model(ModelConfig(name=name, source="torchvision"), (3, 32, 32), 10, "classification")
-    with pytest.raises(ConfigError, match=node) as caught:
-        trace_widths(spec.blueprint.build(), spec.example_inputs(1))
-    assert "\n" not in str(caught.value)
+    model = spec.blueprint.build().eval()
+    found = trace_widths(model, spec.example_inputs(1))
+    assert node in found.whole_line()
+    assert "\n" not in found.whole_line()
+    assert len(found.axes) == axes
+    cut = cut_model(model, found, {axis: keep_first(size) for axis, size in found.axes.items()})
+    assert cut(spec.example_inputs(2)).shape == (2, 10)
 
 
 class Reused(nn.Module):
@@ -427,9 +431,10 @@ class DataDependent(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_untraceable_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="DataDependent"):
-        trace_widths(DataDependent(), torch.zeros(1, 4))
+def test_untraceable_model_stays_whole() -> None:
+    found = trace_widths(DataDependent(), torch.zeros(1, 4))
+    assert not found.axes
+    assert found.whole_line().startswith("DataDependent stays whole: it cannot be traced")
 
 
 def test_bad_choices_are_refused(classifiers: Callable) -> None:

@@ -43,9 +43,10 @@ def make_app() -> ClientApp:
     return app
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[(1, 1), (3, 1), (2, 4)], ids=["1 worker", "3 workers", "cohorts of 4"])
 def grid(request: pytest.FixtureRequest) -> Iterator[LocalGrid]:
-    with LocalGrid(make_app, num_clients=6, num_workers=request.param, message_bytes=1 << 17) as grid:
+    workers, cohort = request.param
+    with LocalGrid(make_app, num_clients=6, num_workers=workers, message_bytes=1 << 17, cohort=cohort) as grid:
         yield grid
 
 
@@ -116,7 +117,7 @@ def test_a_client_that_is_silent_is_given_up(grid: LocalGrid) -> None:
 
 def test_a_message_beyond_the_slots_is_refused(grid: LocalGrid) -> None:
     with pytest.raises(FedLPError, match="larger than the engine's slots"):
-        list(grid.stream(instructions(size=100_000), timeout=60))
+        list(grid.stream(instructions(size=400_000), timeout=60))
 
 
 def test_flowers_own_fedavg_runs_on_it(grid: LocalGrid) -> None:

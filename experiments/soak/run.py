@@ -1,0 +1,109 @@
+"""Soak: memory, handles and time per round of long runs on the local engine, one worker, logistic regression.
+
+    python experiments/soak/run.py            (about half an hour of one core)
+
+To decide: whether a round costs the same however many came before it, and however many clients the federation has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments.soak.tables import LEGS, regenerate  # noqa: E402
+from fedlp.apps.federate import Federation  # noqa: E402
+from fedlp.config import compose  # noqa: E402
+from fedlp.types import RoundRecord  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+COMMON = (
+    *("model=experiments.soak.parts:Linear", "dataset=experiments.soak.parts:examples", "strategy=fedavg"),
+    *("local.lr=0.1", "eval_every=100", "checkpoint_every=50", "simulation.workers=1"),
+)
+SAMPLES = 20  # points of each leg
+
+
+def resident(pid: int | str) -> float:
+    """Return the memory that a process holds, in MB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def children() -> list[str]:
+    """Return the ids of this process's children."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def soak(num_clients: int, per_round: int, num_rounds: int) -> dict[str, Any]:
+    """Return what each of some stretches of a run took."""
+    options = (f"num_clients={num_clients}", f"clients_per_round={per_round}", f"num_rounds={num_rounds}")
+    config = compose((*COMMON, f"dataset.count={num_clients}", *options))
+    points: list[dict[str, Any]] = []
+    times: list[float] = []
+    spent = [time.process_time()]
+    step = num_rounds // SAMPLES
+
+    def watch(record: RoundRecord, _: object) -> None:
+        assert not record.failures
+        times.append(record.wall_time_s)
+        if record.server_round % step == 0:
+            workers = children()
+            points.append(
+                {
+                    "round": record.server_round,
+                    "median_ms": round(1e3 * statistics.median(times), 2),
+                    "server_cpu_ms": round(1e3 * (time.process_time() - spent[0]) / step, 2),
+                    "server_mb": round(resident("self"), 1),
+                    "worker_mb": round(sum(map(resident, workers)), 1),
+                    "handles": len(os.listdir("/proc/self/fd")),
+                }
+            )
+            times.clear()
+            spent[0] = time.process_time()
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Federation(config).run_locally(Path(folder) / "run", [watch])
+        size = (Path(folder) / "run" / "rounds.jsonl").stat().st_size
+    return {
+        "num_clients": num_clients,
+        "clients_per_round": per_round,
+        "num_rounds": num_rounds,
+        "accuracy": manifest["final_metrics"]["accuracy"],
+        "wall_s": round(time.monotonic() - started, 1),
+        "record_bytes_per_round": size // num_rounds,
+        "points": points,
+    }
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="one leg, by name")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rounds of each leg")
+    given = parser.parse_args()
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    for name, leg in LEGS.items():
+        path = results / f"{name}.json"
+        if path.exists() or given.only not in (None, name):
+            continue
+        num_clients, per_round, num_rounds = leg
+        found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)))
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(name, path.read_text()[:300], flush=True)
+    regenerate(results, results)
+
+
+if __name__ == "__main__":
+    main()

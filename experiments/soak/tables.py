@@ -1,0 +1,37 @@
+"""The table of the soak, from ``results/*.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+LEGS = {  # clients, clients a round, rounds
+    "few-clients": (1_000, 50, 2_000),
+    "many-clients": (100_000, 50, 2_000),
+    "large-rounds": (100_000, 1_000, 100),
+}
+MEASURED = ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
+HEAD = (
+    *("clients", "a round", "rounds", "median ms a round", "server's CPU ms a round", "server MB", "worker MB"),
+    *("handles", "kB on record a round"),
+)
+
+
+def regenerate(results: Path, out: Path) -> None:
+    """Write ``tables.md``: the second twentieth of each leg that was run against its last."""
+    rows = ["# Soak", "", "Second twentieth of the rounds → last twentieth.", ""]
+    rows += ["| " + " | ".join(HEAD) + " |", "| --- |" + " --- |" * (len(HEAD) - 1)]
+    for name in LEGS:
+        path = results / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        first, last = found["points"][1], found["points"][-1]
+        cells = [f"{found[key]:,}" for key in ("num_clients", "clients_per_round", "num_rounds")]
+        cells += [
+            f"{first[key]:g} → {last[key]:g}"
+            for key in ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
+        ]
+        rows.append("| " + " | ".join([*cells, f"{found['record_bytes_per_round'] / 1e3:.1f}"]) + " |")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(rows) + "\n", encoding="utf-8")

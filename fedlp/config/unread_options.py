@@ -1,0 +1,146 @@
+"""Overrides of single options that the chosen parts do not read: refused, not ignored.
+
+Options of a part are its signature, so another part's option is refused when the config is read. Here are the options
+that all parts of a group share, or of a group without parts, of which some choices read only some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from fedlp.config.federated_prune import FederatedPruneConfig
+from fedlp.config.schema import PrunerConfig, RunConfig
+from fedlp.config.tools import PruneConfig, SearchConfig
+from fedlp.errors import ConfigError
+
+_OFF = ("", "null", "none", "false", "0", "0.0", "[]")  # values that ask for nothing
+_ERROR_CURVES = frozenset({"error_curves", "model"})
+_FINETUNE = {
+    "none": frozenset[str](),
+    "newton": frozenset({"steps"}),
+    "full": frozenset({"epochs", "batch_size", "lr", "max_examples"}),
+    "lora": frozenset({"epochs", "batch_size", "lr", "max_examples", "rank", "alpha"}),
+}
+
+Unread = Mapping[str, str]
+"""Options by their dotted names, and the choice that would read each."""
+
+
+def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
+    """Raise ConfigError for an override of an option that nothing reads with the other choices of the config.
+
+    An override that turns an option off is accepted.
+    """
+    unread: dict[str, str] | None = None
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        if "." not in name or value.strip().lower() in _OFF:
+            continue
+        unread = _unread(config) if unread is None else unread
+        if name in unread:
+            group = name.partition(".")[0]
+            chosen = getattr(getattr(config, group), "name", "")
+            raise ConfigError(f"{group}={chosen} does not read {name} here: drop {override}, or choose {unread[name]}")
+
+
+def _unread(config: object) -> dict[str, str]:
+    match config:
+        case FederatedPruneConfig():
+            return _pruner_alone(config.pruner, True)
+        case RunConfig():
+            return {**_pruner_of_run(config), **_groups_of_run(config)}
+        case PruneConfig():
+            read = _FINETUNE[config.finetune.name]
+            options = vars(config.finetune).keys() - {"name"} - read
+            needs = _needs(config.allocator.target)
+            return {
+                **_pruner_alone(config.pruner, needs is None or bool(needs & _ERROR_CURVES)),
+                **{f"finetune.{name}": f"finetune={_who_reads(name, _FINETUNE)}" for name in options},
+            }
+        case SearchConfig():
+            return _pruner_alone(config.pruner, False)
+    return {}
+
+
+def _who_reads(option: str, choices: Mapping[str, Iterable[str]]) -> str:
+    return " or ".join(name for name, options in choices.items() if option in options)
+
+
+# ---- the pruner
+def _pruner_alone(pruner: PrunerConfig, measures_curves: bool) -> dict[str, str]:
+    """Return the unread options of a score that prunes one model."""
+    solves, fits = _solves(pruner), pruner.recovery == "least_squares"
+    return _named(
+        ("pruner.fisher", solves, "a score that is solved for: pruner=obs or slimgpt"),
+        ("pruner.correction", fits, "pruner.recovery=least_squares"),
+        ("pruner.centred", solves or fits, "pruner.recovery=least_squares, or pruner=obs or slimgpt"),
+        ("pruner.damping", solves or fits or measures_curves, "pruner.recovery=least_squares, pruner=obs or slimgpt"),
+    )
+
+
+def _pruner_of_run(config: RunConfig) -> dict[str, str]:
+    """Return the unread options of a score in a federated run."""
+    pruner, options = config.pruner, config.strategy.options
+    if config.strategy.name != "fedlp_plan":  # a method of one's own may read all
+        return {}
+    if options.get("submodels") == "pruned":
+        alone = _pruner_alone(pruner, True)
+        return alone | _named(("pruner.keeps_batch_norm", False, _ONESHOT), ("pruner.shared", False, _ONESHOT))
+    solves, fits = _solves(pruner), bool(options.get("compensate")) and pruner.recovery == "least_squares"
+    return _named(
+        ("pruner.recovery", bool(options.get("compensate")), "strategy.compensate=true or submodels=pruned"),
+        ("pruner.correction", False, "strategy.submodels=pruned"),
+        ("pruner.fisher", solves, "a score that is solved for: pruner=obs or slimgpt"),
+        ("pruner.centred", solves, "pruner=obs or slimgpt, or strategy.submodels=pruned"),
+        ("pruner.damping", solves or fits, "pruner=obs or slimgpt, or strategy.submodels=pruned"),
+        ("pruner.keeps_batch_norm", False, _ONESHOT),
+        ("pruner.shared", False, _ONESHOT),
+    )
+
+
+_ONESHOT = "fedlp-prune"
+
+
+def _solves(pruner: PrunerConfig) -> bool:
+    """Return whether a score reads second moments, so that a Hessian is inverted for it."""
+    needs = _needs(pruner.target)
+    return needs is None or "moments" in needs
+
+
+def _needs(target: Callable[..., object]) -> frozenset[str] | None:
+    """Return the evidence that a part needs; None where only its instances say."""
+    needs: object = getattr(target, "needs", frozenset())
+    return frozenset(needs) if isinstance(needs, frozenset | set) else None
+
+
+# ---- other groups of a run
+def _groups_of_run(config: RunConfig) -> dict[str, str]:
+    fleet, clients = config.fleet, config.evaluation.name != "central"
+    tiers, devices = bool(fleet.fractions), bool(fleet.devices)
+    adapter, privacy = config.adapter.name != "none", _PRIVACY[config.privacy.name]
+    return _named(
+        *((f"adapter.{name}", adapter, "adapter=lora") for name in vars(config.adapter) if name != "name"),
+        *(
+            (f"privacy.{name}", name in privacy, f"privacy={_who_reads(name, _PRIVACY)}")
+            for name in vars(config.privacy).keys() - {"name"}
+        ),
+        *((f"evaluation.{name}", clients, "evaluation=clients or both") for name in ("clients", "personal_steps")),
+        *((f"fleet.{name}", tiers, "fleet=tiers") for name in ("limited", "shares")),
+        *((f"fleet.{name}", devices, "fleet=mixed") for name in ("memory_share", "seconds_per_example", "upload_s")),
+        ("upload.entropy_coding", config.upload.name not in _UNCODED, "upload=int8, int4 or int2"),
+    )
+
+
+_BOTH = frozenset({"clipping_norm", "epsilon", "delta", "max_epsilon", "accountant"})
+_PRIVACY = {
+    "none": frozenset[str](),
+    "local_dp": _BOTH | {"seeded"},
+    "central_dp": _BOTH | {"noise_multiplier", "clipping_quantile", "secure_noise"},
+    "secagg": frozenset({"threshold", "min_group", "bits", "value_range", "phase_timeout_s"}),
+}
+_UNCODED = frozenset({"float32", "bfloat16"})
+
+
+def _named(*options: tuple[str, bool, str]) -> dict[str, str]:
+    """Return the options that are not read, each with the choice that would read it."""
+    return {name: choice for name, is_read, choice in options if not is_read}

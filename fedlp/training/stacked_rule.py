@@ -1,0 +1,35 @@
+"""Where training clients together pays: a rule from measurements, not a clock, so that a run stays reproducible."""
+
+from __future__ import annotations
+
+from torch import nn
+
+MOST_PARAMS = 130_000
+"""Trained numbers of a network whose stack pays on a CPU.
+
+Processor time of a client in a stack over its time alone, for fully connected networks and two steps on batches of 10:
+about 0.3 at 8,000 and at 38,000 numbers, 0.6 at 126,000, 0.9 at 159,000 and more (``experiments/bench/cohorts.py``).
+"""
+
+_STACK_BYTES = 1 << 24  # of the parameters of one stack
+_MOST_CLIENTS = 64
+_LEAST_STACKS = 4  # of a round, so that workers share them
+
+
+def pays(model: nn.Module) -> bool:
+    """Return whether clients of an architecture train faster together than one by one."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return count <= MOST_PARAMS
+
+
+def stack_size(num_bytes: int, num_clients: int) -> int:
+    """Return how many clients train together at most.
+
+    Parameters
+    ----------
+    num_bytes : int
+        Of one client's parameters.
+    num_clients : int
+        Clients of a round.
+    """
+    return max(1, min(_MOST_CLIENTS, _STACK_BYTES // max(num_bytes, 1), -(-num_clients // _LEAST_STACKS)))
