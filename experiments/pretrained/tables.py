@@ -25,9 +25,23 @@ def regenerate(results: Path, out: Path) -> None:
         group = file.name.removesuffix(".runs.jsonl.xz")
         lines += ["", f"## {group}", "", *_table(runs_by_method(results, group))]
         out.mkdir(parents=True, exist_ok=True)
-        draw_tiers(runs_by_method(results, group), out / f"{group}-tiers.png")
+        draw_tiers(_best(runs_by_method(results, group)), out / f"{group}-tiers.png")
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _best(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """Return each method's runs at its best learning rate, by the method's name; names are METHOD or METHOD@RATE."""
+    found: dict[str, list[Run]] = {}
+    for name, runs in methods.items():
+        base = name.partition("@")[0]
+        if base not in found or _loss(runs) < _loss(found[base]):
+            found[base] = runs
+    return found
+
+
+def _loss(runs: list[Run]) -> float:
+    return mean(run.final_metrics["loss"] or float("inf") for run in runs)
 
 
 def _table(methods: dict[str, list[Run]]) -> list[str]:

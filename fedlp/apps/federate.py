@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.batching import cohort_size
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
+from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.secagg_check import check_secagg, secagg_settings
-from fedlp.apps.submodel_pruning import CalibratedPruner, check_adapters, first_examples
+from fedlp.apps.submodel_pruning import (
+    CalibratedPruner,
+    check_adapters,
+    check_pooled_calibration,
+    first_examples,
+)
+from fedlp.apps.tier_table import describe_tiers
 from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
@@ -33,6 +40,8 @@ from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
+from fedlp.federation.oneshot import costs as oneshot_costs
+from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
@@ -101,6 +110,7 @@ class Federation:
         self._parts = None if parts is None else tuple(parts)
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
+        self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
         check_secagg(config, self.policy)
 
@@ -145,13 +155,33 @@ class Federation:
         return partition_examples(config.partition, self.data.train, config.num_clients, config.seed, kinds)
 
     @cached_property
+    def pooled(self) -> OneShotSettings | None:
+        """Settings of the calibration of sub-models on clients' sums; None where the server has examples."""
+        config, options = self.config, self.config.strategy.options
+        may_prune = self.submodels.spec.blueprint.is_pretrained
+        asked = options.get("submodels", "slices")
+        if not (asked == "pruned" or (asked is None and may_prune)):
+            return None
+        has_data = not config.dataset.on_devices or config.dataset.server is not None
+        asked = options.get("calibrate_on") or ("server" if has_data else "clients")
+        if asked == "server" and not has_data:
+            raise ConfigError("strategy.calibrate_on=server needs dataset.server: the training data are on the devices")
+        if asked == "server":
+            return None
+        check_pooled_calibration(config)
+        return pooled_settings(config, pooled_method(make_method(config.pruner), self.submodels))
+
+    @cached_property
     def pruner(self) -> CalibratedPruner:
-        """Pruning of sub-models on the server's copy of the data set, read on first use."""
+        """Pruning of sub-models on the server's examples, read on first use, or on clients' sums."""
         config, wanted = self.config, self.config.calibration
+        if self.pooled is not None:
+            return PooledSubModelPruner(self.submodels, self.pooled, config.allocator.make(), lambda: self._capable)
 
         def calibration() -> Calibration:
-            train = self.data.train
-            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device)
+            own = config.dataset.on_devices
+            train = self.server_data.test if own else self.data.train
+            return first_examples(train, self.info, wanted.examples, wanted.batch_size, config.seed, config.device, own)
 
         method = make_method(config.pruner)
         return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
@@ -174,6 +204,7 @@ class Federation:
                     f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
                     "back; take upload_bytes out of its budget"
                 )
+        self._capable = self._holders_of_all(budgets, cost)
         whole = cost(SubModel()) if config.fleet.only_whole else {}
         limits = [given_limits(budget) if config.fleet.only_whole else [] for budget in budgets]
         self._apart = {i for i, found in enumerate(limits) if any(whole[name] > limit for name, limit in found)}
@@ -193,8 +224,21 @@ class Federation:
             allocator=config.allocator.make(),
             batch_norm=config.aggregator.batch_norm,
             scores_units=bool(make_method(config.pruner).score.needs),
+            is_pretrained=submodels.spec.blueprint.is_pretrained,
         )
         return self._with_batch_norm(context)
+
+    @staticmethod
+    def _holders_of_all(budgets: Sequence[Budget | None], cost: Callable[[SubModel], dict[str, float]]) -> set[int]:
+        """Return the clients whose budgets hold the whole model; uploads do not count."""
+        whole = cost(SubModel()) if any(budget is not None for budget in budgets) else {}
+        return {
+            client_id
+            for client_id, budget in enumerate(budgets)
+            if all(
+                whole[name] <= limit for name, limit in given_limits(budget) if name in whole and name != "upload_bytes"
+            )
+        }
 
     def takes_part(self, client_id: int) -> bool:
         """Return whether a client may be sampled."""
@@ -290,6 +334,7 @@ class Federation:
             method=make_method(config.pruner),
             calibration=config.calibration,
             privacy=config.privacy,
+            oneshot=self.pooled,
             secagg=secagg_settings(config),
             batched=config.simulation.batched,
         )
@@ -307,6 +352,17 @@ class Federation:
             num_clients=config.evaluation.clients,
             steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
             is_private=config.privacy.name != "none",
+        )
+
+    def describe_tiers(self, policy: Policy, state: ServerState, directory: RunDirectory) -> dict[str, Any]:
+        """Return what each tier of the fleet holds, has sent and reaches; see :mod:`fedlp.apps.tier_table`."""
+        config, lines = self.config, directory.read_lines()
+        return describe_tiers(
+            tier_names(config.fleet, config.num_clients, config.seed),
+            lambda client_id: policy.assign(state.server_round, client_id, state.memory, state.params).submodel,
+            lambda submodel: submodel_costs(submodel, self.submodels, self.costs, config.local),
+            lines,
+            lines[-1]["metrics"] if lines else {},
         )
 
     # ---- running
@@ -341,7 +397,7 @@ class Federation:
         size: int = sum(tensor.numel() * tensor.element_size() for tensor in self.initial_params().values())
         if self.config.privacy.name == "secagg":  # masked values and shares
             size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
-        return size
+        return size if self.pooled is None else max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
@@ -398,19 +454,25 @@ def _serve_rounds(
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
+        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
         central_privacy=make_central_privacy(config, ledger),
         ledger=None if ledger is None else ledger.note,
         observers=(keeper, *observers),
         state=state,
     )
     initial = messages.encode_params(plan.initial_params())
+    if note := getattr(plan.policy, "note", ""):
+        log.warning(note)
     try:
         if not is_over:
             strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
-    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **keeper.results())
+    results = keeper.results()
+    if config.evaluation.tiers:
+        results["tiers"] = plan.describe_tiers(strategy.policy, strategy.state, directory)
+    manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest
 

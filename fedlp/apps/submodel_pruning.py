@@ -20,7 +20,7 @@ from fedlp.federation.submodels import SubModels
 from fedlp.models import state_tensors
 from fedlp.models.adapters import merge_adapters
 from fedlp.pruning.costs.footprint import Footprint
-from fedlp.pruning.pruner import Calibration, Method, Pruner
+from fedlp.pruning.pruner import Calibration, Method, Pruned, Pruner
 from fedlp.rng import Stream, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.threads import one_thread
@@ -62,6 +62,7 @@ class CalibratedPruner:
         measures = bool(needs_of(self._rule) & {"error_curves", "model"})
         damping = self._method.damping
         method = Method(fisher=True, damping=damping, keeps_batch_norm=True) if measures else Method()
+        method = self._measuring(method)
 
         @cache
         def measured() -> Evidence:
@@ -84,7 +85,7 @@ class CalibratedPruner:
             pruner = self._pruner(model, self._method)
             if pruner.num_added_params():
                 pruner = self._pruner(model, replace(self._method, centred=False))
-            pruned = pruner.prune(kept)
+            pruned = self._run(pruner, kept)
         narrow = {axis: keep for axis, keep in pruned.widths.items() if not keep.is_full}
         plain = self._submodels.layout(SubModel(widths=narrow)).slice(state_tensors(model))
         statistics = self._submodels.statistics
@@ -93,6 +94,14 @@ class CalibratedPruner:
             for name, tensor in state_tensors(pruned.model).items()
             if tensor.is_floating_point() and name not in statistics
         }
+
+    def _measuring(self, method: Method) -> Method:
+        """Return the method that evidence is measured by."""
+        return method
+
+    def _run(self, pruner: Pruner, kept: Mapping[str, int]) -> Pruned:
+        """Return the pruned model."""
+        return pruner.prune(kept)
 
     def _pruner(self, model: nn.Module, method: Method) -> Pruner:
         return Pruner(model, self._submodels.widths, self._submodels.layers, self._calibration(), method)
@@ -105,20 +114,38 @@ class CalibratedPruner:
         return merge_adapters(model).eval().to(self._device)
 
 
-def first_examples(train: Examples, info: DataInfo, count: int, batch_size: int, seed: int, device: str) -> Calibration:
-    """Return the first whole training examples, prepared; DataError if there are fewer."""
+def first_examples(
+    train: Examples, info: DataInfo, count: int, batch_size: int, seed: int, device: str, own: bool = False
+) -> Calibration:
+    """Return the first whole examples, prepared; DataError if there are fewer.
+
+    Parameters
+    ----------
+    own : bool
+        Whether they are the server's own; else clients hold them too, and a warning says so.
+    """
     whole = whole_examples(train, info)
     if count > len(whole):
-        raise DataError(
-            f"calibration.examples={count}, but the server has {len(whole)} whole training examples; lower it"
+        raise DataError(f"calibration.examples={count}, but the server has {len(whole)} whole examples; lower it")
+    if not own:
+        log.warning(
+            "sub-models are pruned on the first %d training examples of the server's copy of the data, which in a "
+            "simulation clients hold too",
+            count,
         )
-    log.warning(
-        "sub-models are pruned on the first %d training examples of the server's copy of the data, which in a "
-        "simulation clients hold too",
-        count,
-    )
     chosen = whole.select(torch.arange(count).numpy())
     return batch_calibration(chosen, info, batch_size, torch_seed(seed, Stream.CALIBRATION, 1), torch.device(device))
+
+
+def check_pooled_calibration(config: RunConfig) -> None:
+    """Raise ConfigError for options that calibration on clients' sums does not go with."""
+    if config.privacy.name != "none":
+        raise ConfigError("strategy.calibrate_on=clients does not go with privacy: clients send sums over their inputs")
+    if config.adapter.name != "none":
+        raise ConfigError(
+            "strategy.calibrate_on=clients does not go with adapter=lora; set strategy.calibrate_on=server (and "
+            "dataset.server, if the data are on devices), or strategy.submodels=slices"
+        )
 
 
 def check_adapters(config: RunConfig) -> None:

@@ -86,6 +86,11 @@ def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
         asked = manifest["config"]["num_rounds"]
         print(f"fedlp: {stopped_by} ended the run after round {totals['rounds']} of {asked}", file=sys.stderr)
     names = sorted((name for name, value in final.items() if value is not None), key=lambda name: name == "train_loss")
+    if tiers := manifest.get("tiers"):
+        from fedlp.apps.tier_table import tier_table
+
+        print(tier_table(tiers))
+        names = [name for name in names if not name.startswith("tier_")]
     metrics = "  ".join(f"{name} {final[name]:.4f}" for name in names)
     print(f"{metrics}  up {totals['bytes_up'] / 1e6:.2f} MB  down {totals['bytes_down'] / 1e6:.2f} MB  -> {out}")
 

@@ -27,6 +27,7 @@ from fedlp.types import Budget, SubModel
 SubModelCosts = Mapping[str, float]  # by the limits' names in ``Budget``
 _BYTES = 4
 _COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gradients, the optimizer's state
+_RECEIVED = 1  # the received message, held to the end of the round
 
 
 def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig) -> dict[str, float]:
@@ -43,7 +44,8 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
     return {
         "params": float(params + frozen),
         "macs": costs.macs(submodel).forward,
-        "memory_bytes": float(_BYTES * (held + (_COPIES[optimizer] - 1) * trained)) + local.batch_size * activations,
+        "memory_bytes": float(_BYTES * ((1 + _RECEIVED) * held + (_COPIES[optimizer] - 1) * trained))
+        + local.batch_size * activations,
         "upload_bytes": float(_BYTES * params),
     }
 
@@ -61,6 +63,7 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) ->
         optimizer_kind(local),
         upload_footprint(model, submodels.widths, encoding).terms(axes),
         trained=Footprint(model, submodels.widths, trained).terms(axes) if has_adapters(model) else None,
+        received=_RECEIVED,
     )
 
 

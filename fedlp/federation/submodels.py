@@ -17,6 +17,7 @@ from fedlp.errors import ConfigError
 from fedlp.federation.bounded_cache import BoundedCache
 from fedlp.federation.wire.packing import Signature
 from fedlp.models.spec import ModelSpec
+from fedlp.models.unallocated import without_parameters
 from fedlp.pruning.tracing.units import prunable_layers, weight_matrix
 from fedlp.pruning.tracing.widths import WidthSpec, slice_tensor, tensor_keeps, trace_widths
 from fedlp.types import Keep, PrunableLayer, SubModel
@@ -102,12 +103,12 @@ class SubModels:
     @cached_property
     def widths(self) -> WidthSpec:
         """Width axes, found by tracing the model once."""
-        return trace_widths(self.skeleton(), self.spec.example_inputs(1))
+        return trace_widths(self._measured, self.spec.example_inputs(1))
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
         """What units can be removed from, of a classifier also channels that several layers read; may be nothing."""
-        return prunable_layers(self.skeleton(), self.widths, shared=not self.spec.reads_tokens)
+        return prunable_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
 
     def whole_parts(self) -> str:
         """Return in one line which parts of the model stay whole and why; empty where none does or nothing is cut."""
@@ -121,8 +122,13 @@ class SubModels:
     @cached_property
     def reader_columns(self) -> dict[str, int]:
         """Columns of the weight of each module that reads a prunable layer, in the order of the layers."""
-        model = self.skeleton()
+        model = self._measured
         return {path: weight_matrix(model.get_submodule(path)).shape[1] for x in self.layers for path in x.readers}
+
+    @property
+    def _measured(self) -> nn.Module:
+        """A model of the global architecture, of which only shapes are read; language models take no memory."""
+        return self.shapes() if self.is_language else self.skeleton()
 
     @cached_property
     def statistics(self) -> frozenset[str]:
@@ -132,6 +138,16 @@ class SubModels:
     def skeleton(self) -> nn.Module:
         """Return a model of the global architecture with arbitrary values (pretrained weights are not loaded)."""
         return self.spec.build_depth(len(self.spec.depths), seed=0, client_id=0)
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the model is a language model of transformers, whose width axes follow from rules."""
+        return self.spec.blueprint.is_language is True
+
+    def shapes(self) -> nn.Module:
+        """Return a language model of the global architecture whose parameters take no memory."""
+        with without_parameters():
+            return self.skeleton()
 
     def layout(self, submodel: SubModel) -> SubModelLayout:
         """Return the layout of a sub-model."""

@@ -103,6 +103,11 @@ class AdaptedBlueprint(Blueprint):
         """The model's."""
         return self.base.num_depths
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model's weights are pretrained."""
+        return self.base.is_pretrained
+
     def check_inputs(self) -> None:
         """Raise ConfigError if the model has no rules for adapters, or cannot take the inputs."""
         if self.base.is_language is not True:

@@ -44,16 +44,23 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield copies of model and inputs with shapes but no values, in a context that can run them.
 
     Nothing is allocated or computed, and the model is not modified. On every device, the operators that
     run are the same.
+
+    Parameters
+    ----------
+    device : "meta" or "cpu"
+        "cpu" runs the operators of a CPU, whose attention keeps no matrix of weights; "meta" counts all that attention
+        multiplies.
     """
     mode = FakeTensorMode()
 
     def convert(tensor: Tensor) -> Tensor:
-        return mode.from_tensor(tensor.detach().to("meta"))
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     memo: dict[int, Any] = {id(p): nn.Parameter(convert(p), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
@@ -67,18 +74,19 @@ def shapes_only(model: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, T
         log.disabled = was_disabled
 
 
-def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T]) -> _T:
+def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T], device: str = "meta") -> _T:
     """Return ``run(model, inputs)`` of copies that have shapes but no values; of copies with values where it fails.
 
     It fails where operators need values: those of a mixture of experts, say. torch's generators are left as they were.
+    ``device`` is that of :func:`shapes_only`.
     """
     try:
-        with shapes_only(model, inputs) as (shapes, example):
+        with shapes_only(model, inputs, device) as (shapes, example):
             return run(shapes, example)
     except Exception:  # whatever operators raise that find no values
         with torch.random.fork_rng(devices=[]):
-            device = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
-            return run(copy.deepcopy(model), inputs.to(device))
+            place = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
+            return run(copy.deepcopy(model), inputs.to(place))
 
 
 def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:

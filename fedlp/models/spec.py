@@ -93,6 +93,11 @@ class Blueprint(ABC):
         """Return the initial model: fresh, unless the family loads pretrained weights."""
         return self.build()
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether :meth:`build_initial` loads pretrained weights; that of a module in memory is not known: no."""
+        return bool(getattr(self, "path", None) or getattr(self, "pretrained", False))
+
     def build_prefix(self, depth: int) -> nn.Module:
         """Return the prefix of a depth below ``num_depths``, under the global names, with a ``personal_head``."""
         raise ConfigError(f"model {self.name} has no depth prefixes; choose another model or depth {self.num_depths}")

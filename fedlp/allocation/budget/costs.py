@@ -157,6 +157,7 @@ def make_costs(
     upload_overhead: float = 0.0,
     latency: LatencyTable | None = None,
     trained: Terms | None = None,
+    received: int = 0,
 ) -> CostModel:
     """Return the costs of a model from its footprints.
 
@@ -174,13 +175,15 @@ def make_costs(
         Bytes of a message beside the parameters.
     trained : Terms, optional
         Parameters with gradients and optimizer state; all if absent.
+    received : int
+        Further copies of all parameters: the message that a client holds during training.
     """
     weight_bytes = _BYTES * _COPIES[optimizer]
     sources: tuple[list[tuple[float, Terms]], ...] = (
         [(1.0, params)],
         [(1.0, macs)],
         [
-            (_BYTES if trained is not None else weight_bytes, params),
+            (received * _BYTES + (_BYTES if trained is not None else weight_bytes), params),
             (weight_bytes - _BYTES, trained or {}),
             (float(batch_size), activation_bytes),
         ],

@@ -41,6 +41,7 @@ from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
+from fedlp.models.unallocated import allocate
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator
@@ -226,11 +227,13 @@ class ClientRuntime:
         """Return a model of the sub-model's shapes and its live tensors; shapes depend on numbers of units alone."""
         if depth is not None:
             model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
+        elif counts and self.submodels.is_language:
+            model = self.submodels.shapes()  # a device may not have the memory for the whole model
         else:
             model = self.submodels.skeleton()
         if counts:
             widths = {axis: Keep.first(count, size) for axis, count, size in counts}
-            model = cut_model(model, self.submodels.widths, widths)
+            model = allocate(cut_model(model, self.submodels.widths, widths))
         model = model.to(self.device)
         return model, state_tensors(model)
 
@@ -321,6 +324,7 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
     app.query("capabilities")(answers.capabilities)
     for kind in pooling_messages.KINDS:
         app.query(kind.removeprefix("query."))(answers.pooling)
+    app.query(pooling_messages.MODEL.removeprefix("query."))(answers.take_model)
     for kind in secagg_messages.KINDS:
         app.query(kind.removeprefix("query."))(answers.secure)
     app.query("statistics")(answers.statistics)
@@ -362,7 +366,7 @@ class _Answers:
         """Return the update that each of several instructions asks for, or why there is none."""
         runtime = self._runtime(*received[0])
         if runtime.settings.secagg is not None:
-            raise DataError("updates of secure aggregation are masked one by one")
+            return [attempt(lambda pair: self.train(*pair), pair) for pair in received]
         known: messages.Known = {}
         read = [attempt(lambda pair: read_instruction(runtime, *pair, known), pair) for pair in received]
         updates = runtime.train_cohort([one for one in read if isinstance(one, TrainInstruction)])
@@ -379,6 +383,12 @@ class _Answers:
         folder = self._state_dir(message, context) / str(client_id)
         kind = message.metadata.message_type
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
+
+    def take_model(self, message: Message, context: Context) -> Message:
+        """Keep the model that questions of one-shot pruning are about; return the answer that says so."""
+        runtime, client_id = self._runtime(message, context), client_id_of(context)
+        folder = self._state_dir(message, context) / str(client_id)
+        return Message(runtime.pooling.take_model(message.content, folder), reply_to=message)
 
     def secure(self, message: Message, context: Context) -> Message:
         """Return the answer to a message of secure aggregation beside training."""

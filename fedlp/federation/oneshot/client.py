@@ -37,6 +37,9 @@ from fedlp.federation.oneshot.model import (
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.packing import Signature
+from fedlp.federation.wire.record_access import read_tensors
+from fedlp.models import state_tensors
+from fedlp.models.adapters import merge_adapters
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.calibration import Calibration, choose_half
 from fedlp.pruning.gradients import fisher_sums
@@ -47,10 +50,12 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
+from fedlp.types import SubModel
 
 log = logging.getLogger("fedlp")
 
 _FILES = "layer-[0-9]*.safetensors"
+_MODEL = "model.safetensors"
 _MOST_CLIENTS = 16  # whose place in the model one process remembers
 
 
@@ -70,6 +75,7 @@ class PoolingClient:
         self._spec = submodels.widths
         self._device = torch.device(settings.device)
         self._initial = cut_model(submodels.spec.build(settings.seed), self._spec, {}).eval().to(self._device)
+        self._signature_of_all = submodels.layout(SubModel()).signature()
         shared = settings.shared and not submodels.spec.reads_tokens
         self._layers = find_layers(self._initial, self._spec, shared)
         self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
@@ -101,6 +107,15 @@ class PoolingClient:
         )
         own_seed = torch_seed(seed, Stream.CALIBRATION, 3, client_id)
         return batch_calibration(chosen, self._info, wanted.batch_size, own_seed, self._device)
+
+    def take_model(self, content: RecordDict, folder: Path) -> RecordDict:
+        """Keep the model that the server sends, from which the next questions start; return the records that say so."""
+        tensors = read_tensors(content, messages.PARAMS, self._signature_of_all)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"model.{os.getpid()}.partial"
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial)
+        partial.replace(folder / _MODEL)
+        return messages.encode_taken()
 
     def answer(self, kind: str, content: RecordDict, client_id: int, folder: Path) -> RecordDict:
         """Return the records that answer a request.
@@ -181,14 +196,36 @@ class PoolingClient:
 
     def _reach(self, request: Request, folder: Path) -> bool:
         """Bring the model to the requested state and store it; return False if it cannot be reached."""
-        if self._states.name not in (request.base, request.state):
+        wanted = {request.base, request.state}
+        if self._states.name not in wanted:
             self._states = self._first_state()
-            self._load(folder, {request.base, request.state})
+            self._load(folder, wanted)
+        if self._states.name not in wanted and self._start_from(folder / _MODEL):
+            self._load(folder, wanted)
         if self._states.name == request.base:
             self._states.take(request.layers, request.tensors)
         if self._states.name != request.state:
             return False
         self._save(folder, request)
+        return True
+
+    @torch.no_grad()
+    def _start_from(self, file: Path) -> bool:
+        """Begin with the model that the server has sent; return False where it has sent none that is whole."""
+        if not file.is_file():
+            return False
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            log.warning("%s is damaged (%s); the server is asked for what it held", file, one_line(error))
+            return False
+        live = state_tensors(self._initial)
+        if {name: tensor.shape for name, tensor in tensors.items()} != {n: t.shape for n, t in live.items()}:
+            return False
+        for name, tensor in live.items():
+            tensor.copy_(tensors[name])
+        merge_adapters(self._initial)
+        self._states = self._first_state()
         return True
 
     def _load(self, folder: Path, wanted: set[bytes]) -> None:

@@ -27,6 +27,7 @@ from fedlp.types import Keep
 QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference"
 MOMENTS, FISHER, NORMS, VOTE = "query.moments", "query.fisher", "query.norms", "query.vote"
 KINDS = (MOMENTS, FISHER, NORMS, VOTE)
+MODEL = "query.model"  # no question: the model that questions are about, where it is not the initial one
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,17 @@ def is_lack(content: RecordDict) -> bool:
     """Return whether a client reports that it lacks the base state of the request."""
     record = content.get(ANSWER)
     return isinstance(record, ConfigRecord) and record.get("lacks") is True
+
+
+def encode_taken() -> RecordDict:
+    """Return the records of a client that has taken on the server's model."""
+    return RecordDict({ANSWER: ConfigRecord({"taken": True})})
+
+
+def is_taken(content: RecordDict) -> bool:
+    """Return whether a client says that it has taken on the server's model."""
+    record = content.get(ANSWER)
+    return isinstance(record, ConfigRecord) and record.get("taken") is True
 
 
 # ---- helpers

@@ -47,13 +47,24 @@ class ClientPool:
         The model's width axes.
     macs : float
         Largest cost of one example per question.
+    candidates : sequence of int, optional
+        Clients that the cohort is drawn from; all on the roster if absent.
     """
 
-    def __init__(self, grid: Grid, roster: Roster, settings: OneShotSettings, axes: Sequence[str], macs: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        roster: Roster,
+        settings: OneShotSettings,
+        axes: Sequence[str],
+        macs: float,
+        candidates: Sequence[int] | None = None,
+    ) -> None:
         self._axes = tuple(axes)
         self.batch_size = settings.batch_size
         self._grid, self._roster, self._settings, self._macs = grid, roster, settings, macs
-        self.cohort = sample_cohort(settings.seed, 1, roster.client_ids, settings.clients_per_round)
+        candidates = roster.client_ids if candidates is None else candidates
+        self.cohort = sample_cohort(settings.seed, 1, candidates, settings.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
         self.dtype = settings.dtype
         self.begin(1)
@@ -73,6 +84,26 @@ class ClientPool:
         ]
         self._round.coverage, self._round.metrics = coverage, metrics
         return self._round.finish(wall_time_s)
+
+    def send_model(self, params: Mapping[str, Tensor]) -> None:
+        """Send the cohort the model that questions are about; a client that does not take it on is asked nothing."""
+        content = RecordDict({wire.PARAMS: encode_params(params)})
+        size, numbers = count_bytes(content), sum(tensor.numel() for tensor in params.values())
+        ttl, group = self._settings.timeout_s, str(self._round.server_round)
+        requests = [
+            Message(content, self._roster.node(client_id), wire.MODEL, group_id=group, ttl=ttl)
+            for client_id in self.cohort
+        ]
+        taken = []
+        for client_id, reply in zip(self.cohort, exchange(self._grid, requests, ttl), strict=True):
+            self._spend(client_id, bytes_down=size, params_down=numbers)
+            if reply.has_error() or not wire.is_taken(reply.content):
+                reason = reason_of(reply) if reply.has_error() else "it has not taken on the model"
+                self._fail(client_id, "error", FedLPError(reason))
+                continue
+            self._spend(client_id, bytes_up=count_bytes(reply.content))
+            taken.append(client_id)
+        self.cohort = tuple(taken)
 
     # ---- questions
     def total(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -47,6 +48,17 @@ Observer = Callable[[RoundRecord, ServerState], object]
 Ledger = Callable[[int, Sequence[int]], Mapping[str, float]]
 """Returns what is on record of privacy after a round, from its number and its cohort."""
 
+
+class ClientCalibration(Protocol):
+    """Asks clients for calibration sums between rounds, and counts their costs."""
+
+    def connect(self, grid: Grid, roster: Roster) -> None:
+        """Take the clients to ask."""
+
+    def spent(self) -> tuple[list[ClientCost], list[ClientFailure]]:
+        """Return costs and failures since the last call."""
+
+
 EVAL_BATCHES = 4  # batches per evaluation message
 
 
@@ -68,6 +80,7 @@ class EvaluatingStrategy(Strategy):
         tiers: Mapping[int, str] | None = None,
         fit: Callable[[Mapping[int, Budget]], Policy] | None = None,
         takes_part: Callable[[int], bool] = lambda client_id: True,
+        calibration: ClientCalibration | None = None,
         central_privacy: CentralPrivacy | None = None,
         ledger: Ledger | None = None,
         observers: Iterable[Observer] = (),
@@ -82,6 +95,7 @@ class EvaluatingStrategy(Strategy):
         self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
         self._tiers = tiers or {}
         self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
+        self._calibration = calibration
         self._private, self._ledger = central_privacy, ledger
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._round = RoundUnderWay(0, ())

@@ -120,7 +120,7 @@ class RunDirectory:
         CheckpointError
             If there are checkpoints, but no such one.
         """
-        rounds, lines, reasons = checkpoint_rounds(self._checkpoints), self._read_lines(strict=False), []
+        rounds, lines, reasons = checkpoint_rounds(self._checkpoints), self.read_lines(strict=False), []
         state: ServerState | None = None
         for server_round in reversed(rounds):
             try:
@@ -189,7 +189,7 @@ class RunDirectory:
     ) -> dict[str, Any]:
         """Write the model and the manifest, with further results; return the manifest."""
         self.save_model(state)
-        lines = self._read_lines()
+        lines = self.read_lines()
         totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
         totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
         totals["good_rounds"] = sum(map(_is_good, lines))
@@ -233,7 +233,7 @@ class RunDirectory:
                 + (f"go on with resume={self.path}" if begun else "start the run again")
             ) from error
 
-    def _read_lines(self, strict: bool = True) -> list[dict[str, Any]]:
+    def read_lines(self, strict: bool = True) -> list[dict[str, Any]]:
         """Return the rounds; a torn last line of a killed run is left out.
 
         Parameters

@@ -72,6 +72,8 @@ class FedLPStrategy(EvaluatingStrategy):
         Returns the policy that meets devices' own budgets; without it, ``policy`` holds for all.
     takes_part : callable, optional
         Returns whether a client may be sampled; all may if absent.
+    calibration : ClientCalibration, optional
+        Asks clients for calibration sums before rounds; its costs are those of the round.
     central_privacy : CentralPrivacy, optional
         Poisson sampling, clipping and noise in place of the aggregator.
     ledger : callable, optional
@@ -119,6 +121,8 @@ class FedLPStrategy(EvaluatingStrategy):
         self.summary()
         self._roster.join(grid, timeout)
         self._meet_or_dismiss()
+        if self._calibration is not None:
+            self._calibration.connect(grid, self._roster)
         self._prepare(self.state.server_round + 1)
         self._warn_of_starved_layers()
         result = Result()
@@ -230,6 +234,10 @@ class FedLPStrategy(EvaluatingStrategy):
         else:
             cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
+        if self._calibration is not None:
+            costs, failures = self._calibration.spent()
+            self._round.costs.extend(costs)
+            self._round.failures.extend(failures)
         dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}

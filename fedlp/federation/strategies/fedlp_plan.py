@@ -7,13 +7,14 @@ server or by the client, by the pruner's score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fedlp.allocation.evidence import needs_of
 from fedlp.errors import ConfigError
 from fedlp.federation.strategies.fedlp_homo import LayerUploads, check_rates, client_rates
 from fedlp.federation.strategies.plan_policy import PlanPolicy
+from fedlp.federation.strategies.plan_solver import limits_what_is_held
 from fedlp.federation.strategies.policy import ClientOptions, Policy, PolicyContext
 from fedlp.registry import register
 
@@ -56,12 +57,15 @@ class FedLPPlan:
         limit some clients and others hold the whole model.
     train_sent : bool
         Whether clients train only entries that they will send, if the server selects the units.
-    submodels : "slices" or "pruned"
+    submodels : "slices", "pruned" or None
         Sub-models of clients with a budget: slices of the global values, or the model pruned by the pruner's score and
-        refitted; see :mod:`~fedlp.federation.strategies.pruned_submodels`.
-    calibrate_on : "server"
-        Where pruned sub-models are calibrated: on the first ``calibration.examples`` whole training examples of the
-        server's own copy of the data set. In a simulation these are also clients' examples.
+        refitted; see :mod:`~fedlp.federation.strategies.pruned_submodels`. Where None "pruned", if training starts from
+        pretrained weights, budgets limit what is held and updates are differences; else "slices".
+    calibrate_on : "server", "clients" or None
+        Examples that pruned sub-models are calibrated on: the first ``calibration.examples`` whole examples of
+        ``dataset.server`` where that is given, else of the server's copy of the training data, which in a simulation
+        are clients' too; or as many of each client that holds the whole model, which sends sums over them (second
+        moments of each layer's inputs). Where None "clients", if the server has no data; else "server".
     refit_every : int or None
         Rounds between fresh prunings, >= 1; pruned once, before the first round, if None.
     """
@@ -80,8 +84,8 @@ class FedLPPlan:
     width_multiple: int = 1
     regrow: float | None = None
     train_sent: bool = True
-    submodels: str = "slices"
-    calibrate_on: str = "server"
+    submodels: str | None = None
+    calibrate_on: str | None = None
     refit_every: int | None = None
 
     reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
@@ -94,8 +98,8 @@ class FedLPPlan:
             ("spread", self.spread, ("allocator", "macs")),
             ("unit_selection", self.unit_selection, ("client", "server", "random")),
             ("criterion", self.criterion, ("weights", "update")),
-            ("submodels", self.submodels, ("pruned", "slices")),
-            ("calibrate_on", self.calibrate_on, ("server",)),
+            ("submodels", self.submodels or "slices", ("pruned", "slices")),
+            ("calibrate_on", self.calibrate_on or "server", ("server", "clients")),
         ):
             _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         for name, count, least in (
@@ -121,6 +125,9 @@ class FedLPPlan:
 
     def policy(self, context: PolicyContext) -> Policy:
         """Return the policy; ConfigError for an allocator whose evidence a round cannot give."""
+        if self.submodels is None:
+            found = replace(self, submodels="pruned" if self._prunes(context) else "slices").policy(context)
+            return replace(found, asked=None) if isinstance(found, PlanPolicy) else found
         if self.submodels == "pruned" and not context.sends_deltas:
             raise ConfigError(
                 "strategy.submodels=pruned needs upload.values=deltas: refitted weights are not the global model's"
@@ -137,6 +144,14 @@ class FedLPPlan:
         if not context.submodels.layers:
             return _whole_models(context, rates, self.upload_unit)
         return PlanPolicy(context, self, context.layer_costs(), rates)
+
+    def _prunes(self, context: PolicyContext) -> bool:
+        """Return whether sub-models are pruned where the option leaves it open."""
+        if not (context.is_pretrained and context.sends_deltas and context.scores_units and context.pruner is not None):
+            return False
+        if self.unit_selection != "server":
+            return False
+        return any(limits_what_is_held(budget) for budget in context.budgets)
 
 
 def _whole_models(context: PolicyContext, rates: float | tuple[float, ...], upload_unit: str) -> Policy:

@@ -72,7 +72,7 @@ class PlanOptions(Protocol):
         """Fraction of the units that goes to the least recently updated ones."""
 
     @property
-    def submodels(self) -> str:
+    def submodels(self) -> str | None:
         """Sub-models of clients with a budget: slices, or pruned."""
 
     @property
@@ -90,12 +90,15 @@ class PlanPolicy:
         Costs of the model's prunable layers.
     rates : float or tuple of float
         Layer-preserving rate, or one per client.
+    asked : str or None
+        The option ``submodels`` as it was given.
     """
 
     context: PolicyContext
     options: PlanOptions
     costs: CostModel
     rates: float | tuple[float, ...] = 1.0
+    asked: str | None = "slices"
 
     @cached_property
     def solver(self) -> PlanSolver:
@@ -116,6 +119,16 @@ class PlanPolicy:
     def offset(self, client_id: int, memory: Memory) -> Offset:
         """Return the difference of a client's received values from the slice of the global model."""
         return Offset() if self.pruned is None else self.pruned.offset(client_id, memory)
+
+    @property
+    def note(self) -> str:
+        """One line for the start of a run; empty where there is nothing to say."""
+        if self.pruned is None or self.asked is not None:
+            return ""
+        return (
+            "training starts from pretrained weights that some budgets do not hold: sub-models are pruned and refitted "
+            "(strategy.submodels=slices: slices instead)"
+        )
 
     @property
     def measures_statistics(self) -> bool:

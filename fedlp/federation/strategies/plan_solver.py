@@ -43,7 +43,7 @@ class PlanSolver:
         """Return the units of each axis within a client's budget, by the rule on evidence of the whole model."""
         budget = self._context.budgets[client_id]
         whole = {layer.name: layer.num_units for layer in self._layers}
-        if not _limits_what_is_held(budget):
+        if not limits_what_is_held(budget):
             return whole
         return self._fit(replace(budget, upload_bytes=None), whole, client_id, "allocator", evidence)
 
@@ -68,7 +68,7 @@ class PlanSolver:
         budget = self._context.budgets[client_id]
         whole = {layer.name: layer.num_units for layer in self._layers}
         held: Counts = whole if given is None else given
-        if given is None and _limits_what_is_held(budget):
+        if given is None and limits_what_is_held(budget):
             held = self._solve(replace(budget, upload_bytes=None), whole, client_id)
         upload_bytes = None if budget is None else budget.upload_bytes
         if not sparsity and upload_bytes is None:
@@ -148,5 +148,6 @@ class PlanSolver:
         return allocate_by_curves(held, curves, load, 1.0)
 
 
-def _limits_what_is_held(budget: Budget | None) -> TypeGuard[Budget]:
+def limits_what_is_held(budget: Budget | None) -> TypeGuard[Budget]:
+    """Return whether a budget limits more than uploads."""
     return budget is not None and replace(budget, upload_bytes=None) != Budget()

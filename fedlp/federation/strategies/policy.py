@@ -143,7 +143,9 @@ class PolicyContext:
     sends_deltas : bool
         Whether updates are differences from the received values.
     pruner : ServerPruner or None
-        Pruning on the server, if it holds calibration examples.
+        Pruning on the server, on its calibration examples or on clients' sums.
+    is_pretrained : bool
+        Whether training starts from pretrained weights.
     """
 
     seed: int
@@ -158,6 +160,7 @@ class PolicyContext:
     scores_units: bool = True
     sends_deltas: bool = False
     pruner: ServerPruner | None = None
+    is_pretrained: bool = False
 
     @property
     def is_limited(self) -> bool:

@@ -28,7 +28,7 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
         Only the shape of one example matters.
     """
     example = inputs[:1].expand(_BATCH, *inputs.shape[1:])
-    found = run_copy(model, example, lambda copied, batch: _kept_storage(copied, batch, spec))
+    found = run_copy(model, example, lambda copied, batch: _kept_storage(copied, batch, spec), "cpu")
     footprint = Footprint(model, spec, {})
     for axis, size in found:
         footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]))
