@@ -229,7 +229,7 @@ def _import_object(kind: str, name: str) -> Callable[..., Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _import_module(module)
     except Exception as error:
         raise ConfigError(f"{kind}={name}: module {module} cannot be imported: {one_line(error)}") from error
     for attribute in path.split("."):
@@ -241,3 +241,14 @@ def _import_object(kind: str, name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{kind}={name} is a {type(found).__name__}; it must be a class or function")
     return found  # type: ignore[no-any-return]
+
+
+def _import_module(name: str) -> Any:
+    """Import a user's module, also next to a torchvision that was built for another torch."""
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        importlib.import_module("fedlp.models.torchvision_compat").ensure_operators()
+        return importlib.import_module(name)

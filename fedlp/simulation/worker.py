@@ -92,10 +92,11 @@ def _receive(
 
 def _answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Item]:
     """Return the reply to each message; training messages that came together are answered together."""
-    together = len(received) > 1 and isinstance(app, CohortApp)
-    if together and all(message.metadata.message_type == TRAIN for message, _ in received):
-        assert isinstance(app, CohortApp)
-        return [_encode(reply) for reply in app.train_cohort(received)]
+    together = all(message.metadata.message_type == TRAIN for message, _ in received)
+    if len(received) > 1 and together and isinstance(app, CohortApp):
+        replies = attempt(app.train_cohort, received)
+        if not isinstance(replies, Exception):  # else each client says by itself what is wrong
+            return [_encode(reply) for reply in replies]
     return [_encode(attempt(lambda pair: app(*pair), pair)) for pair in received]
 
 

@@ -38,7 +38,7 @@ Once = Callable[..., Finished]
             "strategy=fedlp_homo strategy.widths=[0.1]",
             "no option strategy.widths with strategy=fedlp_homo; fedrolex, fjord, heterofl read it",
         ),
-        ("strategy=fedavg strategy.regrow=0.3", "strategy.regrow with strategy=fedavg; fedlp_plan read it"),
+        ("strategy=fedavg strategy.regrow=0.3", "strategy.regrow with strategy=fedavg; fedlp_plan reads it"),
         ("upload=topk upload.coarseness=2", "upload.coarseness with upload=topk; int2, int4, int8 read it"),
         ("server_optimizer.beta2=0.9", "with server_optimizer=none; adagrad, adam, yogi read it"),
         ("strategy=oneshot upload=int8", "fedlp-prune federated=true does not read upload: drop upload=int8"),

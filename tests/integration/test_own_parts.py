@@ -170,11 +170,18 @@ out = ""
 """
 
 
+APPS = """import fedlp.apps.runs
+
+server_app = fedlp.apps.runs.server_app  # Flower looks for assignments
+client_app = fedlp.apps.runs.client_app
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_flwr_run_of_an_app_of_ones_own(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (elsewhere / "pyproject.toml").write_text(PROJECT)
-    (elsewhere / "other_package" / "apps.py").write_text("from fedlp.apps.runs import client_app, server_app\n")
+    (elsewhere / "other_package" / "apps.py").write_text(APPS)
     out, scratch, program = tmp_path_factory.mktemp("out") / "run", Path(tempfile.mkdtemp(prefix="f")), find_flwr()
     assert program is not None
     overrides = (*SETTINGS[:-1], *OWN_STRATEGY, *SMALL)
@@ -200,3 +207,13 @@ def test_a_dataclass_of_ones_own_in_python(elsewhere: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) >= 0.0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["at the top", "in the function"])
+def test_a_loader_of_torchvisions(elsewhere: Path, place: str) -> None:
+    """Even next to a torchvision that was built for another torch."""
+    line = "from torchvision.datasets import FakeData"
+    top, inner = (line, "pass") if place == "at the top" else ("", line)
+    body = (inner, "from torchvision.transforms import ToTensor", "return FakeData(60, (3, 8, 8), 4, ToTensor())")
+    (elsewhere / "pictures.py").write_text("\n    ".join([f"{top}\n\ndef load():", *body]))
+    call("fedlp", "dataset=pictures:load", "model=linear", "dry_run=true", "hydra.run.dir=dry", cwd=elsewhere)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from fedlp.apps import federate as assembly
+from fedlp.apps import runs as assembly
 from fedlp.federation.secagg import client
 from fedlp.federation.secagg import messages as phases
 from fedlp.federation.wire import messages
@@ -218,11 +218,12 @@ def test_the_server_opens_no_update(once: Once, tmp_path: Path, monkeypatch: pyt
     def opened(*_: object) -> None:
         raise AssertionError("the server opens an update")
 
+    expected = once(*TINY, "strategy=fedavg", SECAGG)
     monkeypatch.setattr(client.FixedPoint, "encode", noted)
     monkeypatch.setattr(phases, "decode_masked", seen)
     monkeypatch.setattr(messages, "decode_update", opened)
     done = run(tmp_path / "run", *TINY, "strategy=fedavg", SECAGG)
-    assert done.model == once(*TINY, "strategy=fedavg", SECAGG).model
+    assert done.model == expected.model
     assert len(came) == len({path.name for path in plain.iterdir()}) == 8
     assert not {path.name for path in plain.iterdir()} & {*came}
 
