@@ -41,7 +41,6 @@ Once = Callable[..., Finished]
         ("strategy=fedavg strategy.regrow=0.3", "strategy.regrow with strategy=fedavg; fedlp_plan reads it"),
         ("upload=topk upload.coarseness=2", "upload.coarseness with upload=topk; int2, int4, int8 read it"),
         ("server_optimizer.beta2=0.9", "with server_optimizer=none; adagrad, adam, yogi read it"),
-        ("strategy=oneshot upload=int8", "fedlp-prune federated=true does not read upload: drop upload=int8"),
         ("strategy=fedavg pruner=obs", "strategy=fedavg does not read pruner: drop pruner=obs; fedlp_plan"),
         ("lr=0.1", "no option lr; did you mean local.lr"),
         ("sparsity=0.3", r"no option sparsity; did you mean strategy.sparsity \(of strategy=fedlp_plan\)"),
