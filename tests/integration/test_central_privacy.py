@@ -179,14 +179,14 @@ def test_a_budget_ends_a_run_of_local_privacy(tmp_path: Path) -> None:
             "allocator=uniform: norms of clients' inputs",
         ),
         ("privacy.noise_multiplier=1 model=fedlp_cnn", "bn1.running_mean is one.*model=small_cnn, or model.norm=group"),
-        ("privacy.noise_multiplier=1 privacy.seeded=true", "privacy.seeded is no option of privacy=central_dp"),
+        ("privacy.noise_multiplier=1 privacy.seeded=true", "privacy=central_dp does not read privacy.seeded"),
         ("privacy.noise_multiplier=1 privacy.max_epsilon=0.5", "the first round alone costs"),
         ("privacy.noise_multiplier=0", "privacy.noise_multiplier=0"),
         ("privacy.noise_multiplier=1 privacy.clipping_quantile=1", r"privacy.clipping_quantile=1.* in \(0, 1\)"),
         ("privacy.noise_multiplier=1 privacy.accountant=prv", "privacy.accountant=prv.*one of pld, rdp"),
         (
             "privacy=local_dp strategy=fedavg privacy.secure_noise=true",
-            "privacy.secure_noise is no option of privacy=local",
+            "privacy=local_dp does not read privacy.secure_noise",
         ),
     ],
 )
