@@ -141,7 +141,7 @@ def test_pooled_pruning_is_central_pruning_of_the_union(case: str, encoding: str
 
 
 def test_a_single_client_is_asked_about_halves_of_its_examples(once: Once) -> None:
-    alone = ("num_clients=1", "clients_per_round=1", "strategy.sums=float64")
+    alone = ("num_clients=1", "clients_per_round=1", "sums=float64")
     done = once(*ONESHOT, *CASES["obs, shrunk"], *alone)
     assert done.failures == []
     assert [client["num_examples"] for client in done.rounds[1]["clients"]] == [8]  # 4 and 4
