@@ -83,7 +83,9 @@ def _pruner_of_run(config: RunConfig) -> dict[str, str]:
     pruner, options = config.pruner, config.strategy.options
     if config.strategy.name != "fedlp_plan":  # a method of one's own may read all
         return {}
-    if options.get("submodels") == "pruned":
+    submodels, model = options.get("submodels"), config.model.options
+    may_prune = submodels is None and bool(model.get("pretrained") or model.get("path"))  # as the strategy decides
+    if submodels == "pruned" or may_prune:
         alone = _pruner_alone(pruner, True)
         return alone | _named(("pruner.keeps_batch_norm", False, _ONESHOT), ("pruner.shared", False, _ONESHOT))
     solves, fits = _solves(pruner), bool(options.get("compensate")) and pruner.recovery == "least_squares"

@@ -143,8 +143,17 @@ def test_names_of_an_installed_package(elsewhere: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("method", [OWN_STRATEGY, OWN_PLAN], ids=["strategy", "plan"])
-def test_the_same_bytes_on_flowers_runtime(elsewhere: Path, method: tuple[str, ...]) -> None:
+def test_a_strategy_has_the_same_bytes_on_flowers_runtime(elsewhere: Path) -> None:
+    same_bytes_on_ray(elsewhere, OWN_STRATEGY)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_plan_has_the_same_bytes_on_flowers_runtime(elsewhere: Path) -> None:
+    same_bytes_on_ray(elsewhere, OWN_PLAN)
+
+
+def same_bytes_on_ray(elsewhere: Path, method: tuple[str, ...]) -> None:
     call("fedlp", *SETTINGS, *method, *SMALL, "hydra.run.dir=local", cwd=elsewhere)
     call("fedlp", *SETTINGS, *method, *SMALL, "simulation=ray", "hydra.run.dir=ray", cwd=elsewhere)
     assert bytes_of(elsewhere / "ray") == bytes_of(elsewhere / "local")

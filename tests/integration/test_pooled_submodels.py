@@ -44,7 +44,7 @@ def central_offsets(done: Finished) -> dict[int, Mapping[str, Tensor]]:
     state = load_checkpoint(done.path / "checkpoint")
     assert state is not None
     assert isinstance(plan.policy, PlanPolicy)
-    capable = [i for i in range(6) if not plan.policy.units(i, state.memory)]
+    capable = [i for i in range(6) if plan.policy.pruned and not plan.policy.pruned.units(i, state.memory)]
     batches = [batch for client in capable for batch in side.calibration(client).batches]
     found = {}
     for client_id in set(range(6)) - set(capable):

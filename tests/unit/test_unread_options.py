@@ -53,6 +53,7 @@ ACCEPTED = [
     (compose, (*PLAN, "pruner=obs", "pruner.fisher=true", "pruner.damping=0.1")),
     (compose, (*PLAN, "strategy.compensate=true", "strategy.unit_selection=client", "pruner.recovery=bias")),
     (compose, (*PRUNED, "pruner.correction=0.5", "pruner.recovery=least_squares")),
+    (compose, (*PLAN, "model=resnet18", "model.pretrained=true", "pruner.correction=0.5")),  # pruned by itself
     (compose, (*FEDERATED, "pruner.shared=true", "pruner.keeps_batch_norm=true")),
     (compose, ("adapter=lora", "adapter.rank=4")),
     (compose, ("privacy=local_dp", "privacy.epsilon=0.1")),
