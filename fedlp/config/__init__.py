@@ -53,7 +53,7 @@ from fedlp.config.schema import (
     UploadConfig,
 )
 from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
-from fedlp.config.unread import refuse_unread, unread_groups
+from fedlp.config.unread import refuse_unread, unread_groups, unread_options
 from fedlp.config.validation import (
     validate,
     validate_federated_prune,
@@ -111,6 +111,7 @@ __all__ = [
     "to_yaml",
     "todays_config",
     "unread_groups",
+    "unread_options",
     "validate",
     "with_absolute_paths",
 ]

@@ -7,8 +7,9 @@ from typing import Any
 
 from fedlp import registry
 from fedlp.config.federated_prune import schema_for
+from fedlp.config.reading import read_config
 from fedlp.config.schema import RunConfig
-from fedlp.config.unread_options import refuse_unread_options
+from fedlp.config.unread_options import refuse_unread_options, unread_with
 from fedlp.errors import ConfigError
 
 _METHOD_GROUPS = ("allocator", "pruner", "calibration")
@@ -47,6 +48,14 @@ def unread_groups(config: Mapping[str, Any]) -> frozenset[str]:
         return frozenset()
     left = {group for group in _METHOD_GROUPS if not _reads(target, group)}
     return frozenset(left | set(getattr(target, "ignores", ())))
+
+
+def unread_options(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the dotted options of a plain config that its other choices do not read; empty if it does not fit here."""
+    try:
+        return frozenset(unread_with(read_config(schema_for(config), config)))
+    except ConfigError:
+        return frozenset()
 
 
 def _reads(strategy: object, group: str) -> bool:

@@ -36,14 +36,15 @@ def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
         name, _, value = override.lstrip("+~").partition("=")
         if "." not in name or value.strip().lower() in _OFF:
             continue
-        unread = _unread(config) if unread is None else unread
+        unread = unread_with(config) if unread is None else unread
         if name in unread:
             group = name.partition(".")[0]
             chosen = getattr(getattr(config, group), "name", "")
             raise ConfigError(f"{group}={chosen} does not read {name} here: drop {override}, or choose {unread[name]}")
 
 
-def _unread(config: object) -> dict[str, str]:
+def unread_with(config: object) -> dict[str, str]:
+    """Return the options that the other choices of a config do not read, each with a choice that would."""
     match config:
         case FederatedPruneConfig():
             return _pruner_alone(config.pruner, True)
