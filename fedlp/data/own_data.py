@@ -13,7 +13,6 @@ from fedlp.data.conversion import as_examples, describe_examples
 from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.data.reader import HeldOut, held_out_rows
 from fedlp.errors import ConfigError, DataError, FedLPError, one_line
-from fedlp.models.torchvision_compat import ensure_operators
 from fedlp.registry import register
 from fedlp.rng import Stream, generator
 
@@ -57,6 +56,8 @@ class OwnData(HeldOut):
 
     @cached_property
     def _made(self) -> FederatedData | tuple[Examples, Examples | None]:
+        from fedlp.models.torchvision_compat import ensure_operators  # torch takes seconds
+
         ensure_operators()  # the function may import torchvision
         try:
             made = self.make()

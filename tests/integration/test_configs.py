@@ -87,7 +87,10 @@ def test_every_built_in_part_composes_by_its_name(group: str, kind: str, name: s
 def test_every_experiment_opens_with_its_command_and_can_be_costed(path: Path, tmp_path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     assert any(re.match(r"# (fedlp|python|make|\.venv)", line) for line in header)
-    manifest = assembly.dry_run(to_yaml(compose([f"experiment={path.stem}"])), tmp_path)
+    needed = {"pretrained": ["model=llama_tiny", "dataset=topics"]}.get(
+        path.stem, []
+    )  # a model and a text of the user's
+    manifest = assembly.dry_run(to_yaml(compose([f"experiment={path.stem}", *needed])), tmp_path)
     assert manifest["expected_totals"]["bytes_down"] > 0
 
 

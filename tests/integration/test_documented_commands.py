@@ -176,6 +176,8 @@ def test_a_command_of_the_pages_runs(line: str, workplace: dict[str, str], call:
     if "=optuna" in line:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
         words.append("hydra.sweeper.n_trials=2")
+    if "privacy=secagg" in words:
+        words.append("clients_per_round=3")
     given = {word.partition("=")[0] for word in words}
     if "federated=true" in words:
         words += ["num_clients=2", "clients_per_round=2", "calibration.batch_size=4"]

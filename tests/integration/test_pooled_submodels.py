@@ -108,9 +108,9 @@ def test_classifiers_are_pooled_too(once: Once) -> None:
     assert done.failures == []
 
 
-def test_nobody_holds_the_whole() -> None:
+def test_nobody_holds_the_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no client's budget holds the whole model"):
-        run(Path("/nonexistent"), *POOLED, "fleet.fractions=[0.8,0.6]")
+        run(tmp_path / "run", *POOLED, "fleet.fractions=[0.8,0.6]")
 
 
 def test_privacy_is_refused() -> None:

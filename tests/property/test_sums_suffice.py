@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,6 +136,7 @@ def test_pooled_moments_are_sums(seed: int) -> None:
 
     def total(answers: list[dict[str, Tensor]], counts: list[int]) -> tuple[dict[str, Tensor], int]:
         pool = SimpleNamespace(answers=lambda *_: zip(answers, counts, strict=True))
+        pool._add = partial(ClientPool._add, pool)
         sums, examples = ClientPool.total(pool, wire.Question(wire.MOMENTS), parts, None)  # type: ignore[arg-type]
         return sums, sum(examples)
 

@@ -27,7 +27,7 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
     inputs : (batch, ...)
         Only the shape of one example matters.
     """
-    example = inputs[:1].expand(_BATCH, *inputs.shape[1:])
+    example = inputs[:1].repeat(_BATCH, *[1] * (inputs.dim() - 1))  # a copy: an expanded storage is too small
     found = run_copy(model, example, lambda copied, batch: _kept_storage(copied, batch, spec), "cpu")
     footprint = Footprint(model, spec, {})
     for axis, size in found:
