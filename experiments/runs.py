@@ -59,6 +59,9 @@ def _stripped(files: RunFiles) -> RunFiles:
 
 def _without_root(line: str) -> str:
     """Return a line of a config without the folders of this machine."""
+    indent, dash, item = line.partition("- /")
+    if dash and not indent.strip():
+        return f"{indent}- {Path(item).name}"
     name, _, value = line.partition(": ")
     if name == "  root":
         return "  root: null"
@@ -68,7 +71,8 @@ def _without_root(line: str) -> str:
 def _stripped_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(manifest["config"])
     dataset, model = config["dataset"], config["model"]
-    config["dataset"] = dataset | {"root": None, "tokenizer": Path(dataset["tokenizer"]).name}
+    files = {"files": [Path(file).name for file in dataset["files"]]} if "files" in dataset else {}
+    config["dataset"] = dataset | {"root": None, "tokenizer": Path(dataset["tokenizer"]).name} | files
     config["model"] = model | {"path": model["path"] and Path(model["path"]).name}
     return {**manifest, "config": config}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
         return done[overrides]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def own_modules_end_with_their_test(tmp_path: Path) -> Iterator[None]:
+    """Forget modules of a test's own folder, whose names another test may use."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture
