@@ -122,7 +122,9 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=32,
         max_position_embeddings=16,
     )
-    transformers.BertForSequenceClassification(sizes).save_pretrained(folder / "bert")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformers.BertForSequenceClassification(sizes).save_pretrained(folder / "bert")
     return folder
 
 
