@@ -55,7 +55,7 @@ def _table(methods: dict[str, list[Run]]) -> list[str]:
             _cell([run.totals.get(name, 0.0) / scale for run in runs])
             for name, scale in (("bytes_up", MB), ("bytes_down", MB), ("macs", GMAC))
         ]
-        rows.append([f"`{method}`", str(len(runs)), *values, *costs])
+        rows.append([method, str(len(runs)), *values, *costs])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
