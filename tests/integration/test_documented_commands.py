@@ -163,9 +163,10 @@ def stated(line: str, names: dict[str, str], folder: Path) -> list[str]:
 
 
 def cases() -> Iterator[Any]:
-    """Yield the commands; those that start many runs, or another engine, take long."""
+    """Yield the commands; those of other pages than README, many runs and other engines are slow tests."""
+    readme = {line.partition("  #")[0].strip() for line in lines_of(ROOT / "README.md")}
     for line in [*COMMANDS, *EXAMPLES]:
-        is_slow = line in EXAMPLES or re.search(r" -m |=ray|^fedlp-search|-profile", line)
+        is_slow = line not in readme or re.search(r" -m |=ray|^fedlp-search|-profile", line)
         yield pytest.param(line, id=line.replace("/", "|"), marks=[pytest.mark.slow] if is_slow else [])
 
 
