@@ -355,7 +355,7 @@ class Federation:
         )
 
     def describe_tiers(self, policy: Policy, state: ServerState, directory: RunDirectory) -> dict[str, Any]:
-        """Return what each tier of the fleet holds, has sent and reaches; see :mod:`fedlp.apps.tier_table`."""
+        """Return size, bytes and metrics of each tier of the fleet; see :mod:`fedlp.apps.tier_table`."""
         config, lines = self.config, directory.read_lines()
         return describe_tiers(
             tier_names(config.fleet, config.num_clients, config.seed),

@@ -116,7 +116,7 @@ def make_ledger(config: RunConfig) -> PrivacyLedger | None:
 
 
 def make_central_privacy(config: RunConfig, ledger: PrivacyLedger | None) -> CentralPrivacy | None:
-    """Return what the server does to each round's updates; None without central differential privacy."""
+    """Return the mechanism of central differential privacy; None without it."""
     privacy = config.privacy
     if ledger is None or privacy.name != "central_dp":
         return None

@@ -1,4 +1,4 @@
-"""What each tier of a fleet holds, sends and reaches at the end of a run."""
+"""Tier table: size, bytes and metrics of each tier of a fleet at the end of a run."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class SubModels:
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
-        """What units can be removed from, of a classifier also channels that several layers read; may be nothing."""
+        """Prunable layers, of a classifier also channels with several readers; may be empty."""
         return prunable_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
 
     def whole_parts(self) -> str:

@@ -342,7 +342,7 @@ class _Answers:
         self._make_runtime, self._read_settings = make_runtime, read_settings
 
     def capabilities(self, message: Message, context: Context) -> Message:
-        """Return what the client says of itself; an error reply where it cannot take part."""
+        """Return the client's profile; an error reply if it cannot take part."""
         client_id = client_id_of(context)
         try:
             path = context.node_config.get("budget")

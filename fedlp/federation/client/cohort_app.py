@@ -33,7 +33,7 @@ class CohortApp(ClientApp):
 
 
 def attempt(action: Callable[[Given], Found], given: Given) -> Found | Exception:
-    """Return what an action gives, or the error that it raises: one client's must not end the others' work."""
+    """Return the result of an action, or its error: one client's error must not end the others' work."""
     try:
         return action(given)
     except Exception as error:

@@ -64,7 +64,7 @@ class CohortTrainer:
         self._ways: dict[tuple[int, frozenset[str]], tuple[nn.Module, Ways]] = {}
 
     def train(self, cohort: Sequence[Prepared]) -> dict[int, Trained]:
-        """Return what clients that trained together report, by client id; the others are absent."""
+        """Return the results of clients that trained together, by client id; others are absent."""
         if not self._settings.batched:
             return {}
         groups: dict[tuple[int, frozenset[str], int], list[Prepared]] = {}

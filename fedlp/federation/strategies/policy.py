@@ -255,7 +255,7 @@ def offset_of(policy: Policy, client_id: int, memory: Memory) -> Offset:
 def holdings_of(
     policy: Policy, server_round: int, client_ids: Sequence[int], memory: Memory, params: Mapping[str, Tensor]
 ) -> list[Holding]:
-    """Return what all clients together would return in a round, as far as the server assigns it.
+    """Return the expected uploads of all clients together in a round, as assigned by the server.
 
     A policy may have a method ``holdings(server_round, client_ids)``, for expectations over draws or for speed.
     Clients whose budget cannot be met are left out.
