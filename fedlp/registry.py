@@ -228,6 +228,7 @@ def _import_object(kind: str, name: str) -> Callable[..., Any]:
     module, _, path = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    importlib.invalidate_caches()  # a file written a moment ago, as in a notebook
     try:
         found: Any = _import_module(module)
     except Exception as error:

@@ -28,8 +28,10 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
 
 @pytest.fixture(autouse=True)
 def own_modules_end_with_their_test(tmp_path: Path) -> Iterator[None]:
-    """Forget modules of a test's own folder, whose names another test may use."""
+    """Forget modules of a test's own folder, whose names another test may use, and where they were found."""
+    path = sys.path[:]
     yield
+    sys.path[:] = path
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
