@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the first case of every slow test with several in the default run."""
+    """Leave the first case of every slow test with several in the default run, unless it reads real data."""
     seen = set()
     for item in items:
         test, _, case = item.nodeid.partition("[")
-        if case and test not in seen and item.get_closest_marker("slow"):
+        first = bool(case) and test not in seen and not item.get_closest_marker("shared")
+        if first and item.get_closest_marker("slow"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
         seen.add(test)
 

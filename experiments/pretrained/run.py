@@ -13,7 +13,8 @@ of two learning rates for each method by seed 0:
    ``fedrolex``, ``plan-slices``), or with units by magnitude or chance? How much is the refit (``-no-refit``)?
 2. Is the whole model better than what those alone learn that can hold it (``only-capable``), where small devices hold
    text that nobody else has, and where not? How far is it from FedAvg, if all could hold it (``fedavg``)?
-3. Which allocator, and does refitting anew every second round (``-refit-2``) help over the constant offset?
+3. Which allocator, and does refitting anew every second or every round (``-refit-2``, ``-refit-1``) help over the
+   constant offset? On three seeds this decides the default of ``refit_every``.
 
 ``start-...`` are the models before any training.
 """
@@ -35,7 +36,7 @@ from experiments.pretrained.tables import regenerate  # noqa: E402
 from experiments.runs import collect, is_finished, run  # noqa: E402
 
 PLAN = "strategy.sparsity=0"  # what is held is trained and sent
-PRUNED = [PLAN, "strategy.submodels=pruned"]
+PRUNED = [PLAN, "strategy.submodels=pruned", "strategy.refit_every=0"]
 SLICES = [PLAN, "strategy.submodels=slices"]
 LEVELS = "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"
 NESTED = "strategy.widths=[0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0]"
@@ -61,6 +62,7 @@ ABLATIONS = {
     "plan-pruned-owl": [*PRUNED, "allocator=owl"],
     "plan-pruned-dsa": [*PRUNED, "allocator=dsa"],
     "plan-pruned-refit-2": [*PRUNED, "strategy.refit_every=2"],
+    "plan-pruned-refit-1": [*PRUNED, "strategy.refit_every=1"],
 }
 RATES = (0.001, 0.003)
 MODELS = {"stories260K": ["fleet.fractions=[1.0,0.75,0.55,0.42]", "local.batch_size=4", "local.accumulation=2"]}

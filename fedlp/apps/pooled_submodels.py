@@ -44,6 +44,8 @@ class PooledSubModelPruner(CalibratedPruner):
         Returns the clients whose budgets hold the whole model.
     """
 
+    asks_clients = True
+
     def __init__(
         self, submodels: SubModels, settings: OneShotSettings, rule: Any, capable: Callable[[], Collection[int]]
     ) -> None:

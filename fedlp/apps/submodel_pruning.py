@@ -45,6 +45,8 @@ class CalibratedPruner:
     device : str
     """
 
+    asks_clients = False
+
     def __init__(
         self,
         submodels: SubModels,

@@ -67,6 +67,7 @@ def test_tiers_are_told_apart_on_clients_and_on_the_server(once: Callable[..., F
     assert not any(name.startswith("tier_") for name in done.rounds[0]["metrics"])
 
 
+@pytest.mark.slow
 def test_each_tier_has_batch_norm_statistics_of_its_own(once: Callable[..., Finished]) -> None:
     small = (
         *(option for option in TINY if not option.startswith("model")),

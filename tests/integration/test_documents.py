@@ -111,6 +111,7 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
 
 
 # ---- the site
+@pytest.mark.slow
 def test_the_site_builds_offline_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs fedlp[docs]")
     if not (ROOT / "experiments").is_dir():

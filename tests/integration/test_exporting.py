@@ -102,6 +102,7 @@ def test_files_compute_the_sub_model_of_their_clients(
     assert entry["bytes"] == {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [HETEROFL, OURS], ids=["heterofl", "fedlp"])
 def test_values_are_the_final_ones_and_batch_norms_the_only_difference(
     case: tuple[str, ...], once: Once, tmp_path: Path, call: Call

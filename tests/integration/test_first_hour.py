@@ -74,6 +74,7 @@ def test_rounds_hold_the_training_loss_of_each_client(tmp_path: Path) -> None:
 
 
 # ---- files that cannot be read
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -104,6 +105,7 @@ def test_advice_that_can_be_followed(arguments: str, words: str, call: Call) -> 
 
 
 # ---- real processes
+@pytest.mark.slow
 def test_warnings_of_other_packages_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     done = execute("fedlp", *TINY, "num_rounds=1", "hydra.run.dir=run", cwd=tmp_path)
@@ -112,6 +114,7 @@ def test_warnings_of_other_packages_are_no_errors(tmp_path: Path, monkeypatch: p
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["options", "strategy"], [*TINY, "dry_run=true"]])
 def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(

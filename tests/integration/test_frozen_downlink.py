@@ -30,6 +30,7 @@ def frozen_bytes(done: Finished) -> int:
     return sum(4 * done.tensors[name].numel() for name in spec.frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_the_same_as_if_they_travelled_each_time(
     method: str, once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.integration.running import Call
 
 
+@pytest.mark.slow
 def test_a_new_project_passes_its_own_test(tmp_path: Path, call: Call) -> None:
     code, out, _ = call("new", "mine")
     assert code == 0

@@ -53,6 +53,7 @@ def test_narrow_clients_train_and_it_is_said_once(
     assert done.manifest["final_metrics"]["accuracy"] > 0.0
 
 
+@pytest.mark.slow
 def test_a_dry_run_a_profile_and_a_pruning_say_it(elsewhere: Path, call: Call) -> None:
     model = "model=nets_of_mine:cosine"
     code, _, errors = call(model, "strategy=fedlp_plan", *TIERS, *SMALL, "dry_run=true", "hydra.run.dir=dry")

@@ -105,6 +105,7 @@ def test_an_allocator_and_a_score_in_a_round(elsewhere: Path) -> None:
     assert len({client["params_down"] for line in rounds for client in line["clients"]}) > 1
 
 
+@pytest.mark.slow
 def test_a_sweep_over_an_option_of_ones_own(elsewhere: Path) -> None:
     call(
         "fedlp",
@@ -121,6 +122,7 @@ def test_a_sweep_over_an_option_of_ones_own(elsewhere: Path) -> None:
     assert runs[0]["totals"]["params_up"] < runs[1]["totals"]["params_up"]
 
 
+@pytest.mark.slow
 def test_pruning_with_an_allocator_and_a_score_of_ones_own(elsewhere: Path) -> None:
     call("fedlp", *SETTINGS, "strategy=fedavg", *SMALL, "hydra.run.dir=run", cwd=elsewhere)
     own = (f"pruner={M}:Norms", f"allocator={M}:even", "sparsity=0.4", "calibration.examples=64", "pruner.shared=true")
@@ -218,6 +220,7 @@ def test_a_dataclass_of_ones_own_in_python(elsewhere: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["at the top", "in the function"])
 def test_a_loader_of_torchvisions(elsewhere: Path, place: str) -> None:
     """Even next to a torchvision that was built for another torch."""

@@ -61,6 +61,7 @@ def central_offsets(done: Finished) -> dict[int, Mapping[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ["dp", "owl"])
 def test_pooled_is_central(once: Once, allocator: str) -> None:
     done = once(*POOLED, f"allocator={allocator}", "local.lr=1e-30")
@@ -86,6 +87,7 @@ def test_bytes_of_the_sums_count_in_the_round(once: Once) -> None:
     assert first["bytes_up"] - second["bytes_up"] > 2 * 4 * columns, "of two clients, at least once"
 
 
+@pytest.mark.slow
 def test_workers_and_a_stop_change_no_byte(once: Once, tmp_path: Path) -> None:
     overrides = (*POOLED, "strategy.refit_every=2", "local.lr=0.01")
     whole = once(*overrides, "num_rounds=4")
@@ -101,6 +103,13 @@ def test_a_refit_sends_the_model_of_its_round(once: Once) -> None:
     size = sum(tensor.numel() * 4 for tensor in done.tensors.values())
     assert down[2] - down[0] > 1.5 * size, "two clients get the whole model before the third round"
     assert down[1] == pytest.approx(down[3], rel=0.01)
+
+
+def test_clients_are_asked_once_by_default() -> None:
+    policy = Federation(compose(POOLED)).policy
+    assert isinstance(policy, PlanPolicy)
+    assert policy.pruned is not None
+    assert policy.pruned.refit_every == 0
 
 
 def test_classifiers_are_pooled_too(once: Once) -> None:

@@ -74,6 +74,7 @@ def test_noise_has_the_size_that_the_mechanism_asks_for_and_each_client_its_own(
     assert float(moved.std()) == pytest.approx(deviation / math.sqrt(4), rel=0.02), "the mean of four clients' noise"
 
 
+@pytest.mark.slow
 def test_noise_is_new_every_time_unless_it_is_seeded(once: Once, tmp_path: Path) -> None:
     overrides = (*TINY, *FEDAVG, DP, "privacy.clipping_norm=0.01")
     assert once(*overrides).failures == []

@@ -17,6 +17,7 @@ from tests.integration.running import Call, assert_refused
 QUICK = ("model=fedlp_mlp", "dataset=digits", "repeats=2", "densities=[0.25,0.5,1]")
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_table_and_a_budget(tmp_path: Path, call: Call) -> None:
     out = tmp_path / "profile"
     code, printed, errors = call(*QUICK, "latency_s=0.5", f"hydra.run.dir={out}", main=cli.profile_main)

@@ -176,6 +176,7 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "option", "written"), [("float16", "auto", "F16"), ("bfloat16", "auto", "BF16")])
 def test_weights_keep_their_format(
     stored: str, option: str, written: str, language_model: Path, tmp_path: Path, call: Call
@@ -194,6 +195,7 @@ def test_weights_keep_their_format(
     assert again.dtype == getattr(torch, stored)
 
 
+@pytest.mark.slow
 def test_another_format_can_be_asked_for(language_model: Path, tmp_path: Path, call: Call) -> None:
     out, target = tmp_path / "out", ("sparsity=0.4", "allocator=uniform", "dtype=bfloat16")
     code, _, errors = call(*text_model(language_model), *target, f"hydra.run.dir={out}", main=cli.prune_main)

@@ -56,6 +56,7 @@ def test_differences_in_float32_are_fedavg_to_rounding(once: Once) -> None:
         torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["client", "server"])
 def test_uploads_meet_the_sparsity(masks: str, once: Once) -> None:
     done = once(*OURS, f"strategy.unit_selection={masks}", "strategy.sparsity=0.6")
@@ -86,6 +87,7 @@ def test_bits_are_what_a_number_costs(once: Once) -> None:
         assert 0.9 * params < saved / (1 - bits / 8) < params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coarseness", [1, 4])
 def test_codes_change_the_bytes_and_nothing_else(coarseness: int, once: Once) -> None:
     encoding = ("upload=int2", f"upload.coarseness={coarseness}", "upload.error_feedback=true")
@@ -110,6 +112,7 @@ def test_only_what_was_returned_moves(once: Once) -> None:
     assert torch.equal(moved["conv2.weight"].flatten(2).any(dim=2).any(dim=0), units), "rows there, columns here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["client", "server"])
 def test_every_budget_is_met_and_every_layer_trained(masks: str, once: Once) -> None:
     done = once(*OURS, *TIERS, f"strategy.unit_selection={masks}", "strategy.sparsity=0.2", "clients_per_round=6")
@@ -222,6 +225,7 @@ def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
         torch.testing.assert_close(update.params[name], (state[name] - before)[inside].view(sent.shape(name)))
 
 
+@pytest.mark.slow
 def test_wide_models_can_count_for_more(once: Once) -> None:
     overrides = (*OURS, *PLAIN, *TIERS, "strategy.sparsity=0", "num_rounds=1", "clients_per_round=6")
     examples, held = (once(*overrides, f"aggregator.weighting={kind}").tensors for kind in ("examples", "held"))

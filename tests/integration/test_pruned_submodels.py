@@ -68,6 +68,7 @@ def central(plan: Federation, params: Mapping[str, Tensor], kept: Mapping[str, i
     return Pruner(model, widths, layers, data, method).prune(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [PRUNED, CNN], ids=["mlp", "cnn, obs"])
 def test_a_client_receives_the_centrally_pruned_model(overrides: tuple[str, ...]) -> None:
     plan, policy, params, memory = prepared(*overrides)
@@ -129,6 +130,7 @@ def test_differences_land_at_global_coordinates(once: Once) -> None:
         assert np.array_equal(value.numpy()[counts[name] == 0], params[name].numpy()[counts[name] == 0])
 
 
+@pytest.mark.slow
 def test_workers_and_a_stop_change_no_byte(once: Once, tmp_path: Path) -> None:
     overrides = (*PRUNED, "strategy.sparsity=0.3", "upload=int4", "strategy.refit_every=2")
     whole = once(*overrides, "num_rounds=3")
@@ -138,7 +140,7 @@ def test_workers_and_a_stop_change_no_byte(once: Once, tmp_path: Path) -> None:
 
 
 def test_a_refit_prunes_the_model_of_its_round() -> None:
-    plan, policy, params, memory = prepared(*PRUNED, "strategy.refit_every=2")
+    plan, policy, params, memory = prepared(*PRUNED)
     moved = {name: value + 0.01 * value.abs().mean() for name, value in params.items()}
     assert policy.prepare(memory, 2, moved) is memory
     again = policy.prepare(memory, 3, moved)
@@ -149,6 +151,8 @@ def test_a_refit_prunes_the_model_of_its_round() -> None:
         torch.testing.assert_close(policy.offset(narrow, again).values[name], values)
     assert not torch.equal(fresh[offset_name(fresh)], memory[offset_name(fresh)])
     assert plan.policy.assign(4, narrow, again, moved).submodel == policy.assign(1, narrow, fresh, moved).submodel
+    _, once, _, memory = prepared(*PRUNED, "strategy.refit_every=0")
+    assert once.prepare(memory, 3, moved) is memory
 
 
 def offset_name(memory: Mapping[str, Tensor]) -> str:

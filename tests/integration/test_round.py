@@ -62,6 +62,7 @@ def test_local_training_is_plain_sgd(case: tuple[str, ...], once: Once) -> None:
 
 
 # ---- equal to itself
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["homo", "hetero"])
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(method: str, tmp_path: Path) -> None:
     runs = [run(tmp_path / n, *TINY_CNN, *METHODS[method], f"simulation.workers={n}") for n in ("1", "2", "3")]
@@ -104,6 +105,7 @@ def test_layers_that_nobody_trains_keep_their_bits(once: Once) -> None:
         assert trained == {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -237,6 +239,7 @@ def test_costs_add_up(method: str, once: Once) -> None:
                 assert payload <= client[f"bytes_{way}"] <= payload + 1024, "values, and little else"
 
 
+@pytest.mark.slow
 def test_measured_uploads_agree_with_what_was_expected(once: Once) -> None:
     rate, rounds = 0.3, 40
     one_step = ("dataset.max_train_examples=24", "local.batch_size=4", "eval_every=1000", "checkpoint_every=1000")

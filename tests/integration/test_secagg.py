@@ -130,6 +130,7 @@ GROUPS = {
 SOME = [pytest.param(case, marks=() if case in ("heterofl", "fedlp_plan") else pytest.mark.slow) for case in GROUPS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SOME)
 def test_each_group_is_a_secure_sum_of_its_own(case: str, once: Once) -> None:
     base = (*(TINY_CNN if case == "batch norms" else TINY), "clients_per_round=6", *GROUPS[case])

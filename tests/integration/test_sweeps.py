@@ -48,6 +48,7 @@ def test_a_job_returns_its_objective(call: Call, tmp_path: Path, returned: list[
     assert errors.count("fedlp: job 1 (") == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(call: Call, tmp_path: Path, returned: list[object]) -> None:
     line = ("-m", *TINY, "num_rounds=3", "seed=0,1,2", "hydra.sweep.dir=sweep", NOTE)
     assert call(*line)[0] == 0
@@ -77,6 +78,7 @@ def test_another_sweep_into_the_same_folder_is_refused(call: Call, tmp_path: Pat
     assert read(tmp_path / "sweep" / "0").model == before.model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Optuna's own
 def test_optuna_maximises_accuracy(call: Call, tmp_path: Path) -> None:
     pytest.importorskip(

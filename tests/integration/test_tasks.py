@@ -138,6 +138,7 @@ def of_reviews(folder: Path, *more: str) -> tuple[str, ...]:
     return (*SMALL, "dataset=hf", *data, "model=hf", f"model.path={folder}/bert", "local=adam", "local.lr=0.01", *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_labelled_text_trains_an_encoder(strategy: str, reviews: Path, once: Once) -> None:
     done = once(*of_reviews(reviews, *STRATEGIES[strategy]))

@@ -60,6 +60,7 @@ def test_a_tracker_of_ones_own(call: Call, tmp_path: Path, monkeypatch: pytest.M
     assert read(tmp_path / "other").model == run.model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the trackers' own packages
 @pytest.mark.parametrize(
     ("tracker", "package", "pattern"),

@@ -67,7 +67,8 @@ class FedLPPlan:
         are clients' too; or as many of each client that holds the whole model, which sends sums over them (second
         moments of each layer's inputs). Where None "clients", if the server has no data; else "server".
     refit_every : int or None
-        Rounds between fresh prunings, >= 1; pruned once, before the first round, if None.
+        Rounds between fresh prunings, >= 0; pruned once, before the first round, if 0. Where None 2, if sub-models are
+        calibrated on the server; else 0, since each pruning costs clients a pass and bytes.
     """
 
     layer_preserving_rate: Any = 1.0
@@ -109,9 +110,7 @@ class FedLPPlan:
             ("ramp_rounds", self.ramp_rounds, 0),
         ):
             _require(count >= least, name, count, f"at least {least}")
-        _require(
-            self.refit_every is None or self.refit_every >= 1, "refit_every", self.refit_every, "null or at least 1"
-        )
+        _require((self.refit_every or 0) >= 0, "refit_every", self.refit_every, "null or at least 0")
         _require(self.regrow is None or 0 <= self.regrow <= 1, "regrow", self.regrow, "null or in [0, 1]")
         if self.ramp_from and not self.ramp_rounds:
             raise ConfigError("strategy.ramp_from needs strategy.ramp_rounds: over how many rounds sparsity changes")

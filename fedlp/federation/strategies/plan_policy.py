@@ -77,7 +77,7 @@ class PlanOptions(Protocol):
 
     @property
     def refit_every(self) -> int | None:
-        """Rounds between fresh prunings."""
+        """Rounds between fresh prunings; 0 for one pruning only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,10 @@ class PlanPolicy:
         """Sub-models pruned by the server; None if sub-models are slices."""
         if self.options.submodels != "pruned":
             return None
-        return PrunedSubModels(self.context, self.solver, self.options.refit_every)
+        every, pruner = self.options.refit_every, self.context.pruner
+        if every is None:
+            every = 0 if pruner is None or pruner.asks_clients else 2
+        return PrunedSubModels(self.context, self.solver, every)
 
     def prepare(self, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
         """Return the memory with the pruned sub-models of every kind of client."""

@@ -110,7 +110,11 @@ class Offset(NamedTuple):
 
 
 class ServerPruner(Protocol):
-    """Pruning on the server, with calibration examples of its own."""
+    """Pruning on the server, with calibration examples of its own or on clients' sums."""
+
+    @property
+    def asks_clients(self) -> bool:
+        """Whether each pruning costs clients a pass over examples of theirs."""
 
     def evidence(self, params: Mapping[str, Tensor]) -> Evidence:
         """Return the evidence of the global model for allocation rules."""

@@ -36,12 +36,12 @@ class PrunedSubModels:
 
     Parameters
     ----------
-    refit_every : int or None
-        Rounds between prunings; pruned once if None.
+    refit_every : int
+        Rounds between prunings; pruned once if 0.
     """
 
-    def __init__(self, context: PolicyContext, solver: PlanSolver, refit_every: int | None) -> None:
-        self._context, self._solver, self._every = context, solver, refit_every
+    def __init__(self, context: PolicyContext, solver: PlanSolver, refit_every: int) -> None:
+        self._context, self._solver, self.refit_every = context, solver, refit_every
 
     def prepare(self, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
         """Return the memory with every kind's units and offset; fresh in a refit round or if absent.
@@ -87,7 +87,7 @@ class PrunedSubModels:
         last = memory.get(f"{_ROUND}.{kind}")
         if last is None:
             return True
-        return bool(self._every) and (server_round - 1) % (self._every or 1) == 0 and int(last) != server_round
+        return self.refit_every > 0 and (server_round - 1) % self.refit_every == 0 and int(last) != server_round
 
     def _prune(
         self, kind: str, client_id: int, server_round: int, params: Mapping[str, Tensor], evidence: Evidence

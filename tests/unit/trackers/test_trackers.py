@@ -102,6 +102,7 @@ def test_mlflow_has_parameters_and_metrics(tmp_path: Path) -> None:
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "manifest.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of wandb's own
 def test_wandb_offline_writes_into_the_run(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed: pip install wandb")
