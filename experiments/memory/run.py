@@ -5,7 +5,7 @@
 A case is one tier of a fleet whose memory is limited. Its client's round (instruction decoded, sub-model loaded and
 trained for three steps, upload encoded) runs in a process of its own that has done a round of another model before, so
 that libraries are loaded. Measured is the growth of the process's resident memory at its peak, the received message
-included; Linux counts it (``VmHWM``). ``results.json`` holds every case, ``tables.md`` the table.
+included; Linux counts it (``VmHWM``). ``results/memory.json`` holds every case, ``results/tables.md`` the table.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+
+from experiments.memory.tables import regenerate  # noqa: E402
 
 LARGE, SMALL = "lm-3.3m", "stories260K"
 WARM = ("local.batch_size=1", "dataset.sequence_length=32", "dataset.max_train_examples=18", "fleet.fractions=[1.0]")
@@ -135,22 +137,10 @@ def tiers(asked: Sequence[str]) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -float(item[0])))
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results as a Markdown table."""
-    rows = [
-        f"| {x['case']} | {x['tier']} | {100 * x['share']:.0f} % | {x['estimate'] / 1e6:.1f} | "
-        f"{x['measured'] / 1e6:.1f} | "
-        f"{100 * (x['estimate'] / x['measured'] - 1):+.0f} % |"
-        for x in results
-    ]
-    head = ["| case | tier | parameters held | estimate, MB | measured, MB | difference |", "|---|---|---|---|---|---|"]
-    return "# Peak memory of a client in one round\n\n" + "\n".join([*head, *rows]) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds models/ and text/")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case", help="internal: measure one client of a case in this process")
     parser.add_argument("--client", type=int)
@@ -174,8 +164,8 @@ def main() -> int:
                 {k: (round(v / 1e6, 1) if isinstance(v, float) and v > 2 else v) for k, v in results[-1].items()},
                 flush=True,
             )
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "tables.md").write_text(table(results), encoding="utf-8")
+    (arguments.out / "memory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    regenerate(arguments.out, arguments.out)
     return 0
 
 
