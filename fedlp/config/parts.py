@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -103,7 +103,7 @@ def read_part(schema: type[_P], group: str, node: Mapping[str, Any]) -> _P:
     ]
     if missing:
         raise ConfigError(f"{group}.{missing[0]} is missing: {group}={name} needs a value for it")
-    options = _typed(_schema_of(declared, names), group, own)
+    options = _typed(_schema_of(schema.kind, target, frozenset(names)), group, own)
     found = schema(**shared, options=options)
     _check_ranges(found, group, name, target)
     return found
@@ -121,10 +121,11 @@ def _check_ranges(found: PartConfig, group: str, name: str, target: Callable[...
         raise ConfigError(f"{group}={name}: {one_line(error)}") from error
 
 
-def _schema_of(declared: Mapping[str, registry.Option], names: set[str]) -> type:
+@cache
+def _schema_of(kind: str, target: Callable[..., Any], names: frozenset[str]) -> type:
     """Return a dataclass of a part's own options; a type unknown to OmegaConf becomes ``Any``."""
     found = []
-    for option in declared.values():
+    for option in registry.options(kind, target).values():
         if option.name in names:
             continue
         default: Any = MISSING if option.default is inspect.Parameter.empty else option.default
@@ -151,10 +152,18 @@ def _known_type(annotation: Any, default: Any) -> Any:
     return annotation
 
 
+@cache
+def structured(schema: type) -> DictConfig:
+    """Return a schema with its defaults; to be merged with values, never changed."""
+    made = OmegaConf.structured(schema)
+    assert isinstance(made, DictConfig)
+    return made
+
+
 def _typed(schema: type, group: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return all values of a schema, converted to its types."""
     try:
-        node = OmegaConf.merge(OmegaConf.structured(schema), values)
+        node = OmegaConf.merge(structured(schema), values)
     except ValidationError as error:
         key = error.full_key or ""
         raise ConfigError(f"{group}.{key}: {one_line(error)}") from error

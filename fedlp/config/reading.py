@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ValidationError
 
 from fedlp import registry
-from fedlp.config.parts import PartConfig, parts_with, read_part
+from fedlp.config.parts import PartConfig, parts_with, read_part, structured
 from fedlp.errors import ConfigError, one_line
 
 _Config = TypeVar("_Config")
@@ -33,7 +33,7 @@ def read_config(schema: Callable[..., _Config], values: Mapping[str, Any]) -> _C
         if key not in option_names(schema):
             raise ConfigError(no_such_option(schema, key))
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_dataclass_of(schema, False)), base))
+        typed = OmegaConf.to_object(OmegaConf.merge(structured(_dataclass_of(schema, False)), base))
     except ValidationError as error:
         raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
     parts = {}
