@@ -34,7 +34,8 @@ from fedlp.data.examples import no_examples
 from fedlp.data.partition import partition_examples
 from fedlp.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
-from fedlp.federation.client.app import ClientRuntime, make_client_app
+from fedlp.federation.client.app import make_client_app
+from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
@@ -55,10 +56,10 @@ from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import adapted, describe_model, state_tensors
 from fedlp.models.spec import Blueprint, describe_blueprint
 from fedlp.pruning.pruner import Calibration
+from fedlp.report.trackers import tracking
 from fedlp.simulation.flower_apps import Grid, settings_of
 from fedlp.simulation.local import LocalGrid
 from fedlp.tasks import task_of, with_task
-from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores

@@ -22,7 +22,8 @@ from fedlp.config import RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
 from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import ConfigError
-from fedlp.federation.client.app import ClientRuntime, make_client_app
+from fedlp.federation.client.app import make_client_app
+from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import Observer
 from fedlp.progress import Progress

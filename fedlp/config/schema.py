@@ -253,7 +253,7 @@ class EvaluationConfig:
 
 @dataclass
 class TrackerConfig(PartConfig):
-    """Tracker of the run on the server; options are those of the part in ``fedlp/trackers``.
+    """Tracker of the run on the server; options are those of the part in ``fedlp/report/trackers``.
 
     A user's own tracker is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
     """

@@ -23,9 +23,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedlp.errors import FedLPError
+from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
-from fedlp.simulation import flower_compat
 from fedlp.simulation.transport import Area, Item, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory, serve
 

@@ -26,6 +26,7 @@ from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
 from fedlp.federation.aggregation.aggregator import Accumulator
 from fedlp.federation.aggregation.noised_sum import NoisedSum
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
+from fedlp.federation.flower_compat import make_request
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.central_privacy import expected_holders
@@ -41,7 +42,6 @@ from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.rng import Stream, generator
-from fedlp.simulation.flower_compat import make_request
 from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
