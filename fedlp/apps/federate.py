@@ -54,7 +54,8 @@ from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import adapted, describe_model, state_tensors
-from fedlp.models.spec import Blueprint, describe_blueprint
+from fedlp.models.blueprint import Blueprint
+from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Calibration
 from fedlp.report.trackers import tracking
 from fedlp.simulation.flower_apps import Grid, settings_of
