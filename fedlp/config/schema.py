@@ -1,4 +1,7 @@
-"""Structured config: names, types, units. ``conf/*.yaml`` holds values, :mod:`fedlp.config.validation` the ranges."""
+"""Structured config: names, types, units. ``conf/*.yaml`` holds values, :mod:`fedlp.config.validation` the ranges.
+
+Longer than other files: all groups of options are looked up here.
+"""
 
 from __future__ import annotations
 
