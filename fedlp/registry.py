@@ -43,7 +43,7 @@ HOMES: Mapping[str, str] = {
     "server_optimizer": "fedlp.federation.aggregation",
     "optimizer": "fedlp.training",
     "schedule": "fedlp.training",
-    "tracker": "fedlp.trackers",
+    "tracker": "fedlp.report.trackers",
     "callback": "fedlp.federation.server",
 }
 """Kinds of parts, and the package in which the built-in parts of each live."""

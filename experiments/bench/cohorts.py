@@ -24,7 +24,7 @@ from workload import LR, MEAN, NUM_CLASSES, STD, WORKLOADS, Workload, make_image
 
 from fedlp.config import LocalConfig
 from fedlp.data.examples import DataInfo, Examples
-from fedlp.federation.client.app import load_tensors
+from fedlp.federation.client.runtime import load_tensors
 from fedlp.models import state_tensors
 from fedlp.models.cnn import MLP
 from fedlp.training.loop import train_locally

@@ -28,11 +28,11 @@ from timing import paired_ratio, parse_args, print_table, write_report
 from torch import Tensor
 
 from fedlp.config import compose
+from fedlp.federation.flower_compat import make_array
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.packing import pack_tensors, unpack_tensors
 from fedlp.models import describe_model, state_tensors
-from fedlp.simulation.flower_compat import make_array
 from fedlp.simulation.transport import Area, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import keep_freed_memory
 from fedlp.types import ClientProfile, ClientUpdate, SubModel, TrainInstruction

@@ -31,9 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlp.apps import prune as oneshot
 from fedlp.apps.model_allocator import Allocator
-from fedlp.config import compose_prune
 from fedlp.models.language import import_transformers
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.pruner import Calibration, Method, Pruner
@@ -45,7 +43,6 @@ from fedlp.pruning.scores.wanda import Wanda
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator
-from fedlp.training.batches import prepare_inputs
 from fedlp.training.threads import one_thread
 from fedlp.types import PrunableLayer
 
@@ -54,9 +51,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from experiments.bench.timing import describe_machine  # noqa: E402
 from experiments.few_vectors.tables import regenerate  # noqa: E402
-from experiments.slimgpt_table.run import log_probabilities  # noqa: E402
+from experiments.slimgpt_table.run import RESNETS, load_classifier, log_probabilities  # noqa: E402
 
-WINDOW, NUM_TEST_IMAGES = 128, 4000
+WINDOW = 128
 UNSEEN = 0.95  # lm-3.3m was trained on what comes before, as a fraction of a text
 
 
@@ -90,7 +87,6 @@ SOURCES = {
     "lm-3.3m": Source("wikitext2-test", "wikitext2-test", {"tinystories": UNSEEN, "tinyshakespeare": UNSEEN}, 512),
     "smollm2-135m": Source("wikitext2-valid", "wikitext2-test", {"tinyshakespeare": 0.0}, 1536, 24),
 }
-RESNETS = {"resnet20": "resnet20-12fca82f", "resnet32": "resnet32-d509ac18"}
 COLUMNS, POSITIONS = 576, 64  # of a ResNet's last convolutions
 
 OURS = {"correction": 1.0, "fisher": True, "keeps_batch_norm": True}
@@ -153,19 +149,8 @@ def language_case(name: str, data: Path, vectors: float, seed: int) -> Case:
 def classifier_case(name: str, data: Path, cifar: Path, vectors: float, seed: int) -> Case:
     """Return a CIFAR-10 ResNet with training images to calibrate on and test images."""
     images = max(1, round(vectors * COLUMNS / POSITIONS))
-    config = compose_prune(
-        [
-            *("model=cifar_resnet", f"model.name={name}", "sparsity=0.5", f"seed={seed}"),
-            f"model.path={data}/models/cifar10-resnet/{RESNETS[name]}.safetensors",
-            *("dataset=cifar10", f"dataset.root={cifar}", f"calibration.examples={images}"),
-            *("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]", "calibration.batch_size=64"),
-        ]
-    )
-    subject = oneshot.load_subject(config)
-    test = subject.data.test.select(np.arange(NUM_TEST_IMAGES))
-    inputs = prepare_inputs(test.inputs, subject.info, torch.device("cpu"))
-    drawn = oneshot.draw_calibration(config, subject)
-    return Case(subject.model, subject.widths, subject.layers, drawn, {"held out": (inputs, test.targets)})
+    subject, drawn, test = load_classifier(name, data, cifar, images, seed)
+    return Case(subject.model, subject.widths, subject.layers, drawn, {"held out": test})
 
 
 def prune_all(case: Case, wanted: Sequence[tuple[str, str, float]]) -> Iterator[dict[str, Any]]:

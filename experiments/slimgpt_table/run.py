@@ -151,22 +151,28 @@ def language_case(name: str, data: Path, seed: int) -> Case:
     return Case(model, spec, find_layers(model, spec), Calibration(batches, labels, seed), tests, True)
 
 
-def classifier_case(name: str, data: Path, cifar: Path, seed: int) -> Case:
-    """Return a CIFAR-10 ResNet with training images to calibrate on and test images."""
+def load_classifier(
+    name: str, data: Path, cifar: Path, num_images: int, seed: int
+) -> tuple[oneshot.Subject, Calibration, tuple[Tensor, Tensor]]:
+    """Return a CIFAR-10 ResNet, training images to calibrate on, and test images with their classes."""
     config = compose_prune(
         [
             *("model=cifar_resnet", f"model.name={name}", "sparsity=0.5", f"seed={seed}"),
             f"model.path={data}/models/cifar10-resnet/{RESNETS[name]}.safetensors",
-            *("dataset=cifar10", f"dataset.root={cifar}", f"calibration.examples={NUM_IMAGES}"),
+            *("dataset=cifar10", f"dataset.root={cifar}", f"calibration.examples={num_images}"),
             *("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]", "calibration.batch_size=64"),
         ]
     )
     subject = oneshot.load_subject(config)
     test = subject.data.test.select(np.arange(NUM_TEST_IMAGES))
     inputs = prepare_inputs(test.inputs, subject.info, torch.device("cpu"))
-    calibration = oneshot.draw_calibration(config, subject)
-    tests = {"cifar10": (inputs, test.targets)}
-    return Case(subject.model, subject.widths, subject.layers, calibration, tests, False)
+    return subject, oneshot.draw_calibration(config, subject), (inputs, test.targets)
+
+
+def classifier_case(name: str, data: Path, cifar: Path, seed: int) -> Case:
+    """Return a CIFAR-10 ResNet with training images to calibrate on and test images."""
+    subject, calibration, test = load_classifier(name, data, cifar, NUM_IMAGES, seed)
+    return Case(subject.model, subject.widths, subject.layers, calibration, {"cifar10": test}, False)
 
 
 def evaluate(model: nn.Module, case: Case) -> dict[str, float]:

@@ -27,7 +27,7 @@ from fedlp.config.reading import part_groups
 from fedlp.data.conversion import as_examples, describe_examples
 from fedlp.data.examples import Examples, FederatedData
 from fedlp.errors import ConfigError
-from fedlp.models.spec import Blueprint, ModuleBlueprint
+from fedlp.models.blueprint import Blueprint, ModuleBlueprint
 from fedlp.progress import Progress
 from fedlp.report import run_label
 from fedlp.report.reproduce import spell

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedlp.apps.federate import Federation, check_fits
+from fedlp.apps.federate import Federation
 from fedlp.apps.prune import save_model
+from fedlp.apps.resumption import check_fits
 from fedlp.config import read_run_config
 from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import CheckpointError, ConfigError, DataError, FedLPError, one_line

@@ -1,9 +1,12 @@
-"""Composition root of a federated run: config in, objects out."""
+"""Composition root of a federated run: config in, objects out.
+
+Longer than other files: the objects are made on first use, each from others.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.allocation.budget.costs import given_limits
 from fedlp.apps.batching import cohort_size
+from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
+from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
+from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
 from fedlp.apps.secagg_check import check_secagg, secagg_settings
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
@@ -32,33 +37,33 @@ from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
 from fedlp.data.examples import no_examples
 from fedlp.data.partition import partition_examples
-from fedlp.errors import CheckpointError, ConfigError, DataError, EvaluationError
+from fedlp.errors import ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
-from fedlp.federation.client.app import ClientRuntime, make_client_app
+from fedlp.federation.client.app import make_client_app
+from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.shards import Shards
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.costs import Costs, expected_costs
-from fedlp.federation.fleet import fleet_budgets, fleet_kinds, tier_names
+from fedlp.federation.fleet import fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.secagg.strategy import SecureStrategy
-from fedlp.federation.server.availability import make_availability
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, sum_lengths
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.server.strategy import FedLPStrategy, Observer, RoundSettings
+from fedlp.federation.server.strategy import FedLPStrategy, Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models import adapted, describe_model, state_tensors
-from fedlp.models.spec import Blueprint, describe_blueprint
+from fedlp.models.blueprint import Blueprint
+from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Calibration
+from fedlp.report.trackers import tracking
 from fedlp.simulation.flower_apps import Grid, settings_of
 from fedlp.simulation.local import LocalGrid
 from fedlp.tasks import task_of, with_task
-from fedlp.trackers import tracking
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
 from fedlp.training.threads import count_cores
@@ -194,22 +199,12 @@ class Federation:
         def cost(submodel: SubModel) -> dict[str, float]:
             return submodel_costs(submodel, submodels, self.costs, config.local)
 
-        budgets: list[Budget | None] = [None] * config.num_clients
-        if config.fleet.fractions or config.fleet.devices:
-            budgets = list(fleet_budgets(config.fleet, config.num_clients, config.seed, cost(SubModel())))
-        for client_id, budget in brought.items():
-            budgets[client_id] = budget
-            if config.privacy.name == "local_dp" and budget.upload_bytes is not None:
-                raise ConfigError(
-                    f"client {client_id} brought a limit on uploads, but privacy={config.privacy.name} needs all units "
-                    "back; take upload_bytes out of its budget"
-                )
-        self._capable = self._holders_of_all(budgets, cost)
-        whole = cost(SubModel()) if config.fleet.only_whole else {}
-        limits = [given_limits(budget) if config.fleet.only_whole else [] for budget in budgets]
-        self._apart = {i for i, found in enumerate(limits) if any(whole[name] > limit for name, limit in found)}
-        if len(self._apart) == config.num_clients:
-            raise ConfigError("fleet.only_whole=true, but no client's budget holds the whole model")
+        def whole() -> Mapping[str, float]:
+            return cost(SubModel())
+
+        budgets = client_budgets(config, brought, whole)
+        self._capable = holders_of_all(budgets, whole)
+        self._apart = kept_apart(config, budgets, whole)
         taking_part = [None if i in self._apart else budget for i, budget in enumerate(budgets)]
         context = PolicyContext(
             sends_deltas=config.upload.values == "deltas",
@@ -227,18 +222,6 @@ class Federation:
             is_pretrained=submodels.spec.blueprint.is_pretrained,
         )
         return self._with_batch_norm(context)
-
-    @staticmethod
-    def _holders_of_all(budgets: Sequence[Budget | None], cost: Callable[[SubModel], dict[str, float]]) -> set[int]:
-        """Return the clients whose budgets hold the whole model; uploads do not count."""
-        whole = cost(SubModel()) if any(budget is not None for budget in budgets) else {}
-        return {
-            client_id
-            for client_id, budget in enumerate(budgets)
-            if all(
-                whole[name] <= limit for name, limit in given_limits(budget) if name in whole and name != "upload_bytes"
-            )
-        }
 
     def takes_part(self, client_id: int) -> bool:
         """Return whether a client may be sampled."""
@@ -318,41 +301,7 @@ class Federation:
 
     def client_settings(self) -> ClientSettings:
         """Return the settings of clients."""
-        config = self.config
-        return ClientSettings(
-            local=config.local,
-            seed=config.seed,
-            num_rounds=config.num_rounds,
-            device=config.device,
-            eval_batch_size=config.eval_batch_size,
-            personal_steps=config.evaluation.personal_steps,
-            encoding=config.upload.make(),
-            sends_deltas=config.upload.values == "deltas",
-            error_feedback=config.upload.error_feedback,
-            entropy_coding=config.upload.entropy_coding,
-            options=client_options(self.strategy),
-            method=make_method(config.pruner),
-            calibration=config.calibration,
-            privacy=config.privacy,
-            oneshot=self.pooled,
-            secagg=secagg_settings(config),
-            batched=config.simulation.batched,
-        )
-
-    def client_evaluation(self) -> ClientEvaluationSettings | None:
-        """Return the settings of evaluations on clients; None if there are none."""
-        config = self.config
-        if config.evaluation.name == "central":
-            return None
-        local = config.local
-        return ClientEvaluationSettings(
-            task=task_of(self.info),
-            lengths=sum_lengths(self.submodels.skeleton(), self.info),
-            seed=config.seed,
-            num_clients=config.evaluation.clients,
-            steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
-            is_private=config.privacy.name != "none",
-        )
+        return client_settings(self.config, client_options(self.strategy), self.pooled)
 
     def describe_tiers(self, policy: Policy, state: ServerState, directory: RunDirectory) -> dict[str, Any]:
         """Return size, bytes and metrics of each tier of the fleet; see :mod:`fedlp.apps.tier_table`."""
@@ -444,13 +393,13 @@ def _serve_rounds(
     strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
         plan.submodels,
         plan.policy,
-        _round_settings(config),
+        round_settings(config),
         encoding=config.upload.make(),
         aggregator=config.aggregator.make(),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
         num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
-        client_evaluation=plan.client_evaluation(),
+        client_evaluation=client_evaluation_settings(config, plan.info, plan.submodels),
         tiers=tier_names(config.fleet, config.num_clients, config.seed),
         fit=fit,
         takes_part=plan.takes_part,
@@ -477,49 +426,5 @@ def _serve_rounds(
     return manifest
 
 
-def _round_settings(config: RunConfig) -> RoundSettings:
-    """Return the settings of the server's rounds."""
-    return RoundSettings(
-        num_clients=config.num_clients,
-        clients_per_round=config.clients_per_round,
-        seed=config.seed,
-        min_clients=config.min_clients,
-        eval_every=config.eval_every,
-        eval_batch_size=config.eval_batch_size,
-        local_epochs=config.local.epochs,
-        weighting=config.aggregator.weighting,
-        measures_statistics=config.aggregator.batch_norm == "static",
-        sends_deltas=config.upload.values == "deltas",
-        entropy_coding=config.upload.entropy_coding,
-        timeout_s=config.simulation.round_timeout_s,
-        evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
-        dropout=config.fleet.dropout,
-        extra_clients=config.fleet.extra_clients,
-    )
-
-
 def _reader(config: RunConfig) -> Reader:
     return reader_at(config.dataset, None) if config.dataset.on_devices else make_reader(config.dataset)
-
-
-def load_state(directory: RunDirectory, config: RunConfig) -> ServerState | None:
-    """Return the state to resume from, None for a new run; ConfigError if it lies beyond the run's end."""
-    state = directory.resume() if config.resume else None
-    if state is not None and state.server_round > config.num_rounds:
-        raise ConfigError(
-            f"num_rounds={config.num_rounds}, but the run in {directory.path} has done {state.server_round}; give a "
-            "larger number"
-        )
-    return state
-
-
-def check_fits(state: ServerState, submodels: SubModels) -> None:
-    """Raise CheckpointError if a checkpoint does not fit this model."""
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.params.items()}
-    for name, info in submodels.spec.tensors.items():
-        if found.get(name) != (info.shape, info.dtype):
-            raise CheckpointError(
-                f"the checkpoint of round {state.server_round} does not fit the model of config.yaml (tensor {name}); "
-                f"restore the config.yaml that the run began with"
-            )

@@ -20,7 +20,7 @@ from fedlp.apps.federate import Federation
 from fedlp.config import FederatedPruneConfig, RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import ConfigError
-from fedlp.federation.client.app import ClientRuntime
+from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.oneshot import costs
 from fedlp.federation.oneshot import messages as wire

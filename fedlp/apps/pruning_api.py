@@ -12,7 +12,8 @@ from fedlp.config import compose_prune
 from fedlp.data.conversion import as_examples, describe_examples
 from fedlp.data.examples import FederatedData
 from fedlp.errors import ConfigError
-from fedlp.models.spec import ModuleBlueprint, describe_blueprint
+from fedlp.models.blueprint import ModuleBlueprint
+from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Pruned, Pruner
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import trace_widths

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from fedlp.apps.evaluation_check import refuse_simulation
-from fedlp.apps.federate import Federation, load_state
+from fedlp.apps.federate import Federation
 from fedlp.apps.federated_prune import FederatedPruning
 from fedlp.apps.privacy_ledger import expected_privacy
+from fedlp.apps.resumption import load_state
 from fedlp.apps.round_keeping import check_trained
 from fedlp.config import RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
 from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import ConfigError
-from fedlp.federation.client.app import ClientRuntime, make_client_app
+from fedlp.federation.client.app import make_client_app
+from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import Observer
 from fedlp.progress import Progress

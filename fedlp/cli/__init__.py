@@ -103,10 +103,10 @@ def _list_options() -> None:
 def _describe() -> None:
     """Print the options that describe a sample of data, and exit."""
     _answer("fedlp")
+    from fedlp.apps.describe import describe
     from fedlp.cli.common import end, guard
-    from fedlp.cli.describe import describe
 
-    sys.exit(end(lambda: guard(lambda: describe(sys.argv[2:]))))
+    sys.exit(end(lambda: guard(lambda: print(describe(sys.argv[2:])))))
 
 
 def _make_project() -> None:

@@ -31,7 +31,7 @@ def certs_parser(description: str | None) -> argparse.ArgumentParser:
 
 def make_certs(arguments: argparse.Namespace) -> None:
     """Make a CA, a server certificate and SuperNode keys; say where they are."""
-    from fedlp.deployment.certificates import make_certificates
+    from fedlp.apps.deployment.certificates import make_certificates
 
     made = make_certificates(arguments.folder, arguments.host, arguments.supernodes, arguments.days)
     print(f"SuperLink: {made.ca} {made.server} {made.server_key}")
@@ -86,7 +86,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     """Rehearse a deployment and print its result; FedLPError if the models differ."""
     config = with_absolute_paths(compose((*_DEMO, *arguments.overrides)))
     set_up_logging()
-    from fedlp.deployment import demo
+    from fedlp.apps.deployment import demo
     from fedlp.progress import Progress
     from fedlp.report import find_runs, group_runs, run_label, summary_table
 

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
-from fedlp.cli.sweeps import earlier_run, job_header, job_name, objective_of
+from fedlp.cli.sweeps import job_header, job_name
 from fedlp.config import from_omegaconf, refuse_unread, schema_for, to_plain, to_yaml, with_absolute_paths
 from fedlp.config.resuming import check_run, resumed_config
 
@@ -36,6 +36,8 @@ def run_job(composed: DictConfig) -> float | None:
         folders = [override for override in overrides.hydra if override.startswith("hydra.run.dir")]
         config = resumed_config(config, [*overrides.task, *folders])
     set_up_logging()
+    from fedlp.apps.sweep_jobs import earlier_run, objective_of
+
     config = with_absolute_paths(config)
     if is_sweep and config.resume is None and not config.dry_run:
         config, manifest = earlier_run(config, out)

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlp.config.absolute_paths import with_absolute_paths
 from fedlp.config.aliases import current_config, is_current
 from fedlp.config.federated_prune import FederatedPruneConfig, federated_prune_overrides, schema_for
 from fedlp.config.overrides import prepare_overrides
@@ -243,29 +244,6 @@ def read_run_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: the run's config cannot be read: {explain(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def with_absolute_paths(config: _Config) -> _Config:
-    """Return the config with absolute paths of its local files."""
-    dataset, model = config.dataset, config.model
-    paths = {key: dataset.options.get(key) for key in ("root", "path", "test_path", "tokenizer")}
-    found = {key: value if value in ("bytes", "auto") else _absolute(value) for key, value in paths.items() if value}
-    if paths["root"]:  # a folder that is downloaded to need not exist yet
-        found["root"] = str(Path(paths["root"]).expanduser().absolute())
-    server = None if dataset.server is None else _absolute(dataset.server)
-    dataset = replace(dataset, options=dataset.options | found, server=server)
-    if isinstance(path := model.options.get("path"), str):
-        model = replace(model, options={**model.options, "path": _absolute(path)})
-    found_config = replace(config, dataset=dataset, model=model)
-    if isinstance(found_config, RunConfig) and isinstance(trace := found_config.fleet.availability, str):
-        found_config.fleet = replace(found_config.fleet, availability=_absolute(trace))
-    return found_config
-
-
-def _absolute(name: str) -> str:
-    """Return the absolute path of an existing file; any other name unchanged, since it may be a hub's."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
 
 
 def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> dict[str, Any]:

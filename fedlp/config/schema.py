@@ -1,4 +1,7 @@
-"""Structured config: names, types, units. ``conf/*.yaml`` holds values, :mod:`fedlp.config.validation` the ranges."""
+"""Structured config: names, types, units. ``conf/*.yaml`` holds values, :mod:`fedlp.config.validation` the ranges.
+
+Longer than other files: all groups of options are looked up here.
+"""
 
 from __future__ import annotations
 
@@ -253,7 +256,7 @@ class EvaluationConfig:
 
 @dataclass
 class TrackerConfig(PartConfig):
-    """Tracker of the run on the server; options are those of the part in ``fedlp/trackers``.
+    """Tracker of the run on the server; options are those of the part in ``fedlp/report/trackers``.
 
     A user's own tracker is ``tracker=MODULE:OBJECT``: a class with ``begin``, ``round`` and ``end``.
     """

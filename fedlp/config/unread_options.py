@@ -81,17 +81,18 @@ def _pruner_alone(pruner: PrunerConfig, measures_curves: bool) -> dict[str, str]
 
 def _pruner_of_run(config: RunConfig) -> dict[str, str]:
     """Return the unread options of a score in a federated run."""
-    pruner, options = config.pruner, config.strategy.options
-    if config.strategy.name != "fedlp_plan":  # a method of one's own may read all
+    pruner, uses = config.pruner, getattr(config.strategy.target, "uses_of_pruner", None)
+    if uses is None:  # a method of one's own may read all
         return {}
-    submodels, model = options.get("submodels"), config.model.options
-    may_prune = submodels is None and bool(model.get("pretrained") or model.get("path"))  # as the strategy decides
-    if submodels == "pruned" or may_prune:
+    model = config.model.options
+    used = uses(config.strategy.options, bool(model.get("pretrained") or model.get("path")))
+    if "pruning" in used:
         alone = _pruner_alone(pruner, True)
         return alone | _named(("pruner.keeps_batch_norm", False, _ONESHOT), ("pruner.shared", False, _ONESHOT))
-    solves, fits = _solves(pruner), bool(options.get("compensate")) and pruner.recovery == "least_squares"
+    solves, recovers = _solves(pruner), "recovery" in used
+    fits = recovers and pruner.recovery == "least_squares"
     return _named(
-        ("pruner.recovery", bool(options.get("compensate")), "strategy.compensate=true or submodels=pruned"),
+        ("pruner.recovery", recovers, "strategy.compensate=true or submodels=pruned"),
         ("pruner.correction", False, "strategy.submodels=pruned"),
         ("pruner.fisher", solves, "a score that is solved for: pruner=obs or slimgpt"),
         ("pruner.centred", solves, "pruner=obs or slimgpt, or strategy.submodels=pruned"),

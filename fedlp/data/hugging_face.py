@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.data.examples import IGNORE_INDEX, DataInfo, Examples, FederatedData, Rows
+from fedlp.data.hub_splits import load_split
 from fedlp.data.image_cache import cached_images, open_image
 from fedlp.data.imagefolder import ImageOptions
 from fedlp.data.reader import held_out_rows
@@ -206,7 +206,7 @@ class HuggingFace(ImageOptions, LanguageData):
         if not self.path:
             raise ConfigError("dataset=hf needs dataset.path: a data set's name on the Hugging Face hub, or a folder")
         try:
-            return self._load_split(self.split)
+            return load_split(self.path, self.subset, self.split, self.split)
         except Exception as error:  # the library lets anything through, from OSError to its hub client's own errors
             if isinstance(error, DataError):
                 raise
@@ -220,27 +220,12 @@ class HuggingFace(ImageOptions, LanguageData):
         failure: Exception | None = None
         for split in wanted:
             try:
-                return self._load_split(split)
+                return load_split(self.path or "", self.subset, split, self.split)
             except Exception as error:  # there is none of this name
                 failure = error
         if self.test_split not in (None, "auto"):
             raise DataError(f"hf: {self.path} has no split {self.test_split}; check dataset.test_split") from failure
         return None
-
-    def _load_split(self, split: str) -> Any:
-        try:
-            import datasets
-        except ImportError as error:
-            raise DataError("dataset=hf needs the package datasets; run: pip install datasets") from error
-        folder = Path(self.path or "").expanduser()
-        if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(folder))[split]
-        if (folder / "state.json").is_file():
-            if split != self.split:
-                raise DataError(f"{folder} has one split")
-            return datasets.load_from_disk(str(folder))
-        path = str(folder) if folder.is_dir() else self.path
-        return datasets.load_dataset(path, name=self.subset, split=split)
 
     @staticmethod
     def _column(table: Any, name: str) -> list[Any]:

@@ -1,10 +1,10 @@
-"""Tables: CSV and Parquet files with a column for the target."""
+"""Tables with a column for the target: facts, split and encoding; :mod:`~fedlp.data.table_files` reads the files."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.data.reader import HeldOut, held_out_rows
 from fedlp.data.table_columns import Columns, encode_labels, find_columns, group_numbers, looks_like_classes
 from fedlp.errors import ConfigError, DataError, one_line
-from fedlp.registry import register
 from fedlp.rng import Stream, generator
 
 log = logging.getLogger("fedlp")
@@ -299,48 +298,3 @@ class Table(HeldOut, ABC):
 
 def _rounded(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
-
-
-@register("dataset", "csv")
-@dataclass(frozen=True, kw_only=True)
-class Csv(Table):
-    """CSV table: numeric and categorical columns, a target column, a column of clients if there is one.
-
-    Attributes
-    ----------
-    separator : str
-        Column separator; "auto" is found from the first line.
-    """
-
-    separator: str = ","
-
-    name = "csv"
-    pattern = "*.csv"
-
-    def read_file(self, path: Path) -> Any:
-        """Return one file, whose first line holds the column names."""
-        import pandas
-
-        automatic = self.separator == "auto"
-        return pandas.read_csv(path, sep=None if automatic else self.separator, engine="python" if automatic else "c")
-
-
-@register("dataset", "parquet")
-@dataclass(frozen=True, kw_only=True)
-class Parquet(Table):
-    """Parquet table: numeric and categorical columns, a target column, a column of clients if there is one."""
-
-    name = "parquet"
-    pattern = "*.parquet"
-
-    def read_file(self, path: Path) -> Any:
-        """Return the required columns of one file."""
-        import pandas
-
-        return pandas.read_parquet(path, columns=self._needed())
-
-    def _needed(self) -> Sequence[str] | None:
-        if self.columns is None:
-            return None
-        chosen: Mapping[str, None] = dict.fromkeys((*self.columns, *self._targets))
-        return [*chosen, *([self.client] if self.client and self.client not in chosen else [])]

@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedlp.errors import ConfigError, FedLPError, one_line
 from fedlp.models.adapters import AdaptedBlueprint, LoraOptions
-from fedlp.models.spec import (
-    Blueprint,
-    ModelSpec,
-    ModelTask,
-    ModuleBlueprint,
-    TensorInfo,
-    describe_blueprint,
-    find_task,
-    forward_logits,
-    leading_layers,
-    state_tensors,
-)
+from fedlp.models.blueprint import Blueprint, ModelTask, ModuleBlueprint, find_task
+from fedlp.models.forward import forward_logits
+from fedlp.models.spec import ModelSpec, TensorInfo, describe_blueprint, leading_layers, state_tensors
 from fedlp.registry import register
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.spec import Blueprint
+from fedlp.models.blueprint import Blueprint
 
 PARTS = ("lora_a", "lora_b")
 

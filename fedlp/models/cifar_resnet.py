@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.blueprint import Blueprint
 from fedlp.models.cnn import require_images
-from fedlp.models.spec import Blueprint, first_line
+from fedlp.models.forward import first_line
 from fedlp.models.stored_dtype import stored_dtype
 from fedlp.registry import register
 

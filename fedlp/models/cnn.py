@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.blueprint import Blueprint
 from fedlp.models.dropout import ByteDropout
-from fedlp.models.spec import Blueprint
 from fedlp.registry import register
 
 _CONV_CHANNELS = (32, 32, 64, 64, 128, 128)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlp.models.spec import forward_logits, run_copy
+from fedlp.models.forward import forward_logits, run_copy
 
 NORM_MACS = 4  # per element: subtract, divide, multiply, add
 _FLOPS_PER_MAC = 2

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.blueprint import Blueprint, ModelTask
 from fedlp.models.sequence_classifier import SequenceClassifierBlueprint
-from fedlp.models.spec import Blueprint, ModelTask
 from fedlp.models.stored_dtype import model_dtype
 from fedlp.models.transformers_loading import import_transformers, loading, quiet
 from fedlp.registry import register

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fedlp.models.spec import Blueprint
+from fedlp.models.blueprint import Blueprint
 from fedlp.models.stored_dtype import model_dtype
 from fedlp.models.transformers_loading import import_transformers, loading, quiet
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlp.errors import ConfigError
-from fedlp.models.spec import first_line
+from fedlp.models.forward import first_line
 from fedlp.models.torchvision_compat import ensure_operators
 
 

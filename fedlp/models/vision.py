@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.blueprint import Blueprint
 from fedlp.models.cnn import require_images
-from fedlp.models.spec import Blueprint
 from fedlp.models.torchvision_compat import import_torchvision
 from fedlp.registry import register
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlp.models.forward import forward_logits
 from fedlp.models.layers import all_trainable
-from fedlp.models.spec import forward_logits, named_tensors
+from fedlp.models.spec import named_tensors
 from fedlp.pruning.calibration import choose_half
 from fedlp.pruning.kernels.shrinkage import shrink_fisher
 from fedlp.pruning.tracing.units import output_rows

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import AllocationError
-from fedlp.models.spec import forward_logits
+from fedlp.models.forward import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
-from fedlp.models.spec import forward_logits
+from fedlp.models.forward import forward_logits
 from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.tracing.units import input_columns, weight_matrix
 from fedlp.types import PrunableLayer

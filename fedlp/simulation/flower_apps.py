@@ -16,9 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedlp.config import compose, from_yaml, to_yaml
 from fedlp.config.resuming import resumed_config
 from fedlp.errors import ConfigError, FedLPError
+from fedlp.federation.flower_compat import is_simulated
 from fedlp.federation.server.checkpoint import write_atomically
 from fedlp.simulation.carried_config import CarryingGrid, read_carried
-from fedlp.simulation.flower_compat import is_simulated
 
 __all__ = ["Grid", "make_server_app", "read_settings", "settings_of"]
 

@@ -14,8 +14,6 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from types import TracebackType
 
 from flwr.app import Error, Message, RecordDict
@@ -23,40 +21,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedlp.errors import FedLPError
+from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
-from fedlp.simulation import flower_compat
-from fedlp.simulation.transport import Area, Item, copy_array, decode_frame, encode_frame
-from fedlp.simulation.worker import STOP, keep_freed_memory, serve
+from fedlp.simulation.transport import Item, copy_array, decode_frame, encode_frame
+from fedlp.simulation.worker import STOP, keep_freed_memory
+from fedlp.simulation.worker_process import Numbered, Task, Worker, start_worker
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
-
-Numbered = list[tuple[int, Message]]
-"""Messages with their places in the order."""
-
-
-@dataclass
-class _Task:
-    """Messages in flight together: positions in the order, slot, and start of their work."""
-
-    messages: Numbered
-    slot: int
-    since: float
-
-
-@dataclass
-class _Worker:
-    process: multiprocessing.process.BaseProcess
-    connection: Connection
-    slots: list[tuple[Area, Area]]
-    tasks: deque[_Task] = field(default_factory=deque)
-
-    def free_slot(self) -> int | None:
-        """Return a free slot."""
-        used = {task.slot for task in self.tasks}
-        return next((slot for slot in range(len(self.slots)) if slot not in used), None)
 
 
 class LocalGrid(Grid):
@@ -91,6 +65,7 @@ class LocalGrid(Grid):
         run_config: dict[str, bool | float | int | str] | None = None,
         cohort: int = 1,
     ) -> None:
+        check_platform()
         flower_compat.become_server()
         keep_freed_memory()  # of one update for the next
         self._load_app = load_app
@@ -210,11 +185,11 @@ class LocalGrid(Grid):
         if found:
             yield found
 
-    def _idlest(self) -> _Worker | None:
+    def _idlest(self) -> Worker | None:
         worker = min(self._workers, key=lambda worker: len(worker.tasks))
         return worker if len(worker.tasks) < self._depth else None
 
-    def _send(self, worker: _Worker, numbered: Numbered) -> None:
+    def _send(self, worker: Worker, numbered: Numbered) -> None:
         slot = worker.free_slot()
         assert slot is not None
         items: list[Item] = []
@@ -229,10 +204,10 @@ class LocalGrid(Grid):
             }
             items.append((about, message.content))
         frame = bytes((slot,)) + encode_frame(items, worker.slots[slot][0])
-        worker.tasks.append(_Task(numbered, slot, time.monotonic()))
+        worker.tasks.append(Task(numbered, slot, time.monotonic()))
         self._deliver(worker, frame)
 
-    def _deliver(self, worker: _Worker, frame: bytes) -> None:
+    def _deliver(self, worker: Worker, frame: bytes) -> None:
         try:
             worker.connection.send_bytes(frame)
         except OSError:
@@ -276,7 +251,7 @@ class LocalGrid(Grid):
                 code, reason = about["error"]
                 done[index] = Message(Error(code, reason), reply_to=message)
 
-    def _settle(self, task: _Task, done: dict[int, Message], fail: Callable[[Message], Message]) -> None:
+    def _settle(self, task: Task, done: dict[int, Message], fail: Callable[[Message], Message]) -> None:
         """File the failure of a message on which a worker ended; several are tried again, each by itself."""
         if len(task.messages) > 1:
             self._again.extend([numbered] for numbered in task.messages)
@@ -284,18 +259,11 @@ class LocalGrid(Grid):
             done |= {index: fail(message) for index, message in task.messages}
 
     # ---- workers
-    def _start_worker(self, i: int) -> _Worker:
-        slots = [(Area(self._capacity), Area(self._capacity)) for _ in range(self._depth)]
-        parent, child = self._fork.Pipe()
-        process = self._fork.Process(
-            target=_run_worker,
-            args=(parent, child, slots, self._load_app, self._run_config, self._num_clients, self._lifeline),
-            daemon=True,
-        )
-        process.start()
-        child.close()
-        self._selector.register(parent, selectors.EVENT_READ, i)
-        return _Worker(process, parent, slots)
+    def _start_worker(self, i: int) -> Worker:
+        about = self._load_app, self._run_config, self._num_clients, self._lifeline
+        worker = start_worker(self._fork, self._depth, self._capacity, *about)
+        self._selector.register(worker.connection, selectors.EVENT_READ, i)
+        return worker
 
     def _replace(self, i: int) -> None:
         """Kill a worker and give all but its first task to a new one."""
@@ -307,20 +275,6 @@ class LocalGrid(Grid):
         self._workers[i] = new = self._start_worker(i)
         for task in list(old.tasks)[1:]:
             self._send(new, task.messages)
-
-
-def _run_worker(
-    parent: Connection,
-    child: Connection,
-    slots: list[tuple[Area, Area]],
-    load_app: Callable[[], ClientApp],
-    run_config: dict[str, bool | float | int | str],
-    num_partitions: int,
-    lifeline: tuple[int, int],
-) -> None:
-    parent.close()
-    os.close(lifeline[1])
-    serve(child, slots, load_app, run_config, num_partitions, lifeline[0])
 
 
 def check_platform() -> None:

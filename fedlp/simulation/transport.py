@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlp.errors import FedLPError
-from fedlp.simulation.flower_compat import make_array, make_record
+from fedlp.federation.flower_compat import make_array, make_record
 
 INLINE_BYTES = 8192  # arrays up to this many bytes in all travel in the frame
 _ALIGNMENT = 64

@@ -15,9 +15,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlp.errors import FedLPError
+from fedlp.federation import flower_compat
 from fedlp.federation.client.cohort_app import CohortApp, attempt
 from fedlp.federation.wire.messages import TRAIN
-from fedlp.simulation import flower_compat
 from fedlp.simulation.transport import Area, Item, decode_frame, encode_frame
 
 STOP = b"\xff"

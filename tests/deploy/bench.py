@@ -14,9 +14,9 @@ from typing import Any
 from flwr.app import Context, Message
 
 from fedlp.apps import runs as assembly
+from fedlp.apps.deployment.certificates import Certificates, make_certificates
+from fedlp.apps.deployment.loopback import LoopbackFederation, SuperNode
 from fedlp.config import compose, to_yaml
-from fedlp.deployment.certificates import Certificates, make_certificates
-from fedlp.deployment.loopback import LoopbackFederation, SuperNode
 from fedlp.simulation.flower_process import SUPERLINK, call_flwr, find_flwr, flower_env, write_app
 from tests.deploy.network import Link, Network, why_no_network
 from tests.integration.running import TINY, App, Finished, read

@@ -28,7 +28,7 @@ from itertools import count
 from pathlib import Path
 from typing import Self
 
-from fedlp.deployment.loopback import Host
+from fedlp.apps.deployment.loopback import Host
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000

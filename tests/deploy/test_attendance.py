@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlp.deployment.certificates import make_certificates
-from fedlp.deployment.loopback import LoopbackFederation
+from fedlp.apps.deployment.certificates import make_certificates
+from fedlp.apps.deployment.loopback import LoopbackFederation
 from fedlp.errors import FedLPError
 from tests.deploy.bench import Bench
 

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fedlp.deployment.certificates import make_certificates
+from fedlp.apps.deployment.certificates import make_certificates
 from tests.deploy.bench import TRAINS, await_words, bench_or_loopback
 from tests.deploy.network import why_no_network
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedlp.deployment.demo import Traffic, traffic_table
-from fedlp.deployment.loopback import SuperNode
+from fedlp.apps.deployment.demo import Traffic, traffic_table
+from fedlp.apps.deployment.loopback import SuperNode
 from tests.deploy.bench import TRAINS, WHOLE, assert_is_the_others_model, await_true, await_words, bench
 from tests.deploy.network import Link, why_no_network
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlp.deployment.certificates import make_certificates
-from fedlp.deployment.loopback import LoopbackFederation
+from fedlp.apps.deployment.certificates import make_certificates
+from fedlp.apps.deployment.loopback import LoopbackFederation
 from fedlp.report import find_runs, group_runs
 from fedlp.report.client_plots import client_plots
 from tests.deploy.bench import Bench

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedlp.deployment.certificates import make_certificates
-from fedlp.deployment.loopback import LoopbackFederation
+from fedlp.apps.deployment.certificates import make_certificates
+from fedlp.apps.deployment.loopback import LoopbackFederation
 from tests.deploy.bench import TRAINS, WHOLE, Bench, assert_is_the_others_model, await_words
 
 pytestmark = [

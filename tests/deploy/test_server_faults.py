@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedlp.deployment.loopback import SuperNode
+from fedlp.apps.deployment.loopback import SuperNode
 from fedlp.errors import FedLPError
 from fedlp.simulation.flower_process import SUPERLINK, call_flwr, find_flwr, flower_env, processes_in
 from tests.deploy.bench import SMALL, TRAINS, Bench, absent, await_true, await_words, bench, bench_or_loopback, ignore

@@ -10,8 +10,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlp.apps import runs as assembly
+from fedlp.federation.flower_compat import become_server
 from fedlp.federation.wire import messages
-from fedlp.simulation.flower_compat import become_server
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 Answer = Callable[[Message, int], Message]

@@ -10,9 +10,9 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 
 from fedlp.errors import ProtocolError
+from fedlp.federation.flower_compat import become_server
 from fedlp.federation.server.exchange import reason_of
 from fedlp.federation.wire import messages
-from fedlp.simulation.flower_compat import become_server
 from tests.hostile.conftest import Figures
 from tests.hostile.mutations import TEXTS, mutate
 from tests.hostile.targets import Target, all_targets

@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "models"},
     {"pruning", "allocation", "data", "training", "tasks"},
     {"federation", "simulation"},
-    {"apps", "report", "deployment", "trackers"},
+    {"apps", "report"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

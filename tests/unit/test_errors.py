@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlp.errors import printable
+from fedlp.federation.flower_compat import become_server
 from fedlp.federation.server.exchange import reason_of
-from fedlp.simulation.flower_compat import become_server
 
 
 @given(st.text(st.characters()), st.integers(1, 300))

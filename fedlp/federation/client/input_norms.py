@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
-from fedlp.models.spec import forward_logits
+from fedlp.models.forward import forward_logits
 from fedlp.pruning.tracing.units import input_columns
 from fedlp.types import InputNorms
 

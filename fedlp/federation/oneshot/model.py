@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedlp.errors import ProtocolError
 from fedlp.federation.oneshot.messages import Part
 from fedlp.federation.wire.packing import Signature, pack_tensors
-from fedlp.models.spec import forward_logits, state_tensors
+from fedlp.models.forward import forward_logits
+from fedlp.models.spec import state_tensors
 from fedlp.pruning.kernels.hessian import Moments
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.tracing.units import input_columns, weight_matrix

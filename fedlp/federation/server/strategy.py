@@ -26,22 +26,23 @@ from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
 from fedlp.federation.aggregation.aggregator import Accumulator
 from fedlp.federation.aggregation.noised_sum import NoisedSum
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
+from fedlp.federation.flower_compat import make_request
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.central_privacy import expected_holders
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.evaluating import Evaluate, EvaluatingStrategy, Observer
+from fedlp.federation.server.evaluating import EvaluatingStrategy
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_first, reason_of
 from fedlp.federation.server.frozen_tensors import holds, note_holders
 from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
 from fedlp.federation.server.round_settings import RoundSettings
 from fedlp.federation.server.state_check import RoundGuard
+from fedlp.federation.server.strategy_state import Evaluate, Observer
 from fedlp.federation.strategies.policy import Answer, offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.rng import Stream, generator
-from fedlp.simulation.flower_compat import make_request
 from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
@@ -455,9 +456,6 @@ class FedLPStrategy(EvaluatingStrategy):
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
 
-    # ---- static batch norms
-    # ---- evaluation on clients, and of tiers
-    # ---- evaluation
     # ---- helpers
     @property
     def _sends_weights(self) -> bool:

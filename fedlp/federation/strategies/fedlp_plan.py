@@ -7,6 +7,7 @@ server or by the client, by the pruner's score.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -90,6 +91,14 @@ class FedLPPlan:
     refit_every: int | None = None
 
     reads: ClassVar[frozenset[str]] = frozenset({"allocator", "pruner", "calibration"})
+
+    @staticmethod
+    def uses_of_pruner(options: Mapping[str, Any], is_pretrained: bool) -> frozenset[str]:
+        """Return the uses of the pruner besides scores of units: "pruning" of sub-models, or "recovery" of uploads."""
+        submodels = options.get("submodels")
+        if submodels == "pruned" or (submodels is None and is_pretrained):  # whether budgets limit is not known yet
+            return frozenset({"pruning"})
+        return frozenset({"recovery"}) if options.get("compensate") else frozenset()
 
     def __post_init__(self) -> None:
         check_rates(self.layer_preserving_rate, self.upload_unit)

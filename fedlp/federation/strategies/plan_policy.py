@@ -1,4 +1,4 @@
-"""Policy of FedLP-Plan: units of each layer, and the server's memory of them."""
+"""Policy of FedLP-Plan: units of each layer that a client receives and sends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,65 +17,13 @@ from fedlp.allocation.evidence import needs_of
 from fedlp.errors import AllocationError
 from fedlp.federation.sampling import sample_uploads
 from fedlp.federation.strategies.plan_evidence import pool_input_norms
+from fedlp.federation.strategies.plan_memory import own_units, rank_units, remember_units
+from fedlp.federation.strategies.plan_options import PlanOptions
 from fedlp.federation.strategies.plan_solver import Counts, PlanSolver
 from fedlp.federation.strategies.policy import Answer, Case, Memory, Offset, PolicyContext
 from fedlp.federation.strategies.pruned_submodels import PrunedSubModels
 from fedlp.rng import Stream, generator
 from fedlp.types import Assignment, Keep, PrunableLayer, SubModel
-
-_SCORE, _SEEN, _HELD = "score", "seen", "held"  # first part of the names of remembered tensors
-
-
-class PlanOptions(Protocol):
-    """Options of :class:`~fedlp.federation.strategies.fedlp_plan.FedLPPlan` that the policy reads."""
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable parameters that uploads leave out."""
-
-    @property
-    def spread(self) -> str:
-        """Division of the upload budget among layers."""
-
-    @property
-    def unit_selection(self) -> str:
-        """Selection of the sent units."""
-
-    @property
-    def upload_unit(self) -> str:
-        """Unit of the layer draw."""
-
-    @property
-    def refresh_every(self) -> int:
-        """Rounds between fresh measurements."""
-
-    @property
-    def warmup_rounds(self) -> int:
-        """First rounds without sparsity."""
-
-    @property
-    def ramp_rounds(self) -> int:
-        """Rounds of the ramp."""
-
-    @property
-    def ramp_from(self) -> float:
-        """Sparsity before the ramp."""
-
-    @property
-    def width_multiple(self) -> int:
-        """Multiple that widths are rounded to."""
-
-    @property
-    def regrow(self) -> float | None:
-        """Fraction of the units that goes to the least recently updated ones."""
-
-    @property
-    def submodels(self) -> str | None:
-        """Sub-models of clients with a budget: slices, or pruned."""
-
-    @property
-    def refit_every(self) -> int | None:
-        """Rounds between fresh prunings; 0 for one pruning only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +123,7 @@ class PlanPolicy:
         options, layers = self.options, self._layers
         held, sent = self.counts(server_round, client_id, memory, params)
         fresh = (server_round - 1) % options.refresh_every == 0
-        own = self._own(client_id, memory)
+        own = own_units(memory, client_id, self._layers) if options.unit_selection == "client" else {}
         ranked = self._ranked(server_round, client_id, sent, own, memory)
         widths = {
             x.name: Keep.from_indices(np.sort(ranked[x.name][: held[x.name]]), x.num_units)
@@ -202,10 +148,11 @@ class PlanPolicy:
     ) -> dict[str, NDArray[np.int64]]:
         """Return the units of each layer in the order of the client's preference."""
         whose = 0 if self.options.unit_selection == "server" else client_id  # the server draws alike for all clients
+        by_score = self.options.unit_selection != "random" and self.context.scores_units
         ranked, units = {}, self._units(client_id, memory)
         for number, x in enumerate(self._layers):
             rng = generator(self.context.seed, Stream.UNITS, server_round, whose, number)
-            order = self._rank(x, own.get(x.name), sent[x.name], memory, rng)
+            order = rank_units(memory, x, own.get(x.name), by_score, int(self._regrow * sent[x.name]), rng)
             if x.name in units:  # those that it holds come first
                 order = order[np.argsort(~np.isin(order, units[x.name]), kind="stable")]
             ranked[x.name] = order
@@ -274,62 +221,9 @@ class PlanPolicy:
                 found.append(self._case(self.context.num_rounds, client_id))
         return found
 
-    def _own(self, client_id: int, memory: Memory) -> dict[str, Tensor]:
-        """Return the units that a client returned last, as booleans; empty if the server selects."""
-        prefix = f"{_HELD}.{client_id}."
-        if self.options.unit_selection != "client":
-            return {}
-        return {x.name: memory[prefix + x.name] for x in self._layers if prefix + x.name in memory}
-
-    def _rank(
-        self, layer: PrunableLayer, own: Tensor | None, sent: int, memory: Memory, rng: np.random.Generator
-    ) -> NDArray[np.int64]:
-        """Return the units of a layer in order of preference for a client.
-
-        First come the fraction ``regrow`` of least recently updated units; then the client's own, then all others
-        by their scores. Units without scores come in their order, or at random.
-        """
-        axis, size = layer.name, layer.num_units
-        if self.options.unit_selection == "random" or not self.context.scores_units:
-            ranked = rng.permutation(size)
-        else:
-            scores = memory.get(f"{_SCORE}.{axis}")
-            keys = np.zeros(size) if scores is None else -scores.numpy()
-            mine = np.zeros(size, dtype=bool) if own is None else own.numpy()
-            ranked = np.lexsort((np.arange(size), keys, ~mine))
-        count = int(self._regrow * sent)
-        seen = memory.get(f"{_SEEN}.{axis}")
-        if not count or seen is None:
-            return ranked
-        stale = np.lexsort((rng.permutation(size), seen.numpy()))[:count]
-        return np.concatenate([stale, ranked[~np.isin(ranked, stale)]])
-
-    # ---- the memory
     def remember(self, memory: Memory, server_round: int, answers: Sequence[Answer]) -> Memory:
-        """Return pooled scores and input norms, each unit's last round, and each client's last units.
-
-        A unit's score is the mean over the clients that scored it, weighted by their examples; a unit without a score
-        in this round keeps its old one.
-        """
-        found = dict(memory)
-        for layer in self._layers:
-            axis, size = layer.name, layer.num_units
-            total, weight = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-            seen = found.get(f"{_SEEN}.{axis}", torch.zeros(size, dtype=torch.int64)).clone()
-            for assigned, answer in answers:
-                sent = torch.from_numpy(answer.widths.get(axis, Keep.full(size)).indices())
-                seen[sent] = server_round
-                if axis in answer.scores:
-                    held = torch.from_numpy(assigned.submodel.widths.get(axis, Keep.full(size)).indices())
-                    total[held] += answer.num_examples * answer.scores[axis]
-                    weight[held] += answer.num_examples
-                if self.options.unit_selection == "client":
-                    mine = torch.zeros(size, dtype=torch.bool)
-                    mine[sent] = True
-                    found[f"{_HELD}.{answer.client_id}.{axis}"] = mine
-            old = found.get(f"{_SCORE}.{axis}", torch.zeros(size, dtype=torch.float64))
-            found[f"{_SCORE}.{axis}"] = torch.where(weight > 0, total / weight.clamp(min=1.0), old)
-            found[f"{_SEEN}.{axis}"] = seen
+        """Return pooled scores and input norms, each unit's last round, and each client's last units."""
+        found = remember_units(memory, server_round, self._layers, answers, self.options.unit_selection == "client")
         return found | pool_input_norms(self._layers, found, answers)
 
     def cases(self, client_ids: Sequence[int]) -> list[Case]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import ProtocolError, printable
+from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
@@ -53,7 +54,6 @@ from fedlp.federation.wire.record_access import (
     read_tensors,
     say_why,
 )
-from fedlp.simulation.flower_compat import make_array, make_record
 from fedlp.types import (
     Assignment,
     Budget,

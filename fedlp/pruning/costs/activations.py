@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedlp.models.spec import forward_logits, named_tensors, run_copy
+from fedlp.models.forward import forward_logits, run_copy
+from fedlp.models.spec import named_tensors
 from fedlp.pruning.costs.footprint import Footprint
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.widths import WidthSpec

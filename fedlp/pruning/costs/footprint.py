@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.models.cost import NORM_MACS, count_macs
-from fedlp.models.spec import forward_logits, named_tensors, run_copy
+from fedlp.models.forward import forward_logits, run_copy
+from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.widths import WidthSpec
 

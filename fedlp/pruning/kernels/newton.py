@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
+from fedlp.models.forward import forward_logits
 from fedlp.models.layers import all_trainable
-from fedlp.models.spec import forward_logits
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.gradients import output_fisher
 from fedlp.pruning.kernels.hessian import Moments

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from fedlp.models.spec import first_line, forward_logits, run_copy
+from fedlp.models.forward import first_line, forward_logits, run_copy
 from fedlp.pruning.tracing.slicing import WidthSpec
 from fedlp.types import Keep
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedlp.models.spec import first_line, named_tensors, run_copy
+from fedlp.models.forward import first_line, run_copy
+from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing import slicing
 from fedlp.pruning.tracing.rules import FREE, AxisRules, Dims, target_name
 from fedlp.pruning.tracing.slicing import WidthSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fedlp.models.spec import first_line
+from fedlp.models.forward import first_line
 
 __all__ = ["trace_modules"]
 

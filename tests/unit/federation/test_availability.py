@@ -10,10 +10,10 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 
 from fedlp.errors import DataError
+from fedlp.federation import flower_compat
 from fedlp.federation.server import exchange
 from fedlp.federation.server.availability import Availability, draw_dropouts, make_availability, read_trace
 from fedlp.federation.server.exchange import exchange_first
-from fedlp.simulation import flower_compat
 
 
 def write(path: Path, *lines: str) -> Path:

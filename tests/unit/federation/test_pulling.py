@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
+from fedlp.federation import flower_compat
 from fedlp.federation.server import exchange as exchanging
 from fedlp.federation.server import reply_polling as pulling
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.reply_polling import Puller
-from fedlp.simulation import flower_compat
 
 UNKNOWN = 3  # Flower's code for a message that it does not know, or no more
 

@@ -11,12 +11,12 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlp.errors import AllocationError, FedLPError
+from fedlp.federation import flower_compat
 from fedlp.federation.server import reply_polling as pulling
 from fedlp.federation.server import roster
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.wire import messages
-from fedlp.simulation import flower_compat
 from fedlp.types import Budget, ClientProfile
 
 LONG, SHORT = 60.0, 0.0

@@ -15,9 +15,9 @@ from fedlp.config import ModelConfig
 from fedlp.config.parts import read_part
 from fedlp.errors import ConfigError
 from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
+from fedlp.models.blueprint import find_task
 from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers, load_hf
-from fedlp.models.spec import find_task
 from fedlp.models.torchvision_compat import import_torchvision
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)

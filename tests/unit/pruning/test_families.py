@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.forward import forward_logits
 from fedlp.models.language import import_transformers
-from fedlp.models.spec import forward_logits
 from fedlp.pruning.io.model_files import save_language_model
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.scores.magnitude import Magnitude

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fedlp.config import ModelConfig
 from fedlp.errors import ConfigError
 from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
+from fedlp.models.blueprint import Blueprint
 from fedlp.models.language import import_transformers
-from fedlp.models.spec import Blueprint, describe_blueprint
+from fedlp.models.spec import describe_blueprint
 from fedlp.models.torchvision_compat import import_torchvision
 from fedlp.pruning.tracing.widths import Dim, WidthSpec, cut_model, slice_tensor, tensor_keeps, trace_widths
 from fedlp.rng import Stream, generator

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.spec import forward_logits
+from fedlp.models.forward import forward_logits
 from fedlp.pruning.costs.activations import activation_footprint
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.tracing import cut_check

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from fedlp.deployment.certificates import Certificates
-from fedlp.deployment.wire import CountingProxy
+from fedlp.apps.deployment.certificates import Certificates
+from fedlp.apps.deployment.wire import CountingProxy
 from fedlp.errors import FedLPError
 from fedlp.simulation.flower_process import (
     SUPERLINK,

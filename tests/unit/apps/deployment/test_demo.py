@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedlp.deployment.demo import Traffic, model_difference, traffic_table
+from fedlp.apps.deployment.demo import Traffic, model_difference, traffic_table
 
 
 def test_framing_is_in_percent_of_what_is_recorded() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 PAGE = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
 WIDTHS = json.loads((ROOT / "experiments/bench/results/step_time.json").read_text())["results"]["widths"]
 DEVICES = yaml.safe_load((ROOT / "conf/fleet/mixed.yaml").read_text())["devices"]

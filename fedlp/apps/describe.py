@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlp.config import compose
+from fedlp.data.device_data import facts_of
 from fedlp.errors import ConfigError
 
 _PLACES = ("dataset.path", "dataset.root", "dataset.test_path", "dataset.server", "dataset.on_devices")
@@ -15,8 +17,8 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _RESERVED = ("true", "false", "null", "inf", "nan")
 
 
-def describe(overrides: Sequence[str]) -> None:
-    """Print one line of overrides for a run whose devices hold data like the sample.
+def describe(overrides: Sequence[str]) -> str:
+    """Return one line of overrides for a run whose devices hold data like the sample.
 
     Parameters
     ----------
@@ -30,16 +32,13 @@ def describe(overrides: Sequence[str]) -> None:
     DataError
         If the sample cannot be read.
     """
-    from fedlp.config import compose
-    from fedlp.data.device_data import facts_of
-
     if odd := [word for word in overrides if not re.match(r"(dataset|model)[.=]", word)]:
         raise ConfigError(f"fedlp describe takes options of dataset and model alone, not {odd[0]}")
     facts = facts_of(compose([*overrides]).dataset)
     given = {word.partition("=")[0]: word for word in overrides if word.partition("=")[0] not in _PLACES}
     words = given | {f"dataset.{name}": f"dataset.{name}={hydra_value(value)}" for name, value in facts.items()}
     kind = words.pop("dataset", "dataset=digits")
-    print(shlex.join([kind, "dataset.on_devices=true", *words.values()]))
+    return shlex.join([kind, "dataset.on_devices=true", *words.values()])
 
 
 def hydra_value(value: Any) -> str:

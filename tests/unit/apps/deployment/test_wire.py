@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedlp.deployment.wire import CountingProxy
+from fedlp.apps.deployment.wire import CountingProxy
 
 
 @pytest.fixture

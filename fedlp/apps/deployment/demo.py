@@ -13,9 +13,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from fedlp.apps import runs as assembly
+from fedlp.apps.deployment.certificates import make_certificates
+from fedlp.apps.deployment.loopback import LoopbackFederation, SuperNode
 from fedlp.config import from_yaml
-from fedlp.deployment.certificates import make_certificates
-from fedlp.deployment.loopback import LoopbackFederation, SuperNode
 from fedlp.federation.server.checkpoint import write_atomically
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.simulation.flower_process import write_app

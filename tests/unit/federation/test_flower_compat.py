@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.app import Message, RecordDict
 
-from fedlp.simulation import flower_compat
+from fedlp.federation import flower_compat
 
 
 def test_a_process_outside_of_any_superlink_can_make_messages() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from fedlp.errors import ConfigError
 from fedlp.registry import register
-from fedlp.trackers.values import distributions, scalars
+from fedlp.report.trackers.values import distributions, scalars
 from fedlp.types import RoundRecord
 
 

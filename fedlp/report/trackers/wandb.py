@@ -10,9 +10,9 @@ from typing import Any
 
 from fedlp.errors import ConfigError
 from fedlp.registry import register
-from fedlp.report import run_label
-from fedlp.trackers.files import result_files
-from fedlp.trackers.values import distributions, scalars
+from fedlp.report.groups import run_label
+from fedlp.report.trackers.files import result_files
+from fedlp.report.trackers.values import distributions, scalars
 from fedlp.types import RoundRecord
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedlp.report import write_report
+from fedlp.report.page import write_report
 
 
 def result_files(run_dir: Path, report: bool) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlp.errors import one_line
-from fedlp.trackers.base import Tracker
+from fedlp.report.trackers.base import Tracker
 from fedlp.types import RoundRecord
 
 log = logging.getLogger("fedlp")

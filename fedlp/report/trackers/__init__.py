@@ -3,7 +3,7 @@
 A tracker is a class, registered as ``@register("tracker", NAME)``, whose fields are its options; see :class:`Tracker`.
 """
 
-from fedlp.trackers.base import NoTracker, Tracker
-from fedlp.trackers.guard import GuardedTracker, tracking
+from fedlp.report.trackers.base import NoTracker, Tracker
+from fedlp.report.trackers.guard import GuardedTracker, tracking
 
 __all__ = ["GuardedTracker", "NoTracker", "Tracker", "tracking"]

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509 import load_pem_x509_certificate
 
-from fedlp.deployment.certificates import Certificates, make_certificates
+from fedlp.apps.deployment.certificates import Certificates, make_certificates
 from fedlp.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from fedlp.config import RunConfig, compose, to_plain
 from fedlp.errors import ConfigError
-from fedlp.trackers import GuardedTracker, tracking
-from fedlp.trackers.values import distributions, flat, scalars
+from fedlp.report.trackers import GuardedTracker, tracking
+from fedlp.report.trackers.values import distributions, flat, scalars
 from fedlp.types import ClientCost, ClientFailure, RoundRecord
 
 RECORD = RoundRecord(

@@ -1,0 +1,280 @@
+"""State of a client process: build the sub-model of an instruction, train it on the client's shard, evaluate it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fedlp.data.datasets import DataInfo, Examples
+from fedlp.errors import DataError
+from fedlp.federation.client.cohort_app import attempt
+from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
+from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
+from fedlp.federation.client.own_evaluation import personalise
+from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.client.shards import Shards
+from fedlp.federation.client.store import ClientStore
+from fedlp.federation.client.uploads import Uploads
+from fedlp.federation.oneshot.client import PoolingClient
+from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.digests import digest_tensors
+from fedlp.models import leading_layers, state_tensors
+from fedlp.models.layers import masked_gradients
+from fedlp.models.unallocated import allocate
+from fedlp.pruning.batch_norms import reestimate_batch_norms
+from fedlp.pruning.tracing.widths import cut_model
+from fedlp.rng import Stream, generator
+from fedlp.tasks import Sums
+from fedlp.training.calibration_data import batch_calibration, whole_examples
+from fedlp.training.evaluation import evaluate_sums
+from fedlp.training.loop import TrainResult, train_locally
+from fedlp.training.schedules import Moment
+from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
+
+
+class ClientRuntime:
+    """State of a client process between messages: data, partition and model skeletons.
+
+    Parameters
+    ----------
+    shards : Shards
+        Examples of each client.
+    store : ClientStore or None
+        Store of personal heads and residuals between rounds; None keeps neither.
+    frozen : ClientStore or None
+        Store of frozen tensors, which are sent once; None without frozen tensors.
+    """
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        info: DataInfo,
+        submodels: SubModels,
+        shards: Shards,
+        test: Examples,
+        store: ClientStore | None,
+        frozen: ClientStore | None = None,
+    ) -> None:
+        self.settings = settings
+        self.info = info
+        self.submodels = submodels
+        self.shards = shards
+        self.test = test
+        self.store, self.frozen = store, frozen
+        self.device = torch.device(settings.device)
+        self._uploads = Uploads(settings, info, submodels)
+        self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
+        self._trainer = CohortTrainer(settings, info)
+
+    @cached_property
+    def pooling(self) -> PoolingClient:
+        """Responder to requests of one-shot pruning."""
+        if self.settings.oneshot is None:
+            raise DataError("this run prunes nothing in one shot")
+        return PoolingClient(self.settings.oneshot, self.info, self.submodels, self.shards.of)
+
+    def profile(self, client_id: int, budget: Budget | None = None) -> ClientProfile:
+        """Return the client's profile."""
+        return ClientProfile(client_id, self.shards.size(client_id), budget, self.shards.test_size(client_id))
+
+    def train(self, instruction: TrainInstruction) -> ClientUpdate:
+        """Train the assigned sub-model and return the requested tensors."""
+        prepared = self._prepare(instruction)
+        return self._finish(prepared, *self._train_alone(prepared))
+
+    def train_cohort(self, instructions: Sequence[TrainInstruction]) -> Iterator[ClientUpdate | Exception]:
+        """Yield the update of each client, or why there is none; clients of one shape train together where they can.
+
+        An update is that of :meth:`train` up to rounding, and does not depend on who else is in the cohort. Its tensors
+        hold until the next one is asked for.
+        """
+        prepared = [attempt(self._prepare, instruction) for instruction in instructions]
+        together = self._trainer.train([one for one in prepared if isinstance(one, Prepared)])
+
+        def update(one: Prepared) -> ClientUpdate:
+            found: tuple[TrainResult, Mapping[str, Tensor]] | None = together.get(one.instruction.client_id)
+            return self._finish(one, *(found or self._train_alone(one)))
+
+        for one in prepared:
+            yield attempt(update, one) if isinstance(one, Prepared) else one
+
+    def _prepare(self, instruction: TrainInstruction) -> Prepared:
+        """Return all that a client's training needs."""
+        instruction = self._with_frozen(instruction)
+        model, state = self._shaped(instruction.submodel)
+        personal = self._load_personal(instruction.submodel, instruction.client_id, instruction.server_round)
+        return Prepared(
+            instruction=instruction,
+            model=model,
+            state=state,
+            values={**instruction.params, **personal} if personal else instruction.params,
+            examples=self.shards.of(instruction.client_id),
+            nested=self._nested(instruction.submodel, model),
+            frozen=frozenset(self._frozen(instruction)),
+            masks=self._uploads.gradient_masks(instruction, model),
+        )
+
+    def _train_alone(self, prepared: Prepared) -> tuple[TrainResult, Mapping[str, Tensor]]:
+        """Train one client's sub-model in place."""
+        load_tensors(prepared.state, prepared.values)
+        model, instruction = prepared.model, prepared.instruction
+        with masked_gradients(model, prepared.masks):
+            result = train_locally(
+                model,
+                prepared.examples,
+                self.info,
+                self.settings.local,
+                prepared.rng(self.settings.seed),
+                prepared.nested,
+                prepared.frozen,
+                Moment(instruction.server_round, self.settings.num_rounds),
+            )
+        return result, prepared.state
+
+    def _finish(self, prepared: Prepared, result: TrainResult, trained: Mapping[str, Tensor]) -> ClientUpdate:
+        """Return the update of a trained client, and keep what it needs in later rounds."""
+        instruction, examples = prepared.instruction, prepared.examples
+        client_id, server_round = instruction.client_id, instruction.server_round
+        self._save_personal(instruction, trained)
+        metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
+        if self._uploads.is_plain(instruction):
+            sent = {name: tensor for name, tensor in trained.items() if name in instruction.uploads}
+            return ClientUpdate(server_round, client_id, len(examples), metrics, params=sent)
+        if trained is not prepared.state:
+            load_tensors(prepared.state, trained)
+        residual = self._load_residual(instruction)
+        upload = self._uploads.make(instruction, prepared.model, examples, residual)
+        if upload.residual and self.store is not None:
+            self.store.save(client_id, server_round, upload.residual)
+        if upload.macs:
+            metrics["pruning-macs"] = upload.macs
+        return ClientUpdate(
+            server_round,
+            client_id,
+            len(examples),
+            metrics,
+            upload.widths,
+            upload.scores,
+            upload.input_norms,
+            upload.params,
+        )
+
+    def evaluate(self, params: Mapping[str, Tensor], start: int, stop: int, submodel: SubModel | None = None) -> Sums:
+        """Return the evaluation sums of a sub-model, or of the global model, on test examples ``start`` to ``stop``."""
+        model, state = self._shaped(submodel or SubModel())
+        load_tensors(state, params)
+        return evaluate_sums(model, self.test, self.info, self.settings.eval_batch_size, start, stop)
+
+    def evaluate_own(self, request: EvaluationRequest) -> tuple[Sums, int]:
+        """Return the evaluation sums of a client's sub-model on its own test examples, and their number."""
+        client_id, settings = request.client_id, self.settings
+        test, own = self.shards.test_of(client_id), self.shards.of(client_id)
+        model, state = self._shaped(request.submodel)
+        load_tensors(state, request.params)
+        load_tensors(state, self._load_personal(request.submodel, client_id, request.server_round + 1))
+        if request.measures_statistics:
+            examples = whole_examples(own, self.info)
+            reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
+        if settings.personal_steps:
+            rng = generator(settings.seed, Stream.PERSONAL_STEPS, request.server_round, client_id)
+            personalise(model, own, self.info, settings.local, settings.personal_steps, rng)
+        return evaluate_sums(model, test, self.info, settings.eval_batch_size), len(test)
+
+    def statistics(self, submodel: SubModel, params: Mapping[str, Tensor], client_id: int) -> ClientUpdate:
+        """Return the batch norm statistics of a sub-model on the client's examples."""
+        model, state = self._shaped(submodel)
+        load_tensors(state, params)
+        examples = whole_examples(self.shards.of(client_id), self.info)
+        reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
+        names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
+        return ClientUpdate(0, client_id, len(examples), {}, params={name: state[name] for name in names})
+
+    def _shaped(self, submodel: SubModel) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of a sub-model's shapes, and its live tensors."""
+        counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
+        return self._skeleton(submodel.depth, counts)
+
+    # ---- sub-models
+    def _build_skeleton(
+        self, depth: int | None, counts: tuple[tuple[str, int, int], ...]
+    ) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of the sub-model's shapes and its live tensors; shapes depend on numbers of units alone."""
+        if depth is not None:
+            model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
+        elif counts and self.submodels.is_language:
+            model = self.submodels.shapes()  # a device may not have the memory for the whole model
+        else:
+            model = self.submodels.skeleton()
+        if counts:
+            widths = {axis: Keep.first(count, size) for axis, count, size in counts}
+            model = allocate(cut_model(model, self.submodels.widths, widths))
+        model = model.to(self.device)
+        return model, state_tensors(model)
+
+    def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
+        """Return the instruction completed by stored frozen tensors; received ones are stored.
+
+        Raises
+        ------
+        DataError
+            If the stored tensors of the instruction's digest are missing.
+        """
+        client_id, server_round = instruction.client_id, instruction.server_round
+        frozen = {name: x for name, x in instruction.params.items() if name in self.submodels.spec.frozen}
+        if not instruction.held:
+            if frozen and self.frozen is not None:
+                self.frozen.save(client_id, server_round, frozen)
+            return instruction
+        found = {} if self.frozen is None else self.frozen.load(client_id, before_round=server_round)
+        if digest_tensors(found) != instruction.held:
+            raise DataError(f"client {client_id} has lost the frozen tensors that it was sent; it needs them again")
+        return replace(instruction, params={**instruction.params, **found}, held=b"")
+
+    def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
+        """Return the nested widths for the client's steps; the last one is the client's whole slice."""
+        if len(submodel.nested_levels) < 2:
+            return []
+        spec = self.submodels.widths
+        counts = {axis: submodel.widths[axis].count if submodel.widths else size for axis, size in spec.axes.items()}
+        return [
+            NestedWidth(model, spec, counts, nested_counts(counts, spec.axes, level))
+            for level in submodel.nested_levels
+        ]
+
+    def _load_personal(self, submodel: SubModel, client_id: int, before_round: int) -> Mapping[str, Tensor]:
+        """Return the client's personal head: last trained before the round, or the initial one."""
+        depth = submodel.depth
+        if depth is None or depth == len(self.submodels.spec.depths):
+            return {}
+        if self.store is not None and (head := self.store.load(client_id, before_round)):
+            return head
+        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.settings.seed, client_id))
+        return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
+
+    def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
+        """Return the tensors that need no training, since neither they nor earlier layers are sent."""
+        if not self.settings.local.skip_backward:
+            return ()
+        return leading_layers(self.submodels.spec, instruction.uploads)
+
+    def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
+        """Return the client's residual of earlier uploads."""
+        if self.store is None or not self.settings.error_feedback:
+            return {}
+        return self.store.load(instruction.client_id, before_round=instruction.server_round)
+
+    def _save_personal(self, instruction: TrainInstruction, state: Mapping[str, Tensor]) -> None:
+        personal = {name: tensor for name, tensor in state.items() if name not in self.submodels.spec.tensors}
+        if personal and self.store is not None:
+            self.store.save(instruction.client_id, instruction.server_round, personal)
+
+
+def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's live tensors."""
+    for name, tensor in params.items():
+        state[name].copy_(tensor)
