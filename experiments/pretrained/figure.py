@@ -16,7 +16,8 @@ CURVES = {  # at most five, by the name of the method's folder
     "heterofl": "HeteroFL",
     "only-capable": "only devices that hold it train",
     "plan-slices": "FedLP-Plan, slices",
-    "plan-pruned": "FedLP-Plan, pruned and refitted",
+    "plan-pruned": "FedLP-Plan, pruned once",
+    "plan-pruned-refit-2": "FedLP-Plan, pruned every 2nd round",
 }
 
 
@@ -44,7 +45,7 @@ def draw_tiers(methods: Mapping[str, Sequence[Run]], out: Path) -> None:
         axes.set_xticks(range(len(tiers)), [f"{float(tier):.0%}" for tier in tiers])
         axes.set_xlim(-0.2, len(tiers) - 0.9)
         axes.grid(axis="y", which="both")
-        axes.set_xlabel("tier: memory that its devices may use, of what training the whole model takes")
+        axes.set_xlabel("memory of the tier, of what training the whole takes")
         axes.set_ylabel("perplexity of the tier's own model")
         label_ends(axes, ends, gap=0.12)
         out.write_bytes(to_png(figure))
