@@ -57,7 +57,8 @@ def test_devices_with_arrays_of_their_own_beside_one_whose_data_no_run_reads(fol
             nodes.append(federation.start_node(f"supernode-{i}", seat, key))
         facts = ("dataset=arrays", "dataset.task=classification", "dataset.shape=[5]", "dataset.num_outputs=2")
         reads = (*facts, "dataset.on_devices=true", "dataset.client_test_fraction=0.25", "evaluation=clients")
-        done = made.run(tmp_path / "run", *reads, "model=fedlp_mlp", "strategy=fedavg", "local.lr=0.1", "num_rounds=3")
+        trains = ("model=fedlp_mlp", "strategy=fedavg", "local.lr=0.1", "local.epochs=10", "num_rounds=3")
+        done = made.run(tmp_path / "run", *reads, *trains)
         with pytest.raises(FedLPError):
             made.run(tmp_path / "public", "strategy=fedavg", "num_rounds=1")
         logs, server = [node.log.read_text() for node in nodes], made.server_log()
