@@ -2,11 +2,12 @@
 
     python experiments/data_readers/run.py --cifar DIR --model DIR --text DIR --work DIR
 
-makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged), a Parquet file of a million rows and Hugging
-Face folders of 10,000 labelled images and of 10,000 labelled texts, runs ``fedlp`` twice on each, with empty caches and
-with full ones, and writes ``results/data_readers.json``; ``--readers`` chooses some, and keeps the results of
-others. Memory is that of all processes of the run together, sampled every 0.2 s: proportional set size (shared pages
-counted once), and its anonymous part, which leaves out pages of memory-mapped files.
+makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged) and a folder of 2,000 of them, a Parquet file of
+a million rows and Hugging Face folders of 10,000 labelled images and of 10,000 labelled texts, runs ``fedlp`` twice on
+each, with empty caches and with full ones, and writes ``results/data_readers.json``; ``--readers`` chooses some, and
+keeps the results of others. Memory is that of all processes of the run together, sampled every 0.2 s: proportional set
+size (shared pages counted once), and its anonymous part, which leaves out pages of memory-mapped files. Beside it stands
+the largest resident set of one process (VmHWM), pages of mapped files included.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ import numpy as np
 FOLDER = Path(__file__).parent
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SPREAD = ("num_clients=200", "clients_per_round=5", "num_rounds=1", "dataset.max_test_examples=500")
-READERS = ("imagefolder", "parquet", "hf_images", "hf_text")
+READERS = ("imagefolder", "imagefolder_2000", "parquet", "hf_images", "hf_text")
 NUM_IMAGES, NUM_ROWS, NUM_TEXTS = 10_000, 1_000_000, 10_000
+FEWER_IMAGES = 2_000
 
 
-def make_images(cifar: Path, folder: Path) -> Path:
+def make_images(cifar: Path, folder: Path, count: int = NUM_IMAGES) -> Path:
     """Write JPEG files in a folder for each class; return their folder."""
     from PIL import Image
 
     from fedlp.models.torchvision_compat import import_torchvision
 
     found = import_torchvision().datasets.CIFAR10(str(cifar), train=True)
-    for number in range(NUM_IMAGES):
+    for number in range(count):
         image, label = found[number]
         path = folder / "photos" / CLASSES[label] / f"{number:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,18 +113,27 @@ def memory(root: int) -> tuple[float, float]:
     return total / 1024, anonymous / 1024
 
 
+def largest(root: int) -> float:
+    """Return the largest resident set so far of a process and of each below it, in MB."""
+    found = []
+    for process in processes(root):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        found += [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return max(found, default=0) / 1024
+
+
 def measure(overrides: list[str], out: Path, cache: Path) -> dict[str, Any]:
     """Run ``fedlp`` and return the seconds to its first line and its first round, and its peak memory."""
     command = [str(Path(sys.executable).parent / "fedlp"), *overrides, f"hydra.run.dir={out}"]
     env = os.environ | {"XDG_CACHE_HOME": str(cache)}
     began = time.monotonic()
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    peaks = [0.0, 0.0]
+    peaks = [0.0, 0.0, 0.0]
 
     def sample() -> None:
         while run.poll() is None:
             try:
-                peaks[:] = map(max, peaks, memory(run.pid))
+                peaks[:] = map(max, peaks, (*memory(run.pid), largest(run.pid)))
             except OSError:  # a process ended meanwhile
                 continue
             time.sleep(0.2)
@@ -145,6 +156,7 @@ def measure(overrides: list[str], out: Path, cache: Path) -> dict[str, Any]:
         "first_round_s": round(first_round or time.monotonic() - began, 1),
         "peak_pss_mb": round(peaks[0]),
         "peak_anonymous_mb": round(peaks[1]),
+        "largest_process_mb": round(peaks[2]),
         "load_average": round(os.getloadavg()[0], 1),
         "accuracy": metrics["accuracy"],
     }
@@ -153,6 +165,9 @@ def measure(overrides: list[str], out: Path, cache: Path) -> dict[str, Any]:
 def case(reader: str, arguments: argparse.Namespace) -> list[str]:
     """Return the command of a reader, whose data are made first."""
     work, model = arguments.work, arguments.model
+    if reader == "imagefolder_2000":  # as many images a client as there are with all of them
+        path = make_images(arguments.cifar, work / "fewer", FEWER_IMAGES)
+        return ["dataset=imagefolder", f"dataset.path={path}", "dataset.size=64", "model=small_cnn", "num_clients=40"]
     if reader == "imagefolder":
         path = make_images(arguments.cifar, work)
         return ["dataset=imagefolder", f"dataset.path={path}", "dataset.size=64", "model=small_cnn"]
