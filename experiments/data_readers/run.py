@@ -2,12 +2,12 @@
 
     python experiments/data_readers/run.py --cifar DIR --model DIR --text DIR --work DIR
 
-makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged) and a folder of 2,000 of them, a Parquet file of
-a million rows and Hugging Face folders of 10,000 labelled images and of 10,000 labelled texts, runs ``fedlp`` twice on
-each, with empty caches and with full ones, and writes ``results/data_readers.json``; ``--readers`` chooses some, and
+makes 10,000 JPEG files of 320 x 240 pixels (CIFAR-10's images, enlarged) and a folder of 2,000 of them, a Parquet file
+of a million rows and Hugging Face folders of 10,000 labelled images and of 10,000 labelled texts, runs ``fedlp`` twice
+on each, with empty caches and with full ones, and writes ``results/data_readers.json``; ``--readers`` chooses some, and
 keeps the results of others. Memory is that of all processes of the run together, sampled every 0.2 s: proportional set
-size (shared pages counted once), and its anonymous part, which leaves out pages of memory-mapped files. Beside it stands
-the largest resident set of one process (VmHWM), pages of mapped files included.
+size (shared pages counted once), and its anonymous part, which leaves out pages of memory-mapped files. Beside them
+stands the largest resident set of one process (VmHWM), pages of mapped files included.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class PrunerConfig(PartConfig):
         None  # of the Hessian, a fraction of its mean diagonal; null: shrinkage by two halves of the data
     )
     keeps_batch_norm: bool = False  # classifiers: shift batch norms by recovery's bias; else re-estimate them
-    shared: bool = False  # classifiers: also channels with several readers, such as residual streams
+    shared: bool = True  # classifiers: also channels with several readers: squeeze-and-excitation, residual streams
 
 
 @dataclass

@@ -44,7 +44,7 @@ class OneShotSettings:
     examples: int = 256
     batch_size: int = 32
     votes: bool = False
-    shared: bool = False
+    shared: bool = True
     wide_sums: bool = False
 
     @property
