@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from torch import Tensor, nn
 
+import fedlp
 from fedlp import cli
 from fedlp.apps import prune as oneshot
 from fedlp.config import compose, compose_prune
@@ -285,3 +287,34 @@ def test_a_real_language_model_loses_a_third_and_stays_good(shared: Path) -> Non
     before = oneshot.evaluate(subject.model, subject, config)["perplexity"]
     after = oneshot.evaluate(pruned.model, subject, config)["perplexity"]
     assert after < 1.15 * before
+
+
+class Gated(nn.Module):
+    """Convolutions with squeeze-and-excitation and a residual stream: nearly all channels have several readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide, self.norm = nn.Conv2d(16, 48, 1), nn.BatchNorm2d(48)
+        self.squeeze, self.excite = nn.Conv2d(48, 8, 1), nn.Conv2d(8, 48, 1)
+        self.narrow, self.head = nn.Conv2d(48, 16, 1), nn.Linear(16, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.stem(inputs).relu()
+        wide = self.norm(self.wide(stream)).relu()
+        gate = self.excite(self.squeeze(wide.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        stream = stream + self.narrow(wide * gate)
+        return self.head(stream.mean((2, 3)))
+
+
+def test_half_of_what_is_prunable_is_half_of_a_network_whose_channels_have_several_readers() -> None:
+    torch.manual_seed(0)
+    net, data = Gated(), (torch.randn(24, 3, 8, 8), torch.randint(0, 4, (24,)))
+    whole = sum(parameter.numel() for parameter in net.parameters())
+
+    def share(**pruner: bool) -> float:
+        done = fedlp.prune(net, data, sparsity=0.5, score="magnitude", allocator="uniform", pruner=pruner)
+        return sum(parameter.numel() for parameter in done.model.parameters()) / whole
+
+    assert share() == pytest.approx(0.5, abs=0.03)
+    assert share(shared=False) > 0.75
