@@ -165,12 +165,12 @@ def measure(overrides: list[str], out: Path, cache: Path) -> dict[str, Any]:
 def case(reader: str, arguments: argparse.Namespace) -> list[str]:
     """Return the command of a reader, whose data are made first."""
     work, model = arguments.work, arguments.model
-    if reader == "imagefolder_2000":  # as many images a client as there are with all of them
-        path = make_images(arguments.cifar, work / "fewer", FEWER_IMAGES)
-        return ["dataset=imagefolder", f"dataset.path={path}", "dataset.size=64", "model=small_cnn", "num_clients=40"]
+    images = ["dataset=imagefolder", "dataset.size=64", "model=small_cnn", "dataset.max_test_examples=200"]
     if reader == "imagefolder":
-        path = make_images(arguments.cifar, work)
-        return ["dataset=imagefolder", f"dataset.path={path}", "dataset.size=64", "model=small_cnn"]
+        return [*images, f"dataset.path={make_images(arguments.cifar, work)}"]
+    if reader == "imagefolder_2000":  # as many images a client and in the test set as there are of all
+        fewer = make_images(arguments.cifar, work / "fewer", FEWER_IMAGES)
+        return [*images, f"dataset.path={fewer}", "num_clients=40"]
     if reader == "parquet":
         columns = ["dataset.target=default", "dataset.client=branch", "partition=natural"]
         return ["dataset=parquet", f"dataset.path={make_table(work)}", *columns, "num_clients=100", "model=fedlp_mlp"]

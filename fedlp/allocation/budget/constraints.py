@@ -76,22 +76,26 @@ def _client_limits(
         raise AllocationError(f"client {client_id}: {error}") from error
     least = costs.evaluate(_row({name: layer.least for name, layer in ranges.items()}))[0]
     if (least > limits * (1 + _EXACT)).any():
-        raise _unreachable(client_id, costs, budget, least, table, len(ranges))
+        raise _unreachable(client_id, costs, budget, ranges, table)
     return limits
 
 
 def _unreachable(
-    client_id: int, costs: CostModel, budget: Budget | None, least: Array, table: LatencyTable | None, num_layers: int
+    client_id: int, costs: CostModel, budget: Budget | None, ranges: Mapping[str, Range], table: LatencyTable | None
 ) -> AllocationError:
-    """Return the error of the first limit that the fewest units exceed."""
+    """Return the error of the first limit that the fewest units exceed, beside the costs of all units and of none."""
+    units = [[layer.least, layer.units, 0] for layer in ranges.values()]
+    found = costs.evaluate(np.array(units, dtype=np.float64).T)
     table = table or costs.latency
     for name, value in given_limits(budget):
-        reached = least[COSTS.index("macs")] if name == "latency_s" else least[COSTS.index(name)]
-        if name == "latency_s" and table is not None:
-            reached = table.time(float(reached))
+        least, whole, fixed = map(float, found[:, COSTS.index("macs" if name == "latency_s" else name)])
+        reached = table.time(least) if name == "latency_s" and table is not None else least
         if reached > value * (1 + _EXACT):
             break
+    share = f"{math.ceil(100 * least / whole)} % of the whole model's"
+    if name != "latency_s":
+        share += f", of which parts that are never cut, such as embeddings, take {fixed:,.10g}"
     return AllocationError(
         f"client {client_id}: its budget of {name}={value:,.10g} is out of reach: with the fewest units in each of the "
-        f"{num_layers} prunable layers it still is {reached:,.10g}; choose at least that"
+        f"{len(ranges)} prunable layers it still is {reached:,.10g}; choose at least that ({share})"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -206,6 +207,18 @@ def test_the_tightest_reachable_value_is_reachable() -> None:
     with pytest.raises(AllocationError, match=f"it still is {least:,.10g}; choose at least that"):
         round_client(problem.layers, sparsity, problem.costs, Budget(params=0.9 * least))
     assert set(round_client(problem.layers, sparsity, problem.costs, Budget(params=least)).values()) == {1}
+
+
+def test_what_is_never_cut_is_said_where_a_budget_cannot_be_met() -> None:
+    layers = [PrunableLayer(name, 10, 1, 50, (), ("r",), 0.0) for name in "ab"]
+    costs = make_costs(layers, {("a",): 5.0, ("b",): 5.0, (): 900.0}, {("a",): 7.0}, {}, 8, "sgd")
+    line = (
+        "client 0: its budget of params=500 is out of reach: with the fewest units in each of the 2 prunable layers it "
+        "still is 910; choose at least that (91 % of the whole model's, of which parts that are never cut, such as "
+        "embeddings, take 900)"
+    )
+    with pytest.raises(AllocationError, match=f"^{re.escape(line)}$"):
+        round_client(layers, dict.fromkeys("ab", 0.5), costs, Budget(params=500.0))
 
 
 def test_what_is_wrong_with_a_layer_is_said_in_one_line() -> None:
