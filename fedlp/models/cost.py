@@ -65,7 +65,24 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten.native_layer_norm,
         aten.native_layer_norm_backward,
     )
-    return {**dict.fromkeys(norms, _norm_flops), aten.convolution_backward: _convolution_backward_flops}
+    return {
+        **dict.fromkeys(norms, _norm_flops),
+        aten.convolution_backward: _convolution_backward_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,  # torch counts those of GPUs alone
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of both products, over all places whether masked or not."""
+    return _FLOPS_PER_MAC * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    _: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
+) -> int:
+    """Return twice those of the forward pass; what is computed again does not count."""
+    return 2 * _attention_flops(query, key, value)
 
 
 def _convolution_backward_flops(

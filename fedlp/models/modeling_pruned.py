@@ -165,6 +165,9 @@ class _PrunedBlocks(nn.Module):
             if hasattr(block, "mlp") and hasattr(block.mlp, "intermediate_size"):
                 block.mlp.intermediate_size = widths["intermediate_size"]
         self.post_init()  # type: ignore[operator]
+        self._auto_class = next(
+            iter(getattr(config, "auto_map", None) or {}), None
+        )  # this file is saved with the weights
 
 
 def _replace_layers(block: nn.Module, layout: Layout, hidden: int, widths: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ model of any depth is run once, block by block. Any other model is one stage, ru
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -112,10 +113,17 @@ def _catch(
                     raise _Seen
 
             stack.callback(block.register_forward_pre_hook(catch, with_kwargs=True).remove)
+        options = {"use_cache": False} if _takes(model, "use_cache") else {}
         for batch in batches:
             with suppress(_Seen):
-                model(batch, use_cache=False)
+                model(batch, **options)
     return states, arguments
+
+
+def _takes(model: nn.Module, option: str) -> bool:
+    """Return whether a model's forward pass has an option: that of encoders has no cache in older transformers."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(one.name == option or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _pass_through(blocks: Sequence[nn.Module]) -> ExitStack:

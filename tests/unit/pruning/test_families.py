@@ -68,6 +68,8 @@ TOKENS = torch.arange(24).reshape(2, 12) + 2
 def build(case: str) -> nn.Module:
     transformers = import_transformers()
     kind, _, variant = case.partition("-") if not case.startswith("xlm") else (case, "", "")
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     options = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "use_cache": False} | CASES[case]
     config = transformers.AutoConfig.for_model(kind, **options)
     torch.manual_seed(0)
