@@ -270,6 +270,9 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
         return f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return no_such_option(schema, unknown[1])
+    if plugin := re.search(r"Could not find 'hydra/(launcher|sweeper)/([^'_]+)([^']*)'", str(error)):
+        kind, package, rest = plugin.groups()
+        return f"there is no hydra/{kind}={package}{rest}; if it is a plugin, run: pip install hydra-{package}-{kind}"
     if missing := re.search(r"Could not find '(\w+)/([^']+)'", str(error)):
         choices = sorted(path.stem for path in (config_dir() / missing[1]).glob("*.yaml"))
         close = get_close_matches(missing[2], choices)

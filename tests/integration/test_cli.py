@@ -61,6 +61,10 @@ Once = Callable[..., Finished]
         ("model=resnet19", "no model=resnet19; did you mean resnet18 .* MODULE:OBJECT"),
         ("strategy=fedprox", "no strategy=fedprox; did you mean fedrolex or fedlp_hetero"),
         ("experiment=nope", "no experiment=nope; choose one of demo, "),
+        (
+            "-m hydra/launcher=nope_slurm",
+            "no hydra/launcher=nope_slurm; if it is a plugin, run: pip install hydra-nope-l",
+        ),
         ("num_rounds=abc", "'abc' .* could not be converted to Integer"),
         ("num_rounds=null", "num_rounds"),
         ("local.lr=fast", "'fast' .* could not be converted to Float"),
