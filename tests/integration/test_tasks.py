@@ -111,9 +111,9 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"the {rng.choice(subjects)} was {rng.choice(endings[label])}" for label in labels]
     datasets.Dataset.from_dict({"text": texts, "label": labels}).save_to_disk(folder / "data")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "was", *subjects, *endings[0], *endings[1]]
-    (folder / "vocab.txt").write_text("\n".join(words))
     transformers = import_transformers()
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    numbers = {word: number for number, word in enumerate(words)}
+    transformers.BertTokenizer(numbers).save_pretrained(folder / "bert")
     sizes = transformers.BertConfig(
         vocab_size=len(words),
         hidden_size=16,
