@@ -15,6 +15,8 @@ of two learning rates for each method by seed 0:
    text that nobody else has, and where not? How far is it from FedAvg, if all could hold it (``fedavg``)?
 3. Which allocator, and does refitting anew every second or every round (``-refit-2``, ``-refit-1``) help over the
    constant offset? On three seeds this decides the default of ``refit_every``.
+4. With LoRA on a frozen base that travels once (``lora-...``): is a tier better off with adapters on a pruned base, a
+   sliced base, or with full training of what it holds, per byte?
 
 ``start-...`` are the models before any training.
 """
@@ -56,6 +58,15 @@ METHODS = {
     "fjord": ["strategy=fjord", NESTED],
     "depth": ["strategy=fedlp_hetero"],
 }
+LORA = ["adapter=lora", "adapter.rank=8", "adapter.alpha=16"]
+ADAPTERS = {
+    "lora-plan-pruned": [*PRUNED, *LORA],
+    "lora-plan-pruned-ffa": [*PRUNED, *LORA, "adapter.freeze_a=true"],
+    "lora-plan-slices": [*SLICES, *LORA],
+    "lora-heterofl": ["strategy=heterofl", LEVELS, *LORA],
+    "lora-only-capable": [*PRUNED, "fleet.only_whole=true", *LORA],
+    "lora-fedavg": ["strategy=fedavg", "fleet.fractions=[1.0,1.0,1.0,1.0]", *LORA],
+}
 ABLATIONS = {
     "plan-pruned-uniform": [*PRUNED, "allocator=uniform"],
     "plan-pruned-log": [*PRUNED, "allocator=log_depth"],
@@ -65,6 +76,7 @@ ABLATIONS = {
     "plan-pruned-refit-1": [*PRUNED, "strategy.refit_every=1"],
 }
 RATES = (0.001, 0.003)
+LORA_RATES = (0.003, 0.01)
 MODELS = {"stories260K": ["fleet.fractions=[1.0,0.75,0.55,0.42]", "local.batch_size=4", "local.accumulation=2"]}
 
 
@@ -75,7 +87,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, nargs="+", help="one text file per domain; four by default")
     parser.add_argument("--options", nargs="+", default=[], help="further overrides of every run: local.batch_size=4")
     parser.add_argument("--out", type=Path, default=HERE / "runs")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS, *ADAPTERS], default=list(METHODS))
     parser.add_argument("--correlation", type=float, default=1.0, help="of tier and domain, in [0, 1]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
@@ -111,7 +123,7 @@ def run_all(arguments: argparse.Namespace) -> int:
             ),
         ]
         for method in arguments.methods:
-            options = {**METHODS, **ABLATIONS}[method]
+            options = {**METHODS, **ABLATIONS, **ADAPTERS}[method]
             for rate in _rates(tuned, method, seed):
                 asked = [
                     *common,
@@ -130,6 +142,8 @@ def _rates(group: Path, method: str, seed: int) -> Sequence[float]:
     """Return the learning rates to try: all of them at first, then the best by seed 0; variants take plan-pruned's."""
     if method.startswith("start-"):
         return [RATES[0]]
+    if method in ADAPTERS:
+        return LORA_RATES
     asked = "plan-pruned" if method in ABLATIONS else method
     found = {rate: group / f"{asked}@{rate:g}/seed-0" for rate in RATES}
     if not all(map(is_finished, found.values())) or (seed == 0 and group.name.endswith("-1") and asked == method):

@@ -68,8 +68,8 @@ class FedLPPlan:
         are clients' too; or as many of each client that holds the whole model, which sends sums over them (second
         moments of each layer's inputs). Where None "clients", if the server has no data; else "server".
     refit_every : int or None
-        Rounds between fresh prunings, >= 0; pruned once, before the first round, if 0. Where None 2, if sub-models are
-        calibrated on the server; else 0, since each pruning costs clients a pass and bytes.
+        Rounds between fresh prunings, >= 0; pruned once, before the first round, if 0. Where None 0, if clients
+        calibrate or tensors are frozen, which would be sent again; else 2.
     """
 
     layer_preserving_rate: Any = 1.0

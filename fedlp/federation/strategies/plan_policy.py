@@ -58,7 +58,8 @@ class PlanPolicy:
             return None
         every, pruner = self.options.refit_every, self.context.pruner
         if every is None:
-            every = 0 if pruner is None or pruner.asks_clients else 2
+            is_costly = pruner is None or pruner.asks_clients or self.context.submodels.spec.frozen
+            every = 0 if is_costly else 2
         return PrunedSubModels(self.context, self.solver, every)
 
     def prepare(self, memory: Memory, server_round: int, params: Mapping[str, Tensor]) -> Memory:
