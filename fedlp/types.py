@@ -403,6 +403,8 @@ class RoundRecord:
         ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.
     privacy : mapping from str to float
         ``epsilon`` at ``delta`` after the round, and its noise; left out if empty.
+    clipped : mapping from client id to float
+        Factor of the differences of each client beyond the bound on norms, in (0, 1); left out if empty.
     """
 
     server_round: int
@@ -421,3 +423,4 @@ class RoundRecord:
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     privacy: Mapping[str, float] = field(default_factory=dict)
+    clipped: Mapping[int, float] = field(default_factory=dict)

@@ -52,6 +52,7 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
         absent=_absent(mapping(entry.get("absent", {}), where), where),
         phases=_phases(mapping(entry.get("phases", {}), where), where),
         privacy=_privacy(entry, where),
+        clipped=_clipped(mapping(entry.get("clipped", {}), where), where),
     )
 
 
@@ -82,6 +83,12 @@ def _phases(item: Mapping[str, Any], where: str) -> dict[str, dict[str, int]]:
 
 def _privacy(entry: Mapping[str, Any], where: str) -> dict[str, float]:
     return numbers(mapping(entry.get("privacy") or {}, where), f"{where}: privacy")
+
+
+def _clipped(item: Mapping[str, Any], where: str) -> dict[int, float]:
+    if not all(name.isdecimal() for name in item):
+        raise DataError(f"{where}: clipped clients are not named by their ids; the file is damaged")
+    return {int(name): scale for name, scale in numbers(item, f"{where}: clipped").items()}
 
 
 def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:

@@ -106,7 +106,7 @@ def test_a_round_that_breaks_the_model_is_undone_and_the_run_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The attacker's weights are in proportion; the server's learning rate carries them out of range."""
-    overrides = (*NORMED, *MOMENTUM, "server_optimizer.lr=1e13")
+    overrides = (*NORMED, *MOMENTUM, "server_optimizer.lr=1e13", "aggregator.max_norm=null")
     done = run(tmp_path, *overrides, app=attacked(attacks.set_entries("float32", 9e3, 0, 1), (4,)))
     assert done.failures[0] == (1, 4, "suspected")
     assert "with its update, conv1.weight would hold values beyond ±1e+15" in done.rounds[0]["failures"][0]["message"]
@@ -125,6 +125,22 @@ def test_poison_in_proportion_passes_and_the_model_stays_finite(factor: float, t
     done = run(tmp_path, *NORMED, app=attacked(attacks.scale(factor), ATTACKERS[:1]))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in done.tensors.values())
     assert load_run(done.path).finished
+
+
+def test_poison_beyond_the_bound_is_scaled_down_by_name(tmp_path: Path) -> None:
+    overrides = (*TINY, "clients_per_round=6", "strategy=fedavg")
+    done = run(tmp_path / "a", *overrides, app=attacked(attacks.scale(-10.0), (4,)))
+    assert [list(line["clipped"]) for line in done.rounds] == [["4"]] * 2
+    assert all(0 < line["clipped"]["4"] < 1 for line in done.rounds)
+    assert load_run(done.path).rounds[-1].clipped == {4: done.rounds[-1]["clipped"]["4"]}
+    plain = run(tmp_path / "b", *overrides, "aggregator.max_norm=null", app=attacked(attacks.scale(-10.0), (4,)))
+    assert all("clipped" not in line for line in plain.rounds)
+    honest = run(tmp_path / "c", *overrides)
+
+    def distance(other: Finished) -> float:
+        return sum(float((other.tensors[name] - values).norm()) for name, values in honest.tensors.items())
+
+    assert 3 * distance(done) < distance(plain)
 
 
 def test_more_examples_than_anybody_has_keep_a_client_out(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def test_the_engine_is_a_plain_loop(method: str, once: Once) -> None:
     assert differing(done.tensors, federated_loop.run(done.config, train_locally)) == []
 
 
+def test_examples_beyond_the_cohorts_bound_do_not_count(once: Once) -> None:
+    case = (*TINY, *DIRICHLET, "strategy=fedavg", "clients_per_round=6")
+    done = once(*case, "aggregator.max_examples=1.5")
+    assert differing(done.tensors, federated_loop.run(done.config, train_locally)) == []
+    assert done.model != once(*case).model
+    assert once(*case).model == once(*case, "aggregator.max_norm=null", "aggregator.max_examples=null").model
+
+
 # BatchNorm on a few examples makes a difference in the last bit ten times larger with every step: one step a round.
 @pytest.mark.parametrize("case", [(*TINY, "local.epochs=2"), (*TINY_CNN, "local.batch_size=20")], ids=["mlp", "cnn"])
 def test_local_training_is_plain_sgd(case: tuple[str, ...], once: Once) -> None:

@@ -6,6 +6,7 @@ depths and uploads. Training, loading, heads and averaging are written anew, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
@@ -55,7 +56,11 @@ def run(config: RunConfig, train: Train = train_plainly, absent: Collection[tupl
     heads: dict[int, Mapping[str, Tensor]] = {}
     for server_round in range(1, config.num_rounds + 1):
         received: list[tuple[float, dict[str, Tensor]]] = []
-        for client in sample_cohort(config.seed, server_round, range(config.num_clients), config.clients_per_round):
+        cohort = sample_cohort(config.seed, server_round, range(config.num_clients), config.clients_per_round)
+        sizes = sorted(len(parts[client]) for client in cohort)
+        multiple = config.aggregator.options.get("max_examples")
+        most = math.inf if multiple is None or len(cohort) < 5 else multiple * sizes[(len(sizes) - 1) // 2]
+        for client in cohort:
             submodel = policy.submodel(server_round, client)
             depth = submodel.depth
             model = spec.build(config.seed) if depth is None else spec.build_depth(depth, config.seed, client)
@@ -71,7 +76,7 @@ def run(config: RunConfig, train: Train = train_plainly, absent: Collection[tupl
                 heads[client] = {name: tensor for name, tensor in trained.items() if name not in params}
             if (server_round, client) not in absent:
                 uploads = policy.uploads(server_round, client, submodel)
-                weight = len(examples) if config.aggregator.weighting == "examples" else 1
+                weight = min(len(examples), most) if config.aggregator.weighting == "examples" else 1
                 received.append((weight, {name: trained[name] for name in uploads}))
         for name, old in params.items():
             got = [(weight, update[name].to(torch.float64)) for weight, update in received if name in update]

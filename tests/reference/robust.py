@@ -58,3 +58,34 @@ def krum_choice(updates: Sequence[Array], hostile: float, selected: float) -> li
     near = max(1, count - math.ceil(hostile * count) - 2)
     scores = [sum(sorted(distances[i][j] for j in range(count) if j != i)[:near]) for i in range(count)]
     return sorted(range(count), key=lambda i: (scores[i], i))[: max(1, math.floor(selected * count))]
+
+
+Parts = dict[str, Array]  # by tensor, NaN where an update holds nothing
+
+
+def bounded(updates: Sequence[Parts], weights: Sequence[float], old: Parts, multiple: float, least: int) -> Parts:
+    """Average of updates whose norms are bounded by a multiple of a typical update's of the same entries."""
+    typical = {}
+    for name, before in old.items():
+        found = [norms([update[name]], before)[0] ** 2 for update in updates if not np.isnan(update[name]).all()]
+        if len(found) >= least:
+            typical[name] = lower_median(found)
+    scales = []
+    for update in updates:
+        norm = reference = 0.0
+        for name, before in old.items():
+            for entry, value in enumerate(update[name]):
+                if name in typical and not np.isnan(value):
+                    norm += (value - before[entry]) ** 2
+                    reference += typical[name]
+        beyond = reference > 0 and math.sqrt(norm) > multiple * math.sqrt(reference)
+        scales.append(multiple * math.sqrt(reference / norm) if beyond else 1.0)
+    result = {}
+    for name, before in old.items():
+        result[name] = before.copy()
+        for entry in range(len(before)):
+            held = [i for i, update in enumerate(updates) if not np.isnan(update[name][entry])]
+            if held:
+                steps = [weights[i] * scales[i] * (updates[i][name][entry] - before[entry]) for i in held]
+                result[name][entry] += sum(steps) / sum(weights[i] for i in held)
+    return result

@@ -41,6 +41,9 @@ REFUSED = [
     (compose, ("fleet.limited=[macs]",), "fleet=tiers"),
     (compose, ("fleet=tiers", "fleet.upload_s=5"), "fleet=mixed"),
     (compose, ("upload.entropy_coding=true",), "upload=int8, int4 or int2"),
+    (compose, ("strategy=fedavg", "privacy=secagg", "aggregator.max_norm=3"), "privacy=none or local_dp"),
+    (compose, ("strategy=fedavg", "privacy=central_dp", "aggregator.max_examples=3"), "privacy=none or local_dp"),
+    (compose, ("aggregator.weighting=equal", "aggregator.max_examples=3"), "aggregator.weighting=examples"),
 ]
 
 ACCEPTED = [
@@ -58,6 +61,8 @@ ACCEPTED = [
     (compose, ("adapter=lora", "adapter.rank=4")),
     (compose, ("privacy=local_dp", "privacy.epsilon=0.1")),
     (compose, ("fleet=tiers", "fleet.limited=[macs]")),
+    (compose, ("strategy=fedavg", "privacy=secagg", "aggregator.max_norm=null")),
+    (compose, ("aggregator.max_norm=3", "aggregator.max_examples=null")),
     (compose, ("upload=int8", "upload.entropy_coding=true")),
 ]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from fedlp.errors import ConfigError
+from fedlp.federation.aggregation.clipped_average import ClippedAverage
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.federation.aggregation.coverage_average import CoverageAverage
 from fedlp.registry import register
@@ -40,7 +43,12 @@ class Accumulator(Protocol):
 
 
 class Aggregator(Protocol):
-    """Protocol of the kind ``aggregator``."""
+    """Protocol of the kind ``aggregator``.
+
+    Two attributes are read where a class has them: ``begin_round(params, trainable)``, called in place of :meth:`begin`
+    with the names of the tensors that clients train, and ``max_examples``, the largest number of examples that counts,
+    as a multiple of the cohort's median.
+    """
 
     def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
         """Return an accumulator for one round over the current global values, which it does not modify."""
@@ -49,8 +57,31 @@ class Aggregator(Protocol):
 @register("aggregator", "coverage_average")
 @dataclass(frozen=True)
 class CoverageAverageRule:
-    """Weighted average of each entry over the clients that returned it."""
+    """Weighted average of each entry over the clients that returned it, of bounded norms and weights.
+
+    Attributes
+    ----------
+    max_norm : float or None
+        Largest norm of an update, as a multiple of the round's median for what the client holds, >= 1; longer ones are
+        scaled down. None for no bound.
+    max_examples : float or None
+        Largest number of examples that counts, as a multiple of the cohort's median, >= 1. None for no bound.
+    """
+
+    max_norm: float | None = 5.0
+    max_examples: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_norm", self.max_norm), ("max_examples", self.max_examples)):
+            if value is not None and not 1 <= value < math.inf:
+                raise ConfigError(f"aggregator.{name}={value} is not allowed: it must be at least 1, or null")
 
     def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+        """Return an accumulator; all tensors have one bound."""
+        return self.begin_round(params, params)
+
+    def begin_round(self, params: Mapping[str, Tensor], trainable: Collection[str]) -> Accumulator:
         """Return an accumulator; streaming, float64."""
-        return CoverageAverage(params)
+        if self.max_norm is None:
+            return CoverageAverage(params)
+        return ClippedAverage(params, self.max_norm, trainable)

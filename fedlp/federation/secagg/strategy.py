@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
+from fedlp.federation.aggregation.coverage_average import CoverageAverage
 from fedlp.federation.secagg.evaluation import EvaluationSums
 from fedlp.federation.secagg.fixed_point import FixedPoint, unflatten
 from fedlp.federation.secagg.group_sum import GroupSum
@@ -165,7 +166,7 @@ class SecureStrategy(FedLPStrategy):
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Open the sums, and conclude the round with their means."""
         assert self.state is not None
-        average = self._aggregator.begin(self._before_round())
+        average = CoverageAverage(self._before_round())  # of groups, so without bounds on clients
         answers: list[Answer] = []
         losses: list[tuple[float, int]] = []
         good = 0

@@ -21,6 +21,8 @@ class RoundUnderWay:
         Digest of the frozen tensors of each client's sub-model; empty without frozen tensors.
     assigned : deque of (Assignment, int)
         Unanswered instructions, in the order of sending, with their bytes.
+    most_examples : float
+        Largest number of examples that counts as a weight.
     """
 
     server_round: int
@@ -36,6 +38,8 @@ class RoundUnderWay:
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     privacy: dict[str, float] = field(default_factory=dict)
+    clipped: dict[int, float] = field(default_factory=dict)
+    most_examples: float = math.inf
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -57,6 +61,7 @@ class RoundUnderWay:
             absent=self.absent,
             phases=self.phases,
             privacy=self.privacy,
+            clipped=self.clipped,
         )
 
 

@@ -11,6 +11,7 @@ Longer than other files: Flower's strategy is one class, and every step here is 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from torch import Tensor
 from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
 from fedlp.federation.aggregation.aggregator import Accumulator
 from fedlp.federation.aggregation.noised_sum import NoisedSum
+from fedlp.federation.aggregation.norm_bounds import MIN_HOLDERS, lower_median
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
 from fedlp.federation.flower_compat import make_request
 from fedlp.federation.sampling import sample_cohort
@@ -235,6 +237,7 @@ class FedLPStrategy(EvaluatingStrategy):
         else:
             cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
+        self._round.most_examples = self._most_examples(cohort)
         if self._calibration is not None:
             costs, failures = self._calibration.spent()
             self._round.costs.extend(costs)
@@ -356,6 +359,7 @@ class FedLPStrategy(EvaluatingStrategy):
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
         if good >= self.settings.min_clients or self._private is not None:
             params, coverage = average.result()
+            self._note_clipped(average, answers)
             if not self._sends_weights:
                 for name, values in params.items():
                     if values.is_floating_point():
@@ -393,6 +397,9 @@ class FedLPStrategy(EvaluatingStrategy):
         """Return the round's accumulator."""
         params = self._before_round()
         if self._private is None:
+            if (begin := getattr(self._aggregator, "begin_round", None)) is not None:
+                bounded: Accumulator = begin(params, self._trainable)
+                return bounded
             return self._aggregator.begin(params)
         clients = [client_id for client_id in range(self.settings.num_clients) if self._takes_part(client_id)]
         holders = expected_holders(
@@ -442,14 +449,31 @@ class FedLPStrategy(EvaluatingStrategy):
 
     def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
         """Return the weight of an update in the average."""
+        examples = min(float(update.num_examples), self._round.most_examples)
         match self.settings.weighting:
             case "examples":
-                return float(update.num_examples)
+                return examples
             case "held":
                 held = self.submodels.layout(instruction.submodel).num_params()
-                return update.num_examples * held / self.submodels.spec.num_params
+                return examples * held / self.submodels.spec.num_params
             case _:
                 return 1.0
+
+    def _most_examples(self, cohort: Sequence[int]) -> float:
+        """Return the largest number of examples that counts: a multiple of the median of the cohort's profiles."""
+        multiple: float | None = getattr(self._aggregator, "max_examples", None)
+        if multiple is None or len(cohort) < MIN_HOLDERS:
+            return math.inf
+        return multiple * lower_median([self._roster.profile(client_id).num_examples for client_id in cohort])
+
+    def _note_clipped(self, average: Accumulator, answers: Sequence[Answer]) -> None:
+        """Record and name the clients whose updates were scaled down."""
+        scales: Sequence[float] = getattr(average, "scales", ())
+        for (instruction, _), scale in zip(answers, scales, strict=False):
+            if scale < 1.0:
+                self._round.clipped[instruction.client_id] = scale
+        if clipped := self._round.clipped:
+            log.info("round %d: updates beyond aggregator.max_norm, scaled down: %s", self._round.server_round, clipped)
 
     def _num_returned(self, instruction: Assignment, update: ClientUpdate) -> int:
         """Return the number of trainable entries received."""
