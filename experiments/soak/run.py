@@ -44,10 +44,11 @@ def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def soak(num_clients: int, per_round: int, num_rounds: int) -> dict[str, Any]:
+def soak(num_clients: int, per_round: int, num_rounds: int, without_data: int) -> dict[str, Any]:
     """Return what each of some stretches of a run took."""
     options = (f"num_clients={num_clients}", f"clients_per_round={per_round}", f"num_rounds={num_rounds}")
-    config = compose((*COMMON, f"dataset.count={num_clients}", *options))
+    data = (f"dataset.count={num_clients - without_data}", f"partition.min_examples={0 if without_data else 1}")
+    config = compose((*COMMON, *data, *options))
     points: list[dict[str, Any]] = []
     times: list[float] = []
     spent = [time.process_time()]
@@ -77,6 +78,7 @@ def soak(num_clients: int, per_round: int, num_rounds: int) -> dict[str, Any]:
         size = (Path(folder) / "run" / "rounds.jsonl").stat().st_size
     return {
         "num_clients": num_clients,
+        "without_data": without_data,
         "clients_per_round": per_round,
         "num_rounds": num_rounds,
         "accuracy": manifest["final_metrics"]["accuracy"],
@@ -98,8 +100,8 @@ def main() -> None:
         path = results / f"{name}.json"
         if path.exists() or given.only not in (None, name):
             continue
-        num_clients, per_round, num_rounds = leg
-        found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)))
+        num_clients, per_round, num_rounds, without_data = leg
+        found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)), without_data)
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(name, path.read_text()[:300], flush=True)
     regenerate(results, results)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-LEGS = {  # clients, clients a round, rounds
-    "few-clients": (1_000, 50, 2_000),
-    "many-clients": (100_000, 50, 2_000),
-    "large-rounds": (100_000, 1_000, 100),
+LEGS = {  # clients, clients a round, rounds, clients without data
+    "few-clients": (1_000, 50, 2_000, 0),
+    "many-clients": (100_000, 50, 2_000, 0),
+    "large-rounds": (100_000, 1_000, 100, 0),
+    "long": (100_000, 1_000, 2_000, 10_000),
 }
 MEASURED = ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
 HEAD = (
-    *("clients", "a round", "rounds", "median ms a round", "server's CPU ms a round", "server MB", "worker MB"),
+    *(
+        "clients",
+        "without data",
+        "a round",
+        "rounds",
+        "median ms a round",
+        "server's CPU ms a round",
+        "server MB",
+        "worker MB",
+    ),
     *("handles", "kB on record a round"),
 )
 
@@ -27,7 +37,8 @@ def regenerate(results: Path, out: Path) -> None:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         first, last = found["points"][1], found["points"][-1]
-        cells = [f"{found[key]:,}" for key in ("num_clients", "clients_per_round", "num_rounds")]
+        cells = [f"{found['num_clients']:,}", f"{found.get('without_data', 0):,}"]
+        cells += [f"{found[key]:,}" for key in ("clients_per_round", "num_rounds")]
         cells += [
             f"{first[key]:g} → {last[key]:g}"
             for key in ("median_ms", "server_cpu_ms", "server_mb", "worker_mb", "handles")
