@@ -17,6 +17,7 @@ from typing import Any
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps import prune as oneshot
 from fedlp.apps.federate import Federation
+from fedlp.apps.secagg_check import check_secure_pruning, secagg_settings
 from fedlp.config import FederatedPruneConfig, RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, tokenizer_of
 from fedlp.errors import ConfigError
@@ -197,7 +198,9 @@ class FederatedPruning(Federation):
         fleet = config.fleet
         wrong = {
             "adapter=lora trains adapters, and pruning trains nothing": config.adapter.name != "none",
-            "privacy protects uploads of weights, and clients send sums over their data": config.privacy.name != "none",
+            "clients send sums over their data, which privacy=secagg alone protects": (
+                config.privacy.name not in ("none", "secagg")
+            ),
             "the model is evaluated on the server's test set alone": config.evaluation.name != "central",
             "all clients get one model: drop the fleet's budgets": bool(fleet.fractions or fleet.devices),
             "one cohort is asked: drop fleet.availability, fleet.dropout and fleet.extra_clients": (
@@ -209,6 +212,8 @@ class FederatedPruning(Federation):
         }
         if reason := next((text for text, is_so in wrong.items() if is_so), None):
             raise ConfigError(f"fedlp-prune federated=true: {reason}")
+        assert isinstance(config, FederatedPruneConfig)
+        check_secure_pruning(config)
         if missing := sorted(needs_of(config.allocator.make()) - {"weights"}):
             raise ConfigError(
                 f"fedlp-prune federated=true: the allocator needs {missing[0]}, which the server lacks; take a rule of "
@@ -230,7 +235,10 @@ class FederatedPruning(Federation):
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        return max(super().message_bytes(), costs.largest_message(oneshot_settings(self.config), self.submodels))
+        settings = oneshot_settings(self.config)
+        if settings.secagg is not None:  # masked sums are 64-bit integers
+            settings = replace(settings, wide_sums=True)
+        return max(super().message_bytes(), costs.largest_message(settings, self.submodels))
 
     def _serve(
         self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]
@@ -264,4 +272,5 @@ def oneshot_settings(config: FederatedPruneConfig) -> OneShotSettings:
         votes=config.unit_selection == "client",
         shared=config.pruner.shared,
         wide_sums=config.sums == "float64",
+        secagg=secagg_settings(config),
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
-from fedlp.config import RunConfig
+from fedlp.config import FederatedPruneConfig, RunConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.secagg.fixed_point import FixedPoint
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.strategies.policy import Policy
+from fedlp.training.calibration_data import make_method
 
 log = logging.getLogger("fedlp")
 _WHAT = "privacy=secagg"
@@ -34,7 +35,7 @@ def secagg_settings(config: RunConfig) -> SecAggSettings | None:
 def check_secagg(config: RunConfig, policy: Policy) -> None:
     """Raise ConfigError, with the remedy, where an option needs single updates, or a group would be too small."""
     settings = secagg_settings(config)
-    if settings is None:
+    if settings is None or not config.trains:
         return
     if text := _refusal(config, policy):
         raise ConfigError(f"{_WHAT} {text}")
@@ -56,6 +57,23 @@ def check_secagg(config: RunConfig, policy: Policy) -> None:
             f"{settings.value_range:g} and {config.clients_per_round} clients; lower the range, or set privacy.bits=64"
         )
     _check_groups(config, policy, settings)
+
+
+def check_secure_pruning(config: FederatedPruneConfig) -> None:
+    """Raise ConfigError, with the remedy, where secure aggregation cannot serve a federated one-shot pruning."""
+    settings = secagg_settings(config)
+    if settings is None:
+        return
+    if config.unit_selection == "client":
+        raise ConfigError(f"{_WHAT} needs unit_selection=server: a vote is no sum of numbers")
+    halves = 2 if make_method(config.pruner).shrinks else 1
+    if config.clients_per_round < halves * settings.min_group:
+        remedy = "raise it, or set pruner.damping=0.01" if halves > 1 else "raise it, or lower privacy.min_group"
+        why = ", of two halves of the clients for pruner.damping=null" if halves > 1 else ""
+        raise ConfigError(
+            f"{_WHAT} opens sums of privacy.min_group={settings.min_group} answers or more{why}, but clients_per_round="
+            f"{config.clients_per_round}; {remedy}"
+        )
 
 
 def _refusal(config: RunConfig, policy: Policy) -> str:

@@ -25,6 +25,7 @@ from fedlp.federation.oneshot import messages as pooling_messages
 from fedlp.federation.privacy import protect_update
 from fedlp.federation.secagg import messages as secagg_messages
 from fedlp.federation.secagg.client import SecAggClient
+from fedlp.federation.secagg.pooled_sums import PooledSums
 from fedlp.federation.wire import messages
 from fedlp.types import ClientUpdate, EvaluationRequest, TrainInstruction
 
@@ -114,6 +115,10 @@ class _Answers:
         runtime, client_id = self._runtime(message, context), client_id_of(context)
         folder = self._state_dir(message, context) / str(client_id)
         kind = message.metadata.message_type
+        if runtime.settings.secagg is not None:
+            client = self._secure_client(message, context)
+            masked = pool_masked(runtime, client, kind, message.content, client_id, folder)
+            return Message(masked, reply_to=message)
         return Message(runtime.pooling.answer(kind, message.content, client_id, folder), reply_to=message)
 
     def take_model(self, message: Message, context: Context) -> Message:
@@ -193,6 +198,22 @@ def evaluate_masked(
     secrets, _ = client.begin_masking(content, request.client_id)
     try:
         return client.mask_sums(secrets, request.client_id, *runtime.evaluate_own(request))
+    except BaseException:
+        client.forget()
+        raise
+
+
+def pool_masked(
+    runtime: ClientRuntime, client: SecAggClient, kind: str, content: RecordDict, client_id: int, folder: Path
+) -> RecordDict:
+    """Return masked sums of one-shot pruning; the client's secrets are forgotten where there are none."""
+    if kind == pooling_messages.VOTE:
+        raise DataError("the server asks for a vote, which secure aggregation does not mask")
+    secrets, _ = client.begin_masking(content, client_id)
+    try:
+        parts, sums, num_examples = runtime.pooling.measure(kind, content, client_id, folder)
+        words = PooledSums(kind, parts, len(secrets.dealers)).encode(sums, num_examples)
+        return client.mask_words(secrets, client_id, words)
     except BaseException:
         client.forget()
         raise

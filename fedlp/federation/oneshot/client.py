@@ -127,19 +127,43 @@ class PoolingClient:
         folder : Path
             Folder of the model's changes so far.
         """
-        axes = tuple(self._spec.axes)
-        request = messages.decode_request(content, kind, axes, self._signature)
+        request = self._decode(kind, content)
         if not self._reach(request, folder):
             return messages.encode_lack()
-        data = self.calibration(client_id)
-        if request.question.half:
-            data = self._half(client_id, request.question.half)
-        num_examples = data.num_examples
+        data = self._data(request, client_id)
         if kind == messages.VOTE:
             pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
-            return messages.encode_vote(pruner.prune(request.question.kept).widths, axes, num_examples)
+            widths = pruner.prune(request.question.kept).widths
+            return messages.encode_vote(widths, tuple(self._spec.axes), data.num_examples)
         parts, sums = self._sums(request, client_id, data)
-        return messages.encode_sums(sums, parts, request.question.layer, num_examples, self._dtype)
+        return messages.encode_sums(sums, parts, request.question.layer, data.num_examples, self._dtype)
+
+    def measure(
+        self, kind: str, content: RecordDict, client_id: int, folder: Path
+    ) -> tuple[list[Part], Mapping[str, Tensor], int]:
+        """Return the parts of the sums that a request asks for, the sums, and of how many examples they are.
+
+        Sums of batch norm statistics count batches: their examples are rounded up to whole ones.
+
+        Raises
+        ------
+        DataError
+            If the client lacks the state that the request starts from.
+        """
+        request = self._decode(kind, content)
+        if not self._reach(request, folder):
+            raise DataError(f"client {client_id} has lost the model pruned so far; it needs all changes again")
+        data = self._data(request, client_id)
+        size = self._settings.batch_size if kind == messages.NORMS else 1
+        return *self._sums(request, client_id, data), -(-data.num_examples // size) * size
+
+    def _decode(self, kind: str, content: RecordDict) -> Request:
+        return messages.decode_request(content, kind, tuple(self._spec.axes), self._signature)
+
+    def _data(self, request: Request, client_id: int) -> Calibration:
+        """Return the calibration data that a request is about."""
+        half = request.question.half
+        return self._half(client_id, half) if half else self.calibration(client_id)
 
     # ---- sums
     def _sums(self, request: Request, client_id: int, data: Calibration) -> tuple[list[Part], Mapping[str, Tensor]]:

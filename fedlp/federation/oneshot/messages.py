@@ -162,12 +162,17 @@ def encode_sums(
     sums: Mapping[str, Tensor], parts: Sequence[Part], layer: int, num_examples: int, dtype: torch.dtype
 ) -> RecordDict:
     """Return the records of a client's sums; of a symmetric one only the lower triangle is read."""
+    answer = ConfigRecord({"layer": layer, "num-examples": num_examples})
+    return RecordDict({ANSWER: answer, PARAMS: encode_params(pack_sums(sums, parts, dtype))})
+
+
+def pack_sums(sums: Mapping[str, Tensor], parts: Sequence[Part], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return sums as they are sent: of symmetric ones the lower triangle."""
     packed = {}
     for part in parts:
         value = sums[part.name].to(dtype)
         packed[part.name] = value[_lower(len(value))] if part.symmetric else value
-    answer = ConfigRecord({"layer": layer, "num-examples": num_examples})
-    return RecordDict({ANSWER: answer, PARAMS: encode_params(packed)})
+    return packed
 
 
 def decode_sums(
@@ -188,6 +193,12 @@ def decode_sums(
         sums = {name: value.to(torch.float64) for name, value in read_tensors(content, PARAMS, signature).items()}
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: {say_why(error)}") from error
+    check_sums(sums, parts, num_examples, who)
+    return sums, num_examples
+
+
+def check_sums(sums: Mapping[str, Tensor], parts: Sequence[Part], num_examples: int, who: str) -> None:
+    """Raise ProtocolError where packed sums cannot be those of any data; see :func:`decode_sums`."""
     check_values(sums, who, LARGEST_MOMENT)
     for part in parts:
         total, vectors = sums.get(part.total), part.vectors * num_examples
@@ -197,7 +208,6 @@ def decode_sums(
             check_diagonal(sums[part.name], total, vectors, part.name, who)
         elif part.nonnegative and bool((sums[part.name] < 0).any()):
             raise ProtocolError(f"{who}: {part.name} has a negative entry")
-    return sums, num_examples
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:

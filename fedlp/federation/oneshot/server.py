@@ -21,6 +21,7 @@ from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Part, Question, Request
 from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.oneshot.outliers import drop_outliers
+from fedlp.federation.oneshot.secure_pool import SecurePool
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import exchange, reason_of
@@ -67,7 +68,16 @@ class ClientPool:
         self.cohort = sample_cohort(settings.seed, 1, candidates, settings.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
         self.dtype = settings.dtype
+        self._secure = self._secure_pool()
         self.begin(1)
+
+    def _secure_pool(self) -> SecurePool | None:
+        """Return the secure sums of the answers; None without secure aggregation."""
+        settings = self._settings
+        if settings.secagg is None:
+            return None
+        calls = self._roster.node, self._most_examples, self._fail, self._dismiss
+        return SecurePool(settings.secagg, self._grid, *calls, settings.timeout_s, settings.batch_size)
 
     # ---- rounds: one per layer
     def begin(self, server_round: int) -> None:
@@ -128,14 +138,23 @@ class ClientPool:
         A cohort of one client is asked twice, about every other one of its examples and about the rest.
         """
         client_id = self.cohort[0]
-        if len(self.cohort) == 1 and min(self._roster.profile(client_id).num_examples, self._settings.examples) > 1:
+        if (
+            self._secure is None
+            and len(self.cohort) == 1
+            and min(self._roster.profile(client_id).num_examples, self._settings.examples) > 1
+        ):
             return [self.total(replace(question, half=half), parts, states) for half in (1, 2)]
         return self._add(question, parts, states, 2)
 
     def _add(
         self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
     ) -> list[tuple[dict[str, Tensor], list[int]]]:
-        """Return the sums and example counts of the good clients by turns in some groups, those of nobody left out."""
+        """Return the sums and example counts of the good clients by turns in some groups, those of nobody left out.
+
+        With secure aggregation there is one example count of a group.
+        """
+        if self._secure is not None:
+            return self._add_secure(question, parts, states, groups)
         sums: list[dict[str, Tensor]] = [{} for _ in range(groups)]
         counts: list[list[int]] = [[] for _ in range(groups)]
         for number, (values, count) in enumerate(self.answers(question, parts, states)):
@@ -143,10 +162,23 @@ class ClientPool:
             before = sums[group]
             sums[group] = {name: before[name] + value for name, value in values.items()} if before else dict(values)
             counts[group].append(count)
-        for found in sums:
-            symmetric = [part for part in parts if part.symmetric and found]
-            found |= {part.name: wire.unpack_symmetric(found[part.name], part.shape[0]) for part in symmetric}
-        return [(found, asked) for found, asked in zip(sums, counts, strict=True) if asked]
+        return [(_unpack(found, parts), asked) for found, asked in zip(sums, counts, strict=True) if asked]
+
+    def _add_secure(
+        self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
+    ) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """Return the opened sums of some groups of clients, lost ones left out; each with its number of examples."""
+        assert self._secure is not None
+        requests = list(self._contents(question, states, self.cohort))
+        answers, spent = self._secure.ask(question, parts, requests, groups, self._round)
+        shares = {x: answer.num_examples // len(answer.survivors) for answer in answers for x in answer.survivors}
+        for client_id, member in spent.items():
+            self._has[client_id] = len(states.changed) if client_id in shares else 0  # it may have taken none of them
+            sent = sum(part.num_sent for part in parts) if client_id in shares else 0
+            cost = {"bytes_down": member.bytes_down, "bytes_up": member.bytes_up, "params_up": sent}
+            self._spend(client_id, num_examples=shares.get(client_id, 0), **cost)
+        self._require(len(shares), question, states)
+        return [(_unpack(answer.sums, parts), [answer.num_examples]) for answer in answers]
 
     def answers(
         self, question: Question, parts: Sequence[Part], states: ModelStates
@@ -213,6 +245,16 @@ class ClientPool:
             )
 
     def _requests(self, question: Question, states: ModelStates, asked: Sequence[int]) -> Iterator[Message]:
+        for client_id, content in self._contents(question, states, asked):
+            self._spend(client_id, bytes_down=count_bytes(content))
+            ttl = self._settings.timeout_s
+            group = str(self._round.server_round)
+            yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
+
+    def _contents(
+        self, question: Question, states: ModelStates, asked: Sequence[int]
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """Yield each client's request."""
         encoded: dict[int, tuple[Request, ArrayRecord]] = {}  # what several clients lack is encoded once
         for client_id in asked:
             has = self._has[client_id]
@@ -225,10 +267,8 @@ class ClientPool:
             content = wire.encode_request(request, self._axes, params)
             numbers = sum(tensor.numel() for tensor in request.tensors.values())
             numbers += 0 if question.reference is None else len(question.reference)
-            self._spend(client_id, bytes_down=count_bytes(content), params_down=numbers)
-            ttl = self._settings.timeout_s
-            group = str(self._round.server_round)
-            yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
+            self._spend(client_id, params_down=numbers)
+            yield client_id, content
 
     def _receive(
         self,
@@ -246,7 +286,7 @@ class ClientPool:
             self._spend(client_id, bytes_up=count_bytes(reply.content))
             if wire.is_lack(reply.content):
                 raise ProtocolError(f"{who}: it cannot reach the server's model; its initial model must be another")
-            most = min(self._roster.profile(client_id).num_examples, self._settings.examples)
+            most = self._most_examples(client_id)
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
@@ -254,6 +294,14 @@ class ClientPool:
             return None
         self._spend(client_id, num_examples=num_examples)
         return answer, num_examples
+
+    def _most_examples(self, client_id: int) -> int:
+        """Return the most examples that a client's answer may be of."""
+        return min(self._roster.profile(client_id).num_examples, self._settings.examples)
+
+    def _dismiss(self, client_id: int) -> None:
+        """Ask a client nothing any more."""
+        self.cohort = tuple(other for other in self.cohort if other != client_id)
 
     def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
         self._round.failures.append(ClientFailure(client_id, reason, str(error)))
@@ -268,6 +316,12 @@ class ClientPool:
         account = self._spent.setdefault(client_id, dict.fromkeys(keys, 0))
         for key, value in spent.items():
             account[key] += value
+
+
+def _unpack(sums: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Return sums of which symmetric ones are (n, n)."""
+    symmetric = [part for part in parts if part.symmetric]
+    return {**sums, **{part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in symmetric}}
 
 
 def tally(votes: Sequence[Mapping[str, Keep]], kept: Mapping[str, int]) -> dict[str, Keep]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.pruning.reader_layers import Method
 
 
@@ -33,6 +34,8 @@ class OneShotSettings:
         Whether channels that several layers read are pruned too.
     wide_sums : bool
         Whether sums are sent as float64; else as float32.
+    secagg : SecAggSettings, optional
+        Settings of secure aggregation, by which the server learns sums over groups of clients alone.
     """
 
     method: Method
@@ -46,6 +49,7 @@ class OneShotSettings:
     votes: bool = False
     shared: bool = True
     wide_sums: bool = False
+    secagg: SecAggSettings | None = None
 
     @property
     def dtype(self) -> torch.dtype:

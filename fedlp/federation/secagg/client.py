@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import DataError, ProtocolError
@@ -187,9 +188,13 @@ class SecAggClient:
 
     def mask_sums(self, known: Secrets, client_id: int, sums: Sums, num_examples: int) -> RecordDict:
         """Return a client's masked evaluation sums; DataError where one is not finite."""
-        empty = FixedPoint(self._settings.bits, 1.0, len(known.dealers)).encode(np.empty(0), 1.0)
         layout = EvaluationSums.of(sums, len(known.dealers))
-        parts: tuple[Words, Words] = empty, layout.encode(sums, num_examples)
+        return self.mask_words(known, client_id, layout.encode(sums, num_examples))
+
+    def mask_words(self, known: Secrets, client_id: int, words: NDArray[np.uint64]) -> RecordDict:
+        """Return a client's masked 64-bit integers; modified."""
+        empty = FixedPoint(self._settings.bits, 1.0, len(known.dealers)).encode(np.empty(0), 1.0)
+        parts: tuple[Words, Words] = empty, words
         self._add_masks(parts, known, client_id)
         return messages.encode_masked(known.server_round, client_id, *parts)
 
