@@ -9,7 +9,7 @@ from pathlib import Path
 RULES = {
     "coverage average, no bounds": "coverage_average aggregator.max_norm=null aggregator.max_examples=null",
     "coverage average (default)": "coverage_average",
-    "coverage average, max_norm=3": "coverage_average aggregator.max_norm=3",
+    "coverage average, max_norm=5": "coverage_average aggregator.max_norm=5",
     "norm clipping": "norm_clipping",
     "norm filter": "norm_filter",
     "trimmed mean (0.3)": "trimmed_mean aggregator.fraction=0.3",

@@ -68,7 +68,7 @@ class CoverageAverageRule:
         Largest number of examples that counts, as a multiple of the cohort's median, >= 1. None for no bound.
     """
 
-    max_norm: float | None = 5.0
+    max_norm: float | None = 3.0
     max_examples: float | None = 10.0
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def test_statistics_have_a_bound_of_their_own() -> None:
         rule.add(*one)
     found = rule.result()[0]
     assert torch.allclose(found["b"], OLD["b"] + 1000.0)
-    assert torch.allclose(found["a"], OLD["a"] + (6 * 0.1 + 0.5) / 7)
+    assert torch.allclose(found["a"], OLD["a"] + (6 * 0.1 + 0.3) / 7)
 
 
 def test_integers_are_not_scaled() -> None:
