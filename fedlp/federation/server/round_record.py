@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlp.models.spec import ModelSpec
-from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord
+from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord, RoundTime
 
 
 @dataclass
@@ -36,6 +36,7 @@ class RoundUnderWay:
     absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     privacy: dict[str, float] = field(default_factory=dict)
+    simulated: RoundTime | None = None
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -57,6 +58,7 @@ class RoundUnderWay:
             absent=self.absent,
             phases=self.phases,
             privacy=self.privacy,
+            simulated=self.simulated,
         )
 
 
