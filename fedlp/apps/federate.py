@@ -25,7 +25,7 @@ from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
 from fedlp.apps.secagg_check import check_secagg, secagg_settings
-from fedlp.apps.strategy_kind import make_strategy
+from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
     check_adapters,
@@ -124,6 +124,7 @@ class Federation:
         check_privacy(config, self.submodels)
         check_adapters(config)
         check_evaluation(config)
+        check_rounds(config)
 
     def _with_length(self, config: RunConfig) -> RunConfig:
         """Return the config with its number of rounds."""

@@ -226,21 +226,12 @@ def _validate_rounds(config: RunConfig) -> None:
         raise ConfigError(
             "rounds.deadline_s is in simulated seconds: set fleet.clock=virtual too, or simulation.round_timeout_s"
         )
-    if is_virtual and config.privacy.name == "secagg":
-        raise ConfigError("fleet.clock=virtual knows no phases of privacy=secagg: choose fleet.clock=wall")
     if rounds.name == "synchronous":
         _require(size is None, "rounds.buffer_size", size, "null with rounds=synchronous")
         return
     least, most = max(1, config.min_clients), config.num_clients
     fits = size is None or least <= size <= most
     _require(fits, "rounds.buffer_size", size, f"in [{least}, num_clients={most}], or null")
-    for holds, remedy in (
-        (is_virtual, "fleet.clock=virtual: its events are ordered by simulated time"),
-        (not config.fleet.extra_clients, "fleet.extra_clients=0: no round ends that could leave out the slowest"),
-        (config.privacy.name != "central_dp", "privacy=none or local_dp: central_dp samples a cohort per round"),
-    ):
-        if not holds:
-            raise ConfigError(f"rounds=asynchronous needs {remedy}")
 
 
 def _is_number(value: object) -> bool:

@@ -147,7 +147,9 @@ def read_budget(path: Path) -> Budget | None:
             raise DataError(f"the budget {path} has {name}={value!r}; a limit is a finite number above 0")
     budget = Budget(**{name: float(value) for name, value in limits.items()})
     if budget.latency_s is not None:
-        macs = _measured(path.with_name("profile.json"), "macs", "a limit on latency_s:").most_macs(budget.latency_s)
+        macs = _measured(path.with_name("profile.json"), "macs", "a limit on latency_s needs the device's").most_macs(
+            budget.latency_s
+        )
         budget = replace(budget, macs=min(macs, budget.macs or math.inf), latency_s=None)
     return None if budget == Budget() else budget
 
@@ -160,7 +162,7 @@ def read_steps(path: Path) -> LatencyTable:
     DataError
         If the file is absent or invalid; names it.
     """
-    return _measured(path, "step_macs", "fleet.devices: a profile is a profile.json of fedlp-profile, but")
+    return _measured(path, "step_macs", "fleet.devices: a profile needs the device's")
 
 
 def _measured(path: Path, column: str, what: str) -> LatencyTable:
@@ -169,4 +171,4 @@ def _measured(path: Path, column: str, what: str) -> LatencyTable:
         report = json.loads(path.read_text(encoding="utf-8"))
         return LatencyTable(tuple(report[column]), tuple(report["step_s"]))
     except (OSError, ValueError, KeyError, TypeError, AllocationError) as error:
-        raise DataError(f"{what} {path} cannot be read: {one_line(error)}") from error
+        raise DataError(f"{what} {path}, which cannot be read: {one_line(error)}") from error

@@ -122,7 +122,7 @@ def test_measured_steps_replace_flops(tmp_path: Path) -> None:
     seconds = [time["training_s"] for time in done.rounds[0]["simulated"]["clients"]]
     assert seconds == [2.0 * 3] * 4  # 20 examples in batches of 8
     profile.write_text("{}")
-    with pytest.raises(DataError, match=r"profile\.json of fedlp-profile, but .* cannot be read"):
+    with pytest.raises(DataError, match=r"needs the device.s .*profile\.json, which cannot be read"):
         run(tmp_path / "other", *PLAIN, measured, "fleet.clock=virtual")
 
 
