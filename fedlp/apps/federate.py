@@ -24,7 +24,7 @@ from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_
 from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
-from fedlp.apps.secagg_check import check_secagg, secagg_settings
+from fedlp.apps.secagg_check import check_secagg
 from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
