@@ -121,10 +121,10 @@ class Federation:
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
+        check_rounds(config)
         check_privacy(config, self.submodels)
         check_adapters(config)
         check_evaluation(config)
-        check_rounds(config)
 
     def _with_length(self, config: RunConfig) -> RunConfig:
         """Return the config with its number of rounds."""
