@@ -36,6 +36,7 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
+from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
@@ -268,7 +269,7 @@ class AsynchronousStrategy(TimedStrategy):
         assert self.state is not None
         current = self.state
         started, self._versions = unpack_flights(current)
-        self._open_record(current.server_round, (), ())
+        self._round = RoundUnderWay(current.server_round, ())  # these clients are on no record yet
         for number, version in self._versions.items():
             self.state = version
             asked = {client_id: since for client_id, (sent, since) in started.items() if sent == number}
