@@ -72,8 +72,9 @@ def _stripped_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(manifest["config"])
     dataset, model = config["dataset"], config["model"]
     files = {"files": [Path(file).name for file in dataset["files"]]} if "files" in dataset else {}
-    config["dataset"] = dataset | {"root": None, "tokenizer": Path(dataset["tokenizer"]).name} | files
-    config["model"] = model | {"path": model["path"] and Path(model["path"]).name}
+    tokenizer = {"tokenizer": Path(dataset["tokenizer"]).name} if "tokenizer" in dataset else {}
+    path = {"path": model["path"] and Path(model["path"]).name} if "path" in model else {}
+    config["dataset"], config["model"] = dataset | {"root": None} | tokenizer | files, model | path
     return {**manifest, "config": config}
 
 

@@ -344,6 +344,79 @@ class ClientCost:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientTime:
+    """Simulated seconds of one client's part in a round; those of each phase up to its end.
+
+    Attributes
+    ----------
+    device : str
+        Device class.
+    started_s : float
+        Beginning, in seconds since the start of the run.
+    staleness : int
+        Steps of the server between download and arrival; 0 in synchronous rounds.
+    finished : bool
+        Whether its upload was complete in time.
+    """
+
+    client_id: int
+    device: str
+    started_s: float
+    download_s: float
+    training_s: float
+    upload_s: float
+    staleness: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """Use of one device class in a round, on the virtual clock.
+
+    Attributes
+    ----------
+    clients : int
+        Clients of the class in the federation.
+    asked, finished : int
+        Clients that received a sub-model in the round, and those whose update was complete in it.
+    busy_s : float
+        Sum over its clients of the seconds in which they took part.
+    utilisation : float
+        ``busy_s`` over seconds of the round times clients, in [0, 1]; 0 for a round without duration.
+    energy_j : float or None
+        Energy of ``busy_s``; None for a class without watts.
+    """
+
+    clients: int
+    asked: int
+    finished: int
+    busy_s: float
+    utilisation: float
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTime:
+    """Simulated time of a round.
+
+    Attributes
+    ----------
+    seconds : float
+        Duration, waiting for available clients included; evaluation takes none.
+    since_start_s : float
+        End of the round, in seconds since the start of the run.
+    clients : tuple of ClientTime
+        Clients whose part ended in the round, in the order of their ends.
+    devices : mapping from device class to DeviceUse
+    """
+
+    seconds: float
+    since_start_s: float
+    clients: tuple[ClientTime, ...]
+    devices: Mapping[str, DeviceUse]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationRequest:
     """Request for the metrics of a client's sub-model on its own test examples.
 
@@ -405,6 +478,8 @@ class RoundRecord:
         ``epsilon`` at ``delta`` after the round, and its noise; left out if empty.
     clipped : mapping from client id to float
         Factor of the differences of each client beyond the bound on norms, in (0, 1); left out if empty.
+    simulated : RoundTime or None
+        Time on the virtual clock; left out without one.
     """
 
     server_round: int
@@ -424,3 +499,4 @@ class RoundRecord:
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     privacy: Mapping[str, float] = field(default_factory=dict)
     clipped: Mapping[int, float] = field(default_factory=dict)
+    simulated: RoundTime | None = None

@@ -96,14 +96,16 @@ def main() -> None:
     given = parser.parse_args()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
+    path = results / "soak.json"
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, leg in LEGS.items():
-        path = results / f"{name}.json"
-        if path.exists() or given.only not in (None, name):
+        if name in done or given.only not in (None, name):
             continue
         num_clients, per_round, num_rounds, without_data = leg
         found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)), without_data)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        print(name, path.read_text()[:300], flush=True)
+        done[name] = found
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        print(name, found, flush=True)
     regenerate(results, results)
 
 

@@ -1,4 +1,4 @@
-"""The table of the soak, from ``results/*.json``."""
+"""The table of the soak, from ``results/soak.json``."""
 
 from __future__ import annotations
 
@@ -31,11 +31,8 @@ def regenerate(results: Path, out: Path) -> None:
     """Write ``tables.md``: the second twentieth of each leg that was run against its last."""
     rows = ["# Soak", "", "Second twentieth of the rounds → last twentieth.", ""]
     rows += ["| " + " | ".join(HEAD) + " |", "| --- |" + " --- |" * (len(HEAD) - 1)]
-    for name in LEGS:
-        path = results / f"{name}.json"
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text(encoding="utf-8"))
+    legs = json.loads((results / "soak.json").read_text(encoding="utf-8"))
+    for found in (legs[name] for name in LEGS if name in legs):
         first, last = found["points"][1], found["points"][-1]
         cells = [f"{found['num_clients']:,}", f"{found.get('without_data', 0):,}"]
         cells += [f"{found[key]:,}" for key in ("clients_per_round", "num_rounds")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_
 from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
-from fedlp.apps.secagg_check import check_secagg, secagg_settings
+from fedlp.apps.secagg_check import check_secagg
+from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
     check_adapters,
@@ -48,10 +49,9 @@ from fedlp.federation.costs import Costs, expected_costs
 from fedlp.federation.fleet import fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
-from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.server.strategy import FedLPStrategy, Observer
+from fedlp.federation.server.strategy import Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
@@ -121,6 +121,7 @@ class Federation:
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
+        check_rounds(config)
         check_privacy(config, self.submodels)
         check_adapters(config)
         check_evaluation(config)
@@ -269,7 +270,7 @@ class Federation:
         key = state_dir, own
         if key not in self._runtimes:
             keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
-            horizon = 2 * config.checkpoint_every
+            horizon = 2 * config.checkpoint_every if config.rounds.name == "synchronous" else config.num_rounds
             store = ClientStore(Path(state_dir), horizon) if keeps else None
             frozen = ClientStore(Path(state_dir) / "frozen", horizon) if self.submodels.spec.frozen else None
             if config.dataset.on_devices:
@@ -389,8 +390,7 @@ def _serve_rounds(
         directory.add_budgets(brought)
         return policy
 
-    secagg = secagg_settings(config)
-    strategy = (FedLPStrategy if secagg is None else partial(SecureStrategy, secagg=secagg))(
+    strategy = make_strategy(config)(
         plan.submodels,
         plan.policy,
         round_settings(config),

@@ -32,7 +32,9 @@ def round_settings(config: RunConfig) -> RoundSettings:
         entropy_coding=config.upload.entropy_coding,
         timeout_s=config.simulation.round_timeout_s,
         evaluates_tiers=config.evaluation.tiers,
-        availability=make_availability(config.fleet.availability, config.seed, config.fleet.round_s),
+        availability=make_availability(
+            config.fleet.availability, config.seed, config.fleet.round_s, config.fleet.clock == "virtual"
+        ),
         dropout=config.fleet.dropout,
         extra_clients=config.fleet.extra_clients,
     )

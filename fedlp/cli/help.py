@@ -48,7 +48,18 @@ HELP = {
         ),
         (
             *("model", "adapter", "dataset", "partition", "strategy", "upload", "aggregator", "server_optimizer"),
-            *("local", "pruner", "allocator", "fleet", "privacy", "evaluation", "simulation", "tracker", "experiment"),
+            *(
+                "local",
+                "pruner",
+                "allocator",
+                "fleet",
+                "privacy",
+                "rounds",
+                "evaluation",
+                "simulation",
+                "tracker",
+                "experiment",
+            ),
         ),
         (
             ("seed=0", "seed of every draw"),

@@ -17,7 +17,7 @@ class FederatedPruneConfig(RunConfig):
 
     trains: ClassVar[bool] = False
     unread: ClassVar[frozenset[str]] = frozenset(
-        {"strategy", "upload", "aggregator", "server_optimizer", "local", "num_rounds", "eval_every"}
+        {"strategy", "upload", "aggregator", "server_optimizer", "local", "rounds", "num_rounds", "eval_every"}
         | {"checkpoint_every", "keep_best", "callbacks", "objective"}
     )
 

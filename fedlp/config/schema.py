@@ -217,6 +217,9 @@ class DeviceConfig:
     memory_bytes: float = MISSING  # memory of the device
     flops: float = MISSING  # sustained float32 operations per second in training
     uplink_bytes_s: float = MISSING  # uplink bandwidth, bytes per second
+    downlink_bytes_s: float | None = None  # downlink bandwidth, bytes per second; that of the uplink if null
+    watts: float | None = None  # clock=virtual: power while it takes part in a round; no energy on record if null
+    profile: str | None = None  # clock=virtual: profile.json of fedlp-profile, whose measured steps replace flops
     share: float = 1.0  # share of the clients, relative to the other classes
 
 
@@ -238,6 +241,17 @@ class FleetConfig:
     dropout: float = 0.0  # probability that a client drops out after receiving its sub-model, in [0, 1)
     extra_clients: int = 0  # over-selection: clients asked beyond clients_per_round; the first answers count
     only_whole: bool = False  # whether only clients whose budget holds the whole model take part
+    clock: str = "wall"  # "wall", or "virtual": seconds that the device classes need, simulated
+
+
+@dataclass
+class RoundsConfig:
+    """Rounds: "synchronous", or "asynchronous" (FedBuff), which needs ``fleet.clock=virtual``."""
+
+    name: str = "synchronous"
+    deadline_s: float | None = None  # clock=virtual: simulated seconds after which an answer is late; none if null
+    buffer_size: int | None = None  # asynchronous: updates per step of the server; clients_per_round if null
+    staleness_exponent: float = 0.5  # asynchronous: a >= 0 of an update's factor (1 + staleness) ** -a
 
 
 @dataclass
@@ -340,5 +354,6 @@ class RunConfig:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

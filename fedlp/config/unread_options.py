@@ -120,7 +120,7 @@ def _needs(target: Callable[..., object]) -> frozenset[str] | None:
 # ---- other groups of a run
 def _groups_of_run(config: RunConfig) -> dict[str, str]:
     fleet, clients = config.fleet, config.evaluation.name != "central"
-    tiers, devices = bool(fleet.fractions), bool(fleet.devices)
+    tiers, devices, is_buffered = bool(fleet.fractions), bool(fleet.devices), config.rounds.name == "asynchronous"
     adapter, privacy = config.adapter.name != "none", _PRIVACY[config.privacy.name]
     averages = config.aggregator.name == "coverage_average" and config.privacy.name in ("none", "local_dp")
     return _named(
@@ -134,6 +134,7 @@ def _groups_of_run(config: RunConfig) -> dict[str, str]:
         *((f"evaluation.{name}", clients, "evaluation=clients or both") for name in ("clients", "personal_steps")),
         *((f"fleet.{name}", tiers, "fleet=tiers") for name in ("limited", "shares")),
         *((f"fleet.{name}", devices, "fleet=mixed") for name in ("memory_share", "seconds_per_example", "upload_s")),
+        *((f"rounds.{name}", is_buffered, "rounds=asynchronous") for name in ("buffer_size", "staleness_exponent")),
         ("upload.entropy_coding", config.upload.name not in _UNCODED, "upload=int8, int4 or int2"),
     )
 

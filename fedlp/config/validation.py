@@ -49,6 +49,7 @@ def validate(config: RunConfig) -> None:
     _validate_privacy(config.privacy)
     _choice("adapter.name", config.adapter.name, ("none", "lora"))
     _validate_evaluation(config)
+    _validate_rounds(config)
     simulation = config.simulation
     _choice("simulation.engine", simulation.engine, ("local", "ray"))
     is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
@@ -161,11 +162,17 @@ def _validate_fleet(fleet: FleetConfig) -> None:
     _require(0 <= fleet.dropout < 1, "fleet.dropout", fleet.dropout, "in [0, 1)")
     _require(fleet.extra_clients >= 0, "fleet.extra_clients", fleet.extra_clients, "at least 0")
     for name, device in fleet.devices.items():
-        for figure, value in vars(device).items():
-            fits = 0 < value < math.inf or (figure == "share" and value == 0)
+        for figure in vars(device).keys() - {"profile"}:
+            value = getattr(device, figure)
+            fits = value is None or 0 < value < math.inf or (figure == "share" and value == 0)
             _require(fits, f"fleet.devices.{name}.{figure}", value, "a finite number above 0 (a share may be 0)")
     shares = [device.share for device in fleet.devices.values()]
     _require(not shares or sum(shares) > 0, "fleet.devices", "shares", "not all 0")
+    _choice("fleet.clock", fleet.clock, ("wall", "virtual"))
+    if fleet.clock == "virtual" and not fleet.devices:
+        raise ConfigError("fleet.clock=virtual needs device classes: choose fleet=mixed, or give fleet.devices")
+    if fleet.clock == "virtual" and fleet.round_s is not None:
+        raise ConfigError("fleet.round_s is not read with fleet.clock=virtual: a trace is in seconds of that clock")
 
 
 def validate_search(config: SearchConfig) -> None:
@@ -207,6 +214,24 @@ def _validate_evaluation(config: RunConfig) -> None:
         _require(evaluation.clients >= 1, "evaluation.clients", evaluation.clients, "at least 1, or null for all")
     if evaluation.tiers and evaluation.name == "clients":
         raise ConfigError("evaluation.tiers=true needs the server's test set: choose evaluation=central or both")
+
+
+def _validate_rounds(config: RunConfig) -> None:
+    rounds, is_virtual = config.rounds, config.fleet.clock == "virtual"
+    _choice("rounds", rounds.name, ("synchronous", "asynchronous"))
+    deadline, size, exponent = rounds.deadline_s, rounds.buffer_size, rounds.staleness_exponent
+    _require(deadline is None or 0 < deadline < math.inf, "rounds.deadline_s", deadline, "seconds above 0, or null")
+    _require(0 <= exponent < math.inf, "rounds.staleness_exponent", exponent, "a finite number of at least 0")
+    if deadline is not None and not is_virtual:
+        raise ConfigError(
+            "rounds.deadline_s is in simulated seconds: set fleet.clock=virtual too, or simulation.round_timeout_s"
+        )
+    if rounds.name == "synchronous":
+        _require(size is None, "rounds.buffer_size", size, "null with rounds=synchronous")
+        return
+    least, most = max(1, config.min_clients), config.num_clients
+    fits = size is None or least <= size <= most
+    _require(fits, "rounds.buffer_size", size, f"in [{least}, num_clients={most}], or null")
 
 
 def _is_number(value: object) -> bool:

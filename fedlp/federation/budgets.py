@@ -13,7 +13,7 @@ from torch import nn
 
 from fedlp.allocation.budget.costs import CostModel, LatencyTable, given_limits, make_costs
 from fedlp.config import LocalConfig
-from fedlp.errors import ConfigError, DataError, one_line
+from fedlp.errors import AllocationError, ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings import Encoding, encoded_bytes
@@ -147,17 +147,28 @@ def read_budget(path: Path) -> Budget | None:
             raise DataError(f"the budget {path} has {name}={value!r}; a limit is a finite number above 0")
     budget = Budget(**{name: float(value) for name, value in limits.items()})
     if budget.latency_s is not None:
-        macs = _measured(path.with_name("profile.json")).most_macs(budget.latency_s)
+        macs = _measured(path.with_name("profile.json"), "macs", "a limit on latency_s needs the device's").most_macs(
+            budget.latency_s
+        )
         budget = replace(budget, macs=min(macs, budget.macs or math.inf), latency_s=None)
     return None if budget == Budget() else budget
 
 
-def _measured(path: Path) -> LatencyTable:
-    """Return the measurements of ``fedlp-profile``."""
+def read_steps(path: Path) -> LatencyTable:
+    """Return seconds of a training step by its multiply-accumulates, forward and backward, from ``profile.json``.
+
+    Raises
+    ------
+    DataError
+        If the file is absent or invalid; names it.
+    """
+    return _measured(path, "step_macs", "fleet.devices: a profile needs the device's")
+
+
+def _measured(path: Path, column: str, what: str) -> LatencyTable:
+    """Return the seconds of a step that ``fedlp-profile`` measured, by a column of its report."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return LatencyTable(tuple(report["macs"]), tuple(report["step_s"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"a limit on latency_s needs the device's {path}, which cannot be read: {one_line(error)}"
-        ) from error
+        return LatencyTable(tuple(report[column]), tuple(report["step_s"]))
+    except (OSError, ValueError, KeyError, TypeError, AllocationError) as error:
+        raise DataError(f"{what} {path}, which cannot be read: {one_line(error)}") from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.config import DeviceConfig, FleetConfig
 from fedlp.errors import ConfigError
+from fedlp.federation.budgets import read_steps
+from fedlp.federation.server.virtual_clock import Device
 from fedlp.rng import Stream, generator
 from fedlp.types import Budget
 
@@ -61,6 +64,25 @@ def fleet_kinds(config: FleetConfig, num_clients: int, seed: int) -> NDArray[np.
         return None
     counts = split_exactly(shares, num_clients)
     return generator(seed, Stream.FLEET).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+def fleet_devices(config: FleetConfig, num_clients: int, seed: int) -> tuple[Device, ...]:
+    """Return the device of each client, as speeds of a virtual clock; empty without device classes."""
+    members = fleet_kinds(config, num_clients, seed)
+    if members is None or not config.devices:
+        return ()
+    classes = [
+        Device(
+            name=name,
+            flops=device.flops,
+            downlink_bytes_s=device.downlink_bytes_s or device.uplink_bytes_s,
+            uplink_bytes_s=device.uplink_bytes_s,
+            watts=device.watts,
+            measured=None if device.profile is None else read_steps(Path(device.profile).expanduser()),
+        )
+        for name, device in config.devices.items()
+    ]
+    return tuple(classes[kind] for kind in members.tolist())
 
 
 def tier_names(config: FleetConfig, num_clients: int, seed: int) -> dict[int, str]:

@@ -12,13 +12,14 @@ from fedlp.types import Layer
 
 
 def sample_cohort(
-    seed: int, server_round: int, client_ids: Sequence[int], count: int, stream: Stream = Stream.COHORT
+    seed: int, server_round: int, client_ids: Sequence[int], count: int, stream: Stream = Stream.COHORT, draw: int = 0
 ) -> tuple[int, ...]:
-    """Return ``count`` distinct clients, uniformly, sorted."""
+    """Return ``count`` distinct clients, uniformly, sorted; ``draw`` numbers the draws of one round."""
     ordered = sorted(client_ids)
     if count >= len(ordered):
         return tuple(ordered)
-    chosen = generator(seed, stream, server_round).choice(len(ordered), size=count, replace=False)
+    key = (server_round, draw) if draw else (server_round,)
+    chosen = generator(seed, stream, *key).choice(len(ordered), size=count, replace=False)
     return tuple(sorted(ordered[i] for i in chosen))
 
 

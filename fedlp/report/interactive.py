@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.report.groups import Group, clean
-from fedlp.report.runs import Run
-from fedlp.report.summary import METRICS, FloatArray, Metric, coverage, curve, metric_of, summarize
+from fedlp.report.simulated import utilisation_figure
+from fedlp.report.summary import METRICS, FloatArray, Metric, coverage, curve, metric_of, spent_by, summarize
 from fedlp.types import RoundRecord
 
 Figure = dict[str, Any]
@@ -24,6 +24,7 @@ _AXES = (
     ("bytes_up", "uplink of all clients so far, MB", 1e6),
     ("bytes_down", "downlink of all clients so far, MB", 1e6),
     ("macs", "training of all clients so far, GMACs", 1e9),
+    ("simulated_s", "simulated time so far, h", 3600.0),
     ("wall_time_s", "measured time of the rounds so far, s", 1.0),
 )
 _COSTS = (
@@ -40,7 +41,8 @@ def figures(groups: Sequence[Group]) -> list[Figure]:
     """Return every figure for which the groups have numbers, in the order in which a reader wants them."""
     metrics = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])
     found = [figure for metric in metrics if (figure := _curves(groups, metric))]
-    found += [*_clients(groups), *_client_costs(groups), *_costs(groups), *_coverage(groups)]
+    found += [*_clients(groups), *_client_costs(groups), *_costs(groups), *utilisation_figure(groups)]
+    found += _coverage(groups)
     return [{"id": f"figure-{index}", **figure} for index, figure in enumerate(found)]
 
 
@@ -91,13 +93,7 @@ def _spent(group: Group, key: str, rounds: NDArray[np.int64]) -> FloatArray:
     if key == "round":
         return rounds.astype(np.float64)
     runs = [run for run in group.counted if run.rounds]
-    return np.mean([_spent_by(run, key, rounds) for run in runs], axis=0)  # type: ignore[no-any-return]
-
-
-def _spent_by(run: Run, key: str, rounds: NDArray[np.int64]) -> FloatArray:
-    recorded = np.array([record.server_round for record in run.rounds])
-    sums: FloatArray = np.cumsum([0.0, *(getattr(record, key) for record in run.rounds)])
-    return sums[np.searchsorted(recorded, rounds, side="right")]
+    return np.mean([spent_by(run, key, rounds) for run in runs], axis=0)  # type: ignore[no-any-return]
 
 
 # ---- clients

@@ -16,6 +16,7 @@ from fedlp.report.html import anchor, as_json, asset, number_table, plotly_scrip
 from fedlp.report.interactive import Figure, figures
 from fedlp.report.reproduce import command
 from fedlp.report.runs import find_runs
+from fedlp.report.simulated import simulated_section
 from fedlp.report.summary import summarize
 from fedlp.report.tables import columns, notes
 
@@ -99,6 +100,7 @@ def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
         "Read this with the numbers": _notes(groups),
         "Plots": _figures(found),
         "What differs": _differences(groups),
+        "Simulated time": simulated_section(groups),
         "Failures": _failures(groups),
         "Runs": _sources(groups),
         "Run it again": _commands(groups),

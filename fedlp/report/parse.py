@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlp.errors import DataError
-from fedlp.types import ClientCost, ClientEvaluation, ClientFailure, RoundRecord
+from fedlp.types import ClientCost, ClientEvaluation, ClientFailure, ClientTime, DeviceUse, RoundRecord, RoundTime
 
 COUNTERS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
 _INITIAL_ROUND: Mapping[str, Any] = {**dict.fromkeys(COUNTERS, 0), "coverage": {}} | {
@@ -53,6 +53,7 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
         phases=_phases(mapping(entry.get("phases", {}), where), where),
         privacy=_privacy(entry, where),
         clipped=_clipped(mapping(entry.get("clipped", {}), where), where),
+        simulated=round_time(mapping(entry["simulated"], where), where) if "simulated" in entry else None,
     )
 
 
@@ -119,6 +120,32 @@ def _list(entry: Mapping[str, Any], name: str, where: str) -> list[Any]:
 
 def _optional_list(entry: Mapping[str, Any], name: str, where: str) -> list[Any]:
     return _list(entry, name, where) if name in entry else []
+
+
+def round_time(item: Mapping[str, Any], where: str) -> RoundTime:
+    """Return the simulated time of a round; DataError as of :func:`round_record`."""
+    clients = (mapping(one, where) for one in _list(item, "clients", where))
+    devices = mapping(_field(item, "devices", where), where)
+    return RoundTime(
+        seconds=_amount(item, "seconds", where),
+        since_start_s=_amount(item, "since_start_s", where),
+        clients=tuple(_client_time(one, where) for one in clients),
+        devices={name: _device_use(mapping(use, where), where) for name, use in devices.items()},
+    )
+
+
+def _client_time(item: Mapping[str, Any], where: str) -> ClientTime:
+    started, *phases = (_amount(item, name, where) for name in ("started_s", "download_s", "training_s", "upload_s"))
+    client_id, staleness = (_count(item, name, where) for name in ("client_id", "staleness"))
+    device, finished = str(_field(item, "device", where)), _field(item, "finished", where) is True
+    return ClientTime(client_id, device, started, phases[0], phases[1], phases[2], staleness, finished)
+
+
+def _device_use(item: Mapping[str, Any], where: str) -> DeviceUse:
+    counts = {name: _count(item, name, where) for name in ("clients", "asked", "finished")}
+    energy = None if item.get("energy_j") is None else _amount(item, "energy_j", where)
+    busy, utilisation = (_amount(item, name, where) for name in ("busy_s", "utilisation"))
+    return DeviceUse(busy_s=busy, utilisation=utilisation, energy_j=energy, **counts)
 
 
 def is_count(value: Any) -> bool:

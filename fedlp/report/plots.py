@@ -69,6 +69,14 @@ _AXES = (
         ((1e9, "GMACs"), (1e12, "TMACs")),
         lambda one: one.macs,
     ),
+    _Axis(
+        "time",
+        "by simulated time",
+        "simulated time so far",
+        "against the seconds that the fleet's devices need, on its virtual clock",
+        ((1.0, "s"), (60.0, "min"), (3600.0, "h")),
+        lambda one: one.simulated_s,
+    ),
 )
 
 

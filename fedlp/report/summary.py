@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedlp.report.groups import Group
 from fedlp.report.runs import TOTALS, Run
+from fedlp.types import RoundRecord
 
 FloatArray = NDArray[np.float64]
 MB = 1e6
@@ -66,8 +67,8 @@ class Curve:
         Over seeds, in the metric's unit; NaN where a seed's value is not finite.
     low, high : array
         mean -/+ sample standard deviation of three or more seeds, the range of two, the value of one.
-    bytes_up, macs : array
-        Spent by the end of the round since the start of training; means over seeds.
+    bytes_up, macs, simulated_s : array
+        Spent by the end of the round since the start of training; means over seeds. 0 without a virtual clock.
     """
 
     rounds: NDArray[np.int64]
@@ -76,6 +77,7 @@ class Curve:
     high: FloatArray
     bytes_up: FloatArray
     macs: FloatArray
+    simulated_s: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,9 @@ def curve(group: Group, metric: Metric) -> Curve | None:
     if len(runs) > 2:
         deviation = values.std(axis=0, ddof=1)
         low, high = mean - deviation, mean + deviation
-    bytes_up = np.mean([_spent(run, "bytes_up", rounds) for run in runs], axis=0)
-    return Curve(rounds, mean, low, high, bytes_up, np.mean([_spent(run, "macs", rounds) for run in runs], axis=0))
+    names = ("bytes_up", "macs", "simulated_s")
+    bytes_up, macs, seconds = (np.mean([spent_by(run, name, rounds) for run in runs], axis=0) for name in names)
+    return Curve(rounds, mean, low, high, bytes_up, macs, seconds)
 
 
 def coverage(group: Group) -> tuple[list[str], NDArray[np.int64], FloatArray]:
@@ -247,10 +250,17 @@ def _reported(run: Run) -> list[str]:
     return [*(name for record in run.rounds for name in record.metrics), *run.final_metrics]
 
 
-def _spent(run: Run, name: str, rounds: NDArray[np.int64]) -> FloatArray:
+def spent_by(run: Run, name: str, rounds: NDArray[np.int64]) -> FloatArray:
+    """Return what was spent by the end of each round: a counter of the records, or ``simulated_s``."""
     recorded = np.array([record.server_round for record in run.rounds])
-    sums: FloatArray = np.cumsum([0.0, *(getattr(record, name) for record in run.rounds)])
+    sums: FloatArray = np.cumsum([0.0, *(_amount(record, name) for record in run.rounds)])
     return sums[np.searchsorted(recorded, rounds, side="right")]
+
+
+def _amount(record: RoundRecord, name: str) -> float:
+    if name != "simulated_s":
+        return float(getattr(record, name))
+    return 0.0 if record.simulated is None else record.simulated.seconds
 
 
 def _expected(group: Group, *names: str) -> float | None:

@@ -3,7 +3,8 @@
 Draws are keyed on round and client, so that a resumed run has the same ones. A trace is a CSV file with the columns
 ``client``, ``from`` and ``to``: the first and last round, both included, of a stretch of availability; an
 empty ``to`` has no end. A client without a row is never available. With a duration of a round, ``from`` and ``to`` are
-seconds since the start of the run: a client is available in the rounds that begin in one of its stretches.
+seconds since the start of the run: a client is available in the rounds that begin in one of its stretches. On a virtual
+clock they are seconds of that clock, and a client leaves at the end of its stretch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from fedlp.errors import DataError, one_line
 from fedlp.rng import Stream, generator
 
-Stretches = Mapping[int, tuple[tuple[int, float], ...]]
-"""First and last round of each stretch of availability, by client id."""
+Stretches = Mapping[int, tuple[tuple[float, float], ...]]
+"""First and last round, or second, of each stretch of availability, by client id."""
 
 _COLUMNS = ("client", "from", "to")
 
@@ -34,18 +35,42 @@ class Availability:
     probability : float
         Probability that a client is available in a round, in [0, 1]; not read if there is a trace.
     stretches : mapping, optional
-        A trace.
+        A trace in rounds.
+    seconds : mapping, optional
+        A trace in seconds of the virtual clock.
     """
 
     seed: int = 0
     probability: float = 1.0
     stretches: Stretches | None = None
+    seconds: Stretches | None = None
 
     def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
         """Return the available ones of some clients in a round, in their order."""
         if self.stretches is None and self.probability >= 1:
             return list(client_ids)
         return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
+
+    def present_at(self, now: float, server_round: int, client_ids: Iterable[int]) -> list[int]:
+        """Return the available ones of some clients at a second of the virtual clock, in their order."""
+        if self.seconds is None:
+            return self.present(server_round, client_ids)
+        return [client_id for client_id in client_ids if self.leaves_at(client_id, now) > now]
+
+    def leaves_at(self, client_id: int, now: float) -> float:
+        """Return the second at which an available client leaves; ``now`` if it is not there, infinity if it stays."""
+        if self.seconds is None:
+            return math.inf
+        end = now
+        for first, last in sorted(self.seconds.get(client_id, ())):
+            if first <= end < last:
+                end = last
+        return end
+
+    def next_arrival(self, now: float) -> float:
+        """Return the first second after ``now`` at which a stretch begins; infinity if none does."""
+        begins = (first for stretches in (self.seconds or {}).values() for first, _ in stretches if first > now)
+        return min(begins, default=math.inf)
 
     def _is_there(self, server_round: int, client_id: int) -> bool:
         if self.stretches is not None:
@@ -55,14 +80,20 @@ class Availability:
         return bool(generator(self.seed, Stream.AVAILABILITY, server_round, client_id).random() < self.probability)
 
 
-def make_availability(setting: str | float | None, seed: int, round_s: float | None = None) -> Availability:
+def make_availability(
+    setting: str | float | None, seed: int, round_s: float | None = None, is_virtual: bool = False
+) -> Availability:
     """Return the availability of a config: a trace file, a probability, or all clients always.
 
     Parameters
     ----------
     round_s : float, optional
         Duration of a round in seconds, > 0, for a trace in seconds.
+    is_virtual : bool
+        Whether a trace is in seconds of the virtual clock.
     """
+    if isinstance(setting, str) and is_virtual:
+        return Availability(seed, seconds=read_trace(Path(setting).expanduser(), in_seconds=True))
     if isinstance(setting, str):
         return Availability(seed, stretches=read_trace(Path(setting).expanduser(), round_s))
     return Availability(seed, 1.0 if setting is None else float(setting))
@@ -79,8 +110,8 @@ def draw_dropouts(seed: int, server_round: int, cohort: Iterable[int], probabili
     )
 
 
-def read_trace(path: Path, round_s: float | None = None) -> Stretches:
-    """Return the stretches of a trace file.
+def read_trace(path: Path, round_s: float | None = None, in_seconds: bool = False) -> Stretches:
+    """Return the stretches of a trace file: in rounds, also of a trace in seconds, or as they are with ``in_seconds``.
 
     Raises
     ------
@@ -92,14 +123,16 @@ def read_trace(path: Path, round_s: float | None = None) -> Stretches:
             rows = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"fleet.availability={path} cannot be read ({one_line(error)})") from error
-    found: dict[int, list[tuple[int, float]]] = {}
+    found: dict[int, list[tuple[float, float]]] = {}
     for number, row in enumerate(rows, start=2):
         if missing := [name for name in _COLUMNS if name not in row]:
             raise DataError(f"{path} has no column {missing[0]}; a trace has client, from, to (rounds)")
-        client_id, first, last = _read_row(row, f"{path}, line {number}", int if round_s is None else float)
+        client_id, first, last = _read_row(
+            row, f"{path}, line {number}", float if in_seconds or round_s is not None else int
+        )
         if round_s is not None:
-            first, last = 1 + math.ceil(first / round_s), last if last == math.inf else 1 + last // round_s
-        found.setdefault(client_id, []).append((int(first), last))
+            first, last = 1.0 + math.ceil(first / round_s), last if last == math.inf else 1 + last // round_s
+        found.setdefault(client_id, []).append((first, last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")
     return {client_id: tuple(stretches) for client_id, stretches in found.items()}

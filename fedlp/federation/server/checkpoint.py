@@ -27,7 +27,7 @@ from fedlp.errors import CheckpointError, one_line
 log = logging.getLogger("fedlp")
 
 _NAME = re.compile(r"round-(\d+)\.json")
-_MODEL, _OPTIMIZER, _MEMORY, _SUSPECTS = "model.", "optimizer.", "memory.", "suspects"
+_MODEL, _OPTIMIZER, _MEMORY, _CLOCK, _SUSPECTS = "model.", "optimizer.", "memory.", "clock.", "suspects"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class ServerState:
     ----------
     memory : mapping
         The policy's.
+    clock : mapping
+        Virtual time, and clients in flight with the versions that they train on; empty without a virtual clock.
     suspects : tuple of int
         Clients whose update broke the model in a round that was undone, sorted; their updates are rejected.
     """
@@ -47,6 +49,7 @@ class ServerState:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     suspects: tuple[int, ...] = ()
+    clock: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -55,6 +58,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     tensors = {_MODEL + name: tensor.contiguous() for name, tensor in state.params.items()}
     tensors |= {_OPTIMIZER + name: tensor.contiguous() for name, tensor in state.optimizer.items()}
     tensors |= {_MEMORY + name: tensor.contiguous() for name, tensor in state.memory.items()}
+    tensors |= {_CLOCK + name: tensor.contiguous() for name, tensor in state.clock.items()}
     if state.suspects:
         tensors[_SUSPECTS] = torch.tensor(state.suspects)
     data = save(tensors)
@@ -113,7 +117,7 @@ def read_checkpoint(folder: Path, server_round: int) -> ServerState:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     suspects = tuple(tensors[_SUSPECTS].tolist()) if _SUSPECTS in tensors else ()
-    return ServerState(server_round, part(_MODEL), part(_OPTIMIZER), part(_MEMORY), suspects)
+    return ServerState(server_round, part(_MODEL), part(_OPTIMIZER), part(_MEMORY), suspects, part(_CLOCK))
 
 
 def discard_checkpoint(folder: Path, server_round: int) -> None:

@@ -19,9 +19,17 @@ from fedlp.federation.server.reply_polling import Puller
 
 log = logging.getLogger("fedlp")
 
-ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed", 1000: "surplus"}
+ERROR_KINDS = {
+    2: "raised",
+    3: "no_reply",
+    5: "gone",
+    8: "crashed",
+    1000: "surplus",
+    1001: "late",
+    1002: "left",
+}
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
-SURPLUS = 1000  # our own: enough others have answered
+SURPLUS, LATE, LEFT = 1000, 1001, 1002  # our own: enough others have answered; a virtual clock
 _POLL_S = 0.2
 _ATTEMPTS = 3
 

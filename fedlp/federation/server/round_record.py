@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlp.models.spec import ModelSpec
-from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord
+from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord, RoundTime
 
 
 @dataclass
@@ -40,6 +40,7 @@ class RoundUnderWay:
     privacy: dict[str, float] = field(default_factory=dict)
     clipped: dict[int, float] = field(default_factory=dict)
     most_examples: float = math.inf
+    simulated: RoundTime | None = None
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -62,6 +63,7 @@ class RoundUnderWay:
             phases=self.phases,
             privacy=self.privacy,
             clipped=self.clipped,
+            simulated=self.simulated,
         )
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger("fedlp")
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _RESULTS = ("manifest.json", "model.safetensors", "model-best.safetensors")
 _TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
-_OPTIONAL = ("evaluations", "absent", "phases", "privacy", "clipped")  # left out where empty
+_OPTIONAL = ("evaluations", "absent", "phases", "privacy", "clipped", "simulated")  # left out where empty
 _KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 

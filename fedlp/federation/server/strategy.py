@@ -229,6 +229,16 @@ class FedLPStrategy(EvaluatingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions lazily, in the order of client ids."""
+        cohort = self._begin_round(server_round)
+        for instruction, bytes_down, message in self._instruct(server_round, cohort, arrays):
+            if message is None:
+                self._drop(instruction, bytes_down)
+            else:
+                self._round.assigned.append((instruction, bytes_down))
+                yield message
+
+    def _begin_round(self, server_round: int) -> tuple[int, ...]:
+        """Open the record of a round; return its cohort."""
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
@@ -236,12 +246,22 @@ class FedLPStrategy(EvaluatingStrategy):
             cohort = self._private.cohort(server_round, candidates)
         else:
             cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
+        self._open_record(server_round, cohort, present)
+        return cohort
+
+    def _open_record(self, server_round: int, cohort: tuple[int, ...], present: Sequence[int]) -> None:
+        """Open the record of a round; it begins with the costs of calibration, if there were any."""
         self._round = RoundUnderWay(server_round, cohort, absent=self._absent(present))
         self._round.most_examples = self._most_examples(cohort)
         if self._calibration is not None:
             costs, failures = self._calibration.spent()
             self._round.costs.extend(costs)
             self._round.failures.extend(failures)
+
+    def _instruct(
+        self, server_round: int, cohort: Sequence[int], arrays: ArrayRecord
+    ) -> Iterator[tuple[Assignment, int, Message | None]]:
+        """Yield each client's instruction, its bytes, and its message; None for a client that drops out."""
         dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
@@ -270,12 +290,10 @@ class FedLPStrategy(EvaluatingStrategy):
             if frozen := self.submodels.spec.frozen:
                 instruction = replace(assigned, uploads=assigned.uploads - frozen)
             content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
-            if client_id in dropped:
-                self._drop(instruction, messages.count_bytes(content))
-                continue
-            self._round.assigned.append((instruction, messages.count_bytes(content)))
-            ttl = self.settings.timeout_s
-            yield make_request(content, self._roster.node(client_id), messages.TRAIN, str(server_round), ttl)
+            bytes_down, node, ttl = messages.count_bytes(content), self._roster.node(client_id), self.settings.timeout_s
+            is_lost = client_id in dropped
+            message = None if is_lost else make_request(content, node, messages.TRAIN, str(server_round), ttl)
+            yield instruction, bytes_down, message
 
     def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""

@@ -119,4 +119,4 @@ class StrategyState(Strategy):
         return messages.encode_params({name: state.params[name] for name in self.submodels.spec.tensors})
 
 
-_EXPECTED = ("dropped_out", "surplus")  # on record, but nothing to warn of
+_EXPECTED = ("dropped_out", "surplus", "late", "left")  # on record, but nothing to warn of

@@ -1,0 +1,285 @@
+r"""Asynchronous rounds: buffered aggregation, on a virtual clock.
+
+FedBuff (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022):
+``clients_per_round`` clients train at once, each on the model that it downloaded; when one ends, another begins. The
+server steps when its buffer holds K updates. An update :math:`\Delta_i` whose client downloaded the model
+:math:`\tau_i` steps ago counts :math:`(1 + \tau_i)^{-a}` times in the mean, with :math:`a = 1/2` in the paper:
+
+.. math:: w \leftarrow w + \frac{\sum_i n_i (1 + \tau_i)^{-a} \Delta_i}{\sum_i n_i}
+
+entry by entry over the clients that returned the entry, by the run's aggregator and server optimizer. A *round* is
+what leads to one step. Events are ordered by (time, client): with equal devices, equal numbers of examples and
+K = ``clients_per_round`` each step is a round of FedAvg, bit for bit.
+
+Deviations
+----------
+The mean is weighted by ``aggregator.weighting`` (the paper: equal). A client takes part once in a step: after its end
+it is asked again once the server has stepped. Of several ends at one time all count before anyone is asked.
+
+A checkpoint holds the clients in flight, and the models and memories that they were sent; a resumed run trains them
+again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedlp.errors import FedLPError
+from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.exchange import exchange
+from fedlp.federation.server.flights import pack_flights, unpack_flights
+from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.state_check import RoundGuard
+from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
+from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
+from fedlp.federation.strategies.policy import Answer, offset_of
+from fedlp.pruning.tracing.widths import slice_tensor
+from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
+
+
+@dataclass
+class Flight:
+    """A client in flight.
+
+    Attributes
+    ----------
+    frozen : bytes
+        Digest of the frozen tensors of its sub-model; empty without.
+    course : Course or None
+        Outcome; None until it is computed, which is not before an event may depend on it.
+    earliest_s : float
+        Second before which it does not end.
+    """
+
+    asked: Asked
+    frozen: bytes
+    course: Course | None
+    earliest_s: float
+
+    @property
+    def due(self) -> tuple[float, int]:
+        """Place among the events: end, or its lower bound, and client."""
+        ends = self.earliest_s if self.course is None else self.course.part.ends_s
+        return ends, self.asked.instruction.client_id
+
+
+Arrived = dict[int, tuple[Assignment, ClientUpdate]]
+"""Updates in the buffer, by client."""
+
+
+class AsynchronousStrategy(TimedStrategy):
+    """Flower strategy of all methods with buffered asynchronous aggregation.
+
+    Parameters
+    ----------
+    buffer_size : int
+        Updates per step of the server, >= 1.
+    staleness_exponent : float
+        a >= 0 of an update's factor (1 + staleness) ** -a.
+    *args, **kwargs
+        Parameters of ``TimedStrategy``.
+    """
+
+    def __init__(
+        self, *args: Any, clock: VirtualClock, buffer_size: int, staleness_exponent: float, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, clock=clock, **kwargs)
+        self._buffer_size, self._exponent = buffer_size, staleness_exponent
+        self._flights: dict[int, Flight] = {}
+        self._versions: dict[int, ServerState] = {}  # by the round in which clients in flight were asked
+        self._ended: list[Part] = []  # in this round
+        self._begun: list[int] = []
+        self._draws = 0
+
+    # ---- a round
+    def _train_round(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Process events until the buffer is full; step."""
+        assert self.state is not None
+        if not self._flights and "started" in self.state.clock:
+            self._restore()
+        begun, self._ended, self._begun, self._draws = self.now, [], [], 0
+        self._open_record(server_round, (), self._present(server_round))
+        now = begun + self._calibration_s(self._round.costs)
+        guard = RoundGuard(self.state, self._trainable, self._sends_weights)
+        arrived: Arrived = {}
+        while len(arrived) < self._buffer_size:
+            flight = self._next(grid, timeout)
+            if flight is None or flight.due[0] > now:  # all ends until now have counted
+                self._ask(server_round, now, arrays)
+                flight = self._next(grid, timeout)
+            ends = math.inf if flight is None else max(now, flight.due[0])
+            if (arrival := self._next_arrival(now)) < ends:
+                now = arrival
+            elif flight is None:
+                break
+            else:
+                now = ends
+                self._land(server_round, flight, arrived, guard)
+        return self._step(server_round, begun, now, arrived, guard)
+
+    def _next(self, grid: Grid, timeout: float) -> Flight | None:
+        """Return the flight that ends first; None if there is none."""
+        while self._flights:
+            first = min(self._flights.values(), key=lambda flight: flight.due)
+            if first.course is not None:
+                return first
+            self._train([flight for flight in self._flights.values() if flight.course is None], grid, timeout)
+        return None
+
+    def _train(self, flights: Iterable[Flight], grid: Grid, timeout: float) -> None:
+        """Train clients in flight; which are trained together changes no result."""
+        waiting = sorted(flights, key=lambda flight: (flight.asked.instruction.server_round, flight.due[1]))
+        requests = [flight.asked.message for flight in waiting if flight.asked.message is not None]
+        for flight, reply in zip(waiting, exchange(grid, requests, timeout), strict=True):
+            flight.course = self._answered(flight.asked, reply)
+
+    def _next_arrival(self, now: float) -> float:
+        """Return the second at which more clients may be asked; infinity if as many train as may."""
+        if len(self._flights) >= self.settings.clients_per_round:
+            return math.inf
+        return self.settings.availability.next_arrival(now)
+
+    # ---- down
+    def _ask(self, server_round: int, now: float, arrays: ArrayRecord) -> None:
+        """Send the current model to as many clients as may train at once."""
+        assert self.state is not None
+        busy = {*self._flights, *(part.client_id for part in self._ended)}
+        busy |= {failure.client_id for failure in self._round.failures}
+        candidates = [i for i in self._present_at(now, server_round) if self._takes_part(i) and i not in busy]
+        free = self.settings.clients_per_round - len(self._flights)
+        if free <= 0 or not candidates:
+            return
+        cohort = sample_cohort(self.settings.seed, server_round, candidates, free, draw=self._draws)
+        self._draws += 1
+        self._versions[server_round] = self.state
+        self._send(server_round, dict.fromkeys(cohort, now), arrays)
+        self._begun += [client_id for client_id in cohort if client_id in self._flights]
+
+    def _send(self, server_round: int, started: Mapping[int, float], arrays: ArrayRecord) -> None:
+        """Put clients in flight on the model of the state, each from its second on."""
+        for instruction, bytes_down, message in self._instruct(server_round, sorted(started), arrays):
+            client_id = instruction.client_id
+            asked = Asked(instruction, bytes_down, message, started[client_id])
+            digest = self._round.frozen.pop(client_id, b"")
+            self._flights[client_id] = Flight(asked, digest, self._course(asked), self._lower_bound(asked))
+
+    # ---- up
+    def _land(self, server_round: int, flight: Flight, arrived: Arrived, guard: RoundGuard) -> None:
+        """End a client's part: its update enters the buffer, or its failure is counted."""
+        asked, course = flight.asked, flight.course
+        assert course is not None
+        instruction = asked.instruction
+        client_id = instruction.client_id
+        del self._flights[client_id]
+        self._ended.append(replace(course.part, staleness=server_round - instruction.server_round))
+        if flight.frozen:
+            self._round.frozen[client_id] = flight.frozen
+        if course.reply is None:
+            self._drop(instruction, asked.bytes_down)
+        elif (update := self._receive(instruction, asked.bytes_down, course.reply, guard)) is not None:
+            arrived[client_id] = instruction, update
+
+    def _drop(self, instruction: Assignment, bytes_down: int) -> None:
+        """Count a client that received its sub-model and dropped out."""
+        client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
+        self._round.costs.append(ClientCost(client_id, 0, bytes_down, 0, layout.num_params(), 0, 0.0))
+        self._fail(client_id, "dropped_out", FedLPError("it dropped out, as fleet.dropout has it"))
+
+    def _step(
+        self, server_round: int, begun: float, now: float, arrived: Arrived, guard: RoundGuard
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Make a step of the server with the buffer's updates, in the order of client ids."""
+        assert self.state is not None
+        average = self._begin(server_round, self.state)
+        losses: list[tuple[float, int]] = []
+        answers: list[Answer] = []
+        for _, (instruction, update) in sorted(arrived.items()):
+            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+            values = self._discounted(server_round, instruction, update)
+            average.add(values, layout.keeps, self._weight(update, instruction))
+            answers.append((instruction, update.report()))
+            if "train-loss" in update.metrics:
+                losses.append((update.metrics["train-loss"], update.num_examples))
+        refused = [failure.client_id for failure in self._round.failures]
+        self._round.cohort = tuple(sorted({*refused, *(part.client_id for part in self._ended)}))
+        found = self._conclude(server_round, average, guard, answers, losses, len(arrived))
+        flying = [_part(flight) for flight in self._flights.values()]
+        self._round.simulated = self._clock.round_time(begun, now, self._begun, self._ended, flying)
+        self._keep(now)
+        return found
+
+    def _discounted(self, server_round: int, instruction: Assignment, update: ClientUpdate) -> Mapping[str, Tensor]:
+        """Return an update as one of the current model; integers as they are.
+
+        With weights, it is the current values plus the discounted difference from those that the client received.
+        """
+        assert self.state is not None
+        staleness = server_round - instruction.server_round
+        if not staleness:
+            return update.params
+        factor = (1.0 + staleness) ** -self._exponent
+        floats = {name: values.double() for name, values in update.params.items() if values.is_floating_point()}
+        if self._sends_weights:
+            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+            now, then = layout.slice(self.state.params), self._sent(instruction, update)
+            found = {name: now[name].double() + factor * (values - then[name]) for name, values in floats.items()}
+        else:
+            found = {name: factor * values for name, values in floats.items()}
+        return {**update.params, **{name: values.to(update.params[name].dtype) for name, values in found.items()}}
+
+    def _sent(self, instruction: Assignment, update: ClientUpdate) -> dict[str, Tensor]:
+        """Return the values that a client received of the units that it returns; float64."""
+        version = self._versions[instruction.server_round]
+        held = self.submodels.layout(instruction.submodel)
+        layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+        found = {name: values.double() for name, values in layout.slice(version.params).items()}
+        for name, offset in offset_of(self.policy, instruction.client_id, version.memory).values.items():
+            if name in found and not held.is_whole:
+                part = offset
+                if name in layout.keeps:
+                    keeps = layout.keeps[name]
+                    outer = held.keeps.get(name)
+                    within = keeps if outer is None else [k.within(o) for k, o in zip(keeps, outer, strict=True)]
+                    part = slice_tensor(offset, tuple(within))
+                found[name] = found[name] + part
+        return found
+
+    # ---- state
+    def _keep(self, now: float) -> None:
+        """Note time and clients in flight in the state; forget models that none of them was sent."""
+        assert self.state is not None
+        asked = [flight.asked for flight in self._flights.values()]
+        rounds = {one.instruction.server_round for one in asked}
+        self._versions = {number: self._versions[number] for number in sorted(rounds)}
+        started = {one.instruction.client_id: (one.instruction.server_round, one.started_s) for one in asked}
+        self._set_clock(pack_flights(now, started, self._versions, self.state))
+
+    def _restore(self) -> None:
+        """Put the clients of a checkpoint in flight again, on the models that they were sent."""
+        assert self.state is not None
+        current = self.state
+        started, self._versions = unpack_flights(current)
+        self._round = RoundUnderWay(current.server_round, ())  # these clients are on no record yet
+        for number, version in self._versions.items():
+            self.state = version
+            asked = {client_id: since for client_id, (sent, since) in started.items() if sent == number}
+            self._send(number, asked, self._encode_model(version))
+        self.state = current
+
+
+def _part(flight: Flight) -> Part:
+    """Return the part of a client that is still in flight, at least up to now."""
+    if flight.course is not None:
+        return flight.course.part
+    client_id, started = flight.asked.instruction.client_id, flight.asked.started_s
+    return Part(client_id, started, Phases(flight.earliest_s - started), False)  # the step is not later
