@@ -152,7 +152,7 @@ def fisher_sums(
 def _few_positions(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the batches; of a language model's in parts, as its logits are large."""
     for batch in batches:
-        yield from batch.split(max(1, _POSITIONS // batch.shape[1])) if is_language_model(model) else (batch,)
+        yield from torch.split(batch, max(1, _POSITIONS // batch.shape[1]) if is_language_model(model) else len(batch))
 
 
 @contextmanager
@@ -161,12 +161,11 @@ def _recomputed_blocks(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if is_language_model(model):
             config: Any = model.config
-            stack.callback(setattr, config, "use_cache", getattr(config, "use_cache", None))
-            config.use_cache = False  # a block that runs twice would write to it twice
+            if getattr(config, "use_cache", False):  # a block that runs twice would write to it twice
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
             for block in model.get_submodule(path_of_blocks(model)).children():
-                block.forward = partial(  # type: ignore[method-assign]
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
                 stack.callback(block.__dict__.pop, "forward")
         yield
 

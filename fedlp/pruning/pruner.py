@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedlp.errors import AllocationError
 from fedlp.models.forward import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.calibration import Calibration, leading_examples
 from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects, make_readers
@@ -27,7 +27,7 @@ from fedlp.pruning.scores.evidence import Evidence
 from fedlp.pruning.scores.view import LayerView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
-from fedlp.pruning.tracing.widths import WidthSpec, cut_model
+from fedlp.pruning.tracing.widths import WidthSpec, cut_in_place, cut_model
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
@@ -35,6 +35,7 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 log = logging.getLogger("fedlp")
 
+_FISHER_VECTORS = 4  # positions of text per output that are sufficient for the Fisher information
 _FEW = 10  # calibration vectors per input, below which a line says so
 
 
@@ -81,13 +82,21 @@ class Pruner:
         Its width axes.
     layers : sequence of PrunableLayer
         Layers to remove units from, in the order of the model.
+    in_place : bool
+        Whether the model itself is pruned, without a copy.
     """
 
     def __init__(
-        self, model: nn.Module, spec: WidthSpec, layers: Sequence[PrunableLayer], data: Calibration, method: Method
+        self,
+        model: nn.Module,
+        spec: WidthSpec,
+        layers: Sequence[PrunableLayer],
+        data: Calibration,
+        method: Method,
+        in_place: bool = False,
     ) -> None:
-        self.spec, self.layers, self.data, self.method = spec, layers, data, method
-        self.model = cut_model(model, spec, {}).eval()  # a copy
+        self.spec, self.layers, self.data, self.method, self.in_place = spec, layers, data, method, in_place
+        self.model = model.eval() if in_place else cut_model(model, spec, {}).eval()
         self._rng = torch.Generator().manual_seed(data.seed)
         self.norms = following_batch_norms(self.model, data.batches[0])
         self._fisher: Mapping[str, Tensor] = {}
@@ -143,6 +152,8 @@ class Pruner:
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
+        if collector is not None:
+            collector.close()
         self._warn_of_few(few)
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
 
@@ -174,22 +185,30 @@ class Pruner:
                 everything = torch.arange(layer.num_units)
                 readers = self.readers(layer) if collector is None else collector.collect(layer)
                 self._rewrite(layer, readers, everything[~torch.isin(everything, keeps[layer.name])])
+        if collector is not None:
+            collector.close()
         return self.model
 
     # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
         """Return the collector of the layers' statistics, and of the dense model's outputs if given."""
-        return Collector(self.model, dense, self.layers, self.data.batches, self.norms, self.method.shrinks)
+        method, batches = self.method, self.data.batches
+        diagonal = not method.needs_moments
+        return Collector(self.model, dense, self.layers, batches, self.norms, method.shrinks, diagonal, pauses=True)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
         data, measure = self.data, shrunk_fisher if self.method.shrinks else output_fisher
-        return measure(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
+        batches = data.batches
+        if not logits_only:
+            widest = max(len(weight_matrix(self.model.get_submodule(path))) for path in paths)
+            batches = leading_examples(batches, _FISHER_VECTORS * widest)
+        return measure(self.model, paths, batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
         """Return the model with the removed units cut out and its batch norms' statistics re-estimated."""
-        model = cut_model(self.model, self.spec, widths)
+        model = (cut_in_place if self.in_place else cut_model)(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
         return model
@@ -199,7 +218,9 @@ class Pruner:
         """Return the collector of the layers' statistics; None where the method needs none of them."""
         if not self.method.needs_inputs:
             return None
-        return self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        if not self.method.corrects:
+            return self.collector(None)
+        return self.collector(self.model if is_language_model(self.model) else cut_model(self.model, self.spec, {}))
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return a layer's readers, without statistics."""

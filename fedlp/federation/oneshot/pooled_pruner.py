@@ -143,3 +143,7 @@ class PooledCollector:
             if reader.half is not None and len(halves) > 1:
                 reader.half = halves[0]
         return readers
+
+    def close(self) -> None:
+        """Release what is held between layers."""
+        self._example.close()

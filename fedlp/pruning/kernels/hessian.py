@@ -190,6 +190,56 @@ class Moments:
         return self.target_total / self.count
 
 
+@dataclass(slots=True)
+class DiagonalMoments:
+    """Running sums over input vectors x of one layer, for what reads no more than their means and squares.
+
+    Attributes
+    ----------
+    count : int
+        Vectors seen.
+    total, squares : (n,)
+        Sums of x and of x².
+    """
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device | str = "cpu") -> DiagonalMoments:
+        """Return empty sums, float64."""
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        return cls(0, total, total.clone())
+
+    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add (tokens, n) inputs; any float dtype."""
+        for rows in torch.split(inputs, _ROWS):
+            x = rows.to(self.total.dtype)
+            self.total += x.sum(dim=0)
+            self.squares += x.square_().sum(dim=0) if x is not rows else x.square().sum(dim=0)
+        self.count += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each input, (n,)."""
+        return self.total / self.count
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each input, (n,)."""
+        return self.squares / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each input, (n,), >= 0."""
+        return (self.square_mean - self.mean.square()).clamp_(min=0.0)
+
+    def hessian(self, centred: bool) -> Tensor:
+        """Raise CalibrationError: the Hessian was not collected."""
+        raise CalibrationError("a score reads second moments without saying so: add 'moments' to its needs")
+
+
 def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> Tensor:
     r"""Return the inverse of :math:`H + \lambda\,\overline{\operatorname{diag} H}\,I`, (n, n), as below."""
     return torch.cholesky_inverse(factor_hessian(hessian, damping, layer, count))
