@@ -18,6 +18,7 @@ from torch import nn
 from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
+from fedlp.apps.prune_state import PruneState, fingerprint
 from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
@@ -58,6 +59,8 @@ class Subject:
 def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     """Prune a model, write it to ``out/model`` and the report to ``out/prune.json``; return the report.
 
+    A call that was killed goes on in the same ``out`` at the layer where it was, to the same bytes.
+
     Raises
     ------
     FedLPError
@@ -76,8 +79,10 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         calibration = draw_calibration(config, subject, reads_calibration(config, method))
         dense = measure_size(subject.model, subject)
         in_place = is_language_model(subject.model)
-        pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method, in_place)
-        kept = allocate(config, subject, calibration, pruner)
+        state = PruneState(out / "state", fingerprint(to_yaml(config), subject.model))
+        pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method, in_place, state)
+        kept = state.kept or allocate(config, subject, calibration, pruner)
+        state.keep(kept)
         pruned = pruner.prune(kept, _show_progress(subject.layers))
         if config.finetune.name == "newton":
             paths = [path for layer in subject.layers for path in layer.readers]
@@ -100,6 +105,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (out / "layers.png").write_bytes(draw_layers(report["layers"], f"{config.pruner.name}, {config.allocator.name}"))
     (out / "prune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    state.clear()
     return report
 
 

@@ -28,6 +28,9 @@ class Collects(Protocol):
     def collect(self, layer: PrunableLayer) -> list[Reader]:
         """Return the layer's readers with the statistics of their inputs."""
 
+    def reach(self, layer: PrunableLayer) -> None:
+        """Go on to a layer whose statistics are not needed, before it changes."""
+
     def close(self) -> None:
         """Release what is held between layers."""
 
@@ -103,11 +106,7 @@ class Collector:
         origins : mapping from path to (n,), optional
             Origin that is subtracted from each reader's inputs.
         """
-        while self._run.current < self._run.stage_of(layer.readers[0]):
-            self._run.advance()
-            if self._dense is not None:
-                self._dense.advance()
-            self._copy_stage()
+        self.reach(layer)
         earlier = self._earlier(layer) if self._dense is not None else []
         watched = [self._model.get_submodule(path) for path in (*earlier, *layer.readers)]
         readers = self.readers(layer)
@@ -132,6 +131,14 @@ class Collector:
             if reader.half is not None:
                 reader.moments.include(reader.half)
         return readers
+
+    def reach(self, layer: PrunableLayer) -> None:
+        """Go on to a layer, before it changes; layers come in the order of the model."""
+        while self._run.current < self._run.stage_of(layer.readers[0]):
+            self._run.advance()
+            if self._dense is not None:
+                self._dense.advance()
+            self._copy_stage()
 
     def _add(self, reader: Reader, batch: int, columns: Tensor, aim: Tensor | None) -> None:
         """Add vectors and targets to a reader's moments; where there are halves, only the rest to those of all."""

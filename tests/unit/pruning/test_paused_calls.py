@@ -116,4 +116,4 @@ def test_products_in_float32_keep_the_digits_of_what_varies(offset: float) -> No
         ):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().mean()))
     torch.testing.assert_close(diagonal.variance, exact.variance, rtol=1e-9, atol=0.0)
-    torch.testing.assert_close(fast.mean, exact.mean, rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(fast.mean, exact.mean, rtol=1e-7, atol=1e-6)
