@@ -100,7 +100,8 @@ METHODS = {
     "FLAP": Method(Flap(), recovery="bias"),
     "magnitude": Method(Magnitude(), recovery="none"),
 }
-RULES, RATIOS = ("dp", "uniform"), (0.2, 0.33)
+RULES, RATIOS = ("dp", "uniform"), (0.2, 0.33)  # by default; any of ALL_RULES
+ALL_RULES = (*RULES, "log_depth", "owl", "dsa")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=float, nargs="+", default=[2, 8, 32, 128], help="per input, widest reader")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--rules", nargs="+", choices=ALL_RULES, default=list(RULES))
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--collect", action="store_true", help="run nothing, only write the table")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ A rule lists its ``needs``; a round refuses a rule whose needs cannot be met the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -29,6 +29,32 @@ from fedlp.types import PrunableLayer
 
 Array = NDArray[np.floating[Any]]
 NEEDS = ("weights", "input_norms", "unit_scores", "error_curves", "model")
+
+
+class ByLayer(Mapping[str, Any]):
+    """Mapping whose values are computed anew at each access, since all of them together may be larger than the model.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Layers, in order.
+    compute : callable
+        Returns the value of one layer.
+    """
+
+    def __init__(self, names: Sequence[str], compute: Callable[[str], Any]) -> None:
+        self._names, self._compute = tuple(names), compute
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class AllocationRule(Protocol):
@@ -100,17 +126,17 @@ class Evidence:
     @cached_property
     def wanda(self) -> Mapping[str, Array]:
         r"""Wanda's metric :math:`|W_{ij}| \sqrt{E x_j^2}` (Sun et al., ICLR 2024) of each layer's elements, flat."""
-        found = {}
-        for layer in self.layers:
-            pairs = zip(self.weights[layer.name], self.input_norms[layer.name], strict=True)
-            parts = [wanda_elements(weight.reshape(len(weight), -1), squares).ravel() for weight, squares in pairs]
-            found[layer.name] = np.concatenate(parts)
-        return found
+        return ByLayer([layer.name for layer in self.layers], self._wanda_of)
+
+    def _wanda_of(self, name: str) -> Array:
+        pairs = zip(self.weights[name], self.input_norms[name], strict=True)
+        return np.concatenate([wanda_elements(w.reshape(len(w), -1), squares).ravel() for w, squares in pairs])
 
     @cached_property
     def wanda_statistics(self) -> Sequence[LayerStatistics]:
         """Reductions of Wanda's metric alone."""
-        return compute_statistics(self.layers, {name: {"wanda": values} for name, values in self.wanda.items()})
+        elements = ByLayer([layer.name for layer in self.layers], lambda name: {"wanda": self._wanda_of(name)})
+        return compute_statistics(self.layers, elements)
 
     def _get(self, need: str) -> Any:
         if need not in self._suppliers:

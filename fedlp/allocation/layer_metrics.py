@@ -109,6 +109,18 @@ def compute_statistics(
     return tuple(found)
 
 
+def outlier_fraction(elements: ArrayLike, where: str) -> float:
+    """Return the fraction of elements above 5 times their mean: ``table["wanda", "id", "outlier"]`` of Wanda's metric.
+
+    Raises
+    ------
+    AllocationError
+        If there are no elements, or negative or non-finite ones; names ``where``.
+    """
+    values = _checked(elements, where)
+    return float(np.mean(values > _OUTLIER * values.mean()))
+
+
 def wanda_elements(weight: ArrayLike, mean_square: ArrayLike) -> Vector:
     r"""Return :math:`|W_{ij}| \sqrt{E x_j^2}`, (out, n), of a matrix (out, n) and its inputs' mean squares (n,)."""
     return np.abs(np.asarray(weight, dtype=np.float64)) * np.sqrt(np.asarray(mean_square, dtype=np.float64))

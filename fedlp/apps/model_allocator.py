@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from fedlp import registry
 from fedlp.allocation.budget.solve import Cost, allocate_shape
-from fedlp.allocation.evidence import Evidence
+from fedlp.allocation.evidence import ByLayer, Evidence
 from fedlp.allocation.layer_metrics import LayerStatistics, Leaf, compute_statistics
 from fedlp.allocation.rules.dp import allocate_by_curves
+from fedlp.pruning.layer_statistics import Collector
 from fedlp.pruning.precomputed_models import PrecomputedModel
 from fedlp.pruning.pruner import Pruner
 from fedlp.pruning.reader_layers import Reader
@@ -20,8 +21,6 @@ from fedlp.pruning.scores.criterion import saliencies
 from fedlp.pruning.scores.flap import Flap
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.types import PrunableLayer
-
-Readers = Mapping[str, Sequence[Reader]]
 
 
 def rule_names() -> tuple[str, ...]:
@@ -72,8 +71,8 @@ class Allocator:
             self.layers,
             0.5,
             weights=self._weights,
-            input_norms=lambda: self._of_readers(lambda r: r.moments.square_mean.cpu().numpy()),
-            unit_scores=self._fluctuations,
+            input_norms=lambda: self._diagonals[0],
+            unit_scores=lambda: self._diagonals[1],
             error_curves=lambda: self._curves,
             model=lambda: self._statistics,
         )
@@ -84,27 +83,42 @@ class Allocator:
         return PrecomputedModel(self._pruner, self._pruner.data.batches[:1])
 
     @cached_property
-    def _readers(self) -> Readers:
-        """The readers of each layer with statistics of their inputs; no elimination is computed for them."""
+    def _diagonals(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Mean squares of the readers' inputs and fluctuations of units, by layer; no layer's readers are kept."""
+        squares, fluctuations, score = dict[str, list[Any]](), dict[str, Any](), Flap()
+        for layer, readers in self._read():
+            squares[layer.name] = [reader.statistics.square_mean.cpu().numpy() for reader in readers]
+            fluctuations[layer.name] = saliencies(score, self._pruner.view(layer, readers, score)).numpy()
+        return squares, fluctuations
+
+    def _read(self) -> Iterator[tuple[PrunableLayer, Sequence[Reader]]]:
+        """Yield each layer with its readers, and the means and mean squares of their inputs."""
         if "precomputed" in self.__dict__:
-            return self.precomputed.readers
-        collector = self._pruner.collector(None)
-        found = {layer.name: collector.collect(layer) for layer in self.layers}
-        for reader in [reader for readers in found.values() for reader in readers]:
-            reader.half = None  # nothing is solved for
+            yield from ((layer, self.precomputed.readers[layer.name]) for layer in self.layers)
+            return
+        pruner = self._pruner
+        collector = Collector(
+            pruner.model, None, self.layers, pruner.data.batches, pruner.norms, diagonal=True, pauses=True
+        )
+        yield from ((layer, collector.collect(layer)) for layer in self.layers)
+        collector.close()
+
+    def _weights(self) -> Mapping[str, Any]:
+        layers = {layer.name: layer for layer in self.layers}
+        return ByLayer(list(layers), lambda name: self._weights_of(layers[name]))
+
+    def _weights_of(self, layer: PrunableLayer) -> list[Any]:
+        if "precomputed" in self.__dict__:  # whose modules have taken on other weights
+            return [reader.shaped_weight().cpu().numpy() for reader in self.precomputed.readers[layer.name]]
+        return [reader.shaped_weight().cpu().numpy() for reader in self._pruner.readers(layer)]
+
+    def _predicted_losses(self) -> dict[str, tuple[float, ...]]:
+        """Return the losses that eliminations predict, layer by layer; nothing else of a layer is kept."""
+        collector, found = self._pruner.collector(None), dict[str, tuple[float, ...]]()
+        for layer in self.layers:
+            found[layer.name] = self._pruner.removal_order(layer, collector.collect(layer), layer.num_units - 1).losses
+        collector.close()
         return found
-
-    def _weights(self) -> dict[str, list[Any]]:
-        readers = self._pruner.readers
-        return {layer.name: [r.shaped_weight().cpu().numpy() for r in readers(layer)] for layer in self.layers}
-
-    def _of_readers(self, read: Any) -> dict[str, list[Any]]:
-        return {name: [read(reader) for reader in found] for name, found in self._readers.items()}
-
-    def _fluctuations(self) -> dict[str, Any]:
-        score = Flap()
-        views = [self._pruner.view(layer, self._readers[layer.name], score) for layer in self.layers]
-        return {view.layer.name: saliencies(score, view).numpy() for view in views}
 
     @cached_property
     def _statistics(self) -> tuple[LayerStatistics, ...]:
@@ -134,5 +148,5 @@ class Allocator:
     def _curves(self) -> Mapping[str, Sequence[float]]:
         """Each layer's loss over units removed: predicted for language models, measured for classifiers."""
         if is_language_model(self._pruner.model):
-            return self.precomputed.losses
+            return self.precomputed.losses if "precomputed" in self.__dict__ else self._predicted_losses()
         return self.precomputed.on(self._pruner.data.batches).divergence_curves()

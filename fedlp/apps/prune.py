@@ -18,6 +18,7 @@ from torch import nn
 from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
+from fedlp.apps.prune_state import PruneState, fingerprint
 from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
@@ -27,6 +28,7 @@ from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.io.model_files import export_onnx, round_weights, save_classifier, save_language_model
 from fedlp.pruning.kernels.newton import mean_loss, newton_steps
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
+from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
@@ -57,6 +59,8 @@ class Subject:
 def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     """Prune a model, write it to ``out/model`` and the report to ``out/prune.json``; return the report.
 
+    A call that was killed goes on in the same ``out`` at the layer where it was, to the same bytes.
+
     Raises
     ------
     FedLPError
@@ -71,10 +75,14 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         if config.finetune.name == "newton":
             task_of(subject.info).require_softmax("finetune=newton", subject.info)
         before = evaluate(subject.model, subject, config)
-        calibration = draw_calibration(config, subject)
         method = make_method(config.pruner)
-        pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method)
-        kept = allocate(config, subject, calibration, pruner)
+        calibration = draw_calibration(config, subject, reads_calibration(config, method))
+        dense = measure_size(subject.model, subject)
+        in_place = is_language_model(subject.model)
+        state = PruneState(out / "state", fingerprint(to_yaml(config), subject.model))
+        pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method, in_place, state)
+        kept = state.kept or allocate(config, subject, calibration, pruner)
+        state.keep(kept)
         pruned = pruner.prune(kept, _show_progress(subject.layers))
         if config.finetune.name == "newton":
             paths = [path for layer in subject.layers for path in layer.readers]
@@ -88,7 +96,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         pruned.model.cpu()
         save_pruned(pruned, subject, config, out / "model")
-        report = make_report(config, subject, pruned, before, after) | {
+        report = make_report(config, subject, pruned, before, after, dense) | {
             "wall_time_s": time.monotonic() - started,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -97,6 +105,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (out / "layers.png").write_bytes(draw_layers(report["layers"], f"{config.pruner.name}, {config.allocator.name}"))
     (out / "prune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    state.clear()
     return report
 
 
@@ -143,8 +152,11 @@ def _load_run(model: nn.Module, path: Path) -> None:
         tensor.copy_(stored[name])
 
 
-def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
-    """Return random prepared training examples; only windows without padding of text."""
+def draw_calibration(config: PruneConfig, subject: Subject, is_read: bool = True) -> Calibration:
+    """Return random prepared training examples; only windows without padding of text.
+
+    The loss of one example tells a wrong tokenizer, unless the model never reads them (``is_read``).
+    """
     train = whole_examples(subject.data.train, subject.info)
     wanted = config.calibration.examples
     if wanted > len(train):
@@ -155,20 +167,30 @@ def draw_calibration(config: PruneConfig, subject: Subject) -> Calibration:
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
     data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
-    if subject.spec.reads_tokens:
-        check_language_loss(mean_loss(subject.model, data), subject.info, subject.tokenizer)
+    if subject.spec.reads_tokens and is_read:
+        first = data.batches[0][:1]  # the loss is far off, or not at all
+        few = replace(data, batches=[first], labels=[data.labels[0][: first.numel()]])
+        check_language_loss(mean_loss(subject.model, few), subject.info, subject.tokenizer)
     return data
+
+
+def reads_calibration(config: PruneConfig, method: Method) -> bool:
+    """Return whether the model runs on the calibration examples: for scores, recovery, allocation or Newton steps."""
+    scores = method.needs_inputs or method.fisher or bool(method.score.needs & {"gradients", "model"})
+    allocates = bool(needs_of(config.allocator.make()) - {"weights"})
+    return scores or allocates or config.finetune.name == "newton"
 
 
 def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pruner: Pruner) -> dict[str, int]:
     """Return the units kept of each layer, within the config's target, biases that pruning adds included."""
     cost, limit = _target(config, subject, pruner)
     rule = config.allocator.make()
-    measures = bool(needs_of(rule) & {"error_curves", "model"})
+    needs = needs_of(rule)
+    measures = bool(needs & {"error_curves", "model"})
     method = Method(fisher=True, damping=config.pruner.damping, keeps_batch_norm=True) if measures else Method()
-    return Allocator(Pruner(subject.model, subject.widths, subject.layers, calibration, method), cost).allocate(
-        rule, limit
-    )
+    in_place = is_language_model(subject.model) and "model" not in needs  # which tries other widths
+    dense = Pruner(subject.model, subject.widths, subject.layers, calibration, method, in_place)
+    return Allocator(dense, cost).allocate(rule, limit)
 
 
 def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:
@@ -250,18 +272,36 @@ def save_model(
         export_onnx(model, spec.example_inputs(1), folder / "model.onnx")
 
 
+def measure_size(model: nn.Module, subject: Subject) -> tuple[int, float]:
+    """Return a model's parameters, and its multiply-accumulates per example."""
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return params, count_macs(model, subject.spec.example_inputs(1)).forward
+
+
 def make_report(
-    config: PruneConfig, subject: Subject, pruned: Pruned, before: dict[str, float], after: dict[str, float]
+    config: PruneConfig,
+    subject: Subject,
+    pruned: Pruned,
+    before: dict[str, float],
+    after: dict[str, float],
+    dense: tuple[int, float] | None = None,
 ) -> dict[str, Any]:
-    """Return the content of ``prune.json`` of a pruned model, without time and memory."""
-    inputs = subject.spec.example_inputs(1)
+    """Return the content of ``prune.json`` of a pruned model, without time and memory.
+
+    Parameters
+    ----------
+    dense : tuple of parameters and MACs, optional
+        :func:`measure_size` of the subject's model before it was pruned in place; of the model as it is if absent.
+    """
+    params_before, macs_before = dense or measure_size(subject.model, subject)
+    params_after, macs_after = measure_size(pruned.model, subject)
     return {
         "method": config.pruner.name,
         "allocator": config.allocator.name,
-        "params_before": sum(parameter.numel() for parameter in subject.model.parameters()),
-        "params_after": sum(parameter.numel() for parameter in pruned.model.parameters()),
-        "macs_before": count_macs(subject.model, inputs).forward,
-        "macs_after": count_macs(pruned.model, inputs).forward,
+        "params_before": params_before,
+        "params_after": params_after,
+        "macs_before": macs_before,
+        "macs_after": macs_after,
         "layers": [asdict(layer) for layer in pruned.layers],
         "metrics_before": before,
         "metrics_after": after,

@@ -61,6 +61,18 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def none_trainable(model: nn.Module) -> Iterator[None]:
+    """Disable gradients of all parameters within a context."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def held_still(model: nn.Module, names: frozenset[str]) -> Iterator[list[nn.Parameter]]:
     """Disable gradients of parameters within a context; yield all other trained ones."""
     chosen = {id(tensor): tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names}

@@ -65,3 +65,14 @@ def choose_half(batches: Sequence[Tensor], half: int) -> list[Tensor]:
     """Return the batches of the first half of the data, 1, or of the rest, 2; without those that would be empty."""
     chosen = [first if half == 1 else ~first for first in split_examples(batches)]
     return [batch[wanted.to(batch.device)] for batch, wanted in zip(batches, chosen, strict=True) if bool(wanted.any())]
+
+
+def leading_examples(batches: Sequence[Tensor], positions: int) -> list[Tensor]:
+    """Return the first batches of token ids, (n, L), with at least some number of positions, and two examples."""
+    wanted, found = max(2, -(-positions // batches[0].shape[1])), []
+    for batch in batches:
+        found.append(batch[:wanted])
+        wanted -= len(found[-1])
+        if wanted <= 0:
+            break
+    return found

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedlp.models.forward import forward_logits
-from fedlp.models.layers import all_trainable
+from fedlp.models.layers import all_trainable, none_trainable
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.calibration import choose_half
 from fedlp.pruning.kernels.shrinkage import shrink_fisher
+from fedlp.pruning.tracing.decoder import is_language_model, path_of_blocks
 from fedlp.pruning.tracing.units import output_rows
+
+_POSITIONS = 512  # of a language model's text in one pass
 
 
 def loss_gradients(
@@ -117,34 +122,67 @@ def fisher_sums(
     sums: dict[str, Tensor] = {}
     num_labels = 0
 
-    def watch(path: str, module: nn.Module, output: Tensor) -> None:
+    def watch(path: str, module: nn.Module, output: Tensor) -> Tensor:
         def collect(gradient: Tensor) -> None:
             rows = output_rows(module, gradient)
-            product = rows.T @ rows
-            sums[path] = sums[path] + product if path in sums else product
+            sums[path] = sums[path].addmm_(rows.T, rows) if path in sums else rows.T @ rows
 
-        output.register_hook(collect)  # type: ignore[no-untyped-call]
+        watched = output if output.requires_grad else output.detach().requires_grad_()
+        watched.register_hook(collect)  # type: ignore[no-untyped-call]
+        return watched if watched is output else watched.clone()  # a leaf may not be changed in place
 
     with ExitStack() as stack:
-        stack.enter_context(all_trainable(model))
+        stack.enter_context(none_trainable(model))  # gradients of outputs alone: half of a backward pass
+        stack.enter_context(_recomputed_blocks(model))
         for path in paths:
 
-            def hook(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:
-                watch(path, module, output)
+            def hook(module: nn.Module, _: Any, output: Tensor, path: str = path) -> Tensor:
+                return watch(path, module, output)
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        for batch in batches:
+        for batch in _few_positions(model, batches):
             logits = forward_logits(model, batch).flatten(0, -2)
-            if logits_only:
-                directions = torch.randn(logits.shape, generator=generator).to(logits)
-                if shift_invariant:
-                    directions = directions - directions.mean(dim=1, keepdim=True)
-                loss = (logits * directions).sum()
-            else:
-                chances = logits.detach().softmax(dim=-1).cpu()
-                labels = torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
             num_labels += len(logits)
-    model.zero_grad(set_to_none=True)
+            loss = _drawn_loss(logits, generator, logits_only, shift_invariant)
+            del logits  # large, of a language model
+            loss.backward()  # type: ignore[no-untyped-call]
     return {path: sums[path].to(torch.float64) for path in paths}, num_labels
+
+
+def _few_positions(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches; of a language model's in parts, as its logits are large."""
+    for batch in batches:
+        yield from torch.split(batch, max(1, _POSITIONS // batch.shape[1]) if is_language_model(model) else len(batch))
+
+
+@contextmanager
+def _recomputed_blocks(model: nn.Module) -> Iterator[None]:
+    """Keep only the inputs of a language model's blocks for the backward pass, within a context."""
+    with ExitStack() as stack:
+        if is_language_model(model):
+            config: Any = model.config
+            if getattr(config, "use_cache", False):  # a block that runs twice would write to it twice
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
+            for block in model.get_submodule(path_of_blocks(model)).children():
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                stack.callback(block.__dict__.pop, "forward")
+        yield
+
+
+def _drawn_loss(logits: Tensor, generator: torch.Generator, logits_only: bool, shift_invariant: bool) -> Tensor:
+    """Return the negative log-likelihood of labels drawn from the predictions, or random directions of the logits."""
+    if logits_only:
+        directions = torch.randn(logits.shape, generator=generator).to(logits)
+        if shift_invariant:
+            directions = directions - directions.mean(dim=1, keepdim=True)
+        return (logits * directions).sum()
+    return F.cross_entropy(logits, _draw_labels(logits.detach(), generator), reduction="sum")
+
+
+def _draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one class of each row, (rows,), drawn with its probability by inversion of the distribution function."""
+    heights = torch.rand(len(logits), 1, generator=generator).to(logits)
+    sums = logits.softmax(dim=-1).cumsum_(dim=-1)
+    found = torch.searchsorted(sums, heights * sums[:, -1:]).flatten()
+    return found.clamp_(max=logits.shape[1] - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fedlp.errors import AllocationError
 from fedlp.models.forward import forward_logits
 from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_norms
-from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.calibration import Calibration, leading_examples
 from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
 from fedlp.pruning.layer_statistics import Collector, Collects, make_readers
@@ -27,7 +28,7 @@ from fedlp.pruning.scores.evidence import Evidence
 from fedlp.pruning.scores.view import LayerView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
-from fedlp.pruning.tracing.widths import WidthSpec, cut_model
+from fedlp.pruning.tracing.widths import WidthSpec, cut_in_place, cut_model
 from fedlp.types import Keep, PrunableLayer
 
 __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
@@ -35,6 +36,8 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 log = logging.getLogger("fedlp")
 
+_FISHER, _KEEP, _LOSS, _RNG = "fisher", "keep", "loss", "rng"  # in a store
+_FISHER_VECTORS = 4  # positions of text per output that are sufficient for the Fisher information
 _FEW = 10  # calibration vectors per input, below which a line says so
 
 
@@ -70,6 +73,16 @@ class Pruned:
     layers: tuple[LayerReport, ...]
 
 
+class Store(Protocol):
+    """Store of finished parts of a pruning, by name."""
+
+    def load(self, name: str) -> Mapping[str, Tensor] | None:
+        """Return the tensors of a part; None if it is not there."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of a part."""
+
+
 class Pruner:
     """Pruner of one model with one method.
 
@@ -81,18 +94,30 @@ class Pruner:
         Its width axes.
     layers : sequence of PrunableLayer
         Layers to remove units from, in the order of the model.
+    in_place : bool
+        Whether the model itself is pruned, without a copy.
+    store : Store or None
+        Store of finished layers: those that are there are taken over, with the same result.
     """
 
     def __init__(
-        self, model: nn.Module, spec: WidthSpec, layers: Sequence[PrunableLayer], data: Calibration, method: Method
+        self,
+        model: nn.Module,
+        spec: WidthSpec,
+        layers: Sequence[PrunableLayer],
+        data: Calibration,
+        method: Method,
+        in_place: bool = False,
+        store: Store | None = None,
     ) -> None:
-        self.spec, self.layers, self.data, self.method = spec, layers, data, method
-        self.model = cut_model(model, spec, {}).eval()  # a copy
+        self._store = store
+        self.spec, self.layers, self.data, self.method, self.in_place = spec, layers, data, method, in_place
+        self.model = model.eval() if in_place else cut_model(model, spec, {}).eval()
         self._rng = torch.Generator().manual_seed(data.seed)
         self.norms = following_batch_norms(self.model, data.batches[0])
         self._fisher: Mapping[str, Tensor] = {}
         if method.fisher:
-            self._fisher = self.output_fisher([path for layer in layers for path in layer.readers])
+            self._fisher = self._stored_fisher([path for layer in layers for path in layer.readers])
         gradients = None
         if "gradients" in method.score.needs:
             gradients = loss_gradients(self.model, data.batches, data.labels, data.loss)
@@ -134,15 +159,24 @@ class Pruner:
         for layer in self.layers:
             count, loss = layer.num_units - kept[layer.name], 0.0
             keep = torch.arange(layer.num_units)
-            if count or self.method.corrects:
+            stored = None if self._store is None else self._store.load(layer.name)
+            if stored is not None:
+                if collector is not None:
+                    collector.reach(layer)
+                keep, loss = self._restore(layer, stored)
+            elif count or self.method.corrects:
                 readers = self.readers(layer) if collector is None else collector.collect(layer)
                 removed, loss = self._choose(layer, readers, count)
                 keep = self._rewrite(layer, readers, removed)
                 if self.method.needs_moments:
                     few |= {r.path: r.moments.count for r in readers if r.moments.count < _FEW * r.weight.shape[1]}
+            if stored is None and self._store is not None:
+                self._store.save(layer.name, self._state_of(layer, keep, loss))
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
+        if collector is not None:
+            collector.close()
         self._warn_of_few(few)
         return Pruned(self.finish(widths).eval(), widths, tuple(reports))
 
@@ -174,22 +208,30 @@ class Pruner:
                 everything = torch.arange(layer.num_units)
                 readers = self.readers(layer) if collector is None else collector.collect(layer)
                 self._rewrite(layer, readers, everything[~torch.isin(everything, keeps[layer.name])])
+        if collector is not None:
+            collector.close()
         return self.model
 
     # ----------------------------------------------------------------------- access to data, for subclasses to override
     def collector(self, dense: nn.Module | None) -> Collects:
         """Return the collector of the layers' statistics, and of the dense model's outputs if given."""
-        return Collector(self.model, dense, self.layers, self.data.batches, self.norms, self.method.shrinks)
+        method, batches = self.method, self.data.batches
+        diagonal = not method.needs_moments
+        return Collector(self.model, dense, self.layers, batches, self.norms, method.shrinks, diagonal, pauses=True)
 
     def output_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the Fisher information of some readers' outputs, as :func:`gradients.output_fisher` does."""
         logits_only = not is_language_model(self.model)
         data, measure = self.data, shrunk_fisher if self.method.shrinks else output_fisher
-        return measure(self.model, paths, data.batches, self._rng, logits_only, data.shift_invariant)
+        batches = data.batches
+        if not logits_only:
+            widest = max(len(weight_matrix(self.model.get_submodule(path))) for path in paths)
+            batches = leading_examples(batches, _FISHER_VECTORS * widest)
+        return measure(self.model, paths, batches, self._rng, logits_only, data.shift_invariant)
 
     def finish(self, widths: Mapping[str, Keep]) -> nn.Module:
         """Return the model with the removed units cut out and its batch norms' statistics re-estimated."""
-        model = cut_model(self.model, self.spec, widths)
+        model = (cut_in_place if self.in_place else cut_model)(self.model, self.spec, widths)
         if not self.method.keeps_batch_norm:
             reestimate_batch_norms(model, self.data.batches)
         return model
@@ -199,7 +241,9 @@ class Pruner:
         """Return the collector of the layers' statistics; None where the method needs none of them."""
         if not self.method.needs_inputs:
             return None
-        return self.collector(cut_model(self.model, self.spec, {}) if self.method.corrects else None)
+        if not self.method.corrects:
+            return self.collector(None)
+        return self.collector(self.model if is_language_model(self.model) else cut_model(self.model, self.spec, {}))
 
     def readers(self, layer: PrunableLayer) -> list[Reader]:
         """Return a layer's readers, without statistics."""
@@ -214,6 +258,47 @@ class Pruner:
     def removal_order(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> Elimination:
         """Return the order in which the method's score removes ``count`` units, and the losses along it."""
         return removal_order(self.method.score, self.view(layer, readers), count)
+
+    def _stored_fisher(self, paths: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the Fisher information of the store, or compute and store it; with the draws after it."""
+        if self._store is None:
+            return self.output_fisher(paths)
+        stored = self._store.load(_FISHER)
+        if stored is None:
+            found = self.output_fisher(paths)
+            self._store.save(_FISHER, {**found, _RNG: self._rng.get_state()})
+            return found
+        self._rng.set_state(stored[_RNG])
+        return {path: stored[path] for path in paths}
+
+    def _tensors(self, layer: PrunableLayer) -> dict[str, Tensor]:
+        """Return the live tensors that pruning a layer changes."""
+        found: dict[str, Tensor] = {}
+        for path in layer.readers:
+            module: Any = self.model.get_submodule(path)
+            found[f"{path}.weight"] = module.weight.detach()
+            if getattr(module, "bias", None) is not None:
+                found[f"{path}.bias"] = module.bias.detach()
+            if path in self.norms:
+                found[f"{path}.mean"] = self.model.get_submodule(self.norms[path]).running_mean  # type: ignore[assignment]
+        return found
+
+    def _state_of(self, layer: PrunableLayer, keep: Tensor, loss: float) -> dict[str, Tensor]:
+        """Return what a store keeps of a layer: its tensors, the units kept, the loss and the random state."""
+        extra = {_KEEP: keep, _LOSS: torch.tensor(loss, dtype=torch.float64), _RNG: self._rng.get_state()}
+        return {**self._tensors(layer), **extra}
+
+    def _restore(self, layer: PrunableLayer, stored: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """Write a stored layer into the model; return the units kept and the loss."""
+        for path in layer.readers:
+            module: Any = self.model.get_submodule(path)
+            if f"{path}.bias" in stored and getattr(module, "bias", None) is None:
+                bias = stored[f"{path}.bias"].to(module.weight)
+                module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)
+        for name, tensor in self._tensors(layer).items():
+            tensor.copy_(stored[name])
+        self._rng.set_state(stored[_RNG])
+        return stored[_KEEP], float(stored[_LOSS])
 
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
         """Return the units to remove, and the loss after their removal."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedlp.pruning.kernels.hessian import Moments, invert_hessian
+from fedlp.pruning.kernels.hessian import DiagonalMoments, Moments, invert_hessian
 from fedlp.pruning.kernels.obs import resolve_weight
 from fedlp.pruning.kernels.shrinkage import solve_shrunk
 from fedlp.pruning.scores.criterion import UnitScore, check_score
@@ -118,6 +118,7 @@ class Reader:
         outputs, columns = self.weight.shape
         self.unit_size = columns // num_units
         self.moments = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
+        self.diagonal: DiagonalMoments | None = None  # in place of the moments, where it is sufficient
         self.half: Moments | None = None  # of half of the data; until the reader is solved
         if halves:
             self.half = Moments.empty(columns, outputs if targets else 0, device=self.weight.device)
@@ -126,6 +127,11 @@ class Reader:
         mean: Tensor | None = getattr(norm, "running_mean", None)
         self._mean = None if mean is None else mean.detach().clone()
         self._solved: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def statistics(self) -> Moments | DiagonalMoments:
+        """Statistics of the inputs as they were collected."""
+        return self.moments if self.diagonal is None else self.diagonal
 
     def shaped_weight(self) -> Tensor:
         """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
@@ -153,7 +159,7 @@ class Reader:
 
     def view(self, method: Method, score: UnitScore, fisher: Tensor | None) -> ReaderView:
         """Return a score's view of the reader; errors of its outputs are weighed by ``fisher``, (out, out)."""
-        statistics = self.moments if self.moments.count else None
+        statistics = self.statistics if self.statistics.count else None
         return ReaderView(
             self.path, self.weight, self.unit_size, statistics, partial(self.solve, method), fisher, score.needs
         )
@@ -177,7 +183,7 @@ class Reader:
         else:
             weight[:, kept] = self.weight[:, kept]
             if method.recovery == "bias":
-                shift = self._bias + self.weight[:, removed] @ moments.mean[removed]
+                shift = self._bias + self.weight[:, removed] @ self.statistics.mean[removed]
         return weight, shift
 
     def write(self, weight: Tensor, bias: Tensor | None, method: Method) -> None:

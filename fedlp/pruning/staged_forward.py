@@ -1,19 +1,23 @@
 """Forward passes of calibration batches, stage by stage, with the inputs and outputs of chosen layers.
 
 A language model's stages are its decoder blocks: each batch's hidden states wait before the current block, so that a
-model of any depth is run once, block by block. Any other model is one stage, run as far as is needed.
+model of any depth is run once, block by block. Within a block, batches can wait before a layer whose weights are about
+to change. Any other model is one stage, run as far as is needed.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fedlp.pruning.paused_calls import PausedCall
 from fedlp.pruning.tracing.decoder import is_language_model, path_of_blocks
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,10 +36,17 @@ class StagedRun:
         In evaluation mode. It may change between calls.
     batches : sequence of Tensor
         Prepared inputs: (n, C, H, W) images, (n, features), or (n, L) token ids.
+    pauses : bool
+        Whether batches of a language model wait within a block, each in a thread, so that no part of it runs twice.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], pauses: bool = False) -> None:
         self.current = 0
+        self._pauses = pauses and is_language_model(model)
+        self._calls: dict[int, PausedCall] = {}
+        self._waits: dict[int, Callable[[], None]] = {}
+        self._outputs: dict[int, dict[nn.Module, Tensor]] = {}
+        weakref.finalize(self, _close, self._calls)
         if not is_language_model(model):
             self.stages, self.paths = [model], [""]
             self._states: list[Any] = list(batches)
@@ -69,18 +80,97 @@ class StagedRun:
             self._run(batch)
         return [seen[module] for module in watched]
 
+    def enter(
+        self, batch: int, wanted: Sequence[nn.Module], passed: Sequence[nn.Module] = ()
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the current stage until the last of some modules is about to run.
+
+        Parameters
+        ----------
+        wanted : sequence of nn.Module
+            Modules whose inputs are returned. The last of them may change before the stage goes on.
+        passed : sequence of nn.Module
+            Modules before them, whose outputs are returned.
+        """
+        call = self._calls.get(batch)
+        if call is not None and not call.is_done:
+            found = self._go_on(batch, call, wanted, passed)
+            if len(found) == len(wanted):
+                return [found[module] for module in wanted], [self._outputs[batch][module] for module in passed]
+        self._outputs[batch] = {}
+        self._calls[batch] = PausedCall(partial(self._start, batch))
+        found = self._go_on(batch, self._calls[batch], wanted, passed)
+        if not self._pauses:
+            self._calls.pop(batch).close()
+        return [found[module] for module in wanted], [self._outputs[batch][module] for module in passed]
+
+    def _start(self, batch: int, wait: Callable[[], None]) -> Tensor:
+        self._waits[batch] = wait
+        return self._run(batch)
+
+    def _go_on(
+        self, batch: int, call: PausedCall, wanted: Sequence[nn.Module], passed: Sequence[nn.Module]
+    ) -> dict[nn.Module, Tensor]:
+        """Resume a call until the wanted modules have been entered or it ends; return their inputs."""
+        found: dict[nn.Module, Tensor] = {}
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[module] = inputs[0]
+            if len(found) == len(wanted):
+                self._waits[batch]()
+
+        def note(module: nn.Module, _: Any, output: Tensor) -> None:
+            self._outputs[batch][module] = output
+
+        with ExitStack() as stack:
+            for module in wanted:
+                stack.callback(module.register_forward_pre_hook(look).remove)
+            for module in passed:
+                stack.callback(module.register_forward_hook(note).remove)
+            call.resume()
+        return found
+
     @torch.no_grad()
     def advance(self) -> None:
         """Run the current stage on every batch, and pause before the next one."""
         for batch in range(len(self._states)):
-            self._states[batch] = self._run(batch)
+            self._states[batch] = self._finish(batch)
         self.current += 1
+
+    def outputs(self, batch: int, watched: Sequence[nn.Module]) -> list[Tensor]:
+        """Run the current stage of a batch to its end, once; return the outputs of some modules in it.
+
+        The batch's input of the stage stays what it was until :meth:`advance`, which then computes nothing.
+        """
+        if batch not in self._calls:
+            self._outputs[batch] = {}
+            self._calls[batch] = PausedCall(lambda _: self._run(batch))
+            self._go_on(batch, self._calls[batch], [], watched)
+        return [self._outputs[batch][module] for module in watched]
+
+    def close(self) -> None:
+        """Give up batches that wait within a stage."""
+        _close(self._calls)
+
+    def _finish(self, batch: int) -> Tensor:
+        call = self._calls.pop(batch, None)
+        self._outputs.pop(batch, None)
+        if call is None:
+            return self._run(batch)
+        if not call.is_done:
+            call.resume()
+        return cast(Tensor, call.result)
 
     def _run(self, batch: int) -> Tensor:
         positional, named = self._arguments[self.current][batch]
         output = self.stages[self.current](self._states[batch], *positional, **named)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
         return result
+
+
+def _close(calls: dict[int, PausedCall]) -> None:
+    while calls:
+        calls.popitem()[1].close()
 
 
 @contextmanager

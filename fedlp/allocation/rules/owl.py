@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fedlp.allocation.budget.solve import Cost, allocate_shape
 from fedlp.allocation.evidence import Evidence
-from fedlp.allocation.layer_metrics import min_max
+from fedlp.allocation.layer_metrics import min_max, outlier_fraction
 from fedlp.allocation.ranges import check_amplitude
 from fedlp.registry import register
 from fedlp.types import PrunableLayer
@@ -45,7 +45,7 @@ class Owl:
 
     def __call__(self, layers: Sequence[PrunableLayer], evidence: Evidence, cost: Cost, limit: float) -> dict[str, int]:
         """Return the units kept of each layer."""
-        outliers = [layer.table["wanda", "id", "outlier"] for layer in evidence.wanda_statistics]
+        outliers = [outlier_fraction(evidence.wanda[x.name], f"layer {x.name}: wanda") for x in layers]
         z = min_max([-value for value in outliers])
         shape = {layer.name: float(value) for layer, value in zip(layers, z, strict=True)}
         return allocate_shape(layers, shape, _AMPLITUDE if self.amplitude is None else self.amplitude, cost, limit)

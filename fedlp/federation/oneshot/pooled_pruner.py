@@ -143,3 +143,10 @@ class PooledCollector:
             if reader.half is not None and len(halves) > 1:
                 reader.half = halves[0]
         return readers
+
+    def reach(self, layer: PrunableLayer) -> None:
+        """Go on to a layer; clients do so when they are asked about it."""
+
+    def close(self) -> None:
+        """Release what is held between layers."""
+        self._example.close()

@@ -13,6 +13,8 @@ from torch import Tensor
 from fedlp.errors import CalibrationError
 
 _RANK_TOLERANCE = 1e-9  # eigenvalues below this fraction of the largest count as zero, in an error message
+_ROWS = 2048  # input vectors whose products are added up in their own dtype
+_FEWEST_ROWS = 256  # in float32; fewer take no time
 _PANEL = 512  # columns per panel of the Gram matrix; of two symmetric panels only one is computed
 
 
@@ -52,18 +54,58 @@ class Moments:
         return cls(0, total, gram, total.new_zeros(targets), total.new_zeros(targets, size))
 
     def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
-        """Add (tokens, n) inputs, and (tokens, out) targets if targets are collected; any float dtype."""
+        """Add (tokens, n) inputs, and (tokens, out) targets if targets are collected; any float dtype.
+
+        Products of many inputs are taken in the dtype of the inputs, less their means, and added up in that of the
+        sums: means that are large beside what varies cost no digits.
+        """
+        self.count += len(inputs)
+        for start in range(0, len(inputs), _ROWS):
+            rows = slice(start, start + _ROWS)
+            if inputs.dtype == torch.float32 and len(inputs) >= _FEWEST_ROWS:
+                self._add_centred(inputs[rows], None if targets is None else targets[rows])
+            else:
+                self._add_exactly(inputs[rows], None if targets is None else targets[rows])
+
+    def _add_exactly(self, inputs: Tensor, targets: Tensor | None) -> None:
         x = inputs.to(self.gram.dtype)
-        for start in range(0, x.shape[1], _PANEL):
-            stop = start + _PANEL
-            self.gram[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        self._add_panels(x)
         self.total += x.sum(dim=0)
-        self.count += len(x)
         if self.cross is not None and self.target_total is not None:
             assert targets is not None
             t = targets.to(self.cross.dtype)
             self.cross.addmm_(t.T, x)
             self.target_total += t.sum(dim=0)
+
+    def _add_centred(self, inputs: Tensor, targets: Tensor | None) -> None:
+        dtype, count = self.gram.dtype, len(inputs)
+        origin = inputs.mean(dim=0)
+        x = inputs - origin
+        self._add_panels(x)
+        shift, rest = origin.to(dtype), x.sum(dim=0, dtype=dtype)
+        # the sum of x xᵀ of the inputs is that of their differences and rank two
+        self.gram.addr_(rest + count * shift, shift).addr_(shift, rest)
+        total = rest + count * shift
+        self.total += total
+        if self.cross is not None and self.target_total is not None:
+            assert targets is not None
+            aim = targets.to(inputs.dtype)
+            middle = aim.mean(dim=0)
+            t = aim - middle
+            self.cross += t.T @ x
+            left = t.sum(dim=0, dtype=dtype)
+            self.cross.addr_(left, shift).addr_(middle.to(dtype), total)
+            self.target_total += left + count * middle.to(dtype)
+
+    def _add_panels(self, x: Tensor) -> None:
+        """Add the products of some rows, (rows, n), to the lower triangle."""
+        for start in range(0, x.shape[1], _PANEL):
+            stop = start + _PANEL
+            left, right = x[:, start:].T, x[:, start:stop]
+            if x.dtype == self.gram.dtype:
+                self.gram[start:, start:stop].addmm_(left, right)
+            else:
+                self.gram[start:, start:stop] += left @ right
 
     def include(self, other: Moments) -> None:
         """Add the moments of another data set."""
@@ -146,6 +188,56 @@ class Moments:
         """Mean target, (out,)."""
         assert self.target_total is not None
         return self.target_total / self.count
+
+
+@dataclass(slots=True)
+class DiagonalMoments:
+    """Running sums over input vectors x of one layer, for what reads no more than their means and squares.
+
+    Attributes
+    ----------
+    count : int
+        Vectors seen.
+    total, squares : (n,)
+        Sums of x and of x².
+    """
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device | str = "cpu") -> DiagonalMoments:
+        """Return empty sums, float64."""
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        return cls(0, total, total.clone())
+
+    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add (tokens, n) inputs; any float dtype."""
+        for rows in torch.split(inputs, _ROWS):
+            x = rows.to(self.total.dtype)
+            self.total += x.sum(dim=0)
+            self.squares += x.square_().sum(dim=0) if x is not rows else x.square().sum(dim=0)
+        self.count += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each input, (n,)."""
+        return self.total / self.count
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each input, (n,)."""
+        return self.squares / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each input, (n,), >= 0."""
+        return (self.square_mean - self.mean.square()).clamp_(min=0.0)
+
+    def hessian(self, centred: bool) -> Tensor:
+        """Raise CalibrationError: the Hessian was not collected."""
+        raise CalibrationError("a score reads second moments without saying so: add 'moments' to its needs")
 
 
 def invert_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> Tensor:

@@ -19,4 +19,5 @@ class Magnitude:
 
     def __call__(self, view: LayerView) -> Tensor:
         """Return the saliency of each unit, (units,), float64."""
-        return view.sum_coupled({name: weight.square() for name, weight in view.parameters.items()})
+        parameters = view.parameters
+        return view.sum_coupled({name: parameters[name].square() for name in view.layer.coupled if name in parameters})

@@ -21,7 +21,7 @@ from fedlp.pruning.tracing.slicing import Dim, WidthSpec, slice_tensor, tensor_k
 from fedlp.pruning.tracing.vision_transformer import is_vision_transformer, replace_attention, vit_widths
 from fedlp.types import Keep
 
-__all__ = ["Dim", "WidthSpec", "cut_model", "slice_tensor", "tensor_keeps", "trace_widths"]
+__all__ = ["Dim", "WidthSpec", "cut_in_place", "cut_model", "slice_tensor", "tensor_keeps", "trace_widths"]
 
 
 def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
@@ -78,7 +78,20 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     for name, tensor in named_tensors(model).items():
         part = slice_tensor(tensor, tensor_keeps(spec, name, tensor.shape, widths))
         memo[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
-    cut = copy.deepcopy(model, memo)
+    return _match(copy.deepcopy(model, memo))
+
+
+def cut_in_place(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
+    """Return the same as :func:`cut_model`, in place: tensor by tensor, so that no second model is held."""
+    for name, tensor in named_tensors(model).items():
+        keeps = tensor_keeps(spec, name, tensor.shape, widths)
+        if any(keep.count < size for keep, size in zip(keeps, tensor.shape, strict=True)):
+            tensor.data = slice_tensor(tensor, keeps)
+    return _match(model)
+
+
+def _match(cut: nn.Module) -> nn.Module:
+    """Set the size attributes of all modules of a cut model; return it."""
     for module in cut.modules():
         _match_sizes(module)
     if is_language_model(cut):
