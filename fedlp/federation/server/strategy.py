@@ -11,11 +11,14 @@ Longer than other files: Flower's strategy is one class, and every step here is 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,27 +26,31 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
-from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.aggregator import Accumulator, add_stack
 from fedlp.federation.aggregation.noised_sum import NoisedSum
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
-from fedlp.federation.flower_compat import make_request
+from fedlp.federation.flower_compat import make_reply
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.central_privacy import expected_holders
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.cohorts import Instructed, Packer, Parcel, StackingGrid
 from fedlp.federation.server.evaluating import EvaluatingStrategy
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_first, reason_of
 from fedlp.federation.server.frozen_tensors import holds, note_holders
-from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
+from fedlp.federation.server.round_record import RoundUnderWay, Tally, layer_coverage
 from fedlp.federation.server.round_settings import RoundSettings
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.strategy_state import Evaluate, Observer
-from fedlp.federation.strategies.policy import Answer, offset_of, prepared
+from fedlp.federation.strategies.policy import offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.index_sets import encode_names
+from fedlp.federation.wire.ranges import are_in_range, find_bounds
+from fedlp.federation.wire.stacks import client_message, decode_updates
 from fedlp.rng import Stream, generator
-from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
+from fedlp.types import Assignment, ClientCost, ClientReport, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
 
@@ -150,6 +157,8 @@ class FedLPStrategy(EvaluatingStrategy):
         self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Send the instructions of a round, aggregate the replies; return the new model and the round's metrics."""
+        if isinstance(grid, StackingGrid) and grid.stacks and not self.settings.extra_clients and self._private is None:
+            return self._train_together(server_round, arrays, grid, timeout)
         requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
         return self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
 
@@ -227,6 +236,17 @@ class FedLPStrategy(EvaluatingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions lazily, in the order of client ids."""
+        packer = self._packer()
+        for one in self._instruct(server_round, arrays):
+            parcel = packer.single(one)
+            self._round.assigned.append((one.instruction, parcel.bytes_down))
+            yield parcel.message
+
+    def _packer(self, size: int = 1) -> Packer:
+        return Packer(self.submodels, self._roster.node, size, self.settings.timeout_s)
+
+    def _instruct(self, server_round: int, arrays: ArrayRecord) -> Iterator[Instructed]:
+        """Yield the instructions of the round's cohort lazily, in the order of client ids."""
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
         candidates = [client_id for client_id in present if self._takes_part(client_id)]
@@ -266,13 +286,11 @@ class FedLPStrategy(EvaluatingStrategy):
             instruction = assigned
             if frozen := self.submodels.spec.frozen:
                 instruction = replace(assigned, uploads=assigned.uploads - frozen)
-            content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
+            one = Instructed(instruction, record, digest if held else b"", bool(digest))
             if client_id in dropped:
-                self._drop(instruction, messages.count_bytes(content))
+                self._drop(instruction, self._packer().single(one).bytes_down)
                 continue
-            self._round.assigned.append((instruction, messages.count_bytes(content)))
-            ttl = self.settings.timeout_s
-            yield make_request(content, self._roster.node(client_id), messages.TRAIN, str(server_round), ttl)
+            yield one
 
     def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""
@@ -313,25 +331,101 @@ class FedLPStrategy(EvaluatingStrategy):
 
         ``replies`` holds one reply per instruction, in order.
         """
-        assert self.state is not None
-        state = self.state
-        average = self._begin(server_round, state)
-        guard = RoundGuard(state, self._trainable, self._sends_weights)
-        losses: list[tuple[float, int]] = []
-        answers: list[Answer] = []
+        tally = self._tally(server_round)
         for reply in replies:
-            instruction, bytes_down = self._round.assigned.popleft()
-            update = self._receive(instruction, bytes_down, reply, guard)
-            if update is None:
+            self._count(tally, *self._round.assigned.popleft(), reply)
+        return self._conclude(server_round, tally, self._num_good())
+
+    def _train_together(
+        self, server_round: int, arrays: ArrayRecord, grid: StackingGrid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Train and aggregate clients of equal assignments in stacks; whom a stack fails is asked alone."""
+        packer, sent = self._packer(grid.cohort), deque[Parcel]()
+        tally, again = self._tally(server_round), list[Parcel]()
+
+        def note(parcels: Iterable[Parcel]) -> Iterator[Message]:
+            for parcel in parcels:
+                sent.append(parcel)
+                yield parcel.message
+
+        for reply in grid.stream(note(packer.parcels(self._instruct(server_round, arrays))), timeout):
+            parcel = sent.popleft()
+            if not parcel.is_stack:
+                self._count(tally, parcel.clients[0].instruction, parcel.bytes_down, reply)
+            elif reply.has_error():
+                log.debug("round %d: %s; clients of this stack are asked alone", server_round, reason_of(reply))
+                again.extend(packer.single(one) for one in parcel.clients)
+            else:
+                self._count_stack(tally, parcel, reply)
+        for reply in grid.stream(note(again), timeout):
+            parcel = sent.popleft()
+            self._count(tally, parcel.clients[0].instruction, parcel.bytes_down, reply)
+        order = {client_id: number for number, client_id in enumerate(self._round.cohort)}
+        self._round.costs.sort(key=lambda cost: order.get(cost.client_id, -1))
+        tally.answers.sort(key=lambda answer: order[answer[0].client_id])
+        return self._conclude(server_round, tally, self._num_good())
+
+    def _num_good(self) -> int:
+        return len(self._round.cohort) - len(self._round.failures)
+
+    def _tally(self, server_round: int) -> Tally:
+        """Return the empty tally of a round."""
+        assert self.state is not None
+        guard = RoundGuard(self.state, self._trainable, self._sends_weights)
+        return Tally(self._begin(server_round, self.state), guard)
+
+    def _count(self, tally: Tally, instruction: Assignment, bytes_down: int, reply: Message) -> None:
+        """Count in the reply of one client."""
+        update = self._receive(instruction, bytes_down, reply, tally.guard)
+        if update is None:
+            return
+        layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+        tally.average.add(update.params, layout.keeps, self._weight(update.num_examples, instruction))
+        self._take(tally, instruction, update.report())
+
+    def _take(self, tally: Tally, instruction: Assignment, report: ClientReport) -> None:
+        tally.answers.append((instruction, report))
+        if "train-loss" in report.metrics and self._private is None:
+            tally.losses.append((report.metrics["train-loss"], report.num_examples))
+
+    def _count_stack(self, tally: Tally, parcel: Parcel, reply: Message) -> None:
+        """Count in the reply of several clients; those whose values are out of range are looked at one by one."""
+        assigned, first = [one.instruction for one in parcel.clients], parcel.clients[0].instruction
+        layout = self.submodels.layout(first.submodel)
+        try:
+            stack = decode_updates(reply.content, assigned, layout.signature(first.uploads))
+        except ProtocolError as error:
+            for instruction in assigned:
+                self._cost(instruction, parcel.bytes_down, 0, None)
+                self._fail(instruction.client_id, "rejected", error)
+            return
+        uploads = encode_names(first.uploads, self.submodels.names)
+        limits = np.array([self._roster.profile(client_id).num_examples for client_id in stack.client_ids])
+        examples = np.array(stack.num_examples)
+        bounds = find_bounds(stack.params)
+        floats = frozenset(name for name, x in stack.params.items() if x.is_floating_point())
+        sound = (examples >= 1) & (examples <= limits) & are_in_range(bounds, floats)
+        sound &= tally.guard.admit_stack(stack.client_ids, bounds, floats, sound)
+        sizes: dict[bool, int] = {}
+        parameters = layout.num_params(), layout.num_params(first.uploads)
+        macs, epochs = self._costs.macs(first.submodel).training, self.settings.local_epochs
+        widths = first.submodel.widths
+        for k, (instruction, loss, count) in enumerate(zip(assigned, stack.losses, stack.num_examples, strict=True)):
+            if not sound[k]:
+                message = make_reply(client_message(stack, k, uploads), parcel.message)
+                self._count(tally, instruction, parcel.bytes_down, message)
                 continue
-            weight = self._weight(update, instruction)
-            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-            average.add(update.params, layout.keeps, weight)
-            answers.append((instruction, update.report()))
-            if "train-loss" in update.metrics and self._private is None:
-                losses.append((update.metrics["train-loss"], update.num_examples))
-        good = len(self._round.cohort) - len(self._round.failures)
-        return self._conclude(server_round, average, guard, answers, losses, good)
+            has_loss = math.isfinite(loss)
+            if has_loss not in sizes:
+                sizes[has_loss] = messages.count_bytes(client_message(stack, k, uploads))
+            spent = parcel.bytes_down, sizes[has_loss], *parameters, macs * count * epochs
+            self._round.costs.append(ClientCost(instruction.client_id, count, *spent, loss if has_loss else None))
+            metrics = {"train-loss": loss} if has_loss else {}
+            report = ClientReport(first.server_round, instruction.client_id, count, metrics, widths)
+            self._take(tally, instruction, report)
+        good = np.flatnonzero(sound).tolist()
+        weights = {k: self._weight(stack.num_examples[k], assigned[k]) for k in good}
+        add_stack(tally.average, stack.params, layout.keeps, weights)
 
     def _before_round(self) -> Mapping[str, Tensor]:
         """Return the values that updates are averaged over: the model's, or zeros where they are differences."""
@@ -341,15 +435,12 @@ class FedLPStrategy(EvaluatingStrategy):
     def _conclude(
         self,
         server_round: int,
-        average: Accumulator,
-        guard: RoundGuard,
-        answers: Sequence[Answer],
-        losses: Sequence[tuple[float, int]],
+        tally: Tally,
         good: int,
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Make the aggregate of ``good`` updates the new model, where they are enough and it is sound."""
         assert self.state is not None
-        state = self.state
+        state, average, losses = self.state, tally.average, tally.losses
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
@@ -364,7 +455,7 @@ class FedLPStrategy(EvaluatingStrategy):
                 self._optimizer, state.params, params, state.optimizer, average.covered, self._trainable
             )
             self._round.coverage = layer_coverage(coverage, self.submodels.spec)
-            memory = self.policy.remember(memory, server_round, answers)
+            memory = self.policy.remember(memory, server_round, tally.answers)
             if self._private is not None and isinstance(average, NoisedSum):
                 memory = self._private.remember(memory, server_round, average)
         else:
@@ -377,7 +468,7 @@ class FedLPStrategy(EvaluatingStrategy):
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         lost = frozenset(failure.client_id for failure in self._round.failures)
         memory = note_holders(memory, self._round.frozen, lost)
-        self.state = guard.accept(
+        self.state = tally.guard.accept(
             replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory),
             self._fail if self._private is None else None,  # suspicion would come from values without noise
         )
@@ -411,7 +502,6 @@ class FedLPStrategy(EvaluatingStrategy):
     ) -> ClientUpdate | None:
         """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
         client_id = instruction.client_id
-        layout = self.submodels.layout(instruction.submodel)
         update: ClientUpdate | None = None
         bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
         try:
@@ -424,10 +514,16 @@ class FedLPStrategy(EvaluatingStrategy):
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else ERROR_KINDS.get(reply.error.code, "error"), error)
+        self._cost(instruction, bytes_down, bytes_up, update)
+        return update
+
+    def _cost(self, instruction: Assignment, bytes_down: int, bytes_up: int, update: ClientReport | None) -> None:
+        """Record the cost of a client, whose update is None if it was not used."""
+        layout = self.submodels.layout(instruction.submodel)
         examples = update.num_examples if update else 0
         self._round.costs.append(
             ClientCost(
-                client_id=client_id,
+                client_id=instruction.client_id,
                 num_examples=examples,
                 bytes_down=bytes_down,
                 bytes_up=bytes_up,
@@ -438,20 +534,19 @@ class FedLPStrategy(EvaluatingStrategy):
                 train_loss=update.metrics.get("train-loss") if update and self._private is None else None,
             )
         )
-        return update
 
-    def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
+    def _weight(self, num_examples: int, instruction: Assignment) -> float:
         """Return the weight of an update in the average."""
         match self.settings.weighting:
             case "examples":
-                return float(update.num_examples)
+                return float(num_examples)
             case "held":
                 held = self.submodels.layout(instruction.submodel).num_params()
-                return update.num_examples * held / self.submodels.spec.num_params
+                return num_examples * held / self.submodels.spec.num_params
             case _:
                 return 1.0
 
-    def _num_returned(self, instruction: Assignment, update: ClientUpdate) -> int:
+    def _num_returned(self, instruction: Assignment, update: ClientReport) -> int:
         """Return the number of trainable entries received."""
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)
