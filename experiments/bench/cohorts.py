@@ -28,7 +28,8 @@ from fedlp.federation.client.runtime import load_tensors
 from fedlp.models import state_tensors
 from fedlp.models.cnn import MLP
 from fedlp.training.loop import train_locally
-from fedlp.training.stacked import Trainee, train_stacked
+from fedlp.training.stacked import Trainee, Way, train_stacked
+from fedlp.training.stacked_chain import find_chain
 from fedlp.training.stacked_rule import stack_size
 
 CASES = {
@@ -59,6 +60,7 @@ def training_ratio(side: int, hidden: tuple[int, ...], batch_size: int, repeats:
     model = MLP(side * side, hidden, NUM_CLASSES, personal=False)
     state = state_tensors(model)
     values = {name: tensor.clone() for name, tensor in state.items()}
+    way = Way(pads=True, chain=find_chain(model))
     num_params = sum(tensor.numel() for tensor in values.values())
     clients = stack_size(4 * num_params, 1000)
     images, targets = make_images(work, max(clients, ALONE))
@@ -72,7 +74,7 @@ def training_ratio(side: int, hidden: tuple[int, ...], batch_size: int, repeats:
 
     def together() -> None:
         stack = [Trainee(values, examples[i], np.random.default_rng(i)) for i in range(clients)]
-        train_stacked(model, stack, info, config, pads=True)
+        train_stacked(model, stack, info, config, way=way)
 
     times: dict[str, list[float]] = {"alone": [], "together": []}
     for number in range(-1, repeats):

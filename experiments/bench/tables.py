@@ -22,6 +22,14 @@ HEADS = {
     ],
     "simulation": ["case", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
     "simulation, peak memory": ["model", "cohort", "MB"],
+    "cohorts": ["case", "fedlp / bare loop, time", "quartiles", "fedlp / bare loop, processor seconds"],
+    "cohorts, training alone": [
+        "network, two steps",
+        "parameters",
+        "clients in a stack",
+        "stacked / one by one",
+        "quartiles",
+    ],
     "encoding": ["freed memory", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
     "aggregation": ["case", "clients", "other", "fedlp / other, time", "quartiles"],
     "aggregation, peak memory": ["method", "clients", "MB"],
@@ -94,6 +102,22 @@ def _simulation_memory(results: Mapping[str, Any]) -> Rows:
     return [[one["model"], f"{one['cohort']} of {one['clients']}", f"{one['bytes'] / 1e6:.0f}"] for one in peaks]
 
 
+def _cohorts(results: Mapping[str, Any]) -> Rows:
+    def row(case: str, found: Mapping[str, Any]) -> list[str]:
+        over = found["ratio_over_fedlp"]["bare loop"]
+        ratio = {key: 1 / over[other] for key, other in {"median": "median", "q1": "q3", "q3": "q1"}.items()}
+        return [case, f"{ratio['median']:.2f}", _quartiles(ratio), f"{found['processor_ratio']:.2f}"]
+
+    return [row(case, found) for case, found in results.items() if case != "training"]
+
+
+def _cohorts_alone(results: Mapping[str, Any]) -> Rows:
+    return [
+        [name, str(one["params"]), str(one["clients"]), f"{one['ratio']['median']:.2f}", _quartiles(one["ratio"])]
+        for name, one in results["training"].items()
+    ]
+
+
 def _encoding(results: Mapping[str, Any]) -> Rows:
     return [
         [case, other, *_ratio(ratio)]
@@ -121,7 +145,7 @@ ROWS = dict(
     zip(
         HEADS,
         (
-            *(_step_time, _scoring, _obs, _simulation, _simulation_memory),
+            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
             *(_encoding, _aggregation, _aggregation_memory),
         ),
         strict=True,

@@ -64,7 +64,7 @@ def run_fedlp(
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
-    from fedlp.apps.batching import cohort_size
+    from fedlp.apps.batching import cohort_size, sends_stacks
     from fedlp.apps.federate import Federation
     from fedlp.config import compose
     from fedlp.data.datasets import DataInfo, Examples
@@ -100,9 +100,8 @@ def run_fedlp(
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    with LocalGrid(
-        lambda: app, num_clients, workers, size, cohort=cohort_size(config, federation.submodels, federation.info)
-    ) as grid:
+    together = cohort_size(config, federation.submodels, federation.info)
+    with LocalGrid(lambda: app, num_clients, workers, size, cohort=together, stacks=sends_stacks(config)) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 

@@ -8,10 +8,17 @@ import math
 from fedlp.config import RunConfig
 from fedlp.data.examples import DataInfo
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.training.stacked_pass import find_obstacle
 from fedlp.training.stacked_rule import pays, stack_size
 
 log = logging.getLogger("fedlp")
+
+
+def sends_stacks(config: RunConfig) -> bool:
+    """Return whether updates of a batched cohort may travel as one stack: where each is the trained weights alone."""
+    upload, plain = config.upload, config.privacy.name == "none"
+    return plain and upload.values == "weights" and is_plain(upload.make()) and not upload.error_feedback
 
 
 def cohort_size(config: RunConfig, submodels: SubModels, info: DataInfo) -> int:

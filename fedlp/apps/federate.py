@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.apps.batching import cohort_size
+from fedlp.apps.batching import cohort_size, sends_stacks
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
@@ -362,6 +362,7 @@ class Federation:
             message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
             cohort=cohort_size(config, self.submodels, self.info),
+            stacks=sends_stacks(config),
         ) as grid:
             return self.serve(grid, out, observers)
 

@@ -24,6 +24,7 @@ from fedlp.errors import FedLPError
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
+from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.transport import Item, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Numbered, Task, Worker, start_worker
@@ -49,7 +50,9 @@ class LocalGrid(Grid):
     run_config : dict
         Content of ``Context.run_config``.
     cohort : int
-        Messages of one kind that a worker receives at once, >= 1.
+        Messages of one kind that a worker receives at once, >= 1; also the most clients of one message.
+    stacks : bool
+        Whether the app answers messages for several clients.
 
     Use as a context manager: workers end with it.
     """
@@ -64,6 +67,7 @@ class LocalGrid(Grid):
         message_bytes: int,
         run_config: dict[str, bool | float | int | str] | None = None,
         cohort: int = 1,
+        stacks: bool = False,
     ) -> None:
         check_platform()
         flower_compat.become_server()
@@ -71,7 +75,7 @@ class LocalGrid(Grid):
         self._load_app = load_app
         self._num_clients = num_clients
         self._run_config = run_config or {}
-        self._cohort = cohort
+        self.cohort, self.stacks = cohort, stacks and cohort > 1
         self._capacity = (message_bytes + (1 << 16)) * cohort
         self._depth = 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2  # tasks a worker may have waiting
         self._again: deque[Numbered] = deque()  # what a worker that ended had been given
@@ -147,7 +151,7 @@ class LocalGrid(Grid):
         """
         source = self._together(messages)
         done: dict[int, Message] = {}
-        window = 2 * len(self._workers) * self._depth * self._cohort  # sent and not yet yielded
+        window = 2 * len(self._workers) * self._depth * (1 if self.stacks else self.cohort)  # sent and not yet yielded
         sent = yielded = 0
         exhausted = False
         while True:
@@ -179,7 +183,7 @@ class LocalGrid(Grid):
                 yield found
                 found = []
             found.append(item)
-            if len(found) == self._cohort:
+            if len(found) == self.cohort:
                 yield found
                 found = []
         if found:
@@ -204,7 +208,8 @@ class LocalGrid(Grid):
             }
             items.append((about, message.content))
         frame = bytes((slot,)) + encode_frame(items, worker.slots[slot][0])
-        worker.tasks.append(Task(numbered, slot, time.monotonic()))
+        clients = sum(count_clients(message.content) for _, message in numbered)
+        worker.tasks.append(Task(numbered, slot, time.monotonic(), clients))
         self._deliver(worker, frame)
 
     def _deliver(self, worker: Worker, frame: bytes) -> None:
@@ -216,7 +221,7 @@ class LocalGrid(Grid):
     def _collect(self, done: dict[int, Message], timeout: float) -> None:
         """Wait for any worker and process its event: replies, a death, or a deadline."""
         busy = [worker.tasks[0] for worker in self._workers if worker.tasks]
-        deadline = min(task.since + timeout * len(task.messages) for task in busy)
+        deadline = min(task.since + timeout * task.clients for task in busy)
         patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         ready = self._selector.select(patience)
         for key, _ in ready:
@@ -225,7 +230,7 @@ class LocalGrid(Grid):
             return
         now = time.monotonic()
         for i, worker in enumerate(self._workers):
-            if worker.tasks and now - worker.tasks[0].since >= timeout * len(worker.tasks[0].messages):
+            if worker.tasks and now - worker.tasks[0].since >= timeout * worker.tasks[0].clients:
                 self._settle(worker.tasks[0], done, lambda message: no_reply(message, timeout))
                 self._replace(i)
 

@@ -22,11 +22,12 @@ Numbered = list[tuple[int, Message]]
 
 @dataclass
 class Task:
-    """Messages in flight together: positions in the order, slot, and start of their work."""
+    """Messages in flight together: positions in the order, slot, start of their work, and clients that they are for."""
 
     messages: Numbered
     slot: int
     since: float
+    clients: int
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Local training of several clients at once: their parameters are stacked, and one pass serves all of them.
 
-Clients of one architecture and one set of options train together by ``torch.func.vmap``: each has its own weights, its
-own batches in its own order, its own optimizer state, gradient norm, dropout and running statistics. A client that has
-fewer steps than others leaves the stack when it is done; a batch that is smaller than others' is padded with rows of
-weight 0 where the task's loss is a mean over examples, and computed apart where it is not.
+Clients of one architecture and one set of options train together by ``torch.func.vmap``, those of fully connected
+networks by batched products: each has its own weights, its own batches in its own order, its own optimizer state,
+gradient norm, dropout and running statistics. A client that has fewer steps than others leaves the stack when it is
+done; a batch that is smaller than others' is padded with rows of weight 0 where the task's loss is a mean over
+examples, and computed apart where it is not.
 
 A client's result does not depend on the other clients, not in a bit (but for the last bits of batch norms), and agrees
 with that of training alone up to rounding: 1e-5 of a tensor's largest entry after a few steps.
@@ -12,13 +13,11 @@ with that of training alone up to rounding: 1e-5 of a tensor's largest entry aft
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlp.config import LocalConfig
@@ -26,14 +25,15 @@ from fedlp.data.examples import DataInfo, Examples
 from fedlp.models import state_tensors
 from fedlp.models.dropout import draw_from
 from fedlp.models.layers import held_still
-from fedlp.training.batches import augment_images, batch_sizes, draw_batches
+from fedlp.training.batches import augment_images, batch_sizes
 from fedlp.training.loop import TrainResult, class_offsets
-from fedlp.training.optimizers import Stepper, make_optimizer
+from fedlp.training.optimizers import SGD, Stepper, make_optimizer
 from fedlp.training.schedules import Moment, lr_factor, make_schedule
-from fedlp.training.stacked_pass import StackedBatch, Still, draws, stacked_losses
+from fedlp.training.stacked_chain import Chain
+from fedlp.training.stacked_order import BatchOrder, Indices
+from fedlp.training.stacked_pass import StackedBatch, Still, descend_chain, draws, stacked_gradients
 
 _PADDED_TO = 4  # a multiple of rows, so that batches of some sizes share a pass
-Indices = NDArray[np.int64]
 Trained = tuple[TrainResult, dict[str, Tensor]]
 """Report of a training, and the trained tensors by name."""
 
@@ -60,6 +60,71 @@ class Trainee:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Clients of one architecture that train together.
+
+    Attributes
+    ----------
+    shared : mapping from name to Tensor
+        Values that all start from; tensors that are neither here nor in ``own`` are the model's.
+    own : mapping from name to (clients, ...)
+        Values that clients start from where theirs differ.
+    examples : Examples
+        Of all clients, one after another.
+    lengths : sequence of int
+        Examples of each client, >= 1.
+    rngs : iterable of numpy Generator
+        As of :func:`fedlp.training.loop.train_locally`. With augmentation one object per client; else one may be set
+        anew for each.
+    masks : mapping from name to (clients, ...)
+        Factors of gradients, 0 or 1; may be empty.
+    """
+
+    shared: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    examples: Examples
+    lengths: Sequence[int]
+    rngs: Iterable[np.random.Generator]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedResult:
+    """Result of a cohort.
+
+    Attributes
+    ----------
+    tensors : mapping from name to Tensor
+        Of all clients, (clients, ...), for every name of ``state_tensors(model)``, in its order; expanded where
+        clients share one.
+    losses : list of float
+        Mean training loss of each client.
+    """
+
+    tensors: Mapping[str, Tensor]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How clients of an architecture train together.
+
+    Attributes
+    ----------
+    stacks : bool
+        Whether they do.
+    pads : bool
+        Whether smaller batches may be padded; see ``stacked_pass``.
+    chain : Chain
+        The layers of a fully connected network; else empty.
+    """
+
+    stacks: bool = True
+    pads: bool = False
+    chain: Chain = ()
+
+
 def train_stacked(
     model: nn.Module,
     trainees: Sequence[Trainee],
@@ -67,7 +132,7 @@ def train_stacked(
     config: LocalConfig,
     frozen: Collection[str] = (),
     moment: Moment = Moment(),  # noqa: B008 # frozen
-    pads: bool = False,
+    way: Way = Way(),
 ) -> list[Trained]:
     """Return the training result of each client; see :func:`fedlp.training.loop.train_locally`.
 
@@ -75,32 +140,75 @@ def train_stacked(
     ----------
     model : nn.Module
         Architecture, and values of tensors that clients bring none of; its values are not changed.
-    pads : bool
-        Whether smaller batches may be padded; see ``stacked_pass``.
 
     Returns
     -------
     list of (TrainResult, dict from name to Tensor)
-        In the order of ``trainees``; tensors of all names that ``state_tensors(model)`` has.
+        In the order of ``trainees``; tensors of all names that ``state_tensors(model)`` has, in its order.
     """
     groups: dict[object, list[int]] = {}
-    varies = config.schedule not in ("constant", {"name": "constant"})
     for number, trainee in enumerate(trainees):
-        # Where the learning rate moves within a round, it depends on the number of steps.
-        steps = _count_steps(len(trainee.examples), config) if varies else 0
+        steps = count_steps(len(trainee.examples), config) if moves_within_rounds(config) else 0
         groups.setdefault((steps, frozenset(trainee.masks)), []).append(number)
     found: dict[int, Trained] = {}
-    with held_still(model, frozenset(frozen)) as trained:
-        ids = {id(parameter) for parameter in trained}
-        names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
-        for members in groups.values():
-            stack = _Stack(model.train(), names, [trainees[i] for i in members], info, config, moment, pads)
-            found.update(zip(members, stack.run(), strict=True))
+    for members in groups.values():
+        chosen = [trainees[i] for i in members]
+        result = train_cohort(model, _as_cohort(model, chosen), info, config, frozen, moment, way)
+        for k, number in enumerate(members):
+            report = TrainResult(config.epochs * len(chosen[k].examples), result.losses[k])
+            found[number] = report, {name: x[k] for name, x in result.tensors.items()}
     return [found[number] for number in range(len(trainees))]
 
 
-def _count_steps(num_examples: int, config: LocalConfig) -> int:
+def moves_within_rounds(config: LocalConfig) -> bool:
+    """Return whether the learning rate moves with the steps of a round, so that those of a cohort must be as many."""
+    return config.schedule not in ("constant", {"name": "constant"})
+
+
+def count_steps(num_examples: int, config: LocalConfig) -> int:
+    """Return the number of steps of a client."""
     return config.epochs * len(batch_sizes(num_examples, config.batch_size))
+
+
+def _as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
+    """Return clients as a cohort; values are shared where all clients have the same tensor."""
+    shared: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for name, x in state_tensors(model).items():
+        values = [trainee.values.get(name, x) for trainee in trainees]
+        if all(value is values[0] for value in values):
+            shared[name] = values[0]
+        else:
+            own[name] = torch.stack([value.to(x) for value in values])
+    examples = [trainee.examples for trainee in trainees]
+    joined = examples[0] if len(examples) == 1 else _join(examples)
+    masks = {name: torch.stack([trainee.masks[name] for trainee in trainees]) for name in trainees[0].masks}
+    rngs = [trainee.rng for trainee in trainees]
+    return Cohort(shared, own, joined, [len(one) for one in examples], rngs, masks)
+
+
+def _join(examples: Sequence[Examples]) -> Examples:
+    inputs = [one.inputs if isinstance(one.inputs, Tensor) else one.inputs[: len(one)] for one in examples]
+    return Examples(torch.cat(inputs), torch.cat([one.targets for one in examples]), None)
+
+
+def train_cohort(
+    model: nn.Module,
+    cohort: Cohort,
+    info: DataInfo,
+    config: LocalConfig,
+    frozen: Collection[str] = (),
+    moment: Moment = Moment(),  # noqa: B008 # frozen
+    way: Way = Way(),
+) -> StackedResult:
+    """Return the training result of all clients, as one stack; see :func:`train_stacked`.
+
+    Where the learning rate moves within rounds, all clients must have as many steps.
+    """
+    with held_still(model, frozenset(frozen)) as trained:
+        ids = {id(parameter) for parameter in trained}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+        return _Stack(model.train(), names, cohort, info, config, moment, way).run()
 
 
 class _Stack:
@@ -110,110 +218,155 @@ class _Stack:
         self,
         model: nn.Module,
         names: Sequence[str],
-        trainees: Sequence[Trainee],
+        cohort: Cohort,
         info: DataInfo,
         config: LocalConfig,
         moment: Moment,
-        pads: bool,
+        way: Way,
     ) -> None:
-        self._model, self._trainees, self._info, self._config = model, trainees, info, config
-        self._moment, self._pads = moment, pads
+        self._model, self._cohort, self._info, self._config = model, cohort, info, config
+        self._moment, self._way = moment, way
         self._device = next(model.parameters()).device
+        self._order = BatchOrder(cohort.lengths, config, cohort.rngs, draws_later=info.augment)
+        self._count = len(cohort.lengths)
+        self._all = np.arange(self._count)
         state, parameters = state_tensors(model), dict(model.named_parameters(remove_duplicate=False))
-        self._trained = {name: _stack_of(name, state[name], trainees).requires_grad_() for name in names}
-        self._moving = {name: _stack_of(name, x, trainees) for name, x in state.items() if name not in parameters}
+        self._names = list(state)
+        self._trained = {name: self._stack(name, state[name]).requires_grad_() for name in names}
+        self._moving = {name: self._stack(name, x) for name, x in state.items() if name not in parameters}
         still = state.keys() - self._trained.keys() - self._moving.keys()
-        self._still = {name: _shared_or_stack(name, state[name], trainees) for name in sorted(still)}
-        self._masks = {name: torch.stack([t.masks[name] for t in trainees]) for name in trainees[0].masks}
+        self._still: dict[str, Still] = {name: self._kept(name, state[name]) for name in sorted(still)}
+        self._masks = cohort.masks
         self._anchors = [x.detach().clone() for x in self._trained.values()] if config.proximal else []
-        self._lengths = [len(trainee.examples) for trainee in trainees]
-        self._steps = [_count_steps(length, config) for length in self._lengths]
-        self._starts = np.cumsum([0, *self._lengths])
-        seeds = [int(trainee.rng.integers(2**63 - 1)) for trainee in trainees]
-        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds] if draws(model) else []
-        self._batches = [draw_batches(n, config, t.rng) for n, t in zip(self._lengths, trainees, strict=True)]
-        self._targets = torch.cat([trainee.examples.targets for trainee in trainees])
-        whole = not info.augment and all(isinstance(trainee.examples.inputs, Tensor) for trainee in trainees)
-        self._inputs = torch.cat([trainee.examples.inputs for trainee in trainees]) if whole else None
+        seeds = self._order.seeds if draws(model) else []
+        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         self._offsets: Tensor | None = None
         if strength := config.logit_adjustment:
-            offsets = [class_offsets(t.examples.targets, info.num_classes, strength) for t in trainees]
+            targets = torch.split(cohort.examples.targets, list(cohort.lengths))
+            offsets = [class_offsets(own, info.num_classes, strength) for own in targets]
             self._offsets = torch.stack(offsets).to(self._device)
 
-    def run(self) -> list[Trained]:
+    def _stack(self, name: str, own: Tensor) -> Tensor:
+        """Return the tensor that each client starts from, (clients, ...); new memory."""
+        if name in self._cohort.own:
+            return self._cohort.own[name].to(own, copy=True)
+        value = self._cohort.shared.get(name, own).to(own)
+        return value.expand(self._count, *own.shape).clone(memory_format=torch.contiguous_format)
+
+    def _kept(self, name: str, own: Tensor) -> Still:
+        """Return a tensor that stays as it is: a stack where clients have their own, else one for all."""
+        if name in self._cohort.own:
+            return self._cohort.own[name].to(own), 0
+        return self._cohort.shared.get(name, own).to(own), None
+
+    def run(self) -> StackedResult:
         """Train all clients for all epochs."""
         optimizer = make_optimizer(list(self._trained.values()), self._config)  # type: ignore[arg-type]
         rate, schedule = optimizer.lr, make_schedule(self._config.schedule)
-        last = max(self._steps)
+        order, last = self._order, self._order.counts.shape[1]
         losses: list[Tensor] = []
-        results: dict[int, dict[str, Tensor]] = {}
+        done: list[tuple[Tensor, dict[str, Tensor]]] = []  # clients whose last step was an earlier one
         for step in range(last):
             factor = lr_factor(schedule, self._moment, step / last)
             optimizer.lr = rate if factor == 1.0 else rate * factor
-            active = [k for k, steps in enumerate(self._steps) if step < steps]
-            losses.append(self._step(active, optimizer))
-            done = [k for k in active if self._steps[k] == step + 1]
-            results |= {k: self._of_client(k, copies=step + 1 < last) for k in done}
-        means = self._mean_losses(torch.stack(losses).tolist())
-        lengths = [self._config.epochs * length for length in self._lengths]
-        return [(TrainResult(lengths[k], means[k]), results[k]) for k in range(len(self._trainees))]
+            order.begin(step)
+            losses.append(self._step(step, optimizer))
+            ended = np.flatnonzero(order.steps == step + 1)
+            if len(ended) and step + 1 < last:
+                at = torch.from_numpy(ended).to(self._device)
+                done.append((at, {name: x.detach()[at] for name, x in self._stacks().items()}))
+        for at, values in done:  # later steps of others moved them as well
+            for name, x in self._stacks().items():
+                x.detach().index_copy_(0, at, values[name])
+        return StackedResult(self._result(), self._mean_losses(torch.stack(losses)))
 
-    def _of_client(self, k: int, copies: bool) -> dict[str, Tensor]:
-        """Return a client's tensors; copies where others train on in the stack."""
-        own = {name: x.detach()[k] for name, x in (self._trained | self._moving).items()}
-        own = {name: x.clone() for name, x in own.items()} if copies else own
-        still = {name: x if axis is None else x[k] for name, (x, axis) in self._still.items()}
-        return own | still
+    def _stacks(self) -> dict[str, Tensor]:
+        return self._trained | self._moving
 
-    def _mean_losses(self, losses: list[list[float]]) -> list[float]:
+    def _result(self) -> dict[str, Tensor]:
+        """Return all tensors of all clients."""
+        own = {name: x.detach() for name, x in self._stacks().items()}
+        still = {
+            name: x.expand(self._count, *x.shape) if axis is None else x for name, (x, axis) in self._still.items()
+        }
+        return {name: own[name] if name in own else still[name] for name in self._names}
+
+    def _mean_losses(self, losses: Tensor) -> list[float]:
         """Return each client's mean loss over the batches of its last epoch, weighted by their sizes."""
-        means = []
-        for k, length in enumerate(self._lengths):
-            sizes = batch_sizes(length, self._config.batch_size)
-            last = [losses[step][k] for step in range(self._steps[k] - len(sizes), self._steps[k])]
-            means.append(sum(map(operator.mul, last, sizes)) / sum(sizes))
+        sizes = self._order.last_epoch()
+        found = np.where(sizes > 0, losses.cpu().numpy().T.astype(np.float64) * sizes, 0.0)
+        means: list[float] = (np.add.accumulate(found, axis=1)[:, -1] / sizes.sum(axis=1)).tolist()
         return means
 
     # ---- a step
-    def _step(self, active: Sequence[int], optimizer: Stepper) -> Tensor:
+    def _step(self, step: int, optimizer: Stepper) -> Tensor:
         """Let clients take a step; return their losses, (clients,), 0 of those that are done."""
-        drawn = {k: next(self._batches[k]).numpy() for k in active}
-        losses = torch.zeros(len(self._trainees), device=self._device)
+        counts = self._order.counts[:, step]
+        rows = self._rows(counts)
+        passes = [
+            (np.flatnonzero((rows == size) & (counts > 0)), size) for size in np.unique(rows[counts > 0]).tolist()
+        ]
+        losses = torch.zeros(self._count, device=self._device)
+        if self._is_plain(optimizer):
+            for members, size in passes:
+                self._descend(step, members, size, losses, optimizer.lr)
+            return losses
         for x in self._trained.values():
             x.grad = None
-        groups: dict[int, list[int]] = {}
-        for k in active:
-            groups.setdefault(self._rows(len(drawn[k])), []).append(k)
-        for rows, members in groups.items():
-            self._backward(members, [drawn[k] for k in members], rows, losses)
+        for members, size in passes:
+            self._backward(step, members, size, losses)
         self._adjust()
         optimizer.step()  # moves those that are done as well, whose tensors were copied out
         return losses
 
-    def _rows(self, count: int) -> int:
-        """Return the rows of the pass that a batch is in, from its own size alone."""
-        size = self._config.batch_size
-        return count if not self._pads or count >= size else min(size, -(-count // _PADDED_TO) * _PADDED_TO)
+    def _is_plain(self, optimizer: Stepper) -> bool:
+        """Whether a step subtracts the gradient and does nothing else."""
+        config = self._config
+        adjusts = self._masks or config.proximal or config.max_grad_norm is not None
+        decays = config.momentum or config.weight_decay
+        return bool(self._way.chain) and isinstance(optimizer, SGD) and not adjusts and not decays
 
-    def _backward(self, members: Sequence[int], drawn: Sequence[Indices], rows: int, losses: Tensor) -> None:
+    def _rows(self, counts: Indices) -> Indices:
+        """Return the rows of the pass that each batch is in, from its own size alone."""
+        if not self._way.pads:
+            return counts
+        size = self._config.batch_size
+        return np.where(counts >= size, counts, np.minimum(size, -(-counts // _PADDED_TO) * _PADDED_TO))
+
+    def _descend(self, step: int, members: Indices, rows: int, losses: Tensor, lr: float) -> None:
+        """Let clients whose batches are in one pass take a plain step; note their losses."""
+        at = torch.from_numpy(members).to(self._device)
+        whole = len(members) == self._count
+        own = {name: x.detach() for name, x in self._trained.items()}
+        moved = own if whole else {name: x.index_select(0, at) for name, x in own.items()}
+        still: dict[str, Still] = {
+            name: (x, axis) if axis is None or whole else (x.index_select(0, at), 0)
+            for name, (x, axis) in self._still.items()
+        }
+        batch = self._batch(step, members, rows)
+        losses[at] = descend_chain(self._way.chain, self._info, moved, still, batch, lr)
+        if not whole:
+            for name, x in own.items():
+                x.index_copy_(0, at, moved[name])
+
+    def _backward(self, step: int, members: Indices, rows: int, losses: Tensor) -> None:
         """Note losses and gradients of clients whose batches are in one pass."""
-        whole = len(members) == len(self._trainees)
-        at = torch.tensor(members, device=self._device)
+        whole = len(members) == self._count
+        at = torch.from_numpy(members).to(self._device)
 
         def pick(stack: Tensor) -> Tensor:
             return stack if whole else stack.index_select(0, at)
 
-        trained = {name: pick(x.detach()).requires_grad_() for name, x in self._trained.items()}
+        trained = {name: pick(x.detach()) for name, x in self._trained.items()}
         moving = {name: pick(x) for name, x in self._moving.items()}
         still = {name: (x, None) if axis is None else (pick(x), 0) for name, (x, axis) in self._still.items()}
-        batch = self._batch(members, drawn, rows)
-        if self._offsets is not None:
-            batch = replace(batch, offsets=pick(self._offsets))
+        batch = self._batch(step, members, rows)
         generators = [self._generators[k] for k in members] if self._generators else []
-        with draw_from(generators, [len(index) for index in drawn]):
-            found = stacked_losses(self._model, self._info, trained, moving, still, batch)
-        gradients = torch.autograd.grad(found.sum(), list(trained.values()), allow_unused=True)
-        losses[at] = found.detach()
+        with draw_from(generators, self._order.counts[members, step].tolist()):
+            found, gradients = stacked_gradients(
+                self._model, self._way.chain, self._info, trained, moving, still, batch
+            )
+        losses[at] = found
         for x, gradient in zip(self._trained.values(), gradients, strict=True):
             if whole or gradient is None:
                 x.grad = x.grad if gradient is None else gradient
@@ -224,33 +377,31 @@ class _Stack:
             for name, x in moving.items():
                 self._moving[name].index_copy_(0, at, x)
 
-    def _batch(self, members: Sequence[int], drawn: Sequence[Indices], rows: int) -> StackedBatch:
+    def _batch(self, step: int, members: Indices, rows: int) -> StackedBatch:
         """Return the batches of some clients, padded to a number of rows."""
-        index = np.empty((len(members), rows), dtype=np.int64)
-        for i, (k, chosen) in enumerate(zip(members, drawn, strict=True)):
-            index[i, : len(chosen)] = chosen
-            index[i, len(chosen) :] = chosen[0]  # any example will do: its weight is 0
-            index[i] += self._starts[k]
+        examples, counts = self._cohort.examples, self._order.counts[members, step]
+        index = self._order.index(step, members, rows)
         flat = torch.from_numpy(index.reshape(-1))
         weights = None
-        if self._pads:
-            counts = torch.tensor([len(chosen) for chosen in drawn], device=self._device)[:, None]
-            weights = (torch.arange(rows, device=self._device) < counts) / counts
-        if self._inputs is not None:
-            raw = self._inputs.index_select(0, flat)
-        else:
-            raw = torch.cat([self._raw(k, chosen, rows) for k, chosen in zip(members, drawn, strict=True)])
-        targets = self._targets.index_select(0, flat)
+        if self._way.pads:
+            sizes = torch.from_numpy(counts).to(self._device)[:, None]
+            weights = (torch.arange(rows, device=self._device) < sizes) / sizes
+        raw = self._augmented(members, index, counts) if self._info.augment else examples.inputs.index_select(0, flat)
+        targets = examples.targets.index_select(0, flat)
         shape = len(members), rows
-        return StackedBatch(raw.reshape(*shape, *raw.shape[1:]), targets.reshape(*shape, *targets.shape[1:]), weights)
+        offsets = None if self._offsets is None else self._offsets[torch.from_numpy(members).to(self._device)]
+        return StackedBatch(
+            raw.reshape(*shape, *raw.shape[1:]), targets.reshape(*shape, *targets.shape[1:]), weights, offsets
+        )
 
-    def _raw(self, k: int, chosen: Indices, rows: int) -> Tensor:
-        """Return the inputs of one client's batch, varied where the data set asks for it, and padded."""
-        trainee, info = self._trainees[k], self._info
-        raw = trainee.examples.inputs.index_select(0, torch.from_numpy(chosen))
-        if info.augment:
-            raw = augment_images(raw, trainee.rng, info.padding, info.flip)
-        return torch.cat([raw, raw[:1].expand(rows - len(raw), *raw.shape[1:])]) if rows > len(raw) else raw
+    def _augmented(self, members: Indices, index: Indices, counts: Indices) -> Tensor:
+        """Return the images of some clients' batches, each varied by its client's generator, and padded."""
+        info, found = self._info, []
+        for k, chosen, count in zip(members.tolist(), index, counts.tolist(), strict=True):
+            raw = self._cohort.examples.inputs.index_select(0, torch.from_numpy(chosen[:count]))
+            raw = augment_images(raw, self._order.rngs[k], info.padding, info.flip)
+            found.append(torch.cat([raw, raw[:1].expand(len(chosen) - count, *raw.shape[1:])]))
+        return torch.cat(found)
 
     @torch.no_grad()
     def _adjust(self) -> None:
@@ -269,19 +420,3 @@ class _Stack:
         scale = (self._config.max_grad_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(scale.reshape(-1, *[1] * (gradient.ndim - 1)))
-
-
-def _stack_of(name: str, own: Tensor, trainees: Sequence[Trainee]) -> Tensor:
-    """Return a tensor of all clients, (clients, ...); new memory."""
-    values = [trainee.values.get(name, own) for trainee in trainees]
-    if all(value is values[0] for value in values):
-        return values[0].to(own).expand(len(values), *own.shape).clone(memory_format=torch.contiguous_format)
-    return torch.stack([value.to(own) for value in values])
-
-
-def _shared_or_stack(name: str, own: Tensor, trainees: Sequence[Trainee]) -> Still:
-    """Return a tensor that stays as it is: one for all where all clients have the same, else a stack."""
-    values = [trainee.values.get(name, own) for trainee in trainees]
-    if all(value is values[0] for value in values):
-        return values[0].to(own), None
-    return _stack_of(name, own, trainees), 0

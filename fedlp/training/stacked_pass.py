@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from fedlp.rng import Stream, generator
 from fedlp.tasks import Task, task_of
 from fedlp.tasks.causal_lm import CausalLM
 from fedlp.training.loop import seed_torch
+from fedlp.training.stacked_chain import Chain, ChainPass, descend, find_chain, gradient_of
 from fedlp.training.stacked_linear import StackedLinears
 
 Still = tuple[Tensor, int | None]
@@ -51,7 +52,70 @@ class StackedBatch:
     offsets: Tensor | None = None
 
 
-def stacked_losses(
+def stacked_gradients(
+    model: nn.Module,
+    chain: Chain,
+    info: DataInfo,
+    trained: Mapping[str, Tensor],
+    moving: Mapping[str, Tensor],
+    still: Mapping[str, Still],
+    batch: StackedBatch,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return each client's loss, (clients,), and its gradients, (clients, ...), None for what it does not depend on.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Architecture, in training mode; its own values serve where no tensor is given.
+    chain : Chain
+        The model's layers where it is fully connected; else empty.
+    trained, moving : mapping from name to Tensor
+        Parameters and buffers of all clients, (clients, ...); a pass writes into the latter, as batch norms do.
+    """
+    if chain:
+        losses, links = _chain_losses(chain, info, trained, still, batch)
+        found = {name: gradient_of(first, second) for name, first, second in links}
+        return losses, [found.get(name) for name in trained]
+    leaves = {name: x.detach().requires_grad_() for name, x in trained.items()}
+    losses = _losses(info, _vmapped_outputs(model, info, leaves, moving, still, batch), batch)
+    return losses.detach(), list(torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True))
+
+
+def descend_chain(
+    chain: Chain,
+    info: DataInfo,
+    trained: Mapping[str, Tensor],
+    still: Mapping[str, Still],
+    batch: StackedBatch,
+    lr: float,
+) -> Tensor:
+    """Move the parameters of all clients by a step of plain SGD, in place; return their losses, (clients,)."""
+    losses, links = _chain_losses(chain, info, trained, still, batch)
+    for name, first, second in links:
+        descend(trained[name], first, second, lr)
+    return losses
+
+
+def _chain_losses(
+    chain: Chain, info: DataInfo, trained: Mapping[str, Tensor], still: Mapping[str, Still], batch: StackedBatch
+) -> tuple[Tensor, Iterator[tuple[str, Tensor, Tensor | None]]]:
+    """Return each client's loss, and the factors of all gradients; see ``ChainPass.backward``."""
+    values = {**{name: x.detach() for name, x in trained.items()}, **{name: x for name, (x, _) in still.items()}}
+    steps = ChainPass(chain, values, trained)
+    outputs = steps.forward(_prepared(info, batch, next(iter(trained.values())).device)).requires_grad_()
+    losses = _losses(info, outputs, batch)
+    (gradient,) = torch.autograd.grad(losses.sum(), outputs)
+    return losses.detach(), steps.backward(gradient)
+
+
+def _prepared(info: DataInfo, batch: StackedBatch, device: torch.device) -> Tensor:
+    """Return the model's inputs of all clients, (clients, rows, ...)."""
+    inputs = task_of(info).prepare(batch.raw.flatten(0, 1), info, device)
+    assert isinstance(inputs, Tensor)
+    return inputs.reshape(*batch.raw.shape[:2], *inputs.shape[1:])
+
+
+def _vmapped_outputs(
     model: nn.Module,
     info: DataInfo,
     trained: Mapping[str, Tensor],
@@ -59,18 +123,7 @@ def stacked_losses(
     still: Mapping[str, Still],
     batch: StackedBatch,
 ) -> Tensor:
-    """Return each client's loss, (clients,).
-
-    Parameters
-    ----------
-    model : nn.Module
-        Architecture, in training mode; its own values serve where no tensor is given.
-    trained, moving : mapping from name to Tensor
-        Parameters and buffers of all clients, (clients, ...); a pass writes into the latter, as batch norms do.
-    """
-    task, device = task_of(info), next(iter(trained.values())).device
-    inputs = task.prepare(batch.raw.flatten(0, 1), info, device)
-    assert isinstance(inputs, Tensor)
+    """Return the outputs of all clients, (clients, rows, ...)."""
 
     def forward(
         own: Mapping[str, Tensor], buffers: Mapping[str, Tensor], rest: Mapping[str, Tensor], x: Tensor
@@ -80,16 +133,21 @@ def stacked_losses(
 
     axes = {name: axis for name, (_, axis) in still.items()}
     values = {name: x for name, (x, _) in still.items()}
-    shape = batch.raw.shape[:2]
-    stacked = inputs.reshape(*shape, *inputs.shape[1:])
+    stacked = _prepared(info, batch, next(iter(trained.values())).device)
     with StackedLinears():
         outputs: Tensor = vmap(forward, in_dims=(0, 0, axes, 0))(dict(trained), dict(moving), values, stacked)
+    return outputs
+
+
+def _losses(info: DataInfo, outputs: Tensor, batch: StackedBatch) -> Tensor:
+    """Return each client's loss, (clients,)."""
+    task = task_of(info)
     if batch.offsets is not None:
         outputs = outputs + batch.offsets[:, None]
     losses: Tensor
     if task.averages_rows:
         by_row = task.row_losses(outputs.flatten(0, 1), batch.raw.flatten(0, 1), batch.targets.flatten(0, 1))
-        losses = by_row.reshape(shape)
+        losses = by_row.reshape(batch.raw.shape[:2])
         return losses.mean(dim=1) if batch.weights is None else (losses * batch.weights).sum(dim=1)
     losses = vmap(task.loss)(outputs, batch.raw, batch.targets)
     return losses
@@ -149,7 +207,7 @@ def _compare(model: nn.Module, trained: set[int], info: DataInfo, pads: bool) ->
         if name in parameters and x.is_floating_point():
             x.copy_(torch.randn(x.shape, generator=noise) / max(x.shape[-1], 1) ** 0.5)
     names = [name for name, parameter in parameters.items() if id(parameter) in trained and name in state]
-    stacks = {name: torch.stack([state[name]] * 2).requires_grad_() for name in names}
+    stacks = {name: torch.stack([state[name]] * 2) for name in names}
     moving = {name: torch.stack([x] * 2) for name, x in state.items() if name not in parameters}
     still: dict[str, Still] = {name: (x, None) for name, x in state.items() if name not in (stacks | moving)}
     device = next(iter(state.values())).device
@@ -160,8 +218,8 @@ def _compare(model: nn.Module, trained: set[int], info: DataInfo, pads: bool) ->
     weights = torch.tensor([[1 / n] * n + [0.0] * (rows - n) for n in counts], device=device) if pads else None
     generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]
     with draw_from(generators, counts):
-        losses = stacked_losses(model, info, stacks, moving, still, StackedBatch(raw, targets, weights))
-    found = torch.autograd.grad(losses.sum(), list(stacks.values()), allow_unused=True)
+        batch, chain = StackedBatch(raw, targets, weights), find_chain(model)
+        _, found = stacked_gradients(model, chain, info, stacks, moving, still, batch)
     for k, part in enumerate(parts):
         seed_torch(k + 1, device)
         wanted = _alone(model, [parameters[name] for name in names], task, info, part)

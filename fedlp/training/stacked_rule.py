@@ -7,9 +7,9 @@ from torch import nn
 MOST_PARAMS = 130_000
 """Trained numbers of a network whose stack pays on a CPU.
 
-Processor time of a client in a stack over its time alone, for fully connected networks and two steps on batches of 10,
-in single runs on a busy machine: about 0.3 at 8,000 and at 38,000 numbers, 0.6 to 0.7 at 126,000, 0.75 to 0.9 at
-159,000, nearly 1 at 398,000. ``experiments/bench/cohorts.py`` measures it again.
+Where a model is a chain of linear layers, stacks pay beyond it; others go by ``vmap``, whose processor time over that
+of a client alone was 0.6 to 0.7 at 126,000 numbers, 0.75 to 0.9 at 159,000, nearly 1 at 398,000, in single runs on a
+busy machine. ``experiments/bench/cohorts.py`` measures it again.
 """
 
 _STACK_BYTES = 1 << 24  # of the parameters of one stack

@@ -6,11 +6,15 @@ import logging
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedlp.apps.federate import Federation
 from fedlp.config import compose
-from fedlp.errors import ConfigError
+from fedlp.errors import ConfigError, DataError
 from fedlp.federation.client import cohort_training
+from fedlp.federation.client.runtime import ClientRuntime
+from fedlp.federation.wire.stacks import count_clients
+from fedlp.simulation.local import LocalGrid
 from fedlp.types import ClientUpdate, TrainInstruction
 from tests.integration.running import TINY, Finished, run
 from tests.integration.test_round import Once
@@ -109,6 +113,32 @@ def instructions(federation: Federation, client_ids: list[int]) -> list[TrainIns
         assigned = federation.policy.assign(1, client_id, {}, params)
         found.append(TrainInstruction(1, client_id, assigned.submodel, assigned.uploads, params=params))
     return found
+
+
+def test_a_round_is_trained_and_sent_in_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[tuple[str, int]] = []
+    send = LocalGrid._send
+
+    def spy(grid: LocalGrid, worker: object, numbered: list[tuple[int, Message]]) -> None:
+        found = [(x.metadata.message_type, count_clients(x.content)) for _, x in numbered]
+        kinds.extend(one for one in found if one[0].startswith("train"))
+        send(grid, worker, numbered)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalGrid, "_send", spy)
+    run(tmp_path, *TINY, "num_clients=12", "clients_per_round=12", "num_rounds=1", "strategy=fedavg", BATCHED)
+    assert kinds == [("train.cohort", 3)] * 4
+
+
+def test_a_stack_that_fails_is_asked_client_by_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = (*TINY, *UNEQUAL, "strategy=fedlp_hetero", BATCHED)
+    whole = run(tmp_path / "whole", *case)
+
+    def fail(runtime: ClientRuntime, instruction: TrainInstruction, client_ids: list[int]) -> None:
+        raise DataError("no stacks today")
+
+    monkeypatch.setattr(ClientRuntime, "train_stack", fail)
+    alone = run(tmp_path / "alone", *case)
+    assert_alike(whole, alone)
 
 
 def test_clients_do_train_together_and_one_that_fails_is_alone_in_it(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fedlp.errors import ConfigError
@@ -40,6 +41,32 @@ class Accumulator(Protocol):
 
     def covered(self, name: str) -> bool | Tensor:
         """Return whether each entry has an update: True or False for all, else booleans of the tensor's shape."""
+
+
+def add_stack(
+    average: Accumulator, stacks: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weights: Mapping[int, float]
+) -> None:
+    """Count in updates of several clients that cover the same entries.
+
+    An accumulator may have a method ``add_stack`` of its own; else they are added one by one.
+
+    Parameters
+    ----------
+    stacks : mapping from tensor name to (clients, ...)
+        Returned values of each client.
+    keeps : mapping from tensor name to one Keep per dimension
+        Global indices that the tensors cover.
+    weights : mapping from int to float
+        Weight of each client to count in, by its position.
+    """
+    method, count = getattr(average, "add_stack", None), len(next(iter(stacks.values()), ()))
+    if method is not None and weights:
+        at = None if len(weights) == count else torch.tensor(list(weights))
+        chosen = stacks if at is None else {name: stack.index_select(0, at) for name, stack in stacks.items()}
+        method(chosen, keeps, list(weights.values()))
+        return
+    for k, weight in weights.items():
+        average.add({name: stack[k] for name, stack in stacks.items()}, keeps, weight)
 
 
 class Aggregator(Protocol):

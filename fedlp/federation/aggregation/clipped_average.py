@@ -6,14 +6,14 @@ the updates are kept as well (:class:`StoredUpdates`), and averaged once more wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.federation.aggregation.coverage_average import CoverageAverage
-from fedlp.federation.aggregation.norm_bounds import Squares, clipping_scales, squared_norm
+from fedlp.federation.aggregation.norm_bounds import Squares, clipping_scales, squared_norm, squared_norms
 from fedlp.federation.aggregation.stored_updates import StoredUpdates
 from fedlp.pruning.tracing.widths import slice_tensor
 
@@ -65,6 +65,20 @@ class ClippedAverage:
             }
         )
         self._stored.add(params, keeps, weight)
+
+    @torch.no_grad()
+    def add_stack(self, stacks: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weights: Sequence[float]) -> None:
+        """Count in updates of several clients; as :meth:`CoverageAverage.add_stack`."""
+        self._average.add_stack(stacks, keeps, weights)
+        found: list[dict[str, tuple[float, int]]] = [{} for _ in weights]
+        for name, stack in stacks.items():
+            if stack.is_floating_point() and stack[0].numel():
+                norms = squared_norms(stack, self._before(name, keeps))
+                for one, norm in zip(found, norms, strict=True):
+                    one[name] = norm, stack[0].numel()
+        self._squares.extend(found)
+        for k, weight in enumerate(weights):
+            self._stored.add({name: stack[k] for name, stack in stacks.items()}, keeps, weight)
 
     @torch.no_grad()
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:

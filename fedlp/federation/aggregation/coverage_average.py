@@ -104,6 +104,37 @@ class CoverageAverage:
         if len(self._pending) >= self._group or self._pending_bytes >= self._group_bytes:
             self._flush()
 
+    def add_stack(self, stacks: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weights: Sequence[float]) -> None:
+        """Count in updates of several clients that cover the same entries: :meth:`add` of each in turn, bit for bit.
+
+        Parameters
+        ----------
+        stacks : mapping from tensor name to (clients, ...)
+            Returned values of each client. Not modified, nor held.
+        keeps : mapping from tensor name to one Keep per dimension
+            As of :meth:`add`, for all of them.
+        weights : sequence of float
+            Weight of each client.
+        """
+        whole = all(region(keeps.get(name)) is WHOLE for name in stacks)
+        if not whole or not stacks or not all(weight.is_integer() and weight < 1 << 29 for weight in weights):
+            for k, weight in enumerate(weights):
+                self.add({name: stack[k] for name, stack in stacks.items()}, keeps, weight)
+            return
+        if not all(weight > 0.0 for weight in weights):
+            raise ValueError(f"an update's weight is {min(weights)}; it must be finite and > 0")
+        self._flush()
+        assert self._sums is not None
+        for name, stack in stacks.items():
+            self._entry(name, stack[0], None)
+        for name, stack in stacks.items():
+            start, total = self._starts[name], sum(weights)
+            self._weights[name][WHOLE] = self._weights[name].get(WHOLE, 0.0) + total
+            if numel := self._params[name].numel():
+                sums = self._sums[start : start + numel]
+                add_weighted(sums, stack.reshape(len(stack), -1), weights, name in self._summed)
+            self._summed.add(name)
+
     @torch.no_grad()
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the average so far, and its coverage.
@@ -257,6 +288,30 @@ class CoverageAverage:
             for entry, update in zip(entries, updates, strict=True)
         ]
         return Segment(names, self._starts[first], shape, parts, first in self._summed)
+
+
+def add_weighted(sums: Tensor, stack: Tensor, weights: Sequence[float], is_summed: bool) -> None:
+    """Add weighted rows to sums, row by row, in blocks of columns; set the sums where they hold nothing yet.
+
+    Parameters
+    ----------
+    sums : (numbers,)
+        float64; changed.
+    stack : (rows, numbers)
+        Of at most 24 bits of mantissa, so that products with whole weights below 2^29 are exact.
+    """
+    wide = torch.empty(0, dtype=torch.float64)
+    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
+    step = max(1, BLOCK // (4 * len(stack)))
+    for lo in range(0, stack.shape[1], step):
+        part, into = stack[:, lo : lo + step], sums[lo : lo + step]
+        rows = wide.resize_(part.shape).copy_(part).mul_(factors).numpy()
+        if is_summed:
+            rows[0] += into.numpy()
+        if rows.shape[1] == 1:
+            into[0] = float(np.add.accumulate(rows[:, 0])[-1])
+        else:  # row by row, since the first axis is not contiguous; a contiguous one would be added pairwise
+            np.add.reduce(rows, axis=0, out=into.numpy())
 
 
 def coverage_average(

@@ -39,6 +39,17 @@ def squared_norm(values: Tensor, before: Tensor) -> float:
     return total
 
 
+def squared_norms(stack: Tensor, before: Tensor) -> list[float]:
+    """Return :func:`squared_norm` of each of several tensors (clients, ...); small ones at once, up to rounding."""
+    if before.numel() > _BLOCK:
+        return [squared_norm(values, before) for values in stack]
+    found: list[float] = []
+    for some in torch.split(stack.reshape(len(stack), -1), max(1, _BLOCK // before.numel())):
+        wide = torch.sub(some.to(torch.float64), before.reshape(-1).to(torch.float64)).numpy()
+        found += np.einsum("ki,ki->k", wide, wide).tolist()
+    return found
+
+
 def lower_median(values: Sequence[float]) -> float:
     """Return the median, of an even number the lower one; at least one value."""
     return sorted(values)[(len(values) - 1) // 2]

@@ -27,6 +27,7 @@ from fedlp.federation.secagg import messages as secagg_messages
 from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.secagg.pooled_sums import PooledSums
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.stacks import TRAIN_COHORT, decode_instructions, encode_updates
 from fedlp.types import ClientUpdate, EvaluationRequest, TrainInstruction
 
 log = logging.getLogger("fedlp")
@@ -62,6 +63,7 @@ def make_client_app(make_runtime: MakeRuntime, read_settings: ReadSettings) -> C
         app.query(kind.removeprefix("query."))(answers.secure)
     app.query("statistics")(answers.statistics)
     app.train()(answers.train)
+    app.train(TRAIN_COHORT.removeprefix("train."))(answers.train_stack)
     app.cohort(answers.train_cohort)
     app.evaluate("client")(answers.evaluate_own)
     app.evaluate("central")(answers.evaluate)
@@ -94,6 +96,16 @@ class _Answers:
             client = self._secure_client(message, context)
             return Message(train_masked(runtime, client, message.content, instruction), reply_to=message)
         return _respond(runtime, message, context, runtime.train(instruction))
+
+    def train_stack(self, message: Message, context: Context) -> Message:
+        """Return the stack of the updates of several clients with equal instructions."""
+        runtime = self._runtime(message, context)
+        settings = runtime.settings
+        if not settings.batched or settings.secagg is not None or settings.privacy.name == "local_dp":
+            raise DataError("an instruction to several clients is for batched cohorts of the local engine")
+        instruction, client_ids = decode_instructions(message.content, runtime.submodels)
+        stack = runtime.train_stack(instruction, client_ids)
+        return make_reply(encode_updates(stack, runtime.submodels), message)
 
     def train_cohort(self, received: Received) -> list[Message | Exception]:
         """Return the update that each of several instructions asks for, or why there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,14 @@ from fedlp.data.examples import DataInfo, Examples
 from fedlp.federation.client.cohort_app import attempt
 from fedlp.federation.client.ordered_dropout import NestedWidth
 from fedlp.federation.client.settings import ClientSettings
-from fedlp.rng import Stream, generator
+from fedlp.rng import Stream, generator, generators
 from fedlp.tasks import task_of
 from fedlp.training.schedules import Moment
-from fedlp.training.stacked import Trained, Trainee, train_stacked
+from fedlp.training.stacked import Trained, Trainee, Way, train_stacked
+from fedlp.training.stacked_chain import find_chain
 from fedlp.training.stacked_pass import find_obstacle
 from fedlp.training.stacked_rule import pays
 from fedlp.types import TrainInstruction
-
-Ways = tuple[bool, bool]
-"""Whether clients of a shape train together, and whether small batches are padded."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class CohortTrainer:
 
     def __init__(self, settings: ClientSettings, info: DataInfo) -> None:
         self._settings, self._info = settings, info
-        self._ways: dict[tuple[int, frozenset[str]], tuple[nn.Module, Ways]] = {}
+        self._ways: dict[tuple[int, frozenset[str]], tuple[nn.Module, Way]] = {}
 
     def train(self, cohort: Sequence[Prepared]) -> dict[int, Trained]:
         """Return the results of clients that trained together, by client id; others are absent."""
@@ -69,45 +67,53 @@ class CohortTrainer:
             return {}
         groups: dict[tuple[int, frozenset[str], int], list[Prepared]] = {}
         for one in cohort:
-            if not one.nested and self._has_plain_loss(one.examples):
+            if not one.nested and self.has_plain_loss(one.examples):
                 key = id(one.model), one.frozen, one.instruction.server_round
                 groups.setdefault(key, []).append(one)
         found: dict[int, Trained] = {}
         for members in groups.values():
-            stacks, pads = self._way(members[0])
-            if stacks:
-                found |= self._train_group(members, pads)
+            way = self.way(members[0].model, members[0].frozen)
+            if way.stacks:
+                found |= self._train_group(members, way)
         return found
 
-    def _train_group(self, members: Sequence[Prepared], pads: bool) -> dict[int, Trained]:
+    def _train_group(self, members: Sequence[Prepared], way: Way) -> dict[int, Trained]:
         """Return the trained clients of a group; none where one of them breaks the stack: then each says why itself."""
         settings, first = self._settings, members[0]
         trainees = [Trainee(one.values, one.examples, one.rng(settings.seed), one.masks) for one in members]
         moment = Moment(first.instruction.server_round, settings.num_rounds)
         trained = attempt(
-            lambda stack: train_stacked(first.model, stack, self._info, settings.local, first.frozen, moment, pads),
+            lambda stack: train_stacked(first.model, stack, self._info, settings.local, first.frozen, moment, way),
             trainees,
         )
         if isinstance(trained, Exception):
             return {}
         return {one.instruction.client_id: result for one, result in zip(members, trained, strict=True)}
 
-    def _has_plain_loss(self, examples: Examples) -> bool:
+    def generators(self, server_round: int, client_ids: Sequence[int]) -> Iterable[np.random.Generator]:
+        """Return the generators of clients' training, each from its start; see ``Cohort.rngs``."""
+        seed, key = self._settings.seed, (Stream.LOCAL_TRAINING, server_round)
+        if self._info.augment:
+            return [generator(seed, *key, client_id) for client_id in client_ids]
+        return generators(seed, *key, last=client_ids)
+
+    def has_plain_loss(self, examples: Examples) -> bool:
         """Return whether the loss of a batch does not depend on the client's other examples."""
         task = task_of(self._info)
         return task.criterion(examples) == task.loss
 
-    def _way(self, one: Prepared) -> Ways:
+    def way(self, model: nn.Module, frozen: frozenset[str]) -> Way:
         """Return how clients of a shape train, which is found once."""
-        key = id(one.model), one.frozen
+        key = id(model), frozen
         if key not in self._ways:
-            self._ways[key] = one.model, self._find_way(one)  # holding the model keeps its id from being used again
+            self._ways[key] = model, self._find_way(model, frozen)  # holding the model keeps its id from being reused
         return self._ways[key][1]
 
-    def _find_way(self, one: Prepared) -> Ways:
+    def _find_way(self, model: nn.Module, frozen: frozenset[str]) -> Way:
         local = self._settings.local
-        if self._settings.batched == "auto" and not pays(one.model):
-            return False, False
-        if find_obstacle(one.model, self._info, local, one.frozen, pads=False):
-            return False, False
-        return True, not find_obstacle(one.model, self._info, local, one.frozen, pads=True)
+        if self._settings.batched == "auto" and not pays(model):
+            return Way(stacks=False)
+        if find_obstacle(model, self._info, local, frozen, pads=False):
+            return Way(stacks=False)
+        pads = not find_obstacle(model, self._info, local, frozen, pads=True)
+        return Way(pads=pads, chain=find_chain(model))

@@ -23,6 +23,7 @@ from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.stacks import StackedUpdate
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
 from fedlp.models.unallocated import allocate
@@ -34,6 +35,7 @@ from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
 from fedlp.training.loop import TrainResult, train_locally
 from fedlp.training.schedules import Moment
+from fedlp.training.stacked import Cohort, train_cohort
 from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
 
 
@@ -102,6 +104,37 @@ class ClientRuntime:
 
         for one in prepared:
             yield attempt(update, one) if isinstance(one, Prepared) else one
+
+    def train_stack(self, instruction: TrainInstruction, client_ids: Sequence[int]) -> StackedUpdate:
+        """Train clients with equal instructions together, and return the stack of their updates.
+
+        Each is that of :meth:`train` up to rounding.
+
+        Raises
+        ------
+        FedLPError
+            If they must train one by one, or a client has no examples.
+        """
+        settings, submodel = self.settings, instruction.submodel
+        model, _ = self._shaped(submodel)
+        frozen = frozenset(self._frozen(instruction))
+        way = self._trainer.way(model, frozen)
+        examples, lengths = self.shards.joined(client_ids)
+        asks_more = submodel.nested_levels or instruction.held or not self._uploads.is_plain(instruction)
+        if not way.stacks or asks_more or not self._trainer.has_plain_loss(examples):
+            raise DataError("these clients train one by one")
+        heads = [self._load_personal(submodel, client_id, instruction.server_round) for client_id in client_ids]
+        own = {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
+        rngs = self._trainer.generators(instruction.server_round, client_ids)
+        cohort = Cohort(instruction.params, own, examples, lengths, rngs)
+        moment = Moment(instruction.server_round, settings.num_rounds)
+        result = train_cohort(model, cohort, self.info, settings.local, frozen, moment, way)
+        if own and self.store is not None:
+            for k, client_id in enumerate(client_ids):
+                head = {name: result.tensors[name][k] for name in own}
+                self.store.save(client_id, instruction.server_round, head)
+        sent = {name: x for name, x in result.tensors.items() if name in instruction.uploads}
+        return StackedUpdate(instruction.server_round, client_ids, lengths, result.losses, sent)
 
     def _prepare(self, instruction: TrainInstruction) -> Prepared:
         """Return all that a client's training needs."""

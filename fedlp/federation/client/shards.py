@@ -55,6 +55,20 @@ class Shards:
         """Return a client's training examples."""
         return self._examples.select(self._split(client_id)[0])
 
+    def joined(self, client_ids: Sequence[int]) -> tuple[Examples, list[int]]:
+        """Return the training examples of several clients, one after another, and the number of each, >= 1.
+
+        Raises
+        ------
+        DataError
+            If there is no such client, or it has no examples.
+        """
+        parts = [self._split(client_id)[0] for client_id in client_ids]
+        lengths = [len(part) for part in parts]
+        if not min(lengths):
+            raise DataError(f"client {client_ids[lengths.index(0)]} has no examples")
+        return self._examples.select(np.concatenate(parts)), lengths
+
     def test_of(self, client_id: int) -> Examples:
         """Return a client's test examples; DataError if it has none."""
         held_out = self._split(client_id)[1]

@@ -32,6 +32,7 @@ from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.sums import DataSums, SumLayout
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.client_evaluation import PREFIX, Asked, read_metrics
+from fedlp.federation.server.round_record import Tally
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.strategies.policy import Answer, offset_of
@@ -186,7 +187,7 @@ class SecureStrategy(FedLPStrategy):
         order = {client_id: number for number, client_id in enumerate(self._round.cohort)}
         self._round.costs.sort(key=lambda cost: order[cost.client_id])
         guard = RoundGuard(self.state, self._trainable, self._sends_weights)
-        return self._conclude(server_round, average, guard, answers, losses, good)
+        return self._conclude(server_round, Tally(average, guard, answers, losses), good)
 
     def _open(
         self, server_round: int, group: TrainGroup, run: SecureExchange

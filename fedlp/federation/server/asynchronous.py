@@ -36,11 +36,11 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
-from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.round_record import RoundUnderWay, Tally
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
-from fedlp.federation.strategies.policy import Answer, offset_of
+from fedlp.federation.strategies.policy import offset_of
 from fedlp.pruning.tracing.widths import slice_tensor
 from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
 
@@ -167,9 +167,11 @@ class AsynchronousStrategy(TimedStrategy):
 
     def _send(self, server_round: int, started: Mapping[int, float], arrays: ArrayRecord) -> None:
         """Put clients in flight on the model of the state, each from its second on."""
-        for instruction, bytes_down, message in self._instruct(server_round, sorted(started), arrays):
-            client_id = instruction.client_id
-            asked = Asked(instruction, bytes_down, message, started[client_id])
+        packer = self._packer()
+        for one, is_lost in self._instruct(server_round, sorted(started), arrays):
+            client_id, parcel = one.instruction.client_id, packer.single(one)
+            message = None if is_lost else parcel.message
+            asked = Asked(one.instruction, parcel.bytes_down, message, started[client_id])
             digest = self._round.frozen.pop(client_id, b"")
             self._flights[client_id] = Flight(asked, digest, self._course(asked), self._lower_bound(asked))
 
@@ -200,19 +202,15 @@ class AsynchronousStrategy(TimedStrategy):
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Make a step of the server with the buffer's updates, in the order of client ids."""
         assert self.state is not None
-        average = self._begin(server_round, self.state)
-        losses: list[tuple[float, int]] = []
-        answers: list[Answer] = []
+        tally = Tally(self._begin(server_round, self.state), guard)
         for _, (instruction, update) in sorted(arrived.items()):
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             values = self._discounted(server_round, instruction, update)
-            average.add(values, layout.keeps, self._weight(update, instruction))
-            answers.append((instruction, update.report()))
-            if "train-loss" in update.metrics:
-                losses.append((update.metrics["train-loss"], update.num_examples))
+            tally.average.add(values, layout.keeps, self._weight(update.num_examples, instruction))
+            self._take(tally, instruction, update.report())
         refused = [failure.client_id for failure in self._round.failures]
         self._round.cohort = tuple(sorted({*refused, *(part.client_id for part in self._ended)}))
-        found = self._conclude(server_round, average, guard, answers, losses, len(arrived))
+        found = self._conclude(server_round, tally, len(arrived))
         flying = [_part(flight) for flight in self._flights.values()]
         self._round.simulated = self._clock.round_time(begun, now, self._begun, self._ended, flying)
         self._keep(now)

@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.server.state_check import RoundGuard
+from fedlp.federation.strategies.policy import Answer
 from fedlp.models.spec import ModelSpec
 from fedlp.types import Assignment, ClientCost, ClientEvaluation, ClientFailure, RoundRecord, RoundTime
 
@@ -65,6 +68,25 @@ class RoundUnderWay:
             clipped=self.clipped,
             simulated=self.simulated,
         )
+
+
+@dataclass
+class Tally:
+    """Updates of a round as they come in.
+
+    Attributes
+    ----------
+    losses : list of (float, int)
+        Training loss and number of examples of each client.
+    arrived : list of int
+        Clients in the order in which their updates were counted in.
+    """
+
+    average: Accumulator
+    guard: RoundGuard
+    answers: list[Answer] = field(default_factory=list)
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    arrived: list[int] = field(default_factory=list)
 
 
 def layer_coverage(coverage: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:

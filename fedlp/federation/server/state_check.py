@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.wire.ranges import LARGEST_VALUE, MOST_STEPS
+from fedlp.federation.wire.ranges import LARGEST_VALUE, MOST_STEPS, Bounds, Flags
 from fedlp.pruning.tracing.widths import slice_tensor
 from fedlp.types import ClientUpdate, Keep
 
@@ -96,6 +96,37 @@ class RoundGuard:
             if name.endswith(_VARIANCE):
                 self._check_variance(name, tensor, keeps.get(name), who)
         self._extents[update.client_id] = extents
+
+    def admit_stack(
+        self, client_ids: Sequence[int], bounds: Mapping[str, Bounds], floats: frozenset[str], known: Flags
+    ) -> Flags:
+        """Check updates of several clients by the bounds of their tensors; record the extents of those that pass.
+
+        Parameters
+        ----------
+        bounds : mapping from tensor name to Bounds
+        floats : frozenset of str
+            Names of the floating-point tensors.
+        known : (clients,)
+            Whether the client has passed all checks before.
+
+        Returns
+        -------
+        (clients,)
+            Whether :meth:`admit` takes the update; where not, it says why. Of weights, not differences.
+        """
+        suspects = np.array([client_id in self._state.suspects for client_id in client_ids])
+        extents = np.full((len(client_ids), len(self._names)), math.nan)
+        sound: Flags = known & ~suspects
+        for name, (low, high) in bounds.items():
+            extents[:, self._names[name]] = found = np.maximum(-low, high)
+            growth = _LARGEST_GROWTH if name in self._trainable else _LARGEST_BUFFER_GROWTH
+            if name in floats:
+                sound &= found <= growth * max(1.0, self._largest[name])
+            if name.endswith(_VARIANCE):
+                sound &= low >= 0
+        self._extents |= {client_ids[k]: extents[k] for k in np.flatnonzero(sound).tolist()}
+        return sound
 
     def _check_variance(self, name: str, tensor: Tensor, keeps: tuple[Keep, ...] | None, who: str) -> None:
         variance = tensor

@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -24,28 +26,32 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedlp.errors import AllocationError, ConfigError, FedLPError, ProtocolError
-from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.aggregator import Accumulator, add_stack
 from fedlp.federation.aggregation.noised_sum import NoisedSum
 from fedlp.federation.aggregation.norm_bounds import MIN_HOLDERS, lower_median
 from fedlp.federation.aggregation.server_optimizer import apply_server_optimizer
-from fedlp.federation.flower_compat import make_request
+from fedlp.federation.flower_compat import make_reply
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.central_privacy import expected_holders
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.cohorts import Instructed, Packer, Parcel, StackingGrid
 from fedlp.federation.server.evaluating import EvaluatingStrategy
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, exchange_first, reason_of
 from fedlp.federation.server.frozen_tensors import holds, note_holders
-from fedlp.federation.server.round_record import RoundUnderWay, layer_coverage
+from fedlp.federation.server.round_record import RoundUnderWay, Tally, layer_coverage
 from fedlp.federation.server.round_settings import RoundSettings
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.strategy_state import Evaluate, Observer
-from fedlp.federation.strategies.policy import Answer, offset_of, prepared
+from fedlp.federation.strategies.policy import offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.index_sets import encode_names
+from fedlp.federation.wire.ranges import are_in_range, find_bounds
+from fedlp.federation.wire.stacks import client_message, decode_updates
 from fedlp.rng import Stream, generator
-from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
+from fedlp.types import Assignment, ClientCost, ClientReport, ClientUpdate, SubModel
 
 __all__ = ["Evaluate", "FedLPStrategy", "Observer", "RoundSettings"]
 
@@ -152,8 +158,14 @@ class FedLPStrategy(EvaluatingStrategy):
         self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Send the instructions of a round, aggregate the replies; return the new model and the round's metrics."""
+        if isinstance(grid, StackingGrid) and self._trains_stacks(grid):
+            return self._train_together(server_round, arrays, grid, timeout)
         requests = self.configure_train(server_round, arrays, ConfigRecord(), grid)
         return self.aggregate_train(server_round, self._exchange(server_round, grid, requests, timeout))
+
+    def _trains_stacks(self, grid: StackingGrid) -> bool:
+        """Return whether one message may be for several clients."""
+        return grid.stacks and not self.settings.extra_clients and self._private is None
 
     def _meet_budgets(self) -> None:
         """Fit the policy to devices' own budgets."""
@@ -229,13 +241,17 @@ class FedLPStrategy(EvaluatingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Yield the round's instructions lazily, in the order of client ids."""
-        cohort = self._begin_round(server_round)
-        for instruction, bytes_down, message in self._instruct(server_round, cohort, arrays):
-            if message is None:
-                self._drop(instruction, bytes_down)
+        packer = self._packer()
+        for one, is_lost in self._instruct(server_round, self._begin_round(server_round), arrays):
+            parcel = packer.single(one)
+            if is_lost:
+                self._drop(one.instruction, parcel.bytes_down)
             else:
-                self._round.assigned.append((instruction, bytes_down))
-                yield message
+                self._round.assigned.append((one.instruction, parcel.bytes_down))
+                yield parcel.message
+
+    def _packer(self, size: int = 1) -> Packer:
+        return Packer(self.submodels, self._roster.node, size, self.settings.timeout_s)
 
     def _begin_round(self, server_round: int) -> tuple[int, ...]:
         """Open the record of a round; return its cohort."""
@@ -260,8 +276,8 @@ class FedLPStrategy(EvaluatingStrategy):
 
     def _instruct(
         self, server_round: int, cohort: Sequence[int], arrays: ArrayRecord
-    ) -> Iterator[tuple[Assignment, int, Message | None]]:
-        """Yield each client's instruction, its bytes, and its message; None for a client that drops out."""
+    ) -> Iterator[tuple[Instructed, bool]]:
+        """Yield each client's instruction, lazily, and whether the client drops out once it has it."""
         dropped = self._draw_dropouts(server_round, cohort)
         encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
@@ -289,11 +305,8 @@ class FedLPStrategy(EvaluatingStrategy):
             instruction = assigned
             if frozen := self.submodels.spec.frozen:
                 instruction = replace(assigned, uploads=assigned.uploads - frozen)
-            content = messages.encode_instruction(instruction, record, self.submodels, digest if held else b"")
-            bytes_down, node, ttl = messages.count_bytes(content), self._roster.node(client_id), self.settings.timeout_s
-            is_lost = client_id in dropped
-            message = None if is_lost else make_request(content, node, messages.TRAIN, str(server_round), ttl)
-            yield instruction, bytes_down, message
+            one = Instructed(instruction, record, digest if held else b"", bool(digest))
+            yield one, client_id in dropped
 
     def _absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Return the clients that could not be sampled, by reason."""
@@ -334,25 +347,109 @@ class FedLPStrategy(EvaluatingStrategy):
 
         ``replies`` holds one reply per instruction, in order.
         """
-        assert self.state is not None
-        state = self.state
-        average = self._begin(server_round, state)
-        guard = RoundGuard(state, self._trainable, self._sends_weights)
-        losses: list[tuple[float, int]] = []
-        answers: list[Answer] = []
+        tally = self._tally(server_round)
         for reply in replies:
-            instruction, bytes_down = self._round.assigned.popleft()
-            update = self._receive(instruction, bytes_down, reply, guard)
-            if update is None:
-                continue
-            weight = self._weight(update, instruction)
-            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-            average.add(update.params, layout.keeps, weight)
-            answers.append((instruction, update.report()))
-            if "train-loss" in update.metrics and self._private is None:
-                losses.append((update.metrics["train-loss"], update.num_examples))
-        good = len(self._round.cohort) - len(self._round.failures)
-        return self._conclude(server_round, average, guard, answers, losses, good)
+            self._count(tally, *self._round.assigned.popleft(), reply)
+        return self._conclude(server_round, tally, self._num_good())
+
+    def _train_together(
+        self, server_round: int, arrays: ArrayRecord, grid: StackingGrid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Train and aggregate clients of equal assignments in stacks; whom a stack fails is asked alone."""
+        packer, sent = self._packer(grid.cohort), deque[Parcel]()
+        tally, again = self._tally(server_round), list[Parcel]()
+
+        def note(parcels: Iterable[Parcel]) -> Iterator[Message]:
+            for parcel in parcels:
+                sent.append(parcel)
+                yield parcel.message
+
+        def present() -> Iterator[Instructed]:
+            for one, is_lost in self._instruct(server_round, self._begin_round(server_round), arrays):
+                if is_lost:
+                    self._drop(one.instruction, packer.single(one).bytes_down)
+                else:
+                    yield one
+
+        for reply in grid.stream(note(packer.parcels(present())), timeout):
+            parcel = sent.popleft()
+            if not parcel.is_stack:
+                self._count(tally, parcel.clients[0].instruction, parcel.bytes_down, reply)
+            elif reply.has_error():
+                log.debug("round %d: %s; clients of this stack are asked alone", server_round, reason_of(reply))
+                again.extend(packer.single(one) for one in parcel.clients)
+            else:
+                self._count_stack(tally, parcel, reply)
+        for reply in grid.stream(note(again), timeout):
+            parcel = sent.popleft()
+            self._count(tally, parcel.clients[0].instruction, parcel.bytes_down, reply)
+        order = {client_id: number for number, client_id in enumerate(self._round.cohort)}
+        self._round.costs.sort(key=lambda cost: order.get(cost.client_id, -1))
+        tally.answers.sort(key=lambda answer: order[answer[0].client_id])
+        return self._conclude(server_round, tally, self._num_good())
+
+    def _num_good(self) -> int:
+        return len(self._round.cohort) - len(self._round.failures)
+
+    def _tally(self, server_round: int) -> Tally:
+        """Return the empty tally of a round."""
+        assert self.state is not None
+        guard = RoundGuard(self.state, self._trainable, self._sends_weights)
+        return Tally(self._begin(server_round, self.state), guard)
+
+    def _count(self, tally: Tally, instruction: Assignment, bytes_down: int, reply: Message) -> None:
+        """Count in the reply of one client."""
+        update = self._receive(instruction, bytes_down, reply, tally.guard)
+        if update is None:
+            return
+        layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
+        tally.average.add(update.params, layout.keeps, self._weight(update.num_examples, instruction))
+        self._take(tally, instruction, update.report())
+
+    def _take(self, tally: Tally, instruction: Assignment, report: ClientReport) -> None:
+        tally.answers.append((instruction, report))
+        tally.arrived.append(instruction.client_id)
+        if "train-loss" in report.metrics and self._private is None:
+            tally.losses.append((report.metrics["train-loss"], report.num_examples))
+
+    def _count_stack(self, tally: Tally, parcel: Parcel, reply: Message) -> None:
+        """Count in the reply of several clients; those whose values are out of range are looked at one by one."""
+        assigned, first = [one.instruction for one in parcel.clients], parcel.clients[0].instruction
+        layout = self.submodels.layout(first.submodel)
+        try:
+            stack = decode_updates(reply.content, assigned, layout.signature(first.uploads))
+        except ProtocolError as error:
+            for instruction in assigned:
+                self._cost(instruction, parcel.bytes_down, 0, None)
+                self._fail(instruction.client_id, "rejected", error)
+            return
+        uploads = encode_names(first.uploads, self.submodels.names)
+        limits = np.array([self._roster.profile(client_id).num_examples for client_id in stack.client_ids])
+        examples = np.array(stack.num_examples)
+        bounds = find_bounds(stack.params)
+        floats = frozenset(name for name, x in stack.params.items() if x.is_floating_point())
+        sound = (examples >= 1) & (examples <= limits) & are_in_range(bounds, floats)
+        sound &= tally.guard.admit_stack(stack.client_ids, bounds, floats, sound)
+        sizes: dict[bool, int] = {}
+        parameters = layout.num_params(), layout.num_params(first.uploads)
+        macs, epochs = self._costs.macs(first.submodel).training, self.settings.local_epochs
+        widths = first.submodel.widths
+        good = np.flatnonzero(sound).tolist()
+        weights = {k: self._weight(stack.num_examples[k], assigned[k]) for k in good}
+        add_stack(tally.average, stack.params, layout.keeps, weights)
+        for k in good:
+            instruction, loss, count = assigned[k], stack.losses[k], stack.num_examples[k]
+            has_loss = math.isfinite(loss)
+            if has_loss not in sizes:
+                sizes[has_loss] = messages.count_bytes(client_message(stack, k, uploads))
+            spent = parcel.bytes_down, sizes[has_loss], *parameters, macs * count * epochs
+            self._round.costs.append(ClientCost(instruction.client_id, count, *spent, loss if has_loss else None))
+            metrics = {"train-loss": loss} if has_loss else {}
+            report = ClientReport(first.server_round, instruction.client_id, count, metrics, widths)
+            self._take(tally, instruction, report)
+        for k in np.flatnonzero(~sound).tolist():
+            message = make_reply(client_message(stack, k, uploads), parcel.message)
+            self._count(tally, assigned[k], parcel.bytes_down, message)
 
     def _before_round(self) -> Mapping[str, Tensor]:
         """Return the values that updates are averaged over: the model's, or zeros where they are differences."""
@@ -362,22 +459,19 @@ class FedLPStrategy(EvaluatingStrategy):
     def _conclude(
         self,
         server_round: int,
-        average: Accumulator,
-        guard: RoundGuard,
-        answers: Sequence[Answer],
-        losses: Sequence[tuple[float, int]],
+        tally: Tally,
         good: int,
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Make the aggregate of ``good`` updates the new model, where they are enough and it is sound."""
         assert self.state is not None
-        state = self.state
+        state, average, losses = self.state, tally.average, tally.losses
         if losses:
             total = sum(count for _, count in losses)
             self._round.metrics["train_loss"] = sum(loss * count for loss, count in losses) / total
         params, optimizer, memory = dict(state.params), dict(state.optimizer), state.memory
         if good >= self.settings.min_clients or self._private is not None:
             params, coverage = average.result()
-            self._note_clipped(average, answers)
+            self._note_clipped(tally)
             if not self._sends_weights:
                 for name, values in params.items():
                     if values.is_floating_point():
@@ -386,7 +480,7 @@ class FedLPStrategy(EvaluatingStrategy):
                 self._optimizer, state.params, params, state.optimizer, average.covered, self._trainable
             )
             self._round.coverage = layer_coverage(coverage, self.submodels.spec)
-            memory = self.policy.remember(memory, server_round, answers)
+            memory = self.policy.remember(memory, server_round, tally.answers)
             if self._private is not None and isinstance(average, NoisedSum):
                 memory = self._private.remember(memory, server_round, average)
         else:
@@ -399,7 +493,7 @@ class FedLPStrategy(EvaluatingStrategy):
             self._round.coverage = {layer.name: 0.0 for layer in self.submodels.spec.layers}
         lost = frozenset(failure.client_id for failure in self._round.failures)
         memory = note_holders(memory, self._round.frozen, lost)
-        self.state = guard.accept(
+        self.state = tally.guard.accept(
             replace(state, server_round=server_round, params=params, optimizer=optimizer, memory=memory),
             self._fail if self._private is None else None,  # suspicion would come from values without noise
         )
@@ -436,7 +530,6 @@ class FedLPStrategy(EvaluatingStrategy):
     ) -> ClientUpdate | None:
         """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
         client_id = instruction.client_id
-        layout = self.submodels.layout(instruction.submodel)
         update: ClientUpdate | None = None
         bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
         try:
@@ -449,10 +542,16 @@ class FedLPStrategy(EvaluatingStrategy):
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
             self._fail(client_id, "rejected" if rejected else ERROR_KINDS.get(reply.error.code, "error"), error)
+        self._cost(instruction, bytes_down, bytes_up, update)
+        return update
+
+    def _cost(self, instruction: Assignment, bytes_down: int, bytes_up: int, update: ClientReport | None) -> None:
+        """Record the cost of a client, whose update is None if it was not used."""
+        layout = self.submodels.layout(instruction.submodel)
         examples = update.num_examples if update else 0
         self._round.costs.append(
             ClientCost(
-                client_id=client_id,
+                client_id=instruction.client_id,
                 num_examples=examples,
                 bytes_down=bytes_down,
                 bytes_up=bytes_up,
@@ -463,11 +562,10 @@ class FedLPStrategy(EvaluatingStrategy):
                 train_loss=update.metrics.get("train-loss") if update and self._private is None else None,
             )
         )
-        return update
 
-    def _weight(self, update: ClientUpdate, instruction: Assignment) -> float:
+    def _weight(self, num_examples: int, instruction: Assignment) -> float:
         """Return the weight of an update in the average."""
-        examples = min(float(update.num_examples), self._round.most_examples)
+        examples = min(float(num_examples), self._round.most_examples)
         match self.settings.weighting:
             case "examples":
                 return examples
@@ -484,16 +582,16 @@ class FedLPStrategy(EvaluatingStrategy):
             return math.inf
         return multiple * lower_median([self._roster.profile(client_id).num_examples for client_id in cohort])
 
-    def _note_clipped(self, average: Accumulator, answers: Sequence[Answer]) -> None:
+    def _note_clipped(self, tally: Tally) -> None:
         """Record and name the clients whose updates were scaled down."""
-        scales: Sequence[float] = getattr(average, "scales", ())
-        for (instruction, _), scale in zip(answers, scales, strict=False):
+        scales: Sequence[float] = getattr(tally.average, "scales", ())
+        for client_id, scale in sorted(zip(tally.arrived, scales, strict=False)):
             if scale < 1.0:
-                self._round.clipped[instruction.client_id] = scale
+                self._round.clipped[client_id] = scale
         if clipped := self._round.clipped:
             log.info("round %d: updates beyond aggregator.max_norm, scaled down: %s", self._round.server_round, clipped)
 
-    def _num_returned(self, instruction: Assignment, update: ClientUpdate) -> int:
+    def _num_returned(self, instruction: Assignment, update: ClientReport) -> int:
         """Return the number of trainable entries received."""
         layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
         return layout.num_params(instruction.uploads)

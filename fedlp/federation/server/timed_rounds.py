@@ -18,6 +18,7 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedlp.federation.server.cohorts import StackingGrid
 from fedlp.federation.server.exchange import LATE, LEFT, SURPLUS, exchange
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
@@ -97,6 +98,10 @@ class TimedStrategy(FedLPStrategy):
         self._round.simulated = self._clock.round_time(begun, ends, asked, parts)
         self._set_clock({"now": torch.tensor(ends, dtype=torch.float64)})
         return arrays, metrics
+
+    def _trains_stacks(self, grid: StackingGrid) -> bool:
+        """Return False: each client has seconds of its own."""
+        return False
 
     def _first_presence(self, now: float, server_round: int) -> float:
         """Return the first second from ``now`` on at which a client may be sampled; ``now`` if none ever may."""

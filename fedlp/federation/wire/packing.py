@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
@@ -115,6 +116,64 @@ def unpack_tensors(
     return tensors
 
 
+def pack_stacks(stacks: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
+    """Return ``dtype name -> images`` of several clients' tensors, (clients, bytes): in each row that of one client.
+
+    Parameters
+    ----------
+    stacks : mapping from name to (clients, ...)
+        Concatenated in order, as :func:`pack_tensors` does.
+    """
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for stack in stacks.values():
+        name, values = dtype_name(stack.dtype), stack.detach().cpu()
+        values = values.view(torch.int16) if name == "bfloat16" else values
+        parts.setdefault(name, []).append(values.reshape(len(values), -1).numpy())
+    images = {}
+    for name, found in parts.items():
+        count = sum(part.shape[1] for part in found)
+        header = np.frombuffer(npy_header(name, count), dtype=np.uint8)
+        images[name] = rows = np.empty(
+            (len(found[0]), len(header) + count * _NUMPY_TYPE[name].itemsize), dtype=np.uint8
+        )
+        rows[:, : len(header)] = header
+        np.concatenate(found, axis=1, out=rows[:, len(header) :].view(_NUMPY_TYPE[name]))
+    return images
+
+
+def unpack_stacks(images: Mapping[str, NDArray[np.uint8]], signature: Signature) -> dict[str, Tensor]:
+    """Return the tensors of ``signature`` of several clients, (clients, ...), as read-only views; see ``pack_stacks``.
+
+    Raises
+    ------
+    ValueError
+        If an array is missing, left over, or not exactly of the expected type and length; names it.
+    """
+    counts: dict[str, int] = {}
+    for _, shape, dtype in signature:
+        counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + math.prod(shape)
+    if counts.keys() != images.keys():
+        raise ValueError(f"arrays {sorted(images)} came, {sorted(counts)} were expected")
+    flats = {name: _open_images(name, count, images[name]) for name, count in counts.items()}
+    starts = dict.fromkeys(counts, 0)
+    tensors: dict[str, Tensor] = {}
+    for name, shape, dtype in signature:
+        kind, size = dtype_name(dtype), math.prod(shape)
+        start = starts[kind]
+        part = flats[kind][:, start : start + size]
+        tensors[name] = part.view(len(part), *shape)
+        starts[kind] = start + size
+    return tensors
+
+
+def _open_images(name: str, count: int, rows: NDArray[np.uint8]) -> Tensor:
+    header = np.frombuffer(npy_header(name, count), dtype=np.uint8)
+    expected = len(header) + count * _NUMPY_TYPE[name].itemsize
+    if rows.shape[1] != expected or not (rows[:, : len(header)] == header).all():
+        raise ValueError(f"array {name} holds {rows.shape[1]} bytes a client that are not {count} values of {name}")
+    return _as_tensor(name, rows[:, len(header) :].view(_NUMPY_TYPE[name]))
+
+
 def _open_image(name: str, count: int, image: memoryview | bytes) -> Tensor:
     header = npy_header(name, count)
     expected = len(header) + count * _NUMPY_TYPE[name].itemsize
@@ -144,7 +203,11 @@ def _decode(name: str, count: int, image: memoryview | bytes) -> Tensor:
 
 
 def _view(name: str, image: memoryview | bytes, offset: int) -> Tensor:
+    return _as_tensor(name, np.frombuffer(image, dtype=_NUMPY_TYPE[name], offset=offset))
+
+
+def _as_tensor(name: str, values: NDArray[Any]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the view is read-only; nobody writes into it
-        flat = torch.from_numpy(np.frombuffer(image, dtype=_NUMPY_TYPE[name], offset=offset))
-    return flat.view(torch.bfloat16) if name == "bfloat16" else flat
+        tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor

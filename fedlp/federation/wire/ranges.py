@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import ProtocolError, printable
+
+Flags = NDArray[np.bool_]
 
 MOST_EXAMPLES = 10**9
 """Examples of one client: the weights of a million clients sum to less than 2^53, exactly."""
@@ -52,6 +56,31 @@ def check_values(tensors: Mapping[str, Tensor], who: str, largest: float = LARGE
             raise ProtocolError(f"{who}: tensor {name} holds NaN or infinite values")
         elif not -largest <= low <= high <= largest:
             raise ProtocolError(f"{who}: tensor {name} holds values beyond ±{largest:g}")
+
+
+Bounds = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Smallest and largest entry of one tensor of each client, (clients,); NaN where one is."""
+
+
+def find_bounds(stacks: Mapping[str, Tensor]) -> dict[str, Bounds]:
+    """Return the bounds of tensors of several clients, (clients, ...), by name; 0 of empty ones."""
+    found = {}
+    for name, stack in stacks.items():
+        values = (stack.float() if stack.dtype == torch.bfloat16 else stack).reshape(len(stack), -1).numpy()
+        if not values.shape[1]:
+            values = np.zeros((len(stack), 1))
+        found[name] = values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    return found
+
+
+def are_in_range(bounds: Mapping[str, Bounds], floats: frozenset[str], largest: float = LARGEST_VALUE) -> Flags:
+    """Return whether each client's tensors are those that :func:`check_values` takes, (clients,)."""
+    sound: Flags = np.array(True)
+    for name, (low, high) in bounds.items():
+        most = largest if name in floats else float(MOST_STEPS)
+        least = 0.0 if name.endswith("num_batches_tracked") and name not in floats else -most
+        sound = sound & (low >= least) & (high <= most)  # both False for NaN
+    return sound
 
 
 def check_count(value: object, most: int, who: str) -> int:

@@ -15,10 +15,15 @@ from fedlp.federation.wire.ranges import LARGEST_COST, read_number, show
 
 def read_tensors(content: RecordDict, key: str, signature: Signature, coded: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a record, read-only; uncoded ones are views into the message."""
+    return unpack_tensors(read_arrays(content, key), signature, coded)
+
+
+def read_arrays(content: RecordDict, key: str) -> dict[str, bytes]:
+    """Return the bytes of each array of a record."""
     arrays = content[key]
     if not isinstance(arrays, ArrayRecord):
         raise ValueError(f"record {key} holds no arrays")
-    return unpack_tensors({name: array.data for name, array in arrays.items()}, signature, coded)
+    return {name: array.data for name, array in arrays.items()}
 
 
 def read_config(content: RecordDict, key: str) -> ConfigRecord:

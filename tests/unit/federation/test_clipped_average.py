@@ -75,6 +75,19 @@ def test_the_average_is_that_of_the_naive_twin(hostile: int, multiple: float) ->
         np.testing.assert_allclose(values.numpy().ravel(), wanted[name], atol=1e-12)
 
 
+@pytest.mark.parametrize("hostile", [0, 2])
+def test_a_stack_is_averaged_as_its_clients(hostile: int) -> None:
+    given = [update(i, 10.0 if i < hostile else 0.1, WHOLE) for i in range(12)]
+    alone, together = (ClippedAverage(OLD, 3.0, ["a", "b"]) for _ in range(2))
+    for one in given:
+        alone.add(*one)
+    together.add_stack({name: torch.stack([p[name] for p, *_ in given]) for name in SHAPES}, {}, [w for *_, w in given])
+    for name, values in alone.result()[0].items():
+        torch.testing.assert_close(together.result()[0][name], values, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(together.scales, alone.scales, rtol=1e-12)
+    assert sum(scale < 1.0 for scale in together.scales) == hostile
+
+
 def test_nobody_beyond_the_bound_changes_no_bit() -> None:
     given = updates(15)
     for name, values in average(CoverageAverageRule(), given).items():

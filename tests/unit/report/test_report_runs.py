@@ -26,7 +26,14 @@ def test_a_run_is_read_whole(write_run: WriteRun) -> None:
     assert (run.seed, run.num_rounds, run.last_round, run.finished, run.dry) == (3, 6, 6, True, False)
     assert [record.server_round for record in run.rounds] == list(range(7))
     records = [json.loads(json.dumps(asdict(record))) for record in run.rounds]
-    optional = ("evaluations", "absent", "phases", "privacy", "simulated")  # not in the file where they are empty
+    optional = (
+        "evaluations",
+        "absent",
+        "phases",
+        "privacy",
+        "clipped",
+        "simulated",
+    )  # not in the file where they are empty
     assert [{k: v for k, v in one.items() if v or k not in optional} for one in records] == lines
     for name in ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s"):
         assert run.totals[name] == sum(line[name] for line in lines)

@@ -19,7 +19,8 @@ from fedlp.tasks.classification import Classification
 from fedlp.tasks.regression import Regression
 from fedlp.training.loop import train_locally
 from fedlp.training.schedules import Moment
-from fedlp.training.stacked import Trained, Trainee, train_stacked
+from fedlp.training.stacked import Trained, Trainee, Way, train_stacked
+from fedlp.training.stacked_chain import find_chain
 from fedlp.training.stacked_pass import find_obstacle
 
 SHAPE, CLASSES = (1, 4, 4), 5
@@ -82,17 +83,17 @@ def check(
     config = LocalConfig(**{"optimizer": "sgd", "batch_size": 10, "lr": 0.05, "epochs": 2, **options})
     values = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
     assert find_obstacle(model, info, config, frozenset(frozen), pads=False) == ""
-    pads = not find_obstacle(model, info, config, frozenset(frozen), pads=True)
+    way = Way(True, not find_obstacle(model, info, config, frozenset(frozen), pads=True), find_chain(model))
 
     def together(chosen: slice) -> list[Trained]:
-        return train_stacked(model, trainees(values, info, lengths, masks)[chosen], info, config, frozen, MOMENT, pads)
+        return train_stacked(model, trainees(values, info, lengths, masks)[chosen], info, config, frozen, MOMENT, way)
 
     stacked = together(slice(None))
     for trainee, (result, found) in zip(trainees(values, info, lengths, masks), stacked, strict=True):
         wanted_result, wanted = alone(model, values, trainee, info, config, frozen)
         assert result.num_processed == wanted_result.num_processed
         assert result.train_loss == pytest.approx(wanted_result.train_loss, rel=1e-5)
-        assert found.keys() == wanted.keys()
+        assert list(found) == list(wanted)  # messages hold tensors in this order
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5 * max(1e-3, float(tensor.abs().max())))
     # Who else is in the stack changes no bit.
@@ -193,3 +194,48 @@ def test_a_model_that_mixes_examples_is_not_padded() -> None:
     model, config = ByBatch(16, CLASSES), LocalConfig(optimizer="sgd")
     assert "comes out otherwise" in find_obstacle(model, describe(), config, frozenset(), pads=True)
     check(model, describe())
+
+
+@pytest.mark.parametrize(
+    ("model", "length"),
+    [
+        (mlp(), 2),
+        (MLP(16, (), CLASSES, False), 1),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.Identity(), nn.Linear(8, CLASSES)), 2),
+        (with_dropout(), 0),
+        (with_batch_norm(), 0),
+        (ByBatch(16, CLASSES), 0),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, CLASSES)), 0),
+        (SmallCNN((1, 8, 8), CLASSES), 0),
+    ],
+)
+def test_chains_are_found(model: nn.Module, length: int) -> None:
+    assert len(find_chain(model)) == length
+
+
+def test_layers_used_twice_and_layers_with_hooks_are_no_chain() -> None:
+    layer = nn.Linear(16, 16)
+    assert find_chain(nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer)) == ()
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16))
+    tied[2].weight = tied[1].weight
+    assert find_chain(tied) == ()
+    hooked = mlp()
+    hooked.fc1.register_forward_hook(lambda *_: None)
+    assert find_chain(hooked) == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["fused", "with gradients"])
+def test_chains_without_biases_and_last_layers_alone(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    check(model, describe(), **options)
+    check(model, describe(), frozen=("1.weight", "3.weight"), **options)
+
+
+def test_a_chain_trains_as_vmap_does() -> None:
+    model, info, config = mlp(), describe(), LocalConfig(optimizer="sgd", batch_size=10, lr=0.05, epochs=2)
+    values = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
+    ways = [Way(True, True, chain) for chain in (find_chain(model), ())]
+    one, other = (train_stacked(model, trainees(values, info, LENGTHS), info, config, way=way) for way in ways)
+    for (_, found), (_, wanted) in zip(one, other, strict=True):
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
