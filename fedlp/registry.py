@@ -19,7 +19,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -148,6 +148,16 @@ def name_of(kind: str, target: Callable[..., Any]) -> str:
     name = next(name for name in (own, *(f"{own}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
     _PARTS[kind, name] = target
     return name
+
+
+def own_parts(used: Iterable[str]) -> list[tuple[str, str, Callable[..., Any]]]:
+    """Return (kind, name, part) of the registered parts of these names that are not fedlp's own."""
+    wanted = set(used)
+    return [
+        (kind, name, target)
+        for (kind, name), target in _PARTS.items()
+        if name in wanted and target.__module__.partition(".")[0] != __package__
+    ]
 
 
 def check_methods(kind: str, name: str, target: Callable[..., Any]) -> None:

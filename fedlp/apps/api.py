@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fedlp.progress import Progress
 from fedlp.report import run_label
 from fedlp.report.reproduce import spell
 from fedlp.rng import Stream, generator
+from fedlp.simulation.starting import refuse_unguarded
 
 __all__ = ["Result", "prune", "run", "simulate"]
 
@@ -107,6 +109,7 @@ def simulate(
     >>> sorted(result.metrics)
     ['accuracy', 'loss', 'train_loss']
     """
+    refuse_unguarded()
     data, parts = _read_data(train, test, task, seed)
     count = clients or (len(parts) if parts is not None else 100)
     if parts is not None and count != len(parts):
@@ -151,6 +154,7 @@ def run(
     >>> len(result.rounds)
     2
     """
+    refuse_unguarded()
     composed = config if isinstance(config, RunConfig) else compose(list(config))
     if composed.simulation.engine != "local":
         raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
@@ -174,7 +178,7 @@ def _blueprint(module: nn.Module) -> Blueprint:
     """Return the blueprint of a module with initial values."""
     depths = getattr(module, "num_depths", 1)
     name = type(module).__name__
-    return ModuleBlueprint(name, lambda: copy.deepcopy(module), depths if isinstance(depths, int) else 1)
+    return ModuleBlueprint(name, partial(copy.deepcopy, module), depths if isinstance(depths, int) else 1)
 
 
 # ---- data

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.apps.batching import cohort_size, sends_stacks
+from fedlp.apps.client_app import AppOf
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
@@ -36,11 +37,10 @@ from fedlp.apps.tier_table import describe_tiers
 from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
-from fedlp.data.examples import no_examples
+from fedlp.data.examples import Rows, no_examples
 from fedlp.data.partition import partition_examples
 from fedlp.errors import ConfigError, DataError, EvaluationError
 from fedlp.federation.budgets import fit_submodels, layer_costs, submodel_costs
-from fedlp.federation.client.app import make_client_app
 from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.client.settings import ClientSettings
 from fedlp.federation.client.shards import Shards
@@ -61,8 +61,9 @@ from fedlp.models.blueprint import Blueprint
 from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Calibration
 from fedlp.report.trackers import tracking
-from fedlp.simulation.flower_apps import Grid, settings_of
+from fedlp.simulation.flower_apps import Grid
 from fedlp.simulation.local import LocalGrid
+from fedlp.simulation.starting import refuse_unguarded
 from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
@@ -95,6 +96,7 @@ class Federation:
         parts: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         self._read = _reader(config) if data is None else Loaded(data)
+        self.own_blueprint = blueprint
         self._facts = describe_for_devices(config.dataset) if config.dataset.on_devices else self._read.describe()
         self.info = with_task(self._facts, config.task.make())
         info = self.info
@@ -113,6 +115,7 @@ class Federation:
         self.strategy: Strategy = config.strategy.make()
         self.config = self._with_length(config)
         self._parts = None if parts is None else tuple(parts)
+        self._has_own_data = data is not None
         self._runtimes: dict[tuple[str, OwnPlace | None], ClientRuntime] = {}
         self._apart: set[int] = set()  # clients that only_whole keeps out
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
@@ -293,6 +296,11 @@ class Federation:
         part = np.arange(len(examples), dtype=np.int64)
         return Shards(examples, {own.client_id: part}, config.dataset.client_test_fraction, config.seed)
 
+    def data_for_workers(self) -> FederatedData | None:
+        """Return the data to hand to spawned workers; None if they map the same files themselves."""
+        is_mapped = isinstance(self.data.train.inputs, Rows) and not self._has_own_data
+        return None if is_mapped else self.data
+
     def server_runtime(self, state_dir: str) -> ClientRuntime:
         """Return the server's evaluator; it holds no training data where devices bring their own."""
         if not self.config.dataset.on_devices:
@@ -351,18 +359,19 @@ class Federation:
 
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
         """Run on the local engine; return the manifest."""
+        refuse_unguarded()
         config, out = self.config, out.absolute()
         refuse_simulation(config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
-        app = make_client_app(lambda cfg, state_dir, own=None: self.runtime(state_dir), settings_of)
         with LocalGrid(
-            lambda: app,
+            AppOf(self),
             num_clients=config.num_clients,
             num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
             message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
             cohort=cohort_size(config, self.submodels, self.info),
             stacks=sends_stacks(config),
+            start=config.simulation.start,
         ) as grid:
             return self.serve(grid, out, observers)
 

@@ -30,6 +30,7 @@ from fedlp.federation.server.strategy import Observer
 from fedlp.progress import Progress
 from fedlp.simulation.flower_apps import Grid, make_server_app, settings_of
 from fedlp.simulation.flower_run import run_on_flower
+from fedlp.simulation.starting import refuse_unguarded
 from fedlp.training.threads import count_cores
 
 
@@ -83,6 +84,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     label : callable
         Returns the name of a run from its plain config.
     """
+    refuse_unguarded()
     config = from_yaml(cfg)
     refuse_simulation(config)
     _check_device(config.device)
@@ -117,7 +119,7 @@ def _plot_partition(federation: Federation, out: Path) -> None:
 
 
 def _check_device(name: str) -> None:
-    """Raise ConfigError if this machine has no such device; CUDA is not initialised, as it cannot be forked."""
+    """Raise ConfigError if this machine has no such device; CUDA is not initialised, as a fork would not survive it."""
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ConfigError(

@@ -205,6 +205,7 @@ class SimulationConfig:
 
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
     workers: int | None = None  # worker processes, >= 1; number of cores if null
+    start: str = "auto"  # local engine: "fork" or "spawn" of workers; "auto" spawns where fork is unsafe or absent
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
     batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;
     # true, false, or "auto": models for which it was measured to be faster

@@ -56,6 +56,9 @@ def validate(config: RunConfig) -> None:
     _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
     fits = not simulation.batched or simulation.engine == "local"
     _require(fits, "simulation.batched", simulation.batched, f"false with simulation={simulation.engine}")
+    _choice("simulation.start", simulation.start, ("auto", "fork", "spawn"))
+    fits = simulation.start == "auto" or simulation.engine == "local"
+    _require(fits, "simulation.start", simulation.start, f"auto with simulation={simulation.engine}")
     if simulation.workers is not None:
         _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
     _require(

@@ -1,6 +1,7 @@
-"""The local engine: a Flower Grid in this process, clients in forked worker processes of one thread each.
+"""The local engine: a Flower Grid in this process, clients in worker processes of one thread each.
 
-Workers inherit model, data and partition from the parent: a run starts at once and data is held once. Messages keep
+Forked workers inherit model, data and partition from the parent: a run starts at once and data is held once. Spawned
+ones are handed them in shared memory (:mod:`fedlp.simulation.starting`). Messages keep
 Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending; only
 a few are held at a time, so that memory does not grow with the cohort.
 """
@@ -8,8 +9,6 @@ a few are held at a time, so that memory does not grow with the cohort.
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
 import selectors
 import time
 from collections import deque
@@ -20,14 +19,14 @@ from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedlp.errors import FedLPError
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.federation.wire.stacks import count_clients
+from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.transport import Item, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
-from fedlp.simulation.worker_process import Numbered, Task, Worker, start_worker
+from fedlp.simulation.worker_process import Numbered, Task, Worker
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
@@ -40,7 +39,7 @@ class LocalGrid(Grid):
     Parameters
     ----------
     load_app : callable
-        Returns the ClientApp; called once in every worker, after the fork.
+        Returns the ClientApp; called once in every worker. Spawned workers are handed it by pickle.
     num_clients : int
         Nodes; node ``i + 1`` is the client of partition ``i``.
     num_workers : int
@@ -53,6 +52,13 @@ class LocalGrid(Grid):
         Messages of one kind that a worker receives at once, >= 1; also the most clients of one message.
     stacks : bool
         Whether the app answers messages for several clients.
+    start : str
+        How workers start: "fork", "spawn", or "auto" for what fits the system.
+
+    Raises
+    ------
+    FedLPError
+        If workers cannot be started so.
 
     Use as a context manager: workers end with it.
     """
@@ -68,24 +74,31 @@ class LocalGrid(Grid):
         run_config: dict[str, bool | float | int | str] | None = None,
         cohort: int = 1,
         stacks: bool = False,
+        start: str = "auto",
     ) -> None:
-        check_platform()
+        refuse_unguarded()
         flower_compat.become_server()
         keep_freed_memory()  # of one update for the next
-        self._load_app = load_app
         self._num_clients = num_clients
-        self._run_config = run_config or {}
         self.cohort, self.stacks = cohort, stacks and cohort > 1
-        self._capacity = (message_bytes + (1 << 16)) * cohort
+        capacity = (message_bytes + (1 << 16)) * cohort
         self._depth = 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2  # tasks a worker may have waiting
         self._again: deque[Numbered] = deque()  # what a worker that ended had been given
-        self._fork = multiprocessing.get_context("fork")
         self._sent = 0
         self._replies: dict[str, Message] = {}
-        self._selector = selectors.DefaultSelector()
-        self._lifeline = os.pipe()  # of which only this process keeps the end for writing
+        about = num_workers, self._depth, capacity, load_app, run_config or {}, num_clients
+        self._starter = make_starter(start_method(start), *about)
+        self._selector = self._starter.selector()
         gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
-        self._workers = [self._start_worker(i) for i in range(num_workers)]
+        self._workers: list[Worker] = []
+        try:
+            for i in range(num_workers):
+                self._workers.append(self._start_worker(i))
+            for worker in self._workers:
+                self._starter.await_ready(worker)
+        except BaseException:
+            self._end(is_lost=True)
+            raise
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -93,16 +106,18 @@ class LocalGrid(Grid):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self, is_lost: bool = False) -> None:
+        """End the workers: kindly, but for those in the middle of something nobody waits for any more."""
         for worker in self._workers:
-            if worker.tasks:  # in the middle of something nobody waits for any more
+            if worker.tasks or is_lost:
                 worker.process.kill()
             self._deliver(worker, STOP)
         for worker in self._workers:
-            worker.process.join()
-            worker.connection.close()
+            worker.end()
         self._selector.close()
-        for end in self._lifeline:
-            os.close(end)
+        self._starter.close()
         gc.unfreeze()
 
     # ---- Flower's interface
@@ -265,8 +280,7 @@ class LocalGrid(Grid):
 
     # ---- workers
     def _start_worker(self, i: int) -> Worker:
-        about = self._load_app, self._run_config, self._num_clients, self._lifeline
-        worker = start_worker(self._fork, self._depth, self._capacity, *about)
+        worker = self._starter.start()
         self._selector.register(worker.connection, selectors.EVENT_READ, i)
         return worker
 
@@ -274,15 +288,9 @@ class LocalGrid(Grid):
         """Kill a worker and give all but its first task to a new one."""
         old = self._workers[i]
         old.process.kill()
-        old.process.join()
         self._selector.unregister(old.connection)
-        old.connection.close()
+        old.end()
         self._workers[i] = new = self._start_worker(i)
+        self._starter.await_ready(new)
         for task in list(old.tasks)[1:]:
             self._send(new, task.messages)
-
-
-def check_platform() -> None:
-    """Raise FedLPError if processes cannot be forked."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        raise FedLPError("the local engine forks its workers, which this system cannot; use simulation=ray")

@@ -8,7 +8,6 @@ model that goes to many clients) is not written again.
 from __future__ import annotations
 
 import json
-import mmap
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,17 +29,17 @@ class Area:
 
     Parameters
     ----------
-    capacity : int
-        Bytes; pages are only used once they are written.
+    memory : memoryview
+        Bytes that both processes see; pages are only used once they are written.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._view = memoryview(mmap.mmap(-1, capacity))
+    def __init__(self, memory: memoryview) -> None:
+        self._view = memory
         self._holds: tuple[Any, ...] = ()
 
     def write(self, buffers: Sequence[Any]) -> None:
         """Write the buffers one after another, except a leading part that the area holds already."""
-        end = sum(_aligned(len(buffer)) for buffer in buffers)
+        end = sum(aligned(len(buffer)) for buffer in buffers)
         if end > len(self._view):
             raise FedLPError(f"a message of {end} bytes is larger than the engine's slots of {len(self._view)} bytes")
         offset, fresh = 0, False
@@ -49,7 +48,7 @@ class Area:
             fresh = fresh or i >= len(self._holds) or buffer is not self._holds[i]
             if fresh:
                 self._view[offset : offset + len(buffer)] = buffer
-            offset += _aligned(len(buffer))
+            offset += aligned(len(buffer))
         self._holds = tuple(buffers)
 
     def read(self, lengths: Sequence[int]) -> list[memoryview]:
@@ -57,7 +56,7 @@ class Area:
         views, offset = [], 0
         for length in lengths:
             views.append(self._view[offset : offset + length])
-            offset += _aligned(length)
+            offset += aligned(length)
         return views
 
 
@@ -129,7 +128,8 @@ def copy_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Arr
     return make_array(dtype, shape, stype, bytes(data))
 
 
-def _aligned(length: int) -> int:
+def aligned(length: int) -> int:
+    """Return a length rounded up to where the next buffer may begin."""
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,7 +34,7 @@ def serve(
     load_app: Callable[[], ClientApp],
     run_config: dict[str, bool | float | int | str],
     num_partitions: int,
-    lifeline: int,
+    lifeline: Connection,
 ) -> None:
     """Answer messages until the other end closes.
 
@@ -41,7 +42,7 @@ def serve(
     ----------
     slots : sequence of (down, up)
         Shared memory for the arrays of a message and of its reply.
-    lifeline : int
+    lifeline : Connection
         Read end of a pipe whose write end only the parent holds.
     """
     end_with_parent(lifeline)
@@ -110,7 +111,7 @@ def _encode(reply: Message | Exception) -> Item:
     return {"error": None}, reply.content
 
 
-def end_with_parent(lifeline: int) -> None:
+def end_with_parent(lifeline: Connection) -> None:
     """End this process at once when its parent ends, even within a step.
 
     Linux kills it; elsewhere, and if the parent ended first, a thread sees the closed pipe.
@@ -119,7 +120,8 @@ def end_with_parent(lifeline: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        os.read(lifeline, 1)  # nobody writes
+        with suppress(EOFError, OSError):
+            lifeline.recv_bytes()  # nobody writes
         os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
