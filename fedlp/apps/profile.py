@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ import yaml
 from torch import nn
 
 from fedlp.allocation.budget.costs import CostModel, make_costs
+from fedlp.apps.peak_memory import peak_memory
 from fedlp.config import LocalConfig, ProfileConfig, to_plain
 from fedlp.data.datasets import DataInfo, Examples, describe_dataset
-from fedlp.errors import ConfigError
+from fedlp.errors import ConfigError, FedLPError
 from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.activations import activation_footprint
@@ -201,8 +201,10 @@ def _peak(device: torch.device) -> float:
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
         return 1024.0 * int(lines["VmHWM"].split()[0])
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    peak = peak_memory()
+    if peak is None:
+        raise FedLPError("fedlp-profile cannot read the peak memory of a process on Windows; use Linux, macOS or WSL")
+    return float(peak)
 
 
 def _report(

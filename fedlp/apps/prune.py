@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
 from fedlp.apps.prune_state import PruneState, fingerprint
+from fedlp.apps.peak_memory import peak_memory
 from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
@@ -98,7 +98,7 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         save_pruned(pruned, subject, config, out / "model")
         report = make_report(config, subject, pruned, before, after, dense) | {
             "wall_time_s": time.monotonic() - started,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory(),
         }
     from fedlp.report.pruning import draw_layers  # matplotlib takes a second to load: not in every client
 

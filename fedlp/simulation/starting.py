@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.clientapp import ClientApp
@@ -136,6 +137,7 @@ class _Spawning:
         run_config: RunSettings,
         num_clients: int,
     ) -> None:
+        _check_script()
         self._spawn = multiprocessing.get_context("spawn")
         self._num_slots, self._capacity = num_slots, capacity
         self._about = run_config, num_clients
@@ -176,6 +178,15 @@ class _Spawning:
         self._parcel.remove()
         for end in self._lifeline:
             end.close()
+
+
+def _check_script() -> None:
+    """Raise FedLPError if the main script is one that workers cannot import: it comes from standard input."""
+    main = sys.modules["__main__"]
+    name = getattr(main, "__file__", None)
+    folder = getattr(multiprocessing.process, "ORIGINAL_DIR", None) or ""  # where the program started
+    if name is not None and main.__spec__ is None and not Path(folder, name).exists():
+        raise FedLPError(f"spawned workers import the main script, but {name} is no file; write the script to a file")
 
 
 def _why_not_ready(exitcode: int | None) -> str:

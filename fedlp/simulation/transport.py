@@ -1,7 +1,7 @@
 """Transport of messages to worker processes: a JSON frame through a pipe, arrays through shared memory.
 
-Nothing is pickled. A frame holds one message or several: ``length of the JSON, JSON, small arrays``; large arrays lie
-in the slot's area, where the receiver reads them without a copy. An area that already holds the very same arrays (a
+No message is pickled. A frame holds one or several: ``length of the JSON, JSON, small arrays``; large arrays lie in
+the slot's area, where the receiver reads them without a copy. An area that already holds the very same arrays (a
 model that goes to many clients) is not written again.
 """
 

@@ -32,29 +32,36 @@ def long(message, context):
     while True:  # products of a tenth of a second, in which Python's signals and threads must take their turn
         matrix = (matrix @ matrix).clamp_(0, 1)
 
-if len(sys.argv) > 2:  # as where there is no prctl
+way = sys.argv[2]
+if way == "pipe":  # as where there is no prctl
     from fedlp.simulation import worker
     worker.sys = type("", (), {"platform": "darwin"})
 
-with LocalGrid(lambda: app, 2, 2, 1 << 16) as grid:
-    list(grid.stream([Message(RecordDict(), node, "query.long") for node in (1, 2)], float("inf")))
+def make_app():
+    return app
+
+if __name__ == "__main__":
+    with LocalGrid(make_app, 2, 2, 1 << 16, start="spawn" if way == "spawn" else "fork") as grid:
+        list(grid.stream([Message(RecordDict(), node, "query.long") for node in (1, 2)], float("inf")))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
-@pytest.mark.parametrize("way", ["prctl", "pipe"])
+@pytest.mark.parametrize("way", ["prctl", "pipe", "spawn"])
 def test_workers_end_with_their_parent(number: signal.Signals, way: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LONG_STEPS, str(tmp_path), *(["pipe"] if way == "pipe" else [])]
-    process = subprocess.Popen(command, start_new_session=True)
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(LONG_STEPS)
+    seen.mkdir()
+    process = subprocess.Popen([sys.executable, str(script), str(seen), way], start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.iterdir())) < 2:
+    while len(list(seen.iterdir())) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.3)  # in the middle of a product
-    assert len(members(process.pid)) == 3
+    assert len(members(process.pid)) == (4 if way == "spawn" else 3)  # spawned: Python's tracker of shared memory
     os.kill(process.pid, number)
     process.wait(timeout=10)
     deadline = time.monotonic() + 3

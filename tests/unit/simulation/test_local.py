@@ -125,3 +125,16 @@ def test_flowers_own_fedavg_runs_on_it(grid: LocalGrid) -> None:
     result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))}), num_rounds=2)
     mean = np.average(np.arange(6), weights=np.arange(1, 7))
     np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, 2 * mean), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_spawned_workers_do_the_same() -> None:
+    with LocalGrid(make_app, num_clients=6, num_workers=2, message_bytes=1 << 17, start="spawn") as grid:
+        test_replies_come_in_order_whoever_is_slow(grid, 20_000)
+        test_more_messages_than_slots_and_none_is_lost(grid)
+        test_every_kind_of_record_survives_the_way(grid)
+        test_a_client_that_raises_is_an_error_reply_of_one_line(grid)
+        test_a_process_that_dies_is_replaced_and_only_its_client_fails(grid)
+        test_a_client_that_is_silent_is_given_up(grid)
+        test_a_message_beyond_the_slots_is_refused(grid)
+        test_flowers_own_fedavg_runs_on_it(grid)
