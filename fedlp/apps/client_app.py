@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,14 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedlp import registry
-from fedlp.config import RunConfig, to_plain
+from fedlp.config import RunConfig, TrackerConfig, to_plain
 from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.federation.client.app import make_client_app
 from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.models.blueprint import Blueprint
 from fedlp.simulation.flower_apps import settings_of
-
-_ON_SERVER = ("callback", "tracker")  # kinds of parts that workers do not need
 
 
 class Source(Protocol):
@@ -55,11 +53,11 @@ class AppOf:
 
     def __reduce__(self) -> tuple[Callable[..., AppOf], tuple[Any, ...]]:
         federation, data = self._federation, self._federation.data_for_workers()
-        own = registry.own_parts(_texts(to_plain(federation.config)))
+        config = replace(federation.config, callbacks=[], tracker=TrackerConfig())  # which stay with the server
         return _make_again, (
-            [part for part in own if part[0] not in _ON_SERVER],
+            registry.own_parts(_texts(to_plain(config))),
             type(federation),
-            federation.config,
+            config,
             federation.own_blueprint,
             None if data is None else (data.info, _Arrays.of(data.train), _Arrays.of(data.test)),
             np.concatenate(federation.parts),

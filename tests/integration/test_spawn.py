@@ -31,12 +31,17 @@ TIERS = ("strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.5]")
 NETS = Path(__file__).parent / "own" / "nets.py"
 
 SCRIPT = """
-import torch, fedlp
+import numpy as np, torch, fedlp
 x, y = torch.randn(60, 8), torch.randint(3, (60,))
 net = torch.nn.Linear(8, 3)
-options = {"strategy": "fedavg", "simulation": {"workers": 2, "start": "spawn"}}
+
+@fedlp.register("partition", "halves")  # known where this script was imported
+def halves(train, num_clients):
+    return np.array_split(np.arange(len(train)), num_clients)
+
+options = {"strategy": "fedavg", "partition": "halves", "simulation": {"workers": 1, "start": "spawn"}}
 GUARD
-    fedlp.simulate(net, (x, y), clients=4, rounds=1, out="run", **options)
+    fedlp.simulate(net, (x, y), clients=4, rounds=1, out="run", callbacks=[lambda record, state: None], **options)
 """
 
 
@@ -79,7 +84,8 @@ def test_a_resumed_run(once: Once, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_from_the_command_line(tmp_path: Path) -> None:
+def test_a_model_of_ones_own_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # to read the runs
     shutil.copy(NETS, tmp_path / "nets_of_mine.py")
     case = ("model=nets_of_mine:cosine", *TINY[2:], *TIERS)
     runs = []
@@ -194,15 +200,14 @@ def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_only_the_session_knows(tmp_path: Path) -> None:
-    own = "class Net(torch.nn.Linear):\n    pass\n\nnet = Net(8, 3)\n"
-    text = SCRIPT.replace("GUARD", f"{own}if True:").replace('workers": 2', 'workers": 1')
+def test_a_part_that_only_the_session_knows(tmp_path: Path) -> None:
+    text = SCRIPT.replace("GUARD", "if True:")
     for words, given in ((["-c", text], None), (["-"], text)):
         line = [sys.executable, *words]
         done = subprocess.run(line, input=given, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1
         assert done.stderr.count("Traceback") == 1
-        said = "cannot be given .*attribute 'Net'" if given is None else "<stdin> is no file"
+        said = "cannot be given .*attribute 'halves'" if given is None else "<stdin> is no file"
         assert re.search(rf"^fedlp\.errors\.FedLPError: spawned workers .*{said}", done.stderr.splitlines()[-1])
 
 
