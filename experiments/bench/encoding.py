@@ -49,7 +49,7 @@ def fedlp_methods(submodels: SubModels, state: State) -> dict[str, Method]:
     instruction = TrainInstruction(1, 0, {}, SubModel(), layout.name_set)
     model = messages.encode_params(state)
     capacity = 2 * sum(tensor.nbytes for tensor in state.values())
-    up, down = Area(capacity), Area(capacity)
+    up, down = (Area(memoryview(mmap.mmap(-1, capacity))) for _ in range(2))
 
     def decode_update(content: RecordDict) -> ClientUpdate:
         return messages.decode_update(content, instruction, profile, submodels)

@@ -17,8 +17,8 @@ from torch import nn
 from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
-from fedlp.apps.prune_state import PruneState, fingerprint
 from fedlp.apps.peak_memory import peak_memory
+from fedlp.apps.prune_state import PruneState, fingerprint
 from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
 from fedlp.errors import AllocationError, CheckpointError, ConfigError, DataError
