@@ -14,6 +14,7 @@ turn: once with the C library's memory settings as they are, once with freed mem
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import statistics
 import time
