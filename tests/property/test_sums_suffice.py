@@ -135,7 +135,7 @@ def test_pooled_moments_are_sums(seed: int) -> None:
     changed = [{n: v + shift[n] for n, v in sent[0].items()}, {n: v - shift[n] for n, v in sent[1].items()}, sent[2]]
 
     def total(answers: list[dict[str, Tensor]], counts: list[int]) -> tuple[dict[str, Tensor], int]:
-        pool = SimpleNamespace(answers=lambda *_: zip(answers, counts, strict=True))
+        pool = SimpleNamespace(answers=lambda *_: zip(answers, counts, strict=True), _secure=None)
         pool._add = partial(ClientPool._add, pool)
         sums, examples = ClientPool.total(pool, wire.Question(wire.MOMENTS), parts, None)  # type: ignore[arg-type]
         return sums, sum(examples)
