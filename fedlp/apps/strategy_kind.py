@@ -17,7 +17,7 @@ from fedlp.federation.server.virtual_clock import VirtualClock
 
 
 def make_strategy(config: RunConfig) -> Callable[..., FedLPStrategy]:
-    """Return what makes the strategy from the parameters of ``FedLPStrategy``."""
+    """Return a factory of the strategy, called with the parameters of ``FedLPStrategy``."""
     secagg = secagg_settings(config)
     if secagg is not None:
         return partial(SecureStrategy, secagg=secagg)

@@ -284,7 +284,7 @@ class Pruner:
         return found
 
     def _state_of(self, layer: PrunableLayer, keep: Tensor, loss: float) -> dict[str, Tensor]:
-        """Return what a store keeps of a layer: its tensors, the units kept, the loss and the random state."""
+        """Return the stored state of a layer: tensors, kept units, loss, random state."""
         extra = {_KEEP: keep, _LOSS: torch.tensor(loss, dtype=torch.float64), _RNG: self._rng.get_state()}
         return {**self._tensors(layer), **extra}
 

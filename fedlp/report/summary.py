@@ -251,7 +251,7 @@ def _reported(run: Run) -> list[str]:
 
 
 def spent_by(run: Run, name: str, rounds: NDArray[np.int64]) -> FloatArray:
-    """Return what was spent by the end of each round: a counter of the records, or ``simulated_s``."""
+    """Return the cumulated cost at the end of each round: a counter of the records, or ``simulated_s``."""
     recorded = np.array([record.server_round for record in run.rounds])
     sums: FloatArray = np.cumsum([0.0, *(_amount(record, name) for record in run.rounds)])
     return sums[np.searchsorted(recorded, rounds, side="right")]
