@@ -58,6 +58,7 @@ def test_an_adapter_adds_the_scaled_product() -> None:
     torch.testing.assert_close(layer(x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [("strategy=fedavg",), (*PRUNED,)], ids=["fedavg", "pruned"])
 def test_only_adapters_move_and_travel_up(strategy: tuple[str, ...], once: Once) -> None:
     done = once(*LORA, *strategy)

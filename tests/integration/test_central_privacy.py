@@ -60,6 +60,7 @@ def test_hardly_any_noise_and_a_loose_clip_are_the_plain_average(once: Once) -> 
         torch.testing.assert_close(value, plain.tensors[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [("privacy.clipping_quantile=0.5",), ("server_optimizer=momentum",)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(given: tuple[str, ...], once: Once, tmp_path: Path) -> None:
     overrides = (*TINY, "num_rounds=4", FEDAVG, *NOISE, *given)
@@ -93,6 +94,7 @@ def test_a_run_ends_before_it_would_pass_its_budget(once: Once, tmp_path: Path) 
     assert len(load_run(tmp_path / "run").rounds) == 2, "nor does it go on"
 
 
+@pytest.mark.slow
 def test_noise_is_found_for_an_epsilon_and_other_lengths_are_refused(tmp_path: Path) -> None:
     overrides = (*TINY, FEDAVG, *CENTRAL, "privacy.epsilon=3", "privacy.clipping_norm=0.02")
     done = run(tmp_path / "run", *overrides)
@@ -115,6 +117,7 @@ SUBMODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SUBMODELS)
 def test_sub_models(case: str, once: Once) -> None:
     given = (*TINY, "num_rounds=3", "clients_per_round=6", "aggregator.weighting=equal", *SUBMODELS[case])

@@ -286,6 +286,7 @@ def test_a_process_that_dies_while_it_evaluates_is_no_reason_to_stop(
     assert "exit code -9" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_slow_evaluation_is_no_reason_to_stop(tmp_path: Path) -> None:
     def app(message: Message, context: Context) -> Message:
         if message.metadata.message_type == messages.EVALUATE:

@@ -92,6 +92,7 @@ def test_a_yaml_file_that_cannot_be_read(content: bytes, words: str, call: Call,
     assert_refused(call("resume=run"), f"run/config.yaml.*{words}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

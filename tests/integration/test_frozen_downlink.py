@@ -66,6 +66,7 @@ def test_a_client_that_lost_them_fails_once_and_gets_them_again(once: Once, tmp_
     assert down[2] - down[3] == pytest.approx(frozen_bytes(done), abs=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "fedrolex"])
 def test_a_stop_changes_neither_model_nor_bytes(method: str, once: Once, tmp_path: Path) -> None:
     shutil.copytree(once(*FROZEN, *METHODS[method], "num_rounds=2").path, tmp_path / "run")

@@ -207,6 +207,7 @@ def test_flwr_run_of_an_app_of_ones_own(elsewhere: Path, tmp_path_factory: pytes
     assert (out / "mine.txt").read_text() == (elsewhere / "local" / "mine.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_dataclass_of_ones_own_in_python(elsewhere: Path) -> None:
     code = (
         "import fedlp; from other_package.parts import ResCNN, FirstUnits, load\n"

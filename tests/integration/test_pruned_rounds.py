@@ -136,6 +136,7 @@ def test_a_budget_out_of_reach_costs_its_client_alone(once: Once) -> None:
     assert len(done.rounds[0]["clients"]) == 3
 
 
+@pytest.mark.slow
 def test_server_masks_of_smaller_budgets_nest(once: Once) -> None:
     done = once(*OURS, *TIERS, "strategy.unit_selection=server", "allocator=uniform", "clients_per_round=6")
     _, policy = plan_of(done)
@@ -182,6 +183,7 @@ def test_a_run_in_pieces_ends_like_one_in_one_piece(case: str, once: Once, tmp_p
     assert_same(go_on(tmp_path / "run", 3), once(*overrides, "num_rounds=3"))
 
 
+@pytest.mark.slow
 def test_sparsity_waits_and_rises(once: Once) -> None:
     done = once(*OURS, *PLAIN, "strategy.warmup_rounds=1", "strategy.ramp_rounds=1", "num_rounds=4", "pruner=random")
     sent = [line["params_up"] / line["params_down"] for line in done.rounds]

@@ -171,6 +171,7 @@ def test_what_is_sent_lies_within_what_is_held() -> None:
     assert isinstance(plan.policy, PlanPolicy)
 
 
+@pytest.mark.slow
 def test_exported_tiers_are_the_pruned_models(once: Once, tmp_path: Path) -> None:
     done = once(*PRUNED, "local.lr=1e-30", "clients_per_round=6")
     index = export_run(done.path, tmp_path / "out", onnx=False)

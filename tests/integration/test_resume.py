@@ -61,6 +61,7 @@ def test_a_finished_run_stays_as_it_is(once: Once, tmp_path: Path) -> None:
 
 
 # ---- what a kill leaves
+@pytest.mark.slow
 def test_rounds_behind_the_last_checkpoint_are_done_again(once: Once, tmp_path: Path) -> None:
     """A kill between a round and its checkpoint leaves lines, heads and a torn line that must not count."""
     case = CASES["hetero, adam, seldom checkpoints"]
@@ -74,6 +75,7 @@ def test_rounds_behind_the_last_checkpoint_are_done_again(once: Once, tmp_path: 
     assert_same(go_on(folder, 7), whole)
 
 
+@pytest.mark.slow
 def test_a_run_without_any_checkpoint_starts_anew(once: Once, tmp_path: Path) -> None:
     case = CASES["hetero"]
     folder = tmp_path / "run"

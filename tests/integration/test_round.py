@@ -141,6 +141,7 @@ def test_frozen_layers_neither_move_nor_travel_back(method: tuple[str, ...], onc
     assert done.rounds[0]["coverage"]["fc1"] == 0.0
 
 
+@pytest.mark.slow
 def test_heads_are_kept_between_rounds_or_forgotten(once: Once) -> None:
     everyone = (*TINY, *ALL_OF_DEPTH_2, "clients_per_round=6")
     kept, forgotten = (once(*everyone, f"strategy.persist_heads={flag}") for flag in ("true", "false"))

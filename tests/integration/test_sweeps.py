@@ -69,6 +69,7 @@ def test_a_sweep_goes_on_where_it_was(call: Call, tmp_path: Path, returned: list
     assert returned[:3] == returned[3:] == [run.manifest["final_metrics"]["accuracy"] for run in before]
 
 
+@pytest.mark.slow
 def test_another_sweep_into_the_same_folder_is_refused(call: Call, tmp_path: Path) -> None:
     assert call("-m", *TINY, "seed=0", "hydra.sweep.dir=sweep")[0] == 0
     before = read(tmp_path / "sweep" / "0")

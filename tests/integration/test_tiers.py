@@ -34,6 +34,7 @@ def test_the_table_of_tiers(once: Once) -> None:
     assert len(text.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_memory_is_message_weights_gradients_state_and_activations() -> None:
     needed = []
     for batch_size in (1, 3):
