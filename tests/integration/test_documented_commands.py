@@ -69,7 +69,10 @@ def lines_of(page: Path) -> Iterator[str]:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FRAGMENTS = ("fedlp describe", "fedlp-prune federated=true", "fedlp-prune federated=true unit_selection=client")
+FRAGMENTS = (
+    *("fedlp describe", "fedlp-prune federated=true", "fedlp-prune federated=true unit_selection=client"),
+    "fedlp-prune federated=true privacy=secagg",
+)
 """Commands of which the text gives a part."""
 
 LINES = {line.partition("  #")[0].strip() for page in PAGES for line in lines_of(page)}
