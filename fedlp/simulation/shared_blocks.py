@@ -6,6 +6,7 @@ user alone; nothing that came from outside is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
 import sys
@@ -66,6 +67,7 @@ class Label:
 
     name: str
     sizes: tuple[int, ...]
+    digest: bytes  # of the pickled object, SHA-256; the label comes through the parent's private pipe
 
 
 class Parcel:
@@ -89,7 +91,7 @@ class Parcel:
         self._block = Block(create=True, size=ends[-1])
         for buffer, start in zip(buffers, [0, *ends], strict=False):
             self._block.memory[start : start + len(buffer)] = buffer
-        self.label = Label(self._block.name, tuple(len(buffer) for buffer in buffers))
+        self.label = Label(self._block.name, tuple(len(buffer) for buffer in buffers), hashlib.sha256(head).digest())
 
     def remove(self) -> None:
         """Remove the parcel; those who have opened it keep its arrays."""
@@ -98,11 +100,14 @@ class Parcel:
 
 
 def open_parcel(label: Label) -> Any:
-    """Return the object of a parcel that the parent has made."""
+    """Return the object of a parcel that the parent has made; FedLPError if its block holds another."""
     view = Block(name=label.name).memory
     starts = [0, *_ends(label.sizes)]
     head, *arrays = [view[start : start + size] for start, size in zip(starts, label.sizes, strict=False)]
-    return pickle.loads(head, buffers=arrays)  # of our own parent
+    image = bytes(head)  # nobody can change it between check and use
+    if hashlib.sha256(image).digest() != label.digest:
+        raise FedLPError("the shared memory of this run was changed by another process; start the run again")
+    return pickle.loads(image, buffers=arrays)  # the parent's own bytes
 
 
 def explain(error: Exception) -> str:
