@@ -39,6 +39,24 @@ def plain_mlp(work: Workload) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(features, 500), nn.ReLU(), nn.Linear(500, NUM_CLASSES))
 
 
+def payload_mlp() -> nn.Module:
+    """Return a network of 11 million parameters that costs little to train on one image."""
+    return nn.Sequential(
+        OrderedDict(flatten=nn.Flatten(), fc1=nn.Linear(3072, 3600), relu=nn.ReLU(), fc2=nn.Linear(3600, NUM_CLASSES))
+    )
+
+
+def plain_net(work: Workload) -> nn.Module:
+    """Return the network of a workload as it is usually written."""
+    match work.model:
+        case "small_cnn":
+            return plain_cnn()
+        case "bare:payload_mlp":
+            return payload_mlp()
+        case _:
+            return plain_mlp(work)
+
+
 def normalise(images: Tensor) -> Tensor:
     """Return uint8 images as floats."""
     return images.float().div_(255).sub_(MEAN).div_(STD)
@@ -120,10 +138,10 @@ class BareRounds:
 
 
 class BareLoop:
-    """FedAvg rounds of fully connected networks: one loop in this process, with the model handed over by name."""
+    """FedAvg rounds: one loop in this process, with the model handed over by name."""
 
     def __init__(self, work: Workload, num_clients: int) -> None:
-        self._model = plain_mlp(work)
+        self._model = plain_net(work)
         self._params = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         images, targets = make_images(work, num_clients)
         self._shards = list(zip(normalise(images).split(work.examples), targets.split(work.examples), strict=True))

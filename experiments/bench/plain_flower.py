@@ -1,4 +1,4 @@
-"""The CNN's clients as a Flower app, written as Flower's users write it, on Flower's simulation runtime (Ray).
+"""Clients as a Flower app, written as Flower's users write it, on Flower's simulation runtime (Ray).
 
 As a program (``python plain_flower.py NAME ROUNDS CLIENTS``) it is one whole run, from the start of Python to its end,
 with two actors of one CPU and one torch thread, and prints the seconds of every round as JSON.
@@ -16,7 +16,7 @@ import warnings
 from functools import lru_cache
 
 import torch
-from bare import normalise, plain_cnn, train_plain
+from bare import normalise, plain_net, train_plain
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -41,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     name, node = str(message.content["config"]["workload"]), context.node_config
     inputs, targets = load_shards(name, int(node["num-partitions"]))[int(node["partition-id"])]
-    model = plain_cnn()
+    model = plain_net(WORKLOADS[name])
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     train_plain(model, inputs, targets, WORKLOADS[name].batch_size)
     metrics = MetricRecord({"num-examples": len(targets)})
@@ -68,7 +68,7 @@ def serve(grid: Grid, context: Context) -> None:
     )
     result = strategy.start(
         grid,
-        ArrayRecord(plain_cnn().state_dict()),
+        ArrayRecord(plain_net(WORKLOADS[name]).state_dict()),
         num_rounds,
         train_config=ConfigRecord({"workload": name}),
         evaluate_fn=note_time,

@@ -30,6 +30,10 @@ HEADS = {
         "stacked / one by one",
         "quartiles",
     ],
+    "peers": [
+        *("workload", "clients a round", "simulator", "a round / fedlp's with one worker", "quartiles"),
+        *("round, ms", "start, s", "peak memory, MB"),
+    ],
     "encoding": ["freed memory", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
     "aggregation": ["case", "clients", "other", "fedlp / other, time", "quartiles"],
     "aggregation, peak memory": ["method", "clients", "MB"],
@@ -118,6 +122,17 @@ def _cohorts_alone(results: Mapping[str, Any]) -> Rows:
     ]
 
 
+def _peers(results: Mapping[str, Any]) -> Rows:
+    return [
+        [
+            *(*case.rsplit("_", 1), who, f"{one['ratio']['median']:.2f}", _quartiles(one["ratio"])),
+            *(f"{1e3 * one['round']:.0f}", f"{one['start']:.1f}", f"{one['bytes'] / 1e6:.0f}"),
+        ]
+        for case, found in results.items()
+        for who, one in found["table"].items()
+    ]
+
+
 def _encoding(results: Mapping[str, Any]) -> Rows:
     return [
         [case, other, *_ratio(ratio)]
@@ -145,7 +160,7 @@ ROWS = dict(
     zip(
         HEADS,
         (
-            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
+            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone, _peers),
             *(_encoding, _aggregation, _aggregation_memory),
         ),
         strict=True,

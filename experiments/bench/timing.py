@@ -72,6 +72,13 @@ def write_report(path: Path | None, quick: bool, results: Mapping[str, Any]) -> 
         print(f"\nwrote {path}")
 
 
+def note_machine(experiment: str) -> None:
+    """Write the machine of the newest runs of an experiment to ``experiments/machines.json``."""
+    path = ROOT / "experiments" / "machines.json"
+    machines = json.loads(path.read_text()) | {experiment: describe_machine()}
+    path.write_text(json.dumps(machines, indent=1, sort_keys=True) + "\n")
+
+
 def describe_machine() -> dict[str, Any]:
     """Return hardware, load, versions and git commit."""
     lines = _read("/proc/cpuinfo").splitlines()

@@ -1,7 +1,8 @@
 """The work that is timed: synthetic images over clients, as a run of fedlp on its local engine.
 
-As a program (``python workload.py NAME ROUNDS CLIENTS COHORT``) it is one whole run, from the start of Python to its
-end, and prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
+As a program (``python workload.py NAME ROUNDS CLIENTS COHORT [WORKERS [BATCHED]]``) it is one whole run, from the start
+of Python to its end, and prints the seconds of every round as JSON: what ``simulation.py`` and ``peers.py`` compare
+with whole runs of others.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ WORKLOADS = {
     "linear": Workload("linear", (1, 28, 28), examples=10, batch_size=10),
     "mlp": Workload("fedlp_mlp", (1, 8, 8), examples=10, batch_size=10),
     "digits": Workload("fedlp_mlp", (1, 8, 8), examples=14, batch_size=10),
+    "payload": Workload("bare:payload_mlp", (3, 32, 32), examples=1, batch_size=1),
     "resnet18": Workload("resnet18", (3, 32, 32), examples=1, batch_size=1),
 }
 
@@ -57,7 +59,7 @@ def run_fedlp(
     num_rounds: int,
     workers: int,
     observe: Callable[[float], None] = lambda seconds: None,
-    batched: bool = False,
+    batched: bool | str = False,
 ) -> None:
     """Run FedAvg through fedlp's strategy, messages and client app on its local engine.
 
@@ -106,10 +108,11 @@ def run_fedlp(
 
 
 def main(arguments: Sequence[str]) -> None:
-    name, num_rounds, num_clients, cohort = arguments[0], *map(int, arguments[1:])
+    name, num_rounds, num_clients, cohort = arguments[0], *map(int, arguments[1:4])
+    workers, batched = int([*arguments, "2"][4]), [*arguments, "2", "False"][5]
     torch.set_num_threads(1)
     seconds: list[float] = []
-    run_fedlp(WORKLOADS[name], num_clients, cohort, num_rounds, workers=2, observe=seconds.append)
+    run_fedlp(WORKLOADS[name], num_clients, cohort, num_rounds, workers, observe=seconds.append, batched=batched)
     print(json.dumps(seconds))
 
 

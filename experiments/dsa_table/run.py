@@ -27,9 +27,9 @@ from experiments.slimgpt_table.run import (  # noqa: E402
     TEXTS,
     Case,
     classifier_case,
-    describe_machine,
     evaluate,
     language_case,
+    note_machine,
 )
 from fedlp.apps.model_allocator import Allocator, rule_names  # noqa: E402
 from fedlp.apps.search import run_search  # noqa: E402
@@ -126,7 +126,7 @@ def main() -> None:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     if not arguments.collect:
-        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+        note_machine("dsa_table")
     for seed in () if arguments.collect else arguments.seeds:
         for name in arguments.models:
             file = results / f"{name}.jsonl"

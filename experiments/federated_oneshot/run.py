@@ -42,7 +42,7 @@ from fedlp.training.threads import one_thread
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from experiments.bench.timing import describe_machine  # noqa: E402
+from experiments.bench.timing import note_machine  # noqa: E402
 from experiments.federated_oneshot.tables import METHOD_NAMES, regenerate, wanted_results  # noqa: E402
 
 CLIENTS = 8
@@ -212,7 +212,7 @@ def main() -> None:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     if not arguments.collect:
-        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+        note_machine("federated_oneshot")
     cases = [(model, seed, split) for model in arguments.models for seed in arguments.seeds for split in SPLITS[model]]
     for model, seed, split in () if arguments.collect else cases:
         file = results / f"{model}.jsonl"

@@ -49,7 +49,7 @@ from fedlp.types import PrunableLayer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from experiments.bench.timing import describe_machine  # noqa: E402
+from experiments.bench.timing import note_machine  # noqa: E402
 from experiments.few_vectors.tables import regenerate  # noqa: E402
 from experiments.slimgpt_table.run import RESNETS, load_classifier, log_probabilities  # noqa: E402
 
@@ -225,7 +225,7 @@ def main() -> None:
     results.mkdir(exist_ok=True)
     if not arguments.collect:
         logging.getLogger("fedlp").setLevel(logging.ERROR)
-        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+        note_machine("few_vectors")
         for name in arguments.models:
             for vectors in arguments.vectors:
                 for seed in arguments.seeds:

@@ -54,7 +54,7 @@ from fedlp.types import PrunableLayer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from experiments.bench.timing import describe_machine  # noqa: E402
+from experiments.bench.timing import note_machine  # noqa: E402
 from experiments.slimgpt_table.peers import PEERS, prune_with_peer  # noqa: E402
 from experiments.slimgpt_table.tables import regenerate  # noqa: E402
 
@@ -257,7 +257,7 @@ def main() -> None:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     if not arguments.collect:
-        (results / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+        note_machine("slimgpt_table")
     for seed in () if arguments.collect else arguments.seeds:
         for name in arguments.models:
             file = results / f"{name}.jsonl"
