@@ -67,7 +67,7 @@ class SubModelLayout:
         return {name: math.prod(shape) for name, shape, _ in self._signature if self.spec.tensors[name].trainable}
 
     def signature(self, names: frozenset[str] | None = None) -> Signature:
-        """Return name, shape and dtype of the shared tensors (of those in ``names``), in order."""
+        """Return name, shape and dtype of the shared tensors, in order; of ``names`` alone if given."""
         if names is None or names == self.name_set:
             return self._signature
         return tuple(entry for entry in self._signature if entry[0] in names)

@@ -72,7 +72,7 @@ def train_stacked(
 
 
 def moves_within_rounds(config: LocalConfig) -> bool:
-    """Return whether the learning rate moves with the steps of a round, so that those of a cohort must be as many."""
+    """Return whether the learning rate moves within a round, so that a cohort needs equal numbers of steps."""
     return config.schedule not in ("constant", {"name": "constant"})
 
 

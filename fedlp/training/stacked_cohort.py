@@ -25,7 +25,7 @@ class Trainee:
     Attributes
     ----------
     values : mapping from name to Tensor
-        Tensors that the model starts from; those that are absent are the model's own.
+        Tensors that the model starts from; absent ones are the model's own.
     examples : Examples
         At least one.
     rng : numpy Generator

@@ -35,7 +35,7 @@ class NoisedSum:
     params : mapping from tensor name to Tensor
         Current global values, or zeros where updates are differences; all floating-point. Not modified.
     holders : Holders
-        From what is known before the round. Tensors of which nothing is expected stay as they are.
+        From facts known before the round. Tensors without expected holders stay as they are.
     clipping_norm : float
         Largest L2 norm of an update over all its entries, > 0.
     noise_multiplier : float

@@ -56,7 +56,7 @@ class Roster:
         return self._sort()[1]
 
     def absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return the clients that cannot be sampled, by reason, given those that can."""
+        """Return the clients that cannot be sampled, by reason."""
         joined = self.client_ids
         found = {
             "unavailable": tuple(sorted({*joined} - {*present})) if len(joined) > len(present) else (),

@@ -98,7 +98,7 @@ class Tally:
 
 
 def layer_coverage(coverage: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:
-    """Return the coverage of each layer from those of its tensors."""
+    """Return the coverage of each layer from its tensors'."""
     sizes = {name: math.prod(info.shape) for name, info in spec.tensors.items()}
     return {
         layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)

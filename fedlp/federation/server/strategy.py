@@ -73,11 +73,11 @@ class FedLPStrategy(EvaluatingStrategy):
     takes_part : callable, optional
         Returns whether a client may be sampled; all may if absent.
     calibration : ClientCalibration, optional
-        Asks clients for calibration sums before rounds; its costs are those of the round.
+        Asks clients for calibration sums before rounds; its costs count in the round.
     central_privacy : CentralPrivacy, optional
         Poisson sampling, clipping and noise in place of the aggregator.
     ledger : callable, optional
-        Returns what is on record of privacy after a round.
+        Returns the record of privacy after a round.
     observers : callables
         Called after every round, in order.
     state : ServerState, optional

@@ -32,7 +32,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
 
 
 def prunable_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tuple[PrunableLayer, ...]:
-    """Return what units can be removed from, in the order of the forward pass; there may be nothing.
+    """Return the prunable layers, in the order of the forward pass; may be empty.
 
     Parameters
     ----------
