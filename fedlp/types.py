@@ -452,7 +452,7 @@ class RoundRecord:
     evaluations : tuple of ClientEvaluation
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
-        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
+        Clients that could not be sampled: "unavailable" ones, and ones with "no_data"; clients that could not evaluate
         for want of examples held out: "no_test_examples". Left out where empty.
     phases : mapping from name to mapping
         ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.

@@ -115,7 +115,7 @@ class SubModels:
         return self.widths.whole_line() if "widths" in self.__dict__ else ""
 
     def refuse_narrow(self, asked: str) -> NoReturn:
-        """Raise ConfigError that says why a model of which nothing can be cut cannot do what is asked."""
+        """Raise ConfigError: ``asked`` needs a width axis; the error names the reason that there is none."""
         why = self.whole_parts() or "no layer alone reads what another computes"
         raise ConfigError(f"{asked}, but nothing of model {self.spec.blueprint.name} can be cut: {why}")
 

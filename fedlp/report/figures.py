@@ -45,7 +45,7 @@ _WIDEST = 5  # between the ends of curves on a linear axis; beyond it the short 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One drawn figure: its file name, a title, one sentence on what it shows, and the PNG."""
+    """One drawn figure: its file name, a title, a one-sentence description, and the PNG."""
 
     file: str
     title: str

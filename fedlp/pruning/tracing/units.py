@@ -1,4 +1,4 @@
-"""Prunable layers: those with input units that no other part needs, and their weights as matrices.
+"""Prunable layers: layers with input units that no other part needs, and their weights as matrices.
 
 A unit is an input of its ``readers``: OBS compensates in their weights. The tensors that
 compute it (rows of producers, norms, depthwise filters) lose it without compensation.
