@@ -51,7 +51,7 @@ from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.server.strategy import Observer
+from fedlp.federation.server.strategy import FedLPStrategy, Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
@@ -384,41 +384,12 @@ def _serve_rounds(
     observers: Iterable[Observer],
     ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
+    """Train on a grid, from the start or from the last checkpoint; return the manifest."""
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
-    state = load_state(directory, plan.config)
-    if state is None:
-        directory.begin(to_yaml(config))
-    else:
-        check_fits(state, plan.submodels)
-        directory.write_config(to_yaml(config))
-
+    state = _begin(plan, directory, to_yaml(config))
     keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
-
-    def fit(brought: Mapping[int, Budget]) -> Policy:
-        policy = plan.fit(brought)
-        directory.add_budgets(brought)
-        return policy
-
-    strategy = make_strategy(config)(
-        plan.submodels,
-        plan.policy,
-        round_settings(config),
-        encoding=config.upload.make(),
-        aggregator=config.aggregator.make(),
-        server_optimizer=config.server_optimizer.make(),
-        evaluate=runtime.evaluate,
-        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
-        client_evaluation=client_evaluation_settings(config, plan.info, plan.submodels),
-        tiers=tier_names(config.fleet, config.num_clients, config.seed),
-        fit=fit,
-        takes_part=plan.takes_part,
-        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
-        central_privacy=make_central_privacy(config, ledger),
-        ledger=None if ledger is None else ledger.note,
-        observers=(keeper, *observers),
-        state=state,
-    )
+    strategy = _strategy(config, plan, directory, runtime, (keeper, *observers), ledger, state)
     initial = messages.encode_params(plan.initial_params())
     if note := getattr(plan.policy, "note", ""):
         log.warning(note)
@@ -434,6 +405,54 @@ def _serve_rounds(
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest
+
+
+def _begin(plan: Federation, directory: RunDirectory, config: str) -> ServerState | None:
+    """Return the state to resume from, None without; ``config`` is written to the run directory."""
+    state = load_state(directory, plan.config)
+    if state is None:
+        directory.begin(config)
+    else:
+        check_fits(state, plan.submodels)
+        directory.write_config(config)
+    return state
+
+
+def _strategy(
+    config: RunConfig,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
+    state: ServerState | None,
+) -> FedLPStrategy:
+    """Return the strategy; budgets that devices bring are written to the run directory."""
+
+    def fit(brought: Mapping[int, Budget]) -> Policy:
+        policy = plan.fit(brought)
+        directory.add_budgets(brought)
+        return policy
+
+    return make_strategy(config)(
+        plan.submodels,
+        plan.policy,
+        round_settings(config),
+        encoding=config.upload.make(),
+        aggregator=config.aggregator.make(),
+        server_optimizer=config.server_optimizer.make(),
+        evaluate=runtime.evaluate,
+        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
+        client_evaluation=client_evaluation_settings(config, plan.info, plan.submodels),
+        tiers=tier_names(config.fleet, config.num_clients, config.seed),
+        fit=fit,
+        takes_part=plan.takes_part,
+        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
+        observers=observers,
+        state=state,
+    )
 
 
 def _reader(config: RunConfig) -> Reader:

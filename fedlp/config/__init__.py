@@ -249,7 +249,7 @@ def read_run_config(path: Path) -> RunConfig:
 
 
 def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> dict[str, Any]:
-    """Return the config as nested dicts of JSON values; a part's own options stand beside those of its group."""
+    """Return the config as nested dicts of JSON values; a part's own options stand beside its group's."""
     plain = asdict(config)
     for f in fields(config):
         value = getattr(config, f.name)

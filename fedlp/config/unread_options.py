@@ -22,9 +22,6 @@ _FINETUNE = {
     "lora": frozenset({"epochs", "batch_size", "lr", "max_examples", "rank", "alpha"}),
 }
 
-Unread = Mapping[str, str]
-"""Options by their dotted names, and the choice that would read each."""
-
 
 def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
     """Raise ConfigError for an override of an option that nothing reads with the other choices of the config.

@@ -22,7 +22,6 @@ from fedlp.report.groups import clean
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "X", "P", "v", "*", "p")
-FORMATS = ("png", "svg", "pdf")
 FORMAT: ContextVar[str] = ContextVar("format", default="png")
 STYLE = {
     "font.size": 10,
@@ -46,7 +45,7 @@ _WIDEST = 5  # between the ends of curves on a linear axis; beyond it the short 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One drawn figure: its file name, a title, one sentence on what it shows, and the PNG."""
+    """One drawn figure: its file name, a title, a one-sentence description, and the PNG."""
 
     file: str
     title: str

@@ -22,7 +22,7 @@ class ClassUse:
     utilisation : float
         Share of the simulated time in which the class's clients took part, in [0, 1].
     asked, finished : float
-        Parts that began, and those that were complete in time.
+        Parts that began, and parts that were complete in time.
     never : float
         Clients that were asked and never finished.
     energy_j : float or None

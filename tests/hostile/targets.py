@@ -21,7 +21,7 @@ from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.encodings.quantised import Int4, Int8
@@ -119,10 +119,10 @@ class Updates:
     def statistics(self) -> Target:
         names = [name for name in self.submodels.statistics if self.params[name].is_floating_point()]
         names.sort(key=list(self.params).index)
-        honest = messages.encode_statistics({name: self.params[name] for name in names}, 20)
+        honest = evaluation_messages.encode_statistics({name: self.params[name] for name in names}, 20)
 
         def decode(content: RecordDict) -> None:
-            found, count = messages.decode_statistics(content, PROFILE, SubModel(), self.submodels)
+            found, count = evaluation_messages.decode_statistics(content, PROFILE, SubModel(), self.submodels)
             in_range(found, LARGEST_MOMENT)
             assert 1 <= count <= 50
 
@@ -172,10 +172,10 @@ def profile() -> Target:
 
 def evaluation() -> Target:
     def decode(content: RecordDict) -> None:
-        found = messages.decode_sums(content)
+        found = evaluation_messages.decode_sums(content)
         assert all(isinstance(found[key], float) for key in ("loss", "count"))
 
-    honest = messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
+    honest = evaluation_messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
     return Target("evaluation sums", honest, decode, named="evaluation sums")
 
 

@@ -34,7 +34,7 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, reason_of
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.submodels import SubModelLayout, SubModels
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, Task, add_sums, task_of
 from fedlp.training.evaluation import evaluate_sums
@@ -169,7 +169,7 @@ class ClientEvaluator:
                     last = key, messages.encode_params(values(layout, client.client_id))
                 record = last[1]
             request = EvaluationRequest(server_round, client.client_id, client.submodel, {}, client.measures_statistics)
-            content = messages.encode_evaluation_request(request, record, self._submodels)
+            content = evaluation_messages.encode_evaluation_request(request, record, self._submodels)
             waiting.append((client, layout, messages.count_bytes(content)))
             kind, group = messages.EVALUATE_CLIENT, str(server_round)
             yield Message(content, client.node, kind, group_id=group, ttl=timeout)
@@ -179,7 +179,7 @@ class ClientEvaluator:
         if reply.has_error():
             raise FedLPError(reason_of(reply))
         who = f"client {client.client_id}"
-        sums, count = messages.decode_client_sums(reply.content, self.settings.lengths, who)
+        sums, count = evaluation_messages.decode_client_sums(reply.content, self.settings.lengths, who)
         metrics = read_metrics(self.settings.task, sums, who)
         return sums, ClientEvaluation(client.client_id, client.tier, count, metrics)
 

@@ -64,7 +64,7 @@ class Parcel:
     Attributes
     ----------
     bytes_down : int
-        Of what each client receives.
+        Of each client's download.
     """
 
     clients: Sequence[Instructed]

@@ -18,7 +18,7 @@ from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
 from fedlp.federation.server.state_check import find_fault
 from fedlp.federation.server.strategy_state import StrategyState
 from fedlp.federation.submodels import SubModelLayout
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, add_sums
 from fedlp.training.evaluation import metrics_from_sums
@@ -54,7 +54,7 @@ class EvaluatingStrategy(StrategyState):
         assert self.state is not None
         layout, asked = self.submodels.layout(submodel), list(asked)
         record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
-        content = messages.encode_submodel(record, submodel, self.submodels)
+        content = evaluation_messages.encode_submodel(record, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
             for client_id in asked
@@ -66,7 +66,7 @@ class EvaluatingStrategy(StrategyState):
                 if reply.has_error():
                     raise FedLPError(reason_of(reply))
                 profile = self._roster.profile(client_id)
-                parts.append(messages.decode_statistics(reply.content, profile, submodel, self.submodels))
+                parts.append(evaluation_messages.decode_statistics(reply.content, profile, submodel, self.submodels))
                 count = parts[-1][1]
             except FedLPError as error:
                 self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
@@ -194,7 +194,7 @@ class EvaluatingStrategy(StrategyState):
             layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
             record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
             for i, (start, stop) in enumerate(self._ranges()):
-                content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
+                content = evaluation_messages.encode_range(record, start, stop, self._evaluated, self.submodels)
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
@@ -252,4 +252,4 @@ def _numbers(metrics: MetricRecord) -> dict[str, float]:
 def _decode_sums(reply: Message) -> Sums:
     if reply.has_error():
         raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
-    return messages.decode_sums(reply.content)
+    return evaluation_messages.decode_sums(reply.content)

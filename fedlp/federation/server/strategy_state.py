@@ -18,9 +18,11 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.server.central_privacy import CentralPrivacy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, ClientEvaluator
+from fedlp.federation.server.device_budgets import DeviceBudgets
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.server.round_settings import RoundSettings
+from fedlp.federation.server.server_step import ServerStep
 from fedlp.federation.strategies.policy import Policy, offset_of
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
@@ -78,15 +80,21 @@ class StrategyState(Strategy):
         self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
         self._costs = Costs(submodels)
         self._encoding: Encoding = encoding or Float32()
-        self._aggregator: Aggregator = aggregator or CoverageAverageRule()
-        self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
+        self._server = ServerStep(
+            submodels.spec,
+            aggregator or CoverageAverageRule(),
+            server_optimizer or PlainAverage(),
+            sends_weights=not settings.sends_deltas,
+            private=central_privacy,
+        )
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
         self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
         self._tiers = tiers or {}
-        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
+        self._takes_part, self._observers = takes_part, tuple(observers)
         self._calibration = calibration
         self._private, self._ledger = central_privacy, ledger
         self._roster = Roster(settings.num_clients, settings.min_clients)
+        self._budgets = DeviceBudgets(self._roster, fit)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
 
