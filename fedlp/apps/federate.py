@@ -67,7 +67,6 @@ from fedlp.simulation.starting import refuse_unguarded
 from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
-from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
 
 log = logging.getLogger("fedlp")
@@ -299,7 +298,7 @@ class Federation:
     def data_for_workers(self) -> FederatedData | None:
         """Return the data to hand to spawned workers; None if they map the same files themselves."""
         is_mapped = isinstance(self.data.train.inputs, Rows) and not self._has_own_data
-        return None if is_mapped else self.data
+        return None if is_mapped else replace(self.data, info=self._facts)
 
     def server_runtime(self, state_dir: str) -> ClientRuntime:
         """Return the server's evaluator; it holds no training data where devices bring their own."""
@@ -363,10 +362,11 @@ class Federation:
         config, out = self.config, out.absolute()
         refuse_simulation(config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
+        app = AppOf(self)
         with LocalGrid(
-            AppOf(self),
+            app,
             num_clients=config.num_clients,
-            num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
+            num_workers=app.count_workers(config.simulation, config.clients_per_round),
             message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
             run_config={"cfg": to_yaml(config), "out": str(out)},
             cohort=cohort_size(config, self.submodels, self.info),

@@ -204,7 +204,8 @@ class SimulationConfig:
     """Simulation engine."""
 
     engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
-    workers: int | None = None  # worker processes, >= 1; number of cores if null
+    workers: int | None = None  # worker processes, >= 1; number of cores if null; 0 (local engine): clients train one
+    # after another in this process
     start: str = "auto"  # local engine: "fork" or "spawn" of workers; "auto" spawns where fork is unsafe or absent
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
     batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;

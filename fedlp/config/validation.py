@@ -60,7 +60,10 @@ def validate(config: RunConfig) -> None:
     fits = simulation.start == "auto" or simulation.engine == "local"
     _require(fits, "simulation.start", simulation.start, f"auto with simulation={simulation.engine}")
     if simulation.workers is not None:
-        _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
+        least = 0 if simulation.engine == "local" else 1
+        _require(simulation.workers >= least, "simulation.workers", simulation.workers, f"at least {least}")
+    fits = simulation.start == "auto" or simulation.workers != 0
+    _require(fits, "simulation.start", simulation.start, "auto with simulation.workers=0, which starts no process")
     _require(
         simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
     )

@@ -1,9 +1,9 @@
 """The local engine: a Flower Grid in this process, clients in worker processes of one thread each.
 
 Forked workers inherit model, data and partition from the parent: a run starts at once and data is held once. Spawned
-ones are handed them in shared memory (:mod:`fedlp.simulation.starting`). Messages keep
-Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending; only
-a few are held at a time, so that memory does not grow with the cohort.
+ones are handed them in shared memory (:mod:`fedlp.simulation.spawning`); without workers, clients answer in this
+process. Messages keep Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order
+of sending; only a few are held at a time, so that memory does not grow with the cohort.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.transport import Item, copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
-from fedlp.simulation.worker_process import Numbered, Task, Worker
+from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
@@ -39,11 +39,12 @@ class LocalGrid(Grid):
     Parameters
     ----------
     load_app : callable
-        Returns the ClientApp; called once in every worker. Spawned workers are handed it by pickle.
+        Returns the ClientApp; called once in every worker. Spawned workers import it by name, or are given what makes
+        an equal one (:func:`fedlp.simulation.parcel.hand_over_of`).
     num_clients : int
         Nodes; node ``i + 1`` is the client of partition ``i``.
     num_workers : int
-        Processes, one thread each.
+        Processes, one thread each; with 0 clients answer in this process, one after another.
     message_bytes : int
         Upper bound of the arrays of one message.
     run_config : dict
@@ -82,17 +83,18 @@ class LocalGrid(Grid):
         self._num_clients = num_clients
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
-        self._depth = 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2  # tasks a worker may have waiting
+        is_small = message_bytes <= _SMALL_BYTES and cohort == 1
+        self._depth = (8 if is_small else 2) if num_workers else 1  # tasks a worker may have waiting
         self._again: deque[Numbered] = deque()  # what a worker that ended had been given
         self._sent = 0
         self._replies: dict[str, Message] = {}
-        about = num_workers, self._depth, capacity, load_app, run_config or {}, num_clients
-        self._starter = make_starter(start_method(start), *about)
+        duty = Duty(self._depth, capacity, load_app, run_config or {}, num_clients)
+        self._starter = make_starter(start_method(start), num_workers, duty)
         self._selector = self._starter.selector()
         gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
         self._workers: list[Worker] = []
         try:
-            for i in range(num_workers):
+            for i in range(max(1, num_workers)):
                 self._workers.append(self._start_worker(i))
             for worker in self._workers:
                 self._starter.await_ready(worker)

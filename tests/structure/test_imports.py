@@ -159,6 +159,20 @@ def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return count
 
 
+def test_nothing_is_unpickled() -> None:
+    unpicklers = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "copyreg"}
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports_of(path)} & unpicklers, f"{path} can unpickle"
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            if ast.unparse(call.func) == "torch.load":
+                assert given.get("weights_only") == "True", f"{path}:{call.lineno}: torch.load without weights_only=True"
+            assert given.get("allow_pickle", "False") == "False", f"{path}:{call.lineno} unpickles arrays"
+            assert call.func.attr != "read_pickle", f"{path}:{call.lineno} unpickles a table"
+
+
 def test_help_needs_neither_torch_nor_flower() -> None:
     code = (
         "import sys, fedlp.cli; heavy = {'torch', 'flwr', 'transformers', 'matplotlib'} & set(sys.modules); "
