@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.clientapp import ClientApp
-
 from fedlp.apps.client_app import AppOf
 from fedlp.apps.federate import Federation
 from fedlp.apps.packed_federation import Arrays, unpack
@@ -32,15 +30,15 @@ def rebuild(about: Mapping[str, Any], arrays: Arrays) -> Federation:
         log.disabled = False
 
 
-def rebuild_app(about: Mapping[str, Any], arrays: Arrays) -> ClientApp:
-    """Return the ClientApp of a federation built again; its log goes where the parent's does.
+def rebuild_app(about: Mapping[str, Any], arrays: Arrays) -> Any:
+    """Return the app, a Flower ClientApp, of a federation built again; its log goes where the parent's does.
 
     Raises
     ------
     FedLPError
         As :func:`rebuild`.
     """
-    app: ClientApp = AppOf(rebuild(about, arrays))()
+    app = AppOf(rebuild(about, arrays))()
     if about["logs"]:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("fedlp: %(message)s"))

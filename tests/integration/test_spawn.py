@@ -32,10 +32,8 @@ NETS = Path(__file__).parent / "own" / "nets.py"
 
 SCRIPT = """
 import numpy as np, torch, fedlp
+from nets_of_mine import net
 x, y = torch.randn(60, 8), torch.randint(3, (60,))
-
-def net():
-    return torch.nn.Linear(8, 3)
 
 @fedlp.register("partition", "halves")  # known where this script was imported
 def halves(train, num_clients):
@@ -44,6 +42,14 @@ def halves(train, num_clients):
 options = {"strategy": "fedavg", "partition": "halves", "simulation": {"workers": 1, "start": "spawn"}}
 GUARD
     fedlp.simulate(net, (x, y), clients=4, rounds=1, out="run", callbacks=[lambda record, state: None], **options)
+"""
+
+
+MODULE = """
+import torch
+
+def net():
+    return torch.nn.Linear(8, 3)
 """
 
 
@@ -237,6 +243,7 @@ def read_after(folder: Path) -> Finished:
 @pytest.mark.slow
 def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
     for guard, is_fine in (("if True:", False), ('if __name__ == "__main__":', True)):
+        (tmp_path / "nets_of_mine.py").write_text(MODULE)
         (tmp_path / "script.py").write_text(SCRIPT.replace("GUARD", guard))
         line = [sys.executable, "script.py"]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -250,6 +257,7 @@ def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "said"), [(["-c"], "partition halves cannot be"), (["-"], "script <stdin> is no")])
 def test_a_session_that_workers_cannot_import(words: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "nets_of_mine.py").write_text(MODULE)
     asked = SCRIPT.replace("GUARD", "if True:")
     for text, is_fine in ((asked, False), (asked.replace('"workers": 1, ', ""), True)):
         line, given = ([sys.executable, *words, text], None) if words == ["-c"] else ([sys.executable, *words], text)
