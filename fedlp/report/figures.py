@@ -17,9 +17,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from fedlp.report.groups import clean
+from fedlp.report.palette import LIGHT
 
-# Okabe and Ito's palette, which every common form of colour blindness can tell apart, without its yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = LIGHT
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "X", "P", "v", "*", "p")
 FORMAT: ContextVar[str] = ContextVar("format", default="png")
@@ -114,11 +114,10 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
             (x, y),
             xytext=(right + 0.06, height - down),
             textcoords="axes fraction",
-            color=colour,
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0.0, 0.5), "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1.2, "relpos": (0.0, 0.5), "shrinkB": 2},
         )
     return True
 

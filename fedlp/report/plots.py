@@ -26,6 +26,7 @@ from fedlp.report.figures import (
 )
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
+from fedlp.report.palette import PALE
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
 
 _MOST_MARKERS = 12
@@ -181,7 +182,7 @@ def _draw_uploads(samples: Sequence[tuple[str, FloatArray]]) -> bytes:
         showfliers=False,
         showmeans=True,
         patch_artist=True,
-        boxprops={"facecolor": "#cfe3f1", "edgecolor": COLOURS[0]},
+        boxprops={"facecolor": PALE, "edgecolor": COLOURS[0]},
         whiskerprops={"color": COLOURS[0]},
         capprops={"color": COLOURS[0]},
         medianprops={"color": COLOURS[0], "linewidth": 2},
