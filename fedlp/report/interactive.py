@@ -35,8 +35,8 @@ _COSTS = (
 )
 _BOX = "Box: quartiles; whiskers: values within one and a half boxes; points: values beyond."
 CURVES, CLIENTS, LAYERS, BUDGETS = "Learning curves", "Tiers and clients", "Layers: sparsity and coverage", "Budgets"
-COST = "Cost of a round"
-SECTIONS = (CURVES, CLIENTS, LAYERS, BUDGETS)  # before failures; COST stands after them
+COST, CLOCK = "Cost of a round", "Simulated time"
+SECTIONS = (CURVES, CLIENTS, LAYERS, BUDGETS)  # before failures; the others stand after them
 _MOST_BOXED = 5_000  # values of one box; beyond it an even selection
 
 
@@ -48,7 +48,8 @@ def figures(groups: Sequence[Group]) -> list[Figure]:
         CLIENTS: [*_clients(groups)],
         LAYERS: [*_coverage(groups)],
         BUDGETS: [*_client_costs(groups)],
-        COST: [*_costs(groups), *utilisation_figure(groups)],
+        COST: [*_costs(groups)],
+        CLOCK: [*utilisation_figure(groups)],
     }
     placed = [(section, figure) for section, some in found.items() for figure in some]
     return [{"id": f"figure-{index}", "section": name, **figure} for index, (name, figure) in enumerate(placed)]

@@ -13,7 +13,7 @@ from fedlp.report.failures import failures_section
 from fedlp.report.files import PACKED, is_packed
 from fedlp.report.groups import ABSENT, Group, differences, flatten, group_runs, run_label, shorten, show
 from fedlp.report.html import anchor, as_json, asset, number_table, plotly_script, section, table, text
-from fedlp.report.interactive import COST, SECTIONS, Figure, figures
+from fedlp.report.interactive import CLOCK, COST, SECTIONS, Figure, figures
 from fedlp.report.palette import DARK, LIGHT
 from fedlp.report.reproduce import command
 from fedlp.report.runs import find_runs
@@ -100,7 +100,8 @@ def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
         "Read this with the numbers": _notes(groups),
         **{name: _figures([one for one in found if one["section"] == name]) for name in SECTIONS},
         "Failures and attacks": failures_section(groups),
-        COST: _figures([one for one in found if one["section"] == COST]) + simulated_section(groups),
+        COST: _figures([one for one in found if one["section"] == COST]),
+        CLOCK: _figures([one for one in found if one["section"] == CLOCK]) + simulated_section(groups),
         "What differs": _differences(groups),
         "Run it again": _commands(groups),
         "Runs": _sources(groups),

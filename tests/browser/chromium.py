@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -43,9 +44,9 @@ class Chromium:
         self._read, answers = os.pipe()
 
         def connect() -> None:  # the browser reads commands from descriptor 3 and writes answers to 4
-            high = os.dup(answers), os.dup(commands)
-            os.dup2(high[1], 3)
-            os.dup2(high[0], 4)
+            high = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (commands, answers)]
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
 
         self._process = subprocess.Popen(
             [program, *_SWITCHES, f"--user-data-dir={profile}"],
@@ -117,7 +118,9 @@ class Page:
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._call("Page.navigate", url=url)
         browser.wait(lambda event: event["method"] == "Page.loadEventFired" and self._is_mine(event))
-        self.run("document.fonts.ready.then(() => new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50))))")
+        self.run(
+            "document.fonts.ready.then(() => new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50))))"
+        )
 
     def run(self, expression: str) -> Any:
         """Return the value of a JavaScript expression; that of its promise."""
