@@ -61,7 +61,7 @@ def _curves(groups: Sequence[Group], metric: Metric) -> Figure | None:
     name = metric.name.replace("_", " ").capitalize()
     of_clients = metric.name.startswith("client_")
     where = "clients' sub-models on their own test examples" if of_clients else "the global model on the test set"
-    caption = f"{name} of {where} after each evaluated round."
+    caption = f"{name.removeprefix('Client ').capitalize()} of {where} after each evaluated round."
     label = metric.title.replace("_", " ") if of_clients else f"test {metric.title}"
     found = _known(groups, metric, own=True)
     return _curve_figure(groups, found, name, caption, label) if found else None

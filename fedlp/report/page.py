@@ -197,7 +197,7 @@ def _figures(found: Sequence[Figure]) -> str:
         f'<figure{_first(index, wide)} aria-labelledby="{one["id"]}-title">'
         f'<h3 id="{one["id"]}-title">{text(one["title"])}</h3>'
         f'<div class="controls" id="{one["id"]}-controls"></div>'
-        f'<div class="plot" id="{one["id"]}" role="img" aria-label="{text(one["alt"])}"></div>'
+        f'<div class="plot" id="{one["id"]}" role="group" aria-label="{text(one["alt"])}"></div>'
         f"<figcaption>{text(one['caption'])}</figcaption></figure>"
         for index, one in enumerate(found)
     ]

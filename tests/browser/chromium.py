@@ -108,7 +108,9 @@ class Page:
 
     def __init__(self, browser: Chromium, url: str, *, width: int, scheme: str = "light", height: int = 900) -> None:
         self._browser = browser
-        self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self._context = browser.call("Target.createBrowserContext")["browserContextId"]  # remembers nothing of others
+        made = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)
+        self._target = made["targetId"]
         found = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = found["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -168,6 +170,7 @@ class Page:
     def close(self) -> None:
         """Close the page."""
         self._browser.call("Target.closeTarget", targetId=self._target)
+        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **parameters)
