@@ -146,7 +146,9 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
         for index, one in curves.items()
     ]
     direct = 1 < len(curves) <= _MOST_LABELS and bool(np.isfinite([end[1] for end in ends]).all())
-    if len(curves) > 1 and not (direct and label_ends(axes, ends)):
+    if direct:
+        label_ends(axes, ends)
+    elif len(curves) > 1:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
     return to_png(figure)
 
