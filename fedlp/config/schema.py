@@ -105,6 +105,18 @@ class UploadConfig(PartConfig):
 
 
 @dataclass
+class DownloadConfig(PartConfig):
+    """Encoding of frozen tensors, which a client receives once; options are those of the part.
+
+    Clients train against the decoded values, and tiers are evaluated with them; the server's model keeps its own.
+    """
+
+    kind: ClassVar[str] = "encoding"
+
+    name: str = "float32"
+
+
+@dataclass
 class AggregatorConfig(PartConfig):
     """Combination of updates; the rule's own options are those of the part in ``federation/aggregation``."""
 
@@ -345,6 +357,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
