@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator
 from fedlp.apps.batching import cohort_size, sends_stacks
 from fedlp.apps.client_app import AppOf
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
@@ -122,6 +123,7 @@ class Federation:
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
         check_secagg(config, self.policy)
+        check_adapter_aggregation(config, self.policy)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -442,7 +444,7 @@ def _strategy(
         round_settings(config),
         encoding=config.upload.make(),
         download=config.download.make(),
-        aggregator=config.aggregator.make(),
+        aggregator=make_aggregator(config),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
         num_test=0 if config.evaluation.name == "clients" else len(runtime.test),

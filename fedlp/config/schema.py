@@ -209,6 +209,7 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # adapted linear layers, by name or shell pattern
     dropout: float = 0.0  # dropout probability of adapters' inputs, in [0, 1)
     freeze_a: bool = False  # whether B alone is trained (FFA-LoRA)
+    cut: str = "widths"  # what sub-models cut: "widths" of the model, or "ranks" of the adapters on the whole base
 
 
 @dataclass

@@ -112,7 +112,7 @@ class Blockwise:
     def _codes(self, shares: Tensor) -> Tensor:
         """Return the number of the level nearest to each share, centred: int8."""
         if not self.levels:
-            largest = 2 ** (self.width - 1) - 1
+            largest: int = 2 ** (self.width - 1) - 1
             return (shares * largest).round_().clamp_(-largest, largest).to(torch.int8)
         levels = torch.tensor(self.levels)
         nearest: Tensor = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)
