@@ -237,10 +237,13 @@ class TrainInstruction(Assignment):
         Shared tensors of the client's sub-model, already sliced.
     held : bytes
         Digest of the frozen tensors that the client already holds and that were not sent; empty if all were sent.
+    frozen : mapping from name to Tensor
+        Frozen tensors as encoded for the message; empty where they came as they are.
     """
 
     params: Mapping[str, Tensor] = field(default_factory=dict)
     held: bytes = b""
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

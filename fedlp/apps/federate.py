@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator
 from fedlp.apps.batching import cohort_size, sends_stacks
 from fedlp.apps.client_app import AppOf
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
+from fedlp.apps.download_check import check_download
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
@@ -50,6 +52,7 @@ from fedlp.federation.fleet import fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
@@ -120,6 +123,7 @@ class Federation:
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
         check_secagg(config, self.policy)
+        check_adapter_aggregation(config, self.policy)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -127,6 +131,7 @@ class Federation:
         check_privacy(config, self.submodels)
         check_adapters(config)
         check_evaluation(config)
+        check_download(config, self.submodels)
 
     def _with_length(self, config: RunConfig) -> RunConfig:
         """Return the config with its number of rounds."""
@@ -245,10 +250,9 @@ class Federation:
         """Return the expected cost of one client in one round."""
         config = self.config
         cases = self.policy.cases(range(config.num_clients))
-        upload = config.upload
-        return expected_costs(
-            cases, self.submodels, self.costs, self.initial_params(), upload.make(), upload.entropy_coding
-        )
+        upload, params = config.upload, self.initial_params()
+        downlink = FrozenDownlink(self.submodels, config.download.make(), config.seed)
+        return expected_costs(cases, self.submodels, self.costs, params, upload.make(), upload.entropy_coding, downlink)
 
     def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
         """Return the runtime of a client process: data, partition, models. The local engine's workers inherit it.
@@ -439,7 +443,8 @@ def _strategy(
         plan.policy,
         round_settings(config),
         encoding=config.upload.make(),
-        aggregator=config.aggregator.make(),
+        download=config.download.make(),
+        aggregator=make_aggregator(config),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,
         num_test=0 if config.evaluation.name == "clients" else len(runtime.test),

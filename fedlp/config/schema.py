@@ -105,6 +105,18 @@ class UploadConfig(PartConfig):
 
 
 @dataclass
+class DownloadConfig(PartConfig):
+    """Encoding of frozen tensors, which a client receives once; options are those of the part.
+
+    Clients train against the decoded values, and tiers are evaluated with them; the server's model keeps its own.
+    """
+
+    kind: ClassVar[str] = "encoding"
+
+    name: str = "float32"
+
+
+@dataclass
 class AggregatorConfig(PartConfig):
     """Combination of updates; the rule's own options are those of the part in ``federation/aggregation``."""
 
@@ -197,6 +209,7 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # adapted linear layers, by name or shell pattern
     dropout: float = 0.0  # dropout probability of adapters' inputs, in [0, 1)
     freeze_a: bool = False  # whether B alone is trained (FFA-LoRA)
+    cut: str = "widths"  # what sub-models cut: "widths" of the model, or "ranks" of the adapters on the whole base
 
 
 @dataclass
@@ -345,6 +358,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

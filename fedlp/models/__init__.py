@@ -73,7 +73,7 @@ def describe_model(
 def lora_options(adapter: AdapterConfig) -> LoraOptions:
     """Return the options of a config's adapters; ConfigError for one out of range."""
     targets = tuple(adapter.targets)
-    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a)
+    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a, adapter.cut)
 
 
 def adapted(blueprint: Blueprint, adapter: AdapterConfig | None) -> Blueprint:

@@ -1,4 +1,4 @@
-"""Every kind of message that a client sends: an honest one, its decoder, and the promise of what is accepted."""
+"""Every kind of reply, and the server's instruction: an honest one, its decoder, the promise of what is accepted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from fedlp.federation.secagg.keys import DIGEST_BYTES, SEALED_BYTES, public_key
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import evaluation_messages, messages
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.encodings.quantised import Int4, Int8
 from fedlp.federation.wire.encodings.topk import TopK
@@ -129,6 +132,29 @@ class Updates:
         return Target("statistics", honest, decode)
 
 
+def instruction() -> Target:
+    """Return the server's instruction with encoded frozen tensors, as a client reads it."""
+    config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
+    submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
+    params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
+    download, still = NormalFloat4(), submodels.spec.frozen
+    downlink = FrozenDownlink(submodels, download, 0)
+    held = {axis: Keep.first(size // 2, size) for axis, size in submodels.widths.axes.items()}
+    layout = submodels.layout(SubModel(widths=held))
+    assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
+
+    def decode(content: RecordDict) -> None:
+        found = messages.decode_instruction(content, submodels, download=download)
+        frozen = {name: x for name, x in found.params.items() if name in still}
+        in_range(frozen, LARGEST_VALUE)
+        assert bool(found.held) or found.params.keys() == submodels.layout(found.submodel).name_set
+        if found.frozen:
+            assert digest_tensors(frozen) == content[messages.INSTRUCTION]["digest"]
+
+    honest = messages.encode_instruction(assigned, downlink.encode(layout, layout.slice(params)), submodels)
+    return Target("instruction with frozen tensors", honest, decode, named="the server's ")
+
+
 def moments(name: str, parts: list[Part], dtype: torch.dtype) -> Target:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, dtype=torch.float64, generator=rng)
@@ -214,7 +240,7 @@ def secure_aggregation() -> Iterator[Target]:
 
 
 def all_targets() -> Iterator[Target]:
-    """Yield every kind of message that a client sends."""
+    """Yield every kind of message."""
     yield from secure_aggregation()
     updates = Updates()
     yield updates.target("update", widths=False)
@@ -222,6 +248,7 @@ def all_targets() -> Iterator[Target]:
     yield updates.target("update of chosen units, 4 bits, input norms", widths=True, encoding=Int4(), normed=True)
     yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
     yield updates.statistics()
+    yield instruction()
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)
     cross = [Part("r.target_total", (3,)), Part("r.cross", (3, 6))]

@@ -157,14 +157,17 @@ class _Answers:
     def statistics(self, message: Message, context: Context) -> Message:
         """Return the batch norm statistics of a sub-model on the client's examples."""
         runtime = self._runtime(message, context)
-        submodel, params = evaluation_messages.decode_submodel(message.content, runtime.submodels)
+        submodel, params = evaluation_messages.decode_submodel(
+            message.content, runtime.submodels, runtime.settings.download
+        )
         found = runtime.statistics(submodel, params, client_id_of(context))
         return Message(evaluation_messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
     def evaluate_own(self, message: Message, context: Context) -> Message:
         """Return the evaluation sums on the client's own test examples."""
         runtime = self._runtime(message, context)
-        request = evaluation_messages.decode_evaluation_request(message.content, runtime.submodels)
+        download = runtime.settings.download
+        request = evaluation_messages.decode_evaluation_request(message.content, runtime.submodels, download)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
         if runtime.settings.secagg is not None:
@@ -244,7 +247,7 @@ def read_instruction(
     runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
 ) -> TrainInstruction:
     """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
-    instruction = messages.decode_instruction(message.content, runtime.submodels, known)
+    instruction = messages.decode_instruction(message.content, runtime.submodels, known, runtime.settings.download)
     if instruction.client_id != client_id_of(context):
         raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
     return instruction

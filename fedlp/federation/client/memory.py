@@ -1,18 +1,16 @@
-"""Memory of clients between rounds: personal heads, residuals of compression, frozen tensors."""
+"""Memory of clients between rounds: personal heads, residuals of compression."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedlp.errors import DataError
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.digests import digest_tensors
 from fedlp.models import state_tensors
-from fedlp.types import SubModel, TrainInstruction
+from fedlp.types import SubModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +23,11 @@ class ClientMemory:
         Seed of initial personal heads.
     store : ClientStore or None
         Store of personal heads and residuals; None keeps neither.
-    frozen : ClientStore or None
-        Store of frozen tensors, which are sent once; None without frozen tensors.
     """
 
     submodels: SubModels
     seed: int
     store: ClientStore | None
-    frozen: ClientStore | None
 
     def keep(self, client_id: int, server_round: int, tensors: Mapping[str, Tensor]) -> None:
         """Store a client's personal head or residual after a round, unless it is empty."""
@@ -55,22 +50,3 @@ class ClientMemory:
     def residual(self, client_id: int, before_round: int) -> Mapping[str, Tensor]:
         """Return the client's residual of earlier uploads."""
         return {} if self.store is None else self.store.load(client_id, before_round)
-
-    def with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Return the instruction completed by stored frozen tensors; received ones are stored.
-
-        Raises
-        ------
-        DataError
-            If the stored tensors of the instruction's digest are missing.
-        """
-        client_id, server_round = instruction.client_id, instruction.server_round
-        frozen = {name: x for name, x in instruction.params.items() if name in self.submodels.spec.frozen}
-        if not instruction.held:
-            if frozen and self.frozen is not None:
-                self.frozen.save(client_id, server_round, frozen)
-            return instruction
-        found = {} if self.frozen is None else self.frozen.load(client_id, before_round=server_round)
-        if digest_tensors(found) != instruction.held:
-            raise DataError(f"client {client_id} has lost the frozen tensors that it was sent; it needs them again")
-        return replace(instruction, params={**instruction.params, **found}, held=b"")

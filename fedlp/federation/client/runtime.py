@@ -13,6 +13,7 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation.client.cohort_app import attempt
 from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
+from fedlp.federation.client.frozen_tensors import FrozenTensors
 from fedlp.federation.client.memory import ClientMemory
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
@@ -65,7 +66,8 @@ class ClientRuntime:
         self.submodels = submodels
         self.shards = shards
         self.test = test
-        self._memory = ClientMemory(submodels, settings.seed, store, frozen)
+        self._memory = ClientMemory(submodels, settings.seed, store)
+        self._frozen_tensors = FrozenTensors(submodels, settings.download, frozen)
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
@@ -135,7 +137,7 @@ class ClientRuntime:
 
     def _prepare(self, instruction: TrainInstruction) -> Prepared:
         """Return all that a client's training needs."""
-        instruction = self._memory.with_frozen(instruction)
+        instruction = self._frozen_tensors.complete(instruction)
         model, state = self._shaped(instruction.submodel)
         personal = self._memory.head(instruction.submodel, instruction.client_id, instruction.server_round)
         return Prepared(

@@ -40,7 +40,6 @@ from fedlp.federation.server.update_collector import UpdateCollector, most_examp
 from fedlp.federation.strategies.policy import offset_of, prepared
 from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
-from fedlp.federation.wire.digests import digest_tensors
 from fedlp.rng import Stream, generator
 from fedlp.types import Assignment, ClientCost
 
@@ -60,8 +59,8 @@ class FedLPStrategy(EvaluatingStrategy):
         Sub-model and upload set of each client in each round.
     settings : RoundSettings
         Settings of the rounds.
-    encoding, aggregator, server_optimizer
-        Parts; values as they are, the coverage average, and the plain average if absent.
+    encoding, download, aggregator, server_optimizer
+        Parts; values as they are (up, and frozen ones down), the coverage average, and the plain average if absent.
     evaluate, num_test : callable, int
         Sums of test metrics over ranges of ``num_test`` examples; no evaluation where 0.
     client_evaluation : ClientEvaluationSettings, optional
@@ -169,14 +168,6 @@ class FedLPStrategy(EvaluatingStrategy):
         if memory is not self.state.memory:
             self.state = replace(self.state, memory=memory)
 
-    def _frozen_digest(self, layout: SubModelLayout, client_id: int) -> bytes:
-        """Return the digest of the frozen tensors of a client's sub-model; empty if it has none."""
-        frozen = layout.name_set & self.submodels.spec.frozen
-        if not frozen:
-            return b""
-        values = self._received(layout, client_id)
-        return digest_tensors({name: values[name] for name in frozen})
-
     # ---- down
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -229,7 +220,7 @@ class FedLPStrategy(EvaluatingStrategy):
     ) -> Iterator[tuple[Instructed, bool]]:
         """Yield each client's instruction, lazily, and whether the client drops out once it has it."""
         dropped = self._draw_dropouts(server_round, cohort)
-        encoded: dict[tuple[SubModelLayout, str, bool], ArrayRecord] = {}  # what several clients share, encoded once
+        encoded: dict[tuple[SubModelLayout, str, bool], messages.Sent] = {}  # what several clients share, encoded once
         digests: dict[tuple[SubModelLayout, str], bytes] = {}
         assert self.state is not None
         for client_id in cohort:
@@ -241,15 +232,15 @@ class FedLPStrategy(EvaluatingStrategy):
             layout = self.submodels.layout(assigned.submodel)
             kind = layout, offset_of(self.policy, client_id, self.state.memory).kind
             if kind not in digests:
-                digests[kind] = self._frozen_digest(layout, client_id)
+                digests[kind] = self._downlink.digest(layout, self._received(layout, client_id))
             digest = digests[kind]
             held = bool(digest) and holds(self.state.memory, client_id, digest)
-            record = arrays if layout.is_whole and not held else encoded.get((*kind, held))
+            as_it_is = layout.is_whole and not held and not self._downlink.encodes(layout)
+            record: ArrayRecord | messages.Sent | None = arrays if as_it_is else encoded.get((*kind, held))
             if record is None:
                 encoded = dict(list(encoded.items())[-7:])
                 values = self._received(layout, client_id)
-                names = [name for name in values if not (held and name in self.submodels.spec.frozen)]
-                record = encoded[*kind, held] = messages.encode_params({name: values[name] for name in names})
+                record = encoded[*kind, held] = self._downlink.encode(layout, values, held)
             if digest:
                 self._round.frozen[client_id] = digest
             instruction = assigned

@@ -19,6 +19,7 @@ from fedlp.federation.server.central_privacy import CentralPrivacy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, ClientEvaluator
 from fedlp.federation.server.device_budgets import DeviceBudgets
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.server.round_settings import RoundSettings
@@ -63,6 +64,7 @@ class StrategyState(Strategy):
         settings: RoundSettings,
         *,
         encoding: Encoding | None = None,
+        download: Encoding | None = None,
         aggregator: Aggregator | None = None,
         server_optimizer: ServerOptimizer | None = None,
         evaluate: Evaluate | None = None,
@@ -80,6 +82,7 @@ class StrategyState(Strategy):
         self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
         self._costs = Costs(submodels)
         self._encoding: Encoding = encoding or Float32()
+        self._downlink = FrozenDownlink(submodels, download or Float32(), settings.seed)
         self._server = ServerStep(
             submodels.spec,
             aggregator or CoverageAverageRule(),
@@ -97,6 +100,7 @@ class StrategyState(Strategy):
         self._budgets = DeviceBudgets(self._roster, fit)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
+        self._evaluates_sent = False  # whether the whole model is evaluated as clients receive it
 
     def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
         """Return the values that a client receives: its slice of the global model, and its offset."""
@@ -107,6 +111,23 @@ class StrategyState(Strategy):
         for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
             values[name] = values[name] + offset
         return values
+
+    def _held_values(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
+        """Return the values that a client works with: those it receives, frozen ones decoded."""
+        return self._downlink.decoded(layout, self._received(layout, client_id))
+
+    def _sent(self, layout: SubModelLayout, client_id: int, whole: ArrayRecord) -> messages.Sent:
+        """Return the encoded values of a client's sub-model; ``whole`` are those of the global model as they are."""
+        if self._downlink.encodes(layout):
+            return self._downlink.encode(layout, self._received(layout, client_id))
+        return messages.Sent(whole if layout.is_whole else messages.encode_params(self._received(layout, client_id)))
+
+    def _evaluated_values(self) -> dict[str, Tensor] | None:
+        """Return the values of the evaluated sub-model as clients hold them; None for the global model's own."""
+        layout = self.submodels.layout(self._evaluated)
+        if layout.is_whole and not self._evaluates_sent:
+            return None
+        return self._held_values(layout, self._like)
 
     def _present(self, server_round: int) -> list[int]:
         """Return the clients that are available in a round and have data, sorted."""

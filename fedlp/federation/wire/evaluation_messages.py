@@ -12,7 +12,17 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError, printable
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.messages import INSTRUCTION, METRICS, PARAMS, encode_params, read_submodel, write_submodel
+from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.messages import (
+    INSTRUCTION,
+    METRICS,
+    PARAMS,
+    Sent,
+    encode_params,
+    read_submodel,
+    read_values,
+    write_submodel,
+)
 from fedlp.federation.wire.ranges import (
     LARGEST_METRIC,
     LARGEST_MOMENT,
@@ -74,17 +84,19 @@ def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
 
 
 # ---- evaluation on clients
-def encode_evaluation_request(request: EvaluationRequest, params: ArrayRecord, submodels: SubModels) -> RecordDict:
-    """Return the records that request metrics on a client's own test examples; ``params`` are the encoded tensors."""
+def encode_evaluation_request(request: EvaluationRequest, sent: Sent, submodels: SubModels) -> RecordDict:
+    """Return the records that request metrics on a client's own test examples."""
     record = ConfigRecord({"server-round": request.server_round, "client-id": request.client_id})
     write_submodel(record, request.submodel, submodels)
     if request.measures_statistics:
         record["measures-statistics"] = True
-    return RecordDict({PARAMS: params, INSTRUCTION: record})
+    return sent.with_record(record)
 
 
-def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> EvaluationRequest:
-    """Return the request of a message; ProtocolError if a record is missing or malformed."""
+def decode_evaluation_request(
+    content: RecordDict, submodels: SubModels, download: Encoding | None = None
+) -> EvaluationRequest:
+    """Return the request of a message; ProtocolError if malformed; ``download`` as of :func:`decode_submodel`."""
     try:
         record = read_config(content, INSTRUCTION)
         submodel = read_submodel(record, submodels)
@@ -92,7 +104,7 @@ def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> Eval
             server_round=read_integer(record, "server-round"),
             client_id=read_integer(record, "client-id"),
             submodel=submodel,
-            params=read_tensors(content, PARAMS, submodels.layout(submodel).signature()),
+            params=read_values(content, submodels.layout(submodel), download),
             measures_statistics=bool(record.get("measures-statistics", False)),
         )
     except (KeyError, ValueError, TypeError) as error:
@@ -145,17 +157,19 @@ def _read_sum(name: str, value: object, length: int) -> float | list[float]:
 
 
 # ---- statistics of batch norms
-def encode_submodel(params: ArrayRecord, submodel: SubModel, submodels: SubModels) -> RecordDict:
+def encode_submodel(sent: Sent, submodel: SubModel, submodels: SubModels) -> RecordDict:
     """Return the records of a sub-model alone."""
     record = ConfigRecord()
     write_submodel(record, submodel, submodels)
-    return RecordDict({PARAMS: params, INSTRUCTION: record} if record else {PARAMS: params})
+    return sent.with_record(record or None)
 
 
-def decode_submodel(content: RecordDict, submodels: SubModels) -> tuple[SubModel, dict[str, Tensor]]:
-    """Return a sub-model and its tensors."""
+def decode_submodel(
+    content: RecordDict, submodels: SubModels, download: Encoding | None = None
+) -> tuple[SubModel, dict[str, Tensor]]:
+    """Return a sub-model and its tensors; ``download`` as of :func:`~fedlp.federation.wire.messages.read_values`."""
     submodel = read_submodel(read_config(content, INSTRUCTION), submodels) if INSTRUCTION in content else SubModel()
-    return submodel, read_tensors(content, PARAMS, submodels.layout(submodel).signature())
+    return submodel, read_values(content, submodels.layout(submodel), download)
 
 
 def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:

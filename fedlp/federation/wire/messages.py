@@ -1,9 +1,10 @@
 """Instructions, updates and profiles to Flower records and back; record keys that other messages share.
 
-Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
-and ``scores`` on request, unless a client has too few examples for them. Only the kept slices of the
-requested tensors are sent; index sets are runs or bitmaps, whichever is shorter. Decoders check everything against
-the assignment and raise :class:`ProtocolError` naming the client and the fault.
+Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads), and ``frozen`` (arrays) where frozen
+tensors are encoded. Up: ``params``, ``update``, ``metrics``, and ``scores`` on request, unless a client has too few
+examples for them. Only the kept slices of the requested tensors are sent; index sets are runs or bitmaps, whichever is
+shorter. Decoders check everything against the assignment and raise :class:`ProtocolError` naming the client and the
+fault.
 
 Longer than other files: an update is checked against its instruction, and shares its keys.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -21,6 +23,7 @@ from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import ProtocolError, printable
 from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -63,7 +66,8 @@ from fedlp.types import (
     TrainInstruction,
 )
 
-PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE = "params", "instruction", "update", "metrics", "profile"
+PARAMS, FROZEN, INSTRUCTION = "params", "frozen", "instruction"
+UPDATE, METRICS, PROFILE = "update", "metrics", "profile"
 SCORES, INPUT_NORMS = "scores", "input-norms"
 _EVIDENCE = {"unit_scores": "scored", "input_norms": "normed"}
 CAPABILITIES = "query.capabilities"
@@ -74,9 +78,36 @@ STATISTICS = "query.statistics"
 _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
 
 
+class Sent(NamedTuple):
+    """Encoded values of one sub-model, which several clients may share.
+
+    Attributes
+    ----------
+    params : ArrayRecord
+        Its tensors, without frozen ones where they are in ``frozen`` or held.
+    frozen : ArrayRecord or None
+        Frozen tensors in the encoding of downloads; None where ``params`` has them as they are.
+    digest : bytes
+        Digest of the decoded frozen tensors that ``frozen`` holds.
+    """
+
+    params: ArrayRecord
+    frozen: ArrayRecord | None = None
+    digest: bytes = b""
+
+    def with_record(self, record: ConfigRecord | None) -> RecordDict:
+        """Return the records of a message: the values, and what they are for."""
+        records: dict[str, ArrayRecord | ConfigRecord] = {PARAMS: self.params}
+        if self.frozen is not None:
+            records[FROZEN] = self.frozen
+        if record is not None:
+            records[INSTRUCTION] = record
+        return make_record(RecordDict, records)
+
+
 # ---- instructions
 def encode_instruction(
-    instruction: Assignment, params: ArrayRecord, submodels: SubModels, held: bytes = b""
+    instruction: Assignment, params: ArrayRecord | Sent, submodels: SubModels, held: bytes = b""
 ) -> RecordDict:
     """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share.
 
@@ -85,6 +116,7 @@ def encode_instruction(
     held : bytes
         Digest of the frozen tensors, if ``params`` leaves them out because the client holds them.
     """
+    sent = params if isinstance(params, Sent) else Sent(params)
     record = make_record(
         ConfigRecord,
         {
@@ -102,7 +134,9 @@ def encode_instruction(
         record[_EVIDENCE[name]] = True
     if held:
         record["held"] = held
-    return make_record(RecordDict, {PARAMS: params, INSTRUCTION: record})
+    if sent.digest:
+        record["digest"] = sent.digest
+    return sent.with_record(record)
 
 
 def write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubModels) -> None:
@@ -129,18 +163,22 @@ Known = dict[tuple[object, ...], dict[str, Tensor]]
 """Tensors of earlier messages by the identity of their bytes, valid while those messages are."""
 
 
-def decode_instruction(content: RecordDict, submodels: SubModels, known: Known | None = None) -> TrainInstruction:
+def decode_instruction(
+    content: RecordDict, submodels: SubModels, known: Known | None = None, download: Encoding | None = None
+) -> TrainInstruction:
     """Return the instruction of a message, its tensors as read-only views into the message.
 
     Parameters
     ----------
     known : dict, optional
         Tensors of other messages, which messages of the same bytes share; filled here.
+    download : Encoding, optional
+        Encoding of frozen tensors; as they are if absent.
 
     Raises
     ------
     ProtocolError
-        Where a record is missing or malformed.
+        Where a record is missing or malformed, or frozen tensors are not those of their digest.
     """
     try:
         record = read_config(content, INSTRUCTION)
@@ -151,12 +189,17 @@ def decode_instruction(content: RecordDict, submodels: SubModels, known: Known |
         submodel = read_submodel(record, submodels)
         layout = submodels.layout(submodel)
         held = read_bytes(record, "held") if "held" in record else b""
-        names = layout.name_set - submodels.spec.frozen if held else None
+        encoded, frozen = _read_frozen(content, layout, download)
+        if encoded and digest_tensors(frozen) != read_bytes(record, "digest"):
+            raise ProtocolError("the server's instruction: its frozen tensors are not those of their digest")
+        names = layout.name_set - submodels.spec.frozen if held or encoded else None
+        params = _read_shared(content, layout, names, {} if known is None else known)
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
             client_id=client_id,
-            params=_read_shared(content, layout, names, {} if known is None else known),
+            params={**params, **frozen} if frozen else params,
             held=held,
+            frozen=encoded,
             submodel=submodel,
             uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
             kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
@@ -165,6 +208,28 @@ def decode_instruction(content: RecordDict, submodels: SubModels, known: Known |
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
+
+
+def _read_frozen(
+    content: RecordDict, layout: SubModelLayout, download: Encoding | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a message's encoded frozen tensors, and the decoded ones; empty where they came as they are."""
+    if FROZEN not in content:
+        return {}, {}
+    written, who = download or Float32(), "the server's message"
+    signature = layout.signature(layout.name_set & layout.spec.frozen)
+    encoded = read_tensors(content, FROZEN, written.signature(signature))
+    check_values(encoded, who)
+    frozen = written.decode(encoded, signature, who)
+    check_values(frozen, who)
+    return encoded, frozen
+
+
+def read_values(content: RecordDict, layout: SubModelLayout, download: Encoding | None) -> dict[str, Tensor]:
+    """Return all tensors of a sub-model, frozen ones decoded."""
+    _, frozen = _read_frozen(content, layout, download)
+    names = layout.name_set - frozen.keys() if frozen else None
+    return {**read_tensors(content, PARAMS, layout.signature(names)), **frozen}
 
 
 def _read_shared(
