@@ -127,8 +127,7 @@ def simulate(
     blueprint = _blueprint(model) if isinstance(model, nn.Module) else None
     chosen["model"] = "object" if blueprint is not None else model
     config = compose(list(_overrides(chosen)))
-    if config.simulation.engine != "local":
-        raise ConfigError("fedlp.simulate runs in processes of this machine; use fedlp.run with named parts for Ray")
+    _refuse_flower(config, "simulate")
     config = replace(config, dataset=DatasetConfig(name=data.info.name))
     return _run(Federation(config, blueprint=blueprint, data=data, parts=parts), out, progress)
 
@@ -136,7 +135,7 @@ def simulate(
 def run(
     config: RunConfig | Sequence[str] = (), *, out: str | Path | None = None, progress: bool | None = None
 ) -> Result:
-    """Run a config as the command ``fedlp`` does, on the local engine.
+    """Run a config as the command ``fedlp`` does, on the local or the Ray engine.
 
     Parameters
     ----------
@@ -156,9 +155,16 @@ def run(
     """
     refuse_unguarded()
     composed = config if isinstance(config, RunConfig) else compose(list(config))
-    if composed.simulation.engine != "local":
-        raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
+    _refuse_flower(composed, "run")
     return _run(federation_of(composed), out, progress)
+
+
+def _refuse_flower(config: RunConfig, function: str) -> None:
+    if config.simulation.engine == "flower":
+        raise ConfigError(
+            f"fedlp.{function} runs the server in this process: set simulation=local or ray, or use the command "
+            "fedlp simulation=flower"
+        )
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:

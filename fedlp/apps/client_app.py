@@ -18,10 +18,12 @@ from fedlp.training.threads import count_cores
 
 log = logging.getLogger("fedlp")
 
-_MAKER = "fedlp.apps.rebuild:rebuild_app"
+MAKER = "fedlp.apps.rebuild:rebuild_app"
 
 
-class _Federation(Source, Protocol):
+class LocalFederation(Source, Protocol):
+    """Federation that runs with its server in this process."""
+
     def runtime(self, state_dir: str) -> ClientRuntime:
         """Return the runtime of a client process."""
 
@@ -29,7 +31,7 @@ class _Federation(Source, Protocol):
 class AppOf:
     """Maker of the ClientApp of a federation."""
 
-    def __init__(self, federation: _Federation) -> None:
+    def __init__(self, federation: LocalFederation) -> None:
         self._federation = federation
 
     def __call__(self) -> Any:
@@ -39,7 +41,7 @@ class AppOf:
     def hand_over(self) -> HandOver:
         """Return what makes the app of an equal federation in another process."""
         about, arrays = pack(self._federation)
-        return HandOver(_MAKER, about, arrays)
+        return HandOver(MAKER, about, arrays)
 
     def count_workers(self, simulation: SimulationConfig, clients_per_round: int) -> int:
         """Return the number of worker processes; 0 if the clients train in this process.

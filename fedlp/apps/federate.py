@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator
-from fedlp.apps.batching import cohort_size, sends_stacks
-from fedlp.apps.client_app import AppOf
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
 from fedlp.apps.download_check import check_download
+from fedlp.apps.engines import open_grid
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
@@ -65,7 +64,6 @@ from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Calibration
 from fedlp.report.trackers import tracking
 from fedlp.simulation.flower_apps import Grid
-from fedlp.simulation.local import LocalGrid
 from fedlp.simulation.starting import refuse_unguarded
 from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import make_method
@@ -360,23 +358,21 @@ class Federation:
             size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
         return size if self.pooled is None else max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether clients keep files from one message to the next."""
+        config = self.config
+        keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
+        has_frozen, pools = bool(self.submodels.spec.frozen), self.pooled is not None or not config.trains
+        return keeps or has_frozen or pools or config.privacy.name == "secagg"
+
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
-        """Run on the local engine; return the manifest."""
+        """Run with the server in this process, on the local or the Ray engine; return the manifest."""
         refuse_unguarded()
-        config, out = self.config, out.absolute()
-        refuse_simulation(config)
+        out = out.absolute()
+        refuse_simulation(self.config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
-        app = AppOf(self)
-        with LocalGrid(
-            app,
-            num_clients=config.num_clients,
-            num_workers=app.count_workers(config.simulation, config.clients_per_round),
-            message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
-            run_config={"cfg": to_yaml(config), "out": str(out)},
-            cohort=cohort_size(config, self.submodels, self.info),
-            stacks=sends_stacks(config),
-            start=config.simulation.start,
-        ) as grid:
+        with open_grid(self, out) as grid:
             return self.serve(grid, out, observers)
 
 

@@ -92,7 +92,8 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     refuse_unguarded()
     config = from_yaml(cfg)
     refuse_simulation(config)
-    _check_device(config.device)
+    if config.simulation.address is None:  # else devices are those of the nodes
+        _check_device(config.device)
     directory = RunDirectory(out)
     state = None
     if config.resume:
@@ -104,7 +105,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     federation = federation_of(config)
     _plot_partition(federation, out)
     progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
-    if config.simulation.engine == "ray":
+    if config.simulation.engine == "flower":
         federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)

@@ -216,10 +216,16 @@ class AdapterConfig:
 class SimulationConfig:
     """Simulation engine."""
 
-    engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
+    engine: str = MISSING  # "local" (worker processes of this machine), "ray" (Ray actors on one or many machines) or
+    # "flower" (Flower's simulation runtime)
     workers: int | None = None  # worker processes, >= 1; number of cores if null; 0 (local engine): clients train one
     # after another in this process
     start: str = "auto"  # local engine: "fork" or "spawn" of workers; "auto" spawns where fork is unsafe or absent
+    address: str | None = None  # Ray: "auto" or HOST:PORT of a running cluster; a private one on this machine if null
+    gpus_per_client: float | None = None  # Ray: GPUs of a worker: 0, a fraction such as 0.25, or a whole number; 1 with
+    # device=cuda and 0 with cpu if null
+    object_store_bytes: int | None = None  # private Ray: size of its object store, at least 78,643,200; Ray's choice if
+    # null
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
     batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;
     # true, false, or "auto": models for which it was measured to be faster

@@ -20,7 +20,7 @@ from fedlp.errors import FedLPError
 from fedlp.federation import flower_compat
 from fedlp.federation.client.cohort_app import CohortApp, attempt
 from fedlp.federation.wire.messages import TRAIN
-from fedlp.simulation.transport import Area, Item, decode_frame, encode_frame
+from fedlp.simulation.transport import Area, Item, Memory, decode_frame, encode_frame
 
 STOP = b"\xff"
 RAISED = 2  # Flower's code for a ClientApp that raised
@@ -52,15 +52,17 @@ class Node:
     num_partitions: int
 
     def answer(self, frame: bytes, slots: Slots) -> bytes:
-        """Return the frame of the replies to a frame of messages."""
-        down, up = slots[frame[0]]
-        items = decode_frame(frame[1:], down, flower_compat.make_array)
+        """Return the replies to a frame of messages; both frames begin with the number of their slot."""
+        return frame[:1] + self.reply(frame[1:], *slots[frame[0]])
+
+    def reply(self, frame: bytes, down: Memory, up: Memory) -> bytes:
+        """Return the frame of the replies to a frame of messages, whose large arrays are in ``down`` and ``up``."""
+        items = decode_frame(frame, down, flower_compat.make_array)
         answers = _answer(self.app, [self._receive(about, content) for about, content in items])
         try:
-            frame_up = encode_frame(answers, up)
+            return encode_frame(answers, up)
         except FedLPError as failure:  # replies that are larger than their slot
-            frame_up = encode_frame([({"error": [RAISED, str(failure)]}, None)] * len(answers), up)
-        return frame[:1] + frame_up
+            return encode_frame([({"error": [RAISED, str(failure)]}, None)] * len(answers), up)
 
     def _receive(self, about: dict[str, Any], content: RecordDict | None) -> tuple[Message, Context]:
         """Return a message as its node receives it."""
