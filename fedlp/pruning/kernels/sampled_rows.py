@@ -13,6 +13,7 @@ from fedlp.pruning.kernels.hessian import Moments, invert_hessian
 from fedlp.pruning.kernels.inverses import LowRankInverse
 
 DAMPING = 0.01  # where none is asked for: samples are small
+SINGLE_DAMPING = 1e-3  # from which on a Hessian is inverted in float32
 LEAST_RIDGE = 1e-9  # of a Hessian that is zero
 
 
@@ -68,13 +69,13 @@ class SampledRows:
         CalibrationError
             As :func:`~fedlp.pruning.kernels.hessian.invert_hessian` does.
         """
-        x = self.rows.to(torch.float64)
+        count, size = self.rows.shape
+        damping = DAMPING if damping is None else damping
+        x = self.rows.to(torch.float32 if count >= size and damping >= SINGLE_DAMPING else torch.float64)
         if centred:
             x = x - x.mean(dim=0)
-        x = x * math.sqrt(2.0 / len(x))
-        count, size = x.shape
-        damping = DAMPING if damping is None else damping
-        ridge = damping * float(x.square().sum()) / size
+        x = x * math.sqrt(2.0 / count)
+        ridge = damping * float(x.square().sum(dtype=torch.float64)) / size
         if not ridge and damping:  # constant inputs: their units are free, in order of magnitude
             ridge = LEAST_RIDGE
         if count >= size or not ridge:
