@@ -39,12 +39,14 @@ from fedlp.training.calibration_data import batch_calibration, make_method
 from fedlp.training.loop import train_locally
 
 INPUT_SHAPE, IMAGES, BATCH_SIZE = (3, 32, 32), 200, 16
+NOW = "now"
 EVERYTHING = SampleSize(per_column=10**6, most_columns=10**6)
 HOWS: dict[str, tuple[Precision, SampleSize]] = {
     "512 rows": (Precision(parts=32, block=256), SampleSize(per_column=1, most_columns=512, few=512)),
-    "now": (COARSE, SAMPLE),
+    NOW: (COARSE, SAMPLE),
     "128 rows, 16 steps": (Precision(parts=8, most_steps=16, rank_tolerance=1e-2), SampleSize(1, 128, 128)),
 }
+CHOSEN = ("fedlp_mlp", "fedlp_cnn", "resnet20")  # models whose choice of units is compared
 TRAINED, CLIENTS = 4_500, 8
 FRACTIONS = (0.25, 0.5, 0.75)
 
@@ -80,17 +82,18 @@ def measure_time(name: str, repeats: int) -> dict[str, Any]:
     examples = Examples(*make_images(Workload(name, INPUT_SHAPE, IMAGES, BATCH_SIZE), 1), None)
     info = DataInfo("synthetic", "classification", INPUT_SHAPE, NUM_CLASSES, IMAGES, 1, (MEAN,) * 3, (STD,) * 3)
     case = Case(name, info)
-    few, spent = examples.select(list(range(case.config.calibration.examples))), []
+    few, spent = examples.select(list(range(case.config.calibration.examples))), dict[str, float]()
 
-    def score() -> None:
-        spent.append(case.score(few, *HOWS["now"])[1])
+    def score(way: str) -> None:
+        spent[way] = case.score(few, *HOWS[way])[1]
 
-    times = alternate({"scoring": score, "epoch": lambda: case.train(examples)}, repeats)
+    ways = HOWS if name in CHOSEN else {NOW: HOWS[NOW]}
+    actions = {way: partial(score, way) for way in ways} | {"epoch": lambda: case.train(examples)}
+    times = alternate(actions, repeats)
     return {
         "model": name,
-        "time_ratio": paired_ratio(times["scoring"], times["epoch"]),
-        "macs_ratio": spent[0] / (IMAGES * case.macs.training),
-        "scoring_macs": spent[0],
+        "time_ratio": {way: paired_ratio(times[way], times["epoch"]) for way in ways},
+        "macs_ratio": {way: spent[way] / (IMAGES * case.macs.training) for way in ways},
         "seconds": times,
     }
 
@@ -146,23 +149,24 @@ def main() -> int:
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder with CIFAR-10, for the choice of units")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = ("fedlp_mlp", "fedlp_cnn", "resnet20", "resnet18")
-    rows = [measure_time(name, 1 if args.quick else 5) for name in names[: 2 if args.quick else None]]
+    names = CHOSEN[:2] if args.quick else (*CHOSEN, "resnet18")
+    rows = [measure_time(name, 1 if args.quick else 5) for name in names]
     print_table(
         "scoring, beside a local epoch",
-        ("model", "s", "epoch, s", "ratio", "of MACs"),
+        ("model, way", "s", "epoch, s", "ratio", "of MACs"),
         [
             (
-                row["model"],
-                *(f"{statistics.median(row['seconds'][key]):.3f}" for key in ("scoring", "epoch")),
-                f"{row['time_ratio']['median']:.2f}",
-                f"{row['macs_ratio']:.2f}",
+                f"{row['model']}, {way}",
+                *(f"{statistics.median(row['seconds'][key]):.3f}" for key in (way, "epoch")),
+                f"{ratio['median']:.2f}",
+                f"{row['macs_ratio'][way]:.2f}",
             )
             for row in rows
+            for way, ratio in row["time_ratio"].items()
         ],
     )
     measure = partial(measure_choice, root=args.data, clients=2 if args.quick else CLIENTS)
-    choices = [row for name in names[:3] for row in measure(name)] if args.data else []
+    choices = [row for name in CHOSEN for row in measure(name)] if args.data else []
     print_table(
         "overlap with the exact choice",
         ("model, way", "own", "pooled"),
