@@ -75,11 +75,10 @@ def _step_time(results: Mapping[str, Any]) -> Rows:
 
 
 def _scoring(results: Mapping[str, Any]) -> Rows:
-    return [
-        [one["model"], f"{one['time_ratio']['now']['median']:.2f}", _quartiles(one["time_ratio"]["now"])]
-        + [f"{one['macs_ratio']['now']:.2f}"]
-        for one in results["rows"]
-    ]
+    def row(model: str, time: Mapping[str, float], macs: float) -> list[str]:
+        return [model, f"{time['median']:.2f}", _quartiles(time), f"{macs:.2f}"]
+
+    return [row(one["model"], one["time_ratio"]["now"], one["macs_ratio"]["now"]) for one in results["rows"]]
 
 
 def _choice(results: Mapping[str, Any]) -> Rows:
