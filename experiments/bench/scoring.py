@@ -7,8 +7,8 @@ ratio of times stands that of multiply-accumulates.
 Choice, with ``--data ROOT`` (a folder with CIFAR-10): a model trained for an epoch on 4,500 images, and clients with 32
 other ones. Their scores are compared with the exact ones: all positions of the same images, one unit removed at a time.
 ``own`` is the mean over clients, layers, and the fractions 1/4, 1/2 and 3/4 of |A ∩ B| / |A ∪ B|, for the units A and B
-that both keep; ``pooled`` that of the mean scores of all clients. ``512 rows`` are the sample and the steps until
-2026-11.
+that both keep; ``pooled`` that of the mean scores of all clients. ``as before`` are sample, steps and damping until
+November 2026, in today's kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.federation.submodels import SubModels
 from fedlp.models import describe_model
 from fedlp.models.cost import count_macs
+from fedlp.pruning.kernels.sampled_rows import DAMPING
 from fedlp.pruning.sampled_inputs import SAMPLE, SampleSize
 from fedlp.pruning.scores.evidence import COARSE, EXACT, Precision
 from fedlp.rng import Stream, generator
@@ -41,8 +43,9 @@ from fedlp.training.loop import train_locally
 INPUT_SHAPE, IMAGES, BATCH_SIZE = (3, 32, 32), 200, 16
 NOW = "now"
 EVERYTHING = SampleSize(per_column=10**6, most_columns=10**6)
+BEFORE = "as before"
 HOWS: dict[str, tuple[Precision, SampleSize]] = {
-    "512 rows": (Precision(parts=32, block=256), SampleSize(per_column=1, most_columns=512, few=512)),
+    BEFORE: (Precision(parts=32, block=256), SampleSize(per_column=1, most_columns=512, few=512)),
     NOW: (COARSE, SAMPLE),
     "128 rows, 16 steps": (Precision(parts=8, most_steps=16, rank_tolerance=1e-2), SampleSize(1, 128, 128)),
 }
@@ -69,12 +72,15 @@ class Case:
         rng = generator(0, Stream.LOCAL_TRAINING)
         train_locally(self.model.train(), examples, self.info, self.config.local, rng)
 
-    def score(self, examples: Examples, precision: Precision, size: SampleSize) -> tuple[dict[str, Tensor], float]:
+    def score(
+        self, examples: Examples, precision: Precision, size: SampleSize, damping: float | None = None
+    ) -> tuple[dict[str, Tensor], float]:
         """Return the scores from some examples, and their multiply-accumulates."""
+        method = replace(self.method, damping=damping)
         wanted, device, model = self.config.calibration, torch.device("cpu"), self.model.eval()
         data = batch_calibration(examples, self.info, wanted.batch_size, 0, device)
         widths, layers = self.submodels.widths, self.submodels.layers
-        return score_units(model, model, widths, layers, data, self.method, self.macs, precision, size)
+        return score_units(model, model, widths, layers, data, method, self.macs, precision, size)
 
 
 def measure_time(name: str, repeats: int) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def measure_time(name: str, repeats: int) -> dict[str, Any]:
     few, spent = examples.select(list(range(case.config.calibration.examples))), dict[str, float]()
 
     def score(way: str) -> None:
-        spent[way] = case.score(few, *HOWS[way])[1]
+        spent[way] = case.score(few, *HOWS[way], damping=DAMPING if way == BEFORE else None)[1]
 
     ways = HOWS if name in CHOSEN else {NOW: HOWS[NOW]}
     actions = {way: partial(score, way) for way in ways} | {"epoch": lambda: case.train(examples)}
@@ -111,7 +117,7 @@ def measure_choice(name: str, root: Path, clients: int) -> list[dict[str, Any]]:
     exact = [case.score(shard, EXACT, EVERYTHING)[0] for shard in shards]
     rows = []
     for label, how in HOWS.items():
-        found = [case.score(shard, *how)[0] for shard in shards]
+        found = [case.score(shard, *how, damping=DAMPING if label == BEFORE else None)[0] for shard in shards]
         own = [overlap(*pair) for pair in zip(found, exact, strict=True)]
         rows.append({"model": name, "way": label, "own": own, "pooled": overlap(pool(found), pool(exact))})
     half = clients // 2

@@ -46,7 +46,7 @@ def elimination_macs(
 
 def _low_rank_macs(inputs: int, columns: int, outputs: int, unit_size: int, steps: Sequence[int]) -> float:
     """Return the same for an inverse of low rank: of every step the products with what is left."""
-    k, left, total = float(inputs), float(columns), 1.5 * inputs**2 * columns + inputs**3 / 6.0
+    k, left, total = float(inputs), float(columns), 2.75 * inputs**2 * columns + inputs**3 / 6.0
     block = 0.0 if unit_size == 1 else float(unit_size)  # products within a unit
     for step in steps:
         gone = step * unit_size

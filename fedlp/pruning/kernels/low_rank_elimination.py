@@ -1,6 +1,7 @@
 r"""State of an elimination in the space of few input vectors.
 
 With :math:`H^{-1} = (I - VV^\top) / r`, V (n, k), removal of the columns P and compensation by the others, S, give
+(where H is scaled, of the scaled columns of W)
 
 .. math:: M = I - V_P^\top V_P, \qquad B = W_P V_P, \qquad
           [H_{SS}]^{-1} = \tfrac1r (I - V_S M^{-1} V_S^\top), \qquad W_S \leftarrow W_S + B M^{-1} V_S^\top, \\
@@ -36,7 +37,8 @@ class LowRankState:
 
     def __init__(self, weight: Tensor, inverse: LowRankInverse, unit_size: int) -> None:
         self.size, self._ridge = unit_size, inverse.ridge
-        self._vectors, self._columns = inverse.vectors, weight.T.to(inverse.vectors).contiguous()
+        scaled = weight if inverse.scale is None else weight * inverse.scale  # saliencies and losses stay as they are
+        self._vectors, self._columns = inverse.vectors, scaled.T.to(inverse.vectors).contiguous()
         num_vectors, options = self._vectors.shape[1], {"dtype": torch.float64, "device": self._vectors.device}
         self._left = torch.eye(num_vectors, **options)  # type: ignore[call-overload] # M
         self._given = torch.zeros(len(weight), num_vectors, **options)  # type: ignore[call-overload] # B

@@ -17,7 +17,8 @@ from fedlp.pruning.costs.elimination import elimination_macs
 from fedlp.pruning.kernels.hessian import Moments, invert_hessian, square_root
 from fedlp.pruning.kernels.inverses import LowRankInverse
 from fedlp.pruning.kernels.obs import Problem, eliminate
-from fedlp.pruning.kernels.sampled_rows import SampledRows
+from fedlp.pruning.kernels.sampled_rows import SampledRows, row_weight
+from fedlp.pruning.kernels.shrinkage import hessian_weight, shrink_hessian
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import SAMPLE, SampleSize, sample_columns
@@ -163,7 +164,7 @@ def test_counted_macs_are_those_that_run(inputs: int, columns: int, outputs: int
     rows, weight = torch.randn(inputs, columns, generator=rng), torch.randn(outputs, columns, generator=rng)
     steps, block = COARSE.schedule(columns // unit_size - 1), COARSE.block
     with Counter() as counter:
-        inverse = SampledRows(rows).inverse_hessian(True, DAMPING, "x")
+        inverse = SampledRows(rows).inverse_hessian(True, None, "x")
         eliminate([Problem(weight, inverse, unit_size)], steps, block=block)
     assert elimination_macs(inputs, columns, outputs, unit_size, steps, block) == pytest.approx(counter.macs, rel=0.05)
 
@@ -214,3 +215,34 @@ def test_the_exact_order_is_that_of_the_kernel() -> None:
     problem = Problem(weight, inverse, 3)
     orders = {eliminate([problem], [1] * 7, block=block).order for block in (1, 128)}
     assert len(orders) == 1
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_a_small_sample_is_shrunk_by_the_agreement_of_its_halves(count: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, 2, generator=rng) @ torch.randn(2, 12, generator=rng) + torch.randn(
+        count, 12, generator=rng
+    )
+    x = rows.to(torch.float64) - rows.to(torch.float64).mean(dim=0)
+    halves, whole = [2.0 / len(part) * part.T @ part for part in (x[0::2], x[1::2])], 2.0 / count * x.T @ x
+    weight = hessian_weight(halves[0], halves[1], whole)
+    assert 0.1 < weight < 0.9
+    assert row_weight(x / x.square().sum(dim=0).sqrt()) == pytest.approx(weight)
+    expected = torch.linalg.inv(shrink_hessian(whole, weight))
+    found = SampledRows(rows).inverse_hessian(True, None, "x")
+    assert isinstance(found, LowRankInverse)
+    torch.testing.assert_close(found.dense().to(torch.float64), expected, rtol=1e-4, atol=1e-4)
+    weights = torch.randn(5, 12, generator=rng, dtype=torch.float64)
+    one, other = (eliminate([Problem(weights, inverse, 3)], [1, 1, 1]) for inverse in (found, expected))
+    assert one.order == other.order
+    assert one.losses == pytest.approx(other.losses, rel=1e-4)
+
+
+def test_constant_inputs_are_free() -> None:
+    rows = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    rows[:, :3] = 2.0
+    for few in (rows, rows * 0.0):
+        inverse = SampledRows(few).inverse_hessian(True, None, "x")
+        found = eliminate([Problem(torch.ones(2, 12), inverse, 3)], [1, 1, 1])
+        assert found.order[0] == 0
+        assert found.losses[0] == pytest.approx(0.0, abs=1e-6)
