@@ -51,11 +51,13 @@ class LowRankState:
         v = self._vectors @ self._root_inv.T.to(self._vectors)
         w = self._columns.addmm(v, self._projected.T.to(v))
         if self.size == 1:
-            return 0.5 * self._ridge * w.square().sum(dim=1) / (1.0 - v.square().sum(dim=1))
-        v, w = (part.view(len(self.units), self.size, -1) for part in (v, w))
-        inv_blocks = (v @ v.mT).neg_()
-        inv_blocks.diagonal(dim1=1, dim2=2).add_(1.0)
-        return block_saliency(inv_blocks, (w @ w.mT).mul_(self._ridge), score, self.units)
+            inv_blocks, gram_blocks = (part.square().sum(dim=1)[:, None, None] for part in (v, w))
+            inv_blocks = 1.0 - inv_blocks
+        else:
+            v, w = (part.view(len(self.units), self.size, -1) for part in (v, w))
+            inv_blocks, gram_blocks = (v @ v.mT).neg_(), w @ w.mT
+            inv_blocks.diagonal(dim1=1, dim2=2).add_(1.0)
+        return block_saliency(inv_blocks, gram_blocks.mul_(self._ridge), score, self.units)
 
     def remove(self, positions: Tensor) -> float:
         """Eliminate the units at some positions together; return the rise of the loss."""
