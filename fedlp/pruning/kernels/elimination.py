@@ -131,7 +131,10 @@ class EliminationState:
 def block_saliency(inv_blocks: Tensor, gram_blocks: Tensor, score: Score, units: Tensor) -> Tensor:
     """Return half the traces of ``inv⁻¹ gram`` per unit, or SlimGPT's form of it."""
     if inv_blocks.shape[-1] == 1:
-        return 0.5 * gram_blocks.flatten() / inv_blocks.flatten()
+        inverse = inv_blocks.flatten()
+        if bool((inverse <= 0.0).any()):
+            raise _indefinite(units[(inverse <= 0.0).int().argmax()])
+        return 0.5 * gram_blocks.flatten() / inverse
     factors, info = torch.linalg.cholesky_ex(inv_blocks)
     if bool(info.any()):
         raise _indefinite(units[info.argmax()])

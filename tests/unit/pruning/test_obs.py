@@ -190,3 +190,12 @@ def test_units_of_one_step_share_its_loss_in_proportion_to_their_own() -> None:
     assert found.saliency(4).tolist() == [3.0, 3.0, 1.0, 3.0], "and do not fall along the order"
     assert Elimination((2, 0, 1), (2, 1), (4.0, 5.0)).saliency(4).tolist() == [2.0, 2.0, 2.0, 2.0]
     assert Elimination((1, 0), (2,), (4.0,), (0.0, 0.0)).saliency(2).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_inverse_that_is_not_positive_definite_is_an_error_that_names_the_unit(size: int) -> None:
+    vectors = torch.zeros(8, 1)
+    vectors[4] = 1.0  # nothing of the inverse is left there
+    problem = Problem(torch.ones(3, 8), LowRankInverse(vectors, 0.1), size)
+    with pytest.raises(CalibrationError, match=f"unit {4 // size} is not positive definite"):
+        eliminate([problem], [1])
