@@ -32,7 +32,7 @@ def _refusal(config: RunConfig, policy: Policy) -> str:
             config.upload.values == "weights",
             "multiplies B and A: set upload.values=weights, since differences do not do",
         ),
-        (config.privacy.name == "none", f"needs single updates: drop privacy={config.privacy.name}"),
+        (config.rounds.name != "asynchronous", "needs updates of one model: drop rounds=asynchronous"),
         (
             getattr(optimizer.make(), "is_identity", False),
             f"takes no steps from an average: drop server_optimizer={optimizer.name}",

@@ -160,9 +160,13 @@ def test_tiers_are_evaluated_with_what_devices_hold(once: Once) -> None:
     assert last["loss"] not in whole
 
 
+BUFFERED = ("rounds=asynchronous", "rounds.buffer_size=2", "fleet=mixed", "fleet.clock=virtual")
+
+
 @pytest.mark.slow
-def test_evaluations_on_clients_carry_them_encoded(once: Once) -> None:
-    asked = ("strategy=fedavg", "evaluation=both", "dataset.client_test_fraction=0.25")
+@pytest.mark.parametrize("rounds", [(), BUFFERED], ids=["synchronous", "asynchronous"])
+def test_evaluations_on_clients_carry_them_encoded(rounds: tuple[str, ...], once: Once) -> None:
+    asked = ("strategy=fedavg", "evaluation=both", "dataset.client_test_fraction=0.25", *rounds)
     plain, done = once(*FROZEN, *asked), once(*FROZEN, *asked, "download=nf4")
     assert done.failures == []
     assert sum(line["bytes_down"] for line in done.rounds) < sum(line["bytes_down"] for line in plain.rounds)

@@ -9,8 +9,9 @@ first :math:`r_k` ranks (truncation). Where clients hold slices of a layer, rows
 their holders.
 
 *Deviations*: norms are those of a layer, not of all; they multiply the weights w of the examples (the paper's are
-equal: ``aggregator.weighting=equal``). Rank self-pruning, by which clients lower their ranks, is not done: ranks are
-the fleet's.
+equal: ``aggregator.weighting=equal``). Ranks that no client of a round holds keep their values: zeros in A and B at
+once would never be trained again. Rank self-pruning, by which clients lower their ranks, is not done: ranks are the
+fleet's.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class _HetLora(AdapterUpdates):
         tiny = torch.finfo(torch.float64).tiny
         new_a = torch.where(masses[0] > 0, sums[0] / masses[0].clamp(min=tiny), a)
         new_b = torch.where(masses[1][:, None] > 0, sums[1] / masses[1].clamp(min=tiny)[:, None], b)
+        held = max(len(update.a) for update in updates)
+        new_a[held:], new_b[:, held:] = a[held:], b[:, held:]
         return dict(zip(adapter_names(path), (new_a, new_b), strict=True))
 
 

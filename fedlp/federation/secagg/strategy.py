@@ -135,7 +135,7 @@ class SecureStrategy(FedLPStrategy):
         assert evaluator is not None
         waiting: deque[tuple[Asked, SubModelLayout, int]] = deque()
         asked = self._asked_clients(server_round)
-        requests = evaluator.requests(server_round, asked, self._sent, arrays, waiting, timeout)
+        requests = evaluator.requests(server_round, asked, self._encoded_values, arrays, waiting, timeout)
         members = {one.client_id: Member(message.content) for one, message in zip(asked, requests, strict=True)}
         run = SecureExchange(self._secagg, grid, self._roster.node, self._round, self._fail)
         if not run.is_large_enough(members):

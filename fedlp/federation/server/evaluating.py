@@ -53,7 +53,7 @@ class EvaluatingStrategy(StrategyState):
         """Request batch norm statistics of a held sub-model from some clients; return the model with them."""
         assert self.state is not None
         layout, asked = self.submodels.layout(submodel), list(asked)
-        sent = self._sent(layout, asked[0], arrays) if asked else messages.Sent(arrays)
+        sent = self._encoded_values(layout, asked[0], arrays) if asked else messages.Sent(arrays)
         content = evaluation_messages.encode_submodel(sent, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
@@ -112,7 +112,7 @@ class EvaluatingStrategy(StrategyState):
         """
         assert self._clients is not None
         asked = self._asked_clients(server_round)
-        return self._clients.run(grid, asked, self._sent, arrays, self._round, self._fail, timeout)
+        return self._clients.run(grid, asked, self._encoded_values, arrays, self._round, self._fail, timeout)
 
     def _asked_clients(self, server_round: int) -> list[Asked]:
         """Return the clients that are to evaluate their sub-models."""

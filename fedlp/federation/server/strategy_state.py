@@ -116,7 +116,7 @@ class StrategyState(Strategy):
         """Return the values that a client works with: those it receives, frozen ones decoded."""
         return self._downlink.decoded(layout, self._received(layout, client_id))
 
-    def _sent(self, layout: SubModelLayout, client_id: int, whole: ArrayRecord) -> messages.Sent:
+    def _encoded_values(self, layout: SubModelLayout, client_id: int, whole: ArrayRecord) -> messages.Sent:
         """Return the encoded values of a client's sub-model; ``whole`` are those of the global model as they are."""
         if self._downlink.encodes(layout):
             return self._downlink.encode(layout, self._received(layout, client_id))

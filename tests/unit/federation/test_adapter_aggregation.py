@@ -108,6 +108,15 @@ def test_hetlora_is_the_padded_average_by_norms() -> None:
     np.testing.assert_allclose(params["x.lora_b"].numpy(), b, atol=1e-6)
 
 
+def test_hetlora_keeps_ranks_that_no_client_of_the_round_holds() -> None:
+    before, update = model(), clients()[1]
+    average = made("hetlora", before)
+    average.add(update, first_ranks(2), 3.0)
+    params, _ = average.result()
+    torch.testing.assert_close(params["x.lora_a"], torch.cat([update["x.lora_a"], before["x.lora_a"][2:]]))
+    torch.testing.assert_close(params["x.lora_b"], torch.cat([update["x.lora_b"], before["x.lora_b"][:, 2:]], dim=1))
+
+
 def test_hetlora_of_products_that_are_zero_takes_the_examples_weights() -> None:
     average, updates = made("hetlora", model()), clients()
     for rank, weight, update in zip(RANKS, WEIGHTS, updates, strict=True):
