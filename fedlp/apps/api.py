@@ -128,7 +128,9 @@ def simulate(
     chosen["model"] = "object" if blueprint is not None else model
     config = compose(list(_overrides(chosen)))
     if config.simulation.engine != "local":
-        raise ConfigError("fedlp.simulate runs in processes of this machine; use fedlp.run with named parts for Ray")
+        raise ConfigError(
+            "fedlp.simulate runs in processes of this machine; for Ray use the command fedlp simulation=ray"
+        )
     config = replace(config, dataset=DatasetConfig(name=data.info.name))
     return _run(Federation(config, blueprint=blueprint, data=data, parts=parts), out, progress)
 
@@ -147,6 +149,11 @@ def run(
     progress : bool, optional
         Whether finished rounds are shown; in notebooks only if absent.
 
+    Raises
+    ------
+    ConfigError
+        As on the command line, and for what only the command does: dry and resumed runs, Ray, ``hydra.*``.
+
     Examples
     --------
     >>> import fedlp
@@ -155,10 +162,20 @@ def run(
     2
     """
     refuse_unguarded()
-    composed = config if isinstance(config, RunConfig) else compose(list(config))
+    composed = config if isinstance(config, RunConfig) else _compose(config)
     if composed.simulation.engine != "local":
         raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
+    if composed.dry_run or composed.resume is not None:
+        asked = "dry_run=true" if composed.dry_run else f"resume={composed.resume}"
+        raise ConfigError(f"fedlp.run starts a run; use the command fedlp {asked}")
     return _run(federation_of(composed), out, progress)
+
+
+def _compose(overrides: Sequence[str]) -> RunConfig:
+    """Return the config of overrides; ConfigError for those of Hydra itself, which only the command reads."""
+    if hydra := [word for word in overrides if word.lstrip("+~").startswith("hydra")]:
+        raise ConfigError(f"fedlp.run does not read {hydra[0]}: drop it; the run directory is out=FOLDER")
+    return compose(list(overrides))
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:
