@@ -108,7 +108,8 @@ def mapping_options(schema: Any) -> dict[str, Any]:
         if nested is dict:
             found[f.name] = get_args(get_type_hints(schema)[f.name])[1]
         elif is_dataclass(nested) and not _is_part(nested):
-            found |= {f"{f.name}.{name}": entry for name, entry in mapping_options(nested).items()}
+            entries = mapping_options(nested)  # type: ignore[arg-type]
+            found |= {f"{f.name}.{name}": entry for name, entry in entries.items()}
     return found
 
 
