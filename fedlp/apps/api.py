@@ -146,6 +146,11 @@ def run(
     progress : bool, optional
         Whether finished rounds are shown; in notebooks only if absent.
 
+    Raises
+    ------
+    ConfigError
+        As on the command line, and for what only the command does: dry and resumed runs, Ray, ``hydra.*``.
+
     Examples
     --------
     >>> import fedlp
@@ -154,9 +159,19 @@ def run(
     2
     """
     refuse_unguarded()
-    composed = config if isinstance(config, RunConfig) else compose(list(config))
+    composed = config if isinstance(config, RunConfig) else _compose(config)
     _refuse_flower(composed, "run")
+    if composed.dry_run or composed.resume is not None:
+        asked = "dry_run=true" if composed.dry_run else f"resume={composed.resume}"
+        raise ConfigError(f"fedlp.run starts a run; use the command fedlp {asked}")
     return _run(federation_of(composed), out, progress)
+
+
+def _compose(overrides: Sequence[str]) -> RunConfig:
+    """Return the config of overrides; ConfigError for those of Hydra itself, which only the command reads."""
+    if hydra := [word for word in overrides if word.lstrip("+~").startswith("hydra")]:
+        raise ConfigError(f"fedlp.run does not read {hydra[0]}: drop it; the run directory is out=FOLDER")
+    return compose(list(overrides))
 
 
 def _refuse_flower(config: RunConfig, function: str) -> None:

@@ -26,14 +26,14 @@ from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.io.model_files import export_onnx, round_weights, save_classifier, save_language_model
-from fedlp.pruning.kernels.newton import mean_loss, newton_steps
+from fedlp.pruning.kernels.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, Method, Pruned, Pruner
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.tasks import task_of, with_task
-from fedlp.training.calibration_data import batch_calibration, check_language_loss, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, check_tokenizer, make_method, whole_examples
 from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
@@ -161,10 +161,8 @@ def draw_calibration(config: PruneConfig, subject: Subject, is_read: bool = True
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
     data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
-    if subject.spec.reads_tokens and is_read:
-        first = data.batches[0][:1]  # the loss is far off, or not at all
-        few = replace(data, batches=[first], labels=[data.labels[0][: first.numel()]])
-        check_language_loss(mean_loss(subject.model, few), subject.info, subject.tokenizer)
+    if is_read:
+        check_tokenizer(subject.model, data, subject.info, subject.tokenizer)
     return data
 
 

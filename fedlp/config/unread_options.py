@@ -37,7 +37,9 @@ def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
         if name in unread:
             group = name.partition(".")[0]
             chosen = getattr(getattr(config, group), "name", "")
-            raise ConfigError(f"{group}={chosen} does not read {name} here: drop {override}, or choose {unread[name]}")
+            raise ConfigError(
+                f"{group}={chosen} does not read {name} here: drop {override.lstrip('+')}, or choose {unread[name]}"
+            )
 
 
 def unread_with(config: object) -> dict[str, str]:
