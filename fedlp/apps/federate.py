@@ -26,7 +26,7 @@ from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_
 from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
-from fedlp.apps.secagg_check import check_secagg
+from fedlp.apps.secagg_check import check_secagg, check_secure_calibration
 from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
@@ -122,6 +122,8 @@ class Federation:
         self.policy = self.fit({})
         check_secagg(config, self.policy)
         check_adapter_aggregation(config, self.policy)
+        if self.pooled is not None:
+            check_secure_calibration(config, len(self._capable), self.pooled.method.shrinks)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""

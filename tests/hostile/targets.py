@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from torch import Tensor
 
 from fedlp.config import compose
+from fedlp.errors import ProtocolError
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.oneshot.messages import Part
 from fedlp.federation.secagg import messages as phases
@@ -20,21 +21,24 @@ from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.stacked_exchange import are_sound
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire import evaluation_messages, messages
+from fedlp.federation.wire import evaluation_messages, messages, stacks
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.encodings.quantised import Int4, Int8
 from fedlp.federation.wire.encodings.topk import TopK
+from fedlp.federation.wire.index_sets import encode_names
 from fedlp.federation.wire.ranges import LARGEST_METRIC, LARGEST_MOMENT, LARGEST_VALUE, MOST_EXAMPLES
 from fedlp.models import describe_model, state_tensors
 from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel
 
 WHO = "client 4"
 PROFILE = ClientProfile(4, 50)
+STACKED = (4, 7, 2)  # clients of a stack
 FLOAT32 = Float32()
 
 
@@ -118,6 +122,43 @@ class Updates:
                 columns = self.submodels.reader_columns[path] // layer.num_units * count
                 found[path] = InputNorms(torch.rand(columns, dtype=torch.float64), 40)
         return found
+
+    def stack(self) -> Target:
+        """Return the target of stacked updates: each is taken where it would be alone, else its sender is named."""
+        submodels, layout = self.submodels, self.submodels.layout(SubModel())
+        assigned = [Assignment(3, client_id, SubModel(), layout.name_set) for client_id in STACKED]
+        uploads = encode_names(layout.name_set, submodels.names)
+        params = {name: torch.stack([tensor] * len(STACKED)) for name, tensor in self.params.items()}
+        losses = [0.5, float("nan"), 0.25]
+        update = stacks.StackedUpdate(3, STACKED, [17, 50, 1], losses, params)
+
+        def decode(content: RecordDict) -> None:
+            found = stacks.decode_updates(content, assigned, layout.signature())
+            guards = [RoundGuard(ServerState(2, self.params), self.trainable, True) for _ in range(2)]
+            sound = are_sound(found, [PROFILE.num_examples] * len(STACKED), guards[0]).tolist()
+            errors = [self.verdict(stacks.client_message(found, k, uploads), assigned[k], guards[1]) for k in range(3)]
+            assert sound == [error is None for error in errors], errors
+            for k, (client_id, error) in enumerate(zip(STACKED, errors, strict=True)):
+                assert str(error or f"client {client_id}, round 3").startswith(f"client {client_id}, round 3")
+                if error is None:
+                    in_range({name: rows[k] for name, rows in found.params.items()}, LARGEST_VALUE)
+            for error in filter(None, errors):
+                raise error
+
+        honest = stacks.encode_updates(update, submodels)
+        arrays = honest.array_records[messages.PARAMS]
+        for dtype, array in list(arrays.items()):  # as they arrive
+            arrays[dtype] = Array(array.dtype, array.shape, array.stype, bytes(array.data))
+        return Target("stacked updates", honest, decode, named="client")
+
+    def verdict(self, content: RecordDict, assigned: Assignment, guard: RoundGuard) -> ProtocolError | None:
+        """Return why an update that comes alone is refused; None if it is taken."""
+        try:
+            profile = ClientProfile(assigned.client_id, PROFILE.num_examples)
+            guard.admit(messages.decode_update(content, assigned, profile, self.submodels), {})
+        except ProtocolError as error:
+            return error
+        return None
 
     def statistics(self) -> Target:
         names = [name for name in self.submodels.statistics if self.params[name].is_floating_point()]
@@ -247,6 +288,7 @@ def all_targets() -> Iterator[Target]:
     yield updates.target("update of chosen units, 8 bits, coded", widths=True, encoding=Int8(), coded=True)
     yield updates.target("update of chosen units, 4 bits, input norms", widths=True, encoding=Int4(), normed=True)
     yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
+    yield updates.stack()
     yield updates.statistics()
     yield instruction()
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)

@@ -224,8 +224,6 @@ def pool_masked(
     runtime: ClientRuntime, client: SecAggClient, kind: str, content: RecordDict, client_id: int, folder: Path
 ) -> RecordDict:
     """Return masked sums of one-shot pruning; the client's secrets are forgotten where there are none."""
-    if kind == pooling_messages.VOTE:
-        raise DataError("the server asks for a vote, which secure aggregation does not mask")
     secrets, _ = client.begin_masking(content, client_id)
     try:
         parts, sums, num_examples = runtime.pooling.measure(kind, content, client_id, folder)

@@ -68,6 +68,7 @@ class ClientPool:
         self.cohort = sample_cohort(settings.seed, 1, candidates, settings.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
         self.dtype = settings.dtype
+        self.dismissed: set[int] = set()  # clients that are proven to have dealt false shares
         self._secure = self._secure_pool()
 
     def _secure_pool(self) -> SecurePool | None:
@@ -191,6 +192,21 @@ class ClientPool:
             yield answer
         self._require(good, question, states)
 
+    def votes(self, question: Question, axes: Mapping[str, int], states: ModelStates) -> dict[str, Tensor]:
+        """Return how many clients keep each unit of each layer; with secure aggregation their sum alone is seen."""
+        parts = wire.vote_parts(question.kept, axes)
+        if self._secure is not None:
+            return self._add_secure(question, parts, states, 1)[0][0]
+
+        def decode(content: RecordDict, most: int, who: str) -> tuple[dict[str, Keep], int]:
+            return wire.decode_vote(content, question.kept, axes, most, who)
+
+        found = {part.name: torch.zeros(part.shape, dtype=torch.float64) for part in parts}
+        for _, vote, _ in self.ask(question, states, decode):
+            for name, ballots in wire.ballots(vote).items():
+                found[name] += ballots
+        return found
+
     def ask(
         self,
         question: Question,
@@ -293,6 +309,7 @@ class ClientPool:
 
     def _dismiss(self, client_id: int) -> None:
         """Ask a client nothing any more."""
+        self.dismissed.add(client_id)
         self.cohort = tuple(other for other in self.cohort if other != client_id)
 
     @staticmethod
@@ -306,14 +323,10 @@ def _unpack(sums: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tens
     return {**sums, **{part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in symmetric}}
 
 
-def tally(votes: Sequence[Mapping[str, Keep]], kept: Mapping[str, int]) -> dict[str, Keep]:
+def most_votes(votes: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Keep]:
     """Return the units of each layer that most votes keep, ``kept`` of them; the lower index where votes are equal."""
     widths = {}
     for name, count in kept.items():
-        size = votes[0][name].size
-        ballots = torch.zeros(size, dtype=torch.int64)
-        for vote in votes:
-            ballots[torch.from_numpy(vote[name].indices())] += 1
-        order = torch.sort(ballots, descending=True, stable=True).indices
-        widths[name] = Keep.from_indices(order[:count].sort().values.numpy(), size)
+        order = torch.sort(votes[name], descending=True, stable=True).indices
+        widths[name] = Keep.from_indices(order[:count].sort().values.numpy(), len(votes[name]))
     return widths

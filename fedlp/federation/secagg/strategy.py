@@ -184,7 +184,7 @@ class SecureStrategy(FedLPStrategy):
             if sums.train_loss is not None:
                 losses.append((sums.train_loss, sums.examples))
         order = {client_id: number for number, client_id in enumerate(self._round.cohort)}
-        self._round.costs.sort(key=lambda cost: order[cost.client_id])
+        self._round.costs.sort(key=lambda cost: order.get(cost.client_id, -1))  # those of calibration first
         return self._conclude(server_round, Tally(average, self._guard(), answers, losses), good)
 
     def _open(

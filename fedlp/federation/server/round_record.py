@@ -42,6 +42,15 @@ class RoundUnderWay:
     clipped: dict[int, float] = field(default_factory=dict)
     simulated: RoundTime | None = None
 
+    def take_over(self, spent: RoundRecord) -> None:
+        """Count costs, failures and bytes of phases of what came before the round."""
+        self.costs.extend(spent.clients)
+        self.failures.extend(spent.failures)
+        for phase, counts in spent.phases.items():
+            total = self.phases.setdefault(phase, dict.fromkeys(counts, 0))
+            for way, count in counts.items():
+                total[way] += count
+
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
         costs = self.costs

@@ -19,11 +19,12 @@ from fedlp.federation.aggregation.aggregator import add_stack
 from fedlp.federation.flower_compat import make_reply
 from fedlp.federation.server.cohorts import Instructed, Packer, Parcel, StackingGrid
 from fedlp.federation.server.exchange import reason_of
+from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.update_collector import UpdateCollector
 from fedlp.federation.submodels import SubModelLayout
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.index_sets import encode_names
-from fedlp.federation.wire.ranges import Flags, are_in_range, find_bounds
+from fedlp.federation.wire.ranges import LARGEST_METRIC, Flags, are_in_range, find_bounds
 from fedlp.federation.wire.stacks import StackedUpdate, client_message, decode_updates
 from fedlp.types import ClientCost, ClientReport
 
@@ -70,21 +71,31 @@ def collect_stack(collector: UpdateCollector, parcel: Parcel, reply: Message) ->
             collector.spend(instruction, parcel.bytes_down, 0, None)
             collector.fail(instruction.client_id, "rejected", error)
         return
-    sound, names = _are_sound(collector, stack), encode_names(uploads, submodels.names)
+    limits = [collector.roster.profile(client_id).num_examples for client_id in stack.client_ids]
+    sound, names = are_sound(stack, limits, collector.tally.guard), encode_names(uploads, submodels.names)
     _add_updates(collector, parcel, stack, layout, np.flatnonzero(sound).tolist(), names)
     for k in np.flatnonzero(~sound).tolist():
         message = make_reply(client_message(stack, k, names), parcel.message)
         collector.collect(assigned[k], parcel.bytes_down, message)
 
 
-def _are_sound(collector: UpdateCollector, stack: StackedUpdate) -> Flags:
-    """Return whether the values of each client's update are in range and fit the model, (clients,)."""
-    limits = np.array([collector.roster.profile(client_id).num_examples for client_id in stack.client_ids])
-    examples = np.array(stack.num_examples)
+def are_sound(stack: StackedUpdate, limits: Sequence[int], guard: RoundGuard) -> Flags:
+    """Return whether each client's values are in range and fit the model, so that they would pass alone, (clients,).
+
+    Parameters
+    ----------
+    limits : sequence of int
+        Most examples of each client.
+    guard : RoundGuard
+        Records the updates that pass.
+    """
+    examples, losses = np.array(stack.num_examples, dtype=object), np.array(stack.losses)
     bounds = find_bounds(stack.params)
     floats = frozenset(name for name, x in stack.params.items() if x.is_floating_point())
-    known = (examples >= 1) & (examples <= limits) & are_in_range(bounds, floats)
-    return known & collector.tally.guard.admit_stack(stack.client_ids, bounds, floats, known)
+    known = np.array((examples >= 1) & (examples <= np.array(limits, dtype=object)), dtype=np.bool_)
+    known &= ~np.isfinite(losses) | (np.abs(losses) <= LARGEST_METRIC)  # one that is not finite is not on record
+    known &= are_in_range(bounds, floats)
+    return known & guard.admit_stack(stack.client_ids, bounds, floats, known)
 
 
 def _add_updates(

@@ -201,9 +201,8 @@ class FedLPStrategy(EvaluatingStrategy):
         """Open the record of a round; it begins with the costs of calibration, if there were any."""
         self._round = RoundUnderWay(server_round, cohort, absent=self._roster.absent(present))
         if self._calibration is not None:
-            costs, failures = self._calibration.spent()
-            self._round.costs.extend(costs)
-            self._round.failures.extend(failures)
+            for spent in self._calibration.spent():
+                self._round.take_over(spent)
 
     def _present_ones(
         self, server_round: int, cohort: Sequence[int], arrays: ArrayRecord, packer: Packer

@@ -30,7 +30,7 @@ from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.tasks import Sums
-from fedlp.types import Budget, ClientCost, ClientFailure, RoundRecord, SubModel
+from fedlp.types import Budget, ClientFailure, RoundRecord, SubModel
 
 log = logging.getLogger("fedlp")
 
@@ -50,8 +50,8 @@ class ClientCalibration(Protocol):
     def connect(self, grid: Grid, roster: Roster) -> None:
         """Take the clients to ask."""
 
-    def spent(self) -> tuple[list[ClientCost], list[ClientFailure]]:
-        """Return costs and failures since the last call."""
+    def spent(self) -> list[RoundRecord]:
+        """Return records with costs and failures since the last call."""
 
 
 class StrategyState(Strategy):

@@ -15,7 +15,7 @@ from fedlp.errors import ConfigError
         ("hydra/launcher=joblib", "does not read hydra/launcher"),
         ("dry_run=true", "use the command fedlp dry_run=true"),
         ("resume=run", "use the command fedlp resume=run"),
-        ("simulation=ray", "use the command fedlp simulation=ray"),
+        ("simulation=flower", "use the command fedlp simulation=flower"),
     ],
 )
 def test_what_only_the_command_does_is_refused(override: str, words: str) -> None:
