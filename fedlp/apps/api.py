@@ -149,7 +149,7 @@ def run(
     Raises
     ------
     ConfigError
-        As on the command line, and for what only the command does: dry and resumed runs, Ray, ``hydra.*``.
+        As on the command line, and for what only the command does: dry and resumed runs, Flower's runtime, ``hydra.*``.
 
     Examples
     --------
