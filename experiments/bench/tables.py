@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from experiments.tables import line
@@ -14,12 +13,6 @@ Rows = list[list[str]]
 HEADS = {
     "step_time": ["model", "width", "step / dense step", "quartiles", "peak memory, MB", "k params", "forward MMACs"],
     "scoring": ["model", "scoring / local epoch, time", "quartiles", "scoring / local epoch, MACs"],
-    "scoring, choice of units": [
-        "model, way",
-        "overlap with the exact choice, one client",
-        "of 8 clients",
-        "scoring / local epoch, time",
-    ],
     "obs": [
         "inputs",
         "released form / fedlp",
@@ -75,20 +68,12 @@ def _step_time(results: Mapping[str, Any]) -> Rows:
 
 
 def _scoring(results: Mapping[str, Any]) -> Rows:
-    def row(model: str, time: Mapping[str, float], macs: float) -> list[str]:
-        return [model, f"{time['median']:.2f}", _quartiles(time), f"{macs:.2f}"]
-
-    return [row(one["model"], one["time_ratio"]["now"], one["macs_ratio"]["now"]) for one in results["rows"]]
-
-
-def _choice(results: Mapping[str, Any]) -> Rows:
-    times = {one["model"]: one["time_ratio"] for one in results["rows"]}
     return [
         [
-            *(f"{one['model']}, {one['way']}", f"{fmean(one['own']):.2f}", f"{one['pooled']:.2f}"),
-            f"{times[one['model']][one['way']]['median']:.2f}" if one["way"] in times[one["model"]] else "",
+            *(one["model"], f"{one['time_ratio']['median']:.2f}", _quartiles(one["time_ratio"])),
+            f"{one['macs_ratio']:.2f}",
         ]
-        for one in results["choice"]
+        for one in results["rows"]
     ]
 
 
@@ -160,7 +145,7 @@ ROWS = dict(
     zip(
         HEADS,
         (
-            *(_step_time, _scoring, _choice, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
+            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
             *(_encoding, _aggregation, _aggregation_memory),
         ),
         strict=True,

@@ -284,18 +284,10 @@ def factor_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
 
 
 def square_root(matrix: Tensor, tolerance: float = 0.0) -> Tensor:
-    """Return a matrix R, (rank, n), with RᵀR equal to a positive semi-definite one.
-
-    Parameters
-    ----------
-    matrix : (n, n)
-    tolerance : float
-        Fraction of the trace that may be missing from RᵀR: the smallest eigenvalues are left out, so that R has fewer
-        rows.
-    """
+    """Return a matrix R, (rank, n), with RᵀR equal to a positive semi-definite one, up to a fraction of its trace."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0.0)
-    first = int((values.cumsum(dim=0) <= tolerance * values.sum()).sum()) if tolerance else 0
-    first = min(first, len(values) - 1)
+    left_out = int((values.cumsum(dim=0) <= tolerance * values.sum()).sum()) if tolerance else 0
+    first = min(left_out, len(values) - 1)
     root: Tensor = values[first:].sqrt()[:, None] * vectors[:, first:].T
     return root
