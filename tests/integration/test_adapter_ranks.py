@@ -20,6 +20,7 @@ from tests.integration.test_adapters import LORA, trained
 Once = Callable[..., Finished]
 RANKED = (*LORA, "adapter.cut=ranks", "strategy=heterofl", "strategy.widths=[1.0,0.5,0.25]", "simulation.workers=1")
 TIERS = ("fleet=tiers", "fleet.fractions=[1.0,0.5,0.25]", "fleet.limited=[upload_bytes]")
+DEVICES = "+fleet.devices={pi: {memory_bytes: 4e9, flops: 1e10, uplink_bytes_s: 5e6}}"
 RULES = ("flexlora", "flora", "hetlora")
 
 
@@ -61,7 +62,7 @@ def test_clients_of_several_ranks_learn(rule: str, once: Once) -> None:
         (("upload.values=deltas",), "set upload.values=weights"),
         (("server_optimizer=momentum",), "drop server_optimizer=momentum"),
         (("privacy=central_dp", "strategy=fedavg", "privacy.noise_multiplier=1"), "needs aggregator=coverage_average"),
-        (("strategy=fedavg", "rounds=asynchronous", "fleet=mixed", "fleet.clock=virtual"), "drop rounds=asynchronous"),
+        (("strategy=fedavg", "rounds=asynchronous", DEVICES, "fleet.clock=virtual"), "drop rounds=asynchronous"),
         (("strategy=fedrolex", "strategy.widths=[1.0,0.5]"), "strategy=fedrolex gives others"),
         (("strategy=fedlp_homo",), "strategy=fedlp_homo sends parts"),
     ],

@@ -160,7 +160,8 @@ def test_tiers_are_evaluated_with_what_devices_hold(once: Once) -> None:
     assert last["loss"] not in whole
 
 
-BUFFERED = ("rounds=asynchronous", "rounds.buffer_size=2", "fleet=mixed", "fleet.clock=virtual")
+DEVICES = "+fleet.devices={pi: {memory_bytes: 4e9, flops: 1e10, uplink_bytes_s: 5e6}}"
+BUFFERED = ("rounds=asynchronous", "rounds.buffer_size=2", DEVICES, "fleet.clock=virtual")
 
 
 @pytest.mark.slow
