@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import tempfile
@@ -29,6 +30,11 @@ PLAN = (*TINY, "strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.5]"
 PLAN = (*PLAN, "upload.error_feedback=true")
 PATIENCE_S = 400
 
+pytestmark = [  # Ray leaves files of its processes open
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
@@ -44,6 +50,7 @@ def cluster() -> Iterator[Any]:
     made.wait_for_nodes()
     yield made
     made.shutdown()
+    gc.collect()  # while their warnings are ignored
 
 
 def test_nothing_answers_at_the_address(call: Call) -> None:
