@@ -75,7 +75,7 @@ def programs(python: str) -> dict[str, list[str]]:
 def command_of(program: Sequence[str], name: str, clients: int) -> list[str]:
     """Return the whole command line of a run."""
     if program[1].endswith("workload.py"):
-        return [*program[:2], name, str(ROUNDS), str(clients), str(clients), program[2], "auto"]
+        return [*program[:2], name, str(ROUNDS), str(clients), str(clients), "local", program[2], "auto"]
     return [*program, name, str(ROUNDS), str(clients)]
 
 
