@@ -51,6 +51,7 @@ HOMES: Mapping[str, str] = {
 GIVEN: Mapping[str, frozenset[str]] = {
     "model": frozenset({"input_shape", "num_classes", "in_channels", "in_features", "task", "vocabulary"}),
     "partition": frozenset({"train", "num_clients", "seed", "rng", "kinds"}),
+    "aggregator": frozenset({"adapter_scale"}),
     "allocator": frozenset({"layers", "evidence", "cost", "limit"}),
     "score": frozenset({"view"}),
     "metric": frozenset({"outputs", "targets"}),

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     AVAILABILITY = 23
     DROPOUT = 24
     ARRIVAL = 25
+    DOWNLOAD = 26
     CENTRAL_NOISE = 30
 
 

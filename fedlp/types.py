@@ -1,7 +1,8 @@
 """Shared vocabulary: small frozen values passed between packages.
 
-Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted. A long file, because
-a vocabulary is looked up in one place.
+Nothing here computes; :class:`Keep` knows just enough about itself to be sliced, sent and counted.
+
+Longer than other files: a vocabulary is looked up in one place.
 """
 
 from __future__ import annotations
@@ -15,25 +16,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """FedLP's unit of upload: the tensors that one module owns, buffers included.
-
-    Attributes
-    ----------
-    name : str
-        The module's path in the model.
-    tensors : tuple of str
-        Names in the model's ``state_dict``, in its order.
-    num_params : int
-        Trainable numbers in the layer (buffers not counted).
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-    num_params: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +237,13 @@ class TrainInstruction(Assignment):
         Shared tensors of the client's sub-model, already sliced.
     held : bytes
         Digest of the frozen tensors that the client already holds and that were not sent; empty if all were sent.
+    frozen : mapping from name to Tensor
+        Frozen tensors as encoded for the message; empty where they came as they are.
     """
 
     params: Mapping[str, Tensor] = field(default_factory=dict)
     held: bytes = b""
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +269,7 @@ class ClientReport:
     Attributes
     ----------
     widths : mapping from axis name to Keep
-        Returned units of the global model; those of its sub-model unless it selects units.
+        Returned units of the global model; its sub-model's unless it selects units.
     scores : mapping from axis name to (units,)
         Saliency of every held unit, >= 0; empty unless requested.
     input_norms : mapping from module path to InputNorms
@@ -325,7 +310,7 @@ class ClientFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClientCost:
-    """Cost of one client in one round; bytes are those of the encoded records.
+    """Cost of one client in one round; bytes are counted on the encoded records.
 
     Attributes
     ----------
@@ -345,7 +330,7 @@ class ClientCost:
 
 @dataclass(frozen=True, slots=True)
 class ClientTime:
-    """Simulated seconds of one client's part in a round; those of each phase up to its end.
+    """Simulated seconds of one client's part in a round, by phase, up to its end.
 
     Attributes
     ----------
@@ -470,7 +455,7 @@ class RoundRecord:
     evaluations : tuple of ClientEvaluation
         By client; the file leaves it out where empty.
     absent : mapping from reason to client ids
-        Clients that could not be sampled: "unavailable" ones, and those with "no_data"; clients that could not evaluate
+        Clients that could not be sampled: "unavailable" ones, and ones with "no_data"; clients that could not evaluate
         for want of examples held out: "no_test_examples". Left out where empty.
     phases : mapping from name to mapping
         ``bytes_down`` and ``bytes_up`` of each phase of secure aggregation, in all; left out where empty.

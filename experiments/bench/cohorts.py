@@ -28,8 +28,9 @@ from fedlp.federation.client.runtime import load_tensors
 from fedlp.models import state_tensors
 from fedlp.models.cnn import MLP
 from fedlp.training.loop import train_locally
-from fedlp.training.stacked import Trainee, Way, train_stacked
+from fedlp.training.stacked import train_stacked
 from fedlp.training.stacked_chain import find_chain
+from fedlp.training.stacked_cohort import Trainee, Way
 from fedlp.training.stacked_rule import stack_size
 
 CASES = {

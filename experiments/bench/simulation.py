@@ -1,12 +1,14 @@
 """Speed of a federated round: ``python experiments/bench/simulation.py [--quick] [--json FILE]``.
 
-Takes less than ten minutes on two free cores, of which it wants both.
+Takes less than ten minutes on two free cores, of which it wants both. ``--engines FILE [REPEATS]`` adds the engines'
+whole runs alone to a report, as ``engines``.
 
 * Steady rounds of a CNN (CIFAR-10 shapes, 10 clients of 500 images, batches of 50, one epoch of SGD): fedlp's strategy,
   messages and client app on its local engine with two workers, and bare PyTorch in two processes, with fedlp's fast
   step and with the plain one. One round of each in turn.
-* Whole runs, five rounds, from the start of Python to its end: fedlp against Flower's FedAvg on its simulation runtime
-  (Ray, two actors) with the plain step. One run of each in turn; and once more with 50 images a client.
+* Whole runs, five rounds, from the start of Python to its end: fedlp on its local engine, fedlp on Ray (two actors),
+  and Flower's FedAvg on its simulation runtime (Ray, two actors) with the plain step. One run of each in turn; and once
+  more with 50 images a client.
 * Rounds of almost no work (softmax regression, 784 inputs, one step on 10 images a client): fedlp with two workers
   against a bare loop in one process.
 * Peak memory of whole runs, all processes together: small cohorts of many clients, and all of them at once.
@@ -25,7 +27,16 @@ from typing import Any
 
 import torch
 from bare import BareLoop, BareRounds
-from timing import MemoryPeak, alternate, clock, paired_ratio, parse_args, print_table, write_report
+from timing import (
+    MemoryPeak,
+    alternate,
+    clock,
+    describe_machine,
+    paired_ratio,
+    parse_args,
+    print_table,
+    write_report,
+)
 from workload import WORKLOADS, run_fedlp
 
 HERE = Path(__file__).resolve().parent
@@ -65,13 +76,14 @@ def interleave(name: str, num_clients: int, num_rounds: int, others: dict[str, A
 
 def whole_runs(name: str, num_rounds: int, repeats: int) -> tuple[Times, Times]:
     """Return the seconds of whole runs, and of all their rounds but the first of each."""
-    rounds: Times = {"fedlp": [], "flower": []}
+    rounds: Times = {"fedlp": [], "fedlp on Ray": [], "flower": []}
 
     def run(engine: str, *command: object) -> None:
         rounds[engine] += json.loads(run_program(*command).splitlines()[-1])[1:]
 
     actions = {
         "fedlp": lambda: run("fedlp", "workload.py", name, num_rounds, NUM_CLIENTS, NUM_CLIENTS),
+        "fedlp on Ray": lambda: run("fedlp on Ray", "workload.py", name, num_rounds, NUM_CLIENTS, NUM_CLIENTS, "ray"),
         "flower": lambda: run("flower", "plain_flower.py", name, num_rounds, NUM_CLIENTS),
     }
     return alternate(actions, repeats, warmup=0), rounds
@@ -121,7 +133,20 @@ def compare(title: str, times: Times, unit: str = "s") -> dict[str, Any]:
     return {"seconds": times, "ratio_over_fedlp": ratios}
 
 
+def add_engines(path: Path, repeats: int) -> None:
+    """Measure whole runs of 50 images a client alone, on every engine, and add them to a report."""
+    runs, rounds = whole_runs("cnn_short", 5, repeats)
+    found = compare("whole runs of five rounds, 50 images a client", runs)
+    later = compare("their rounds but the first", rounds)
+    report = json.loads(path.read_text())
+    report["results"] |= {"engines": {**found, "measured": describe_machine()}, "engines_rounds": later}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--engines"]:
+        add_engines(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 5)
+        return
     args = parse_args(__doc__.splitlines()[0])
     torch.set_num_threads(1)
     quick, cnn = args.quick, "cnn_short" if args.quick else "cnn"

@@ -1,7 +1,7 @@
-"""The work that is timed: synthetic images over clients, as a run of fedlp on its local engine.
+"""The work that is timed: synthetic images over clients, as a run of fedlp on its local engine, or on Ray.
 
-As a program (``python workload.py NAME ROUNDS CLIENTS COHORT``) it is one whole run, from the start of Python to its
-end, and prints the seconds of every round as JSON: what ``simulation.py`` compares with a whole run of Flower.
+As a program (``python workload.py NAME ROUNDS CLIENTS COHORT [local|ray]``) it is one whole run, from the start of
+Python to its end, and prints the seconds of every round as JSON: what ``simulation.py`` compares with a run of Flower.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ def run_fedlp(
     workers: int,
     observe: Callable[[float], None] = lambda seconds: None,
     batched: bool = False,
+    engine: str = "local",
 ) -> None:
-    """Run FedAvg through fedlp's strategy, messages and client app on its local engine.
+    """Run FedAvg through fedlp's strategy, messages and client app on one of its engines.
 
     ``observe`` is told the seconds of every round, as ``rounds.jsonl`` has them: cohort, messages, training, checks,
     averaging. The test set has one image and is looked at after the last round only.
     """
-    from fedlp.apps.batching import cohort_size, sends_stacks
+    from fedlp.apps.engines import open_grid
     from fedlp.apps.federate import Federation
     from fedlp.config import compose
     from fedlp.data.datasets import DataInfo, Examples
     from fedlp.data.examples import FederatedData
-    from fedlp.federation.client.app import make_client_app
     from fedlp.federation.server.strategy import FedLPStrategy, RoundSettings
     from fedlp.federation.wire import messages
-    from fedlp.simulation.local import LocalGrid
 
     overrides = [f"model={work.model}", "strategy=fedavg", f"num_clients={num_clients}", f"clients_per_round={cohort}"]
     overrides += [f"num_rounds={num_rounds}", f"eval_every={num_rounds}", f"local.batch_size={work.batch_size}"]
+    overrides += [f"simulation={engine}", f"simulation.workers={workers}"]
     config = compose([*overrides, f"local.lr={LR}", f"simulation.batched={batched}", *work.options])
     channels = work.input_shape[0]
     count = num_clients * work.examples
@@ -87,9 +87,8 @@ def run_fedlp(
     test = Examples(images[:1], targets[:1], None)
     data = FederatedData(info, Examples(images, targets, None), test)
     federation = Federation(config, data=data, parts=parts)
-    runtime = federation.runtime("unused")
-    out = Path("unused")
-    app = make_client_app(lambda cfg, state_dir, own=None: runtime, lambda message, context: ("", out))
+    out = Path("unused").absolute()
+    runtime = federation.runtime(str(out / "clients"))
     params = federation.initial_params()
     strategy = FedLPStrategy(
         federation.submodels,
@@ -99,17 +98,16 @@ def run_fedlp(
         num_test=1,
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
-    size = sum(tensor.nbytes for tensor in params.values()) + 4096 * len(params)
-    together = cohort_size(config, federation.submodels, federation.info)
-    with LocalGrid(lambda: app, num_clients, workers, size, cohort=together, stacks=sends_stacks(config)) as grid:
+    with open_grid(federation, out) as grid:
         strategy.start(grid, messages.encode_params(params), num_rounds)
 
 
 def main(arguments: Sequence[str]) -> None:
-    name, num_rounds, num_clients, cohort = arguments[0], *map(int, arguments[1:])
+    name, num_rounds, num_clients, cohort = arguments[0], *map(int, arguments[1:4])
+    engine = arguments[4] if len(arguments) > 4 else "local"
     torch.set_num_threads(1)
     seconds: list[float] = []
-    run_fedlp(WORKLOADS[name], num_clients, cohort, num_rounds, workers=2, observe=seconds.append)
+    run_fedlp(WORKLOADS[name], num_clients, cohort, num_rounds, workers=2, observe=seconds.append, engine=engine)
     print(json.dumps(seconds))
 
 

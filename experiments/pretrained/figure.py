@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fedlp.report import Run
 from fedlp.report.figures import COLOURS, DASHES, MARKERS, STYLE, blank, label_ends, to_png
@@ -41,10 +41,11 @@ def draw_tiers(methods: Mapping[str, Sequence[Run]], out: Path) -> None:
             ends.append((len(tiers) - 1, rows[-1].mean(), f"{CURVES[name]}\n{uplink:.1f} MB up", COLOURS[index]))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if len(axes.get_yticks()) < 4 else NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(tiers)), [f"{float(tier):.0%}" for tier in tiers])
         axes.set_xlim(-0.2, len(tiers) - 0.9)
-        axes.grid(axis="y", which="both")
+        axes.grid(axis="y")
         axes.set_xlabel("memory of the tier, of what training the whole takes")
         axes.set_ylabel("perplexity of the tier's own model")
         label_ends(axes, ends, gap=0.12)

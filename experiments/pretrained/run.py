@@ -59,11 +59,18 @@ METHODS = {
     "depth": ["strategy=fedlp_hetero"],
 }
 LORA = ["adapter=lora", "adapter.rank=8", "adapter.alpha=16"]
+RANKED = [  # ranks 8, 4, 2, 1 on a 4-bit base that every client is taken to hold
+    *("strategy=heterofl", "strategy.widths=[1.0,0.5,0.25,0.125]", "adapter.cut=ranks", "fleet.limited=[upload_bytes]"),
+    *("fleet.fractions=[1.0,0.5,0.25,0.125]", "upload=float32", "upload.values=weights", "download=nf4", *LORA),
+]
 ADAPTERS = {
     "lora-plan-pruned": [*PRUNED, *LORA],
     "lora-plan-pruned-ffa": [*PRUNED, *LORA, "adapter.freeze_a=true"],
     "lora-plan-slices": [*SLICES, *LORA],
     "lora-heterofl": ["strategy=heterofl", LEVELS, *LORA],
+    "lora-flexlora": [*RANKED, "aggregator=flexlora"],
+    "lora-flora": [*RANKED, "aggregator=flora"],
+    "lora-hetlora": [*RANKED, "aggregator=hetlora"],
     "lora-only-capable": [*PRUNED, "fleet.only_whole=true", *LORA],
     "lora-fedavg": ["strategy=fedavg", "fleet.fractions=[1.0,1.0,1.0,1.0]", *LORA],
 }

@@ -24,13 +24,22 @@ def regenerate(results: Path, out: Path) -> None:
     ]
     for file in sorted(results.glob("*.runs.jsonl.xz")):
         group = file.name.removesuffix(".runs.jsonl.xz")
-        lines += ["", f"## {group}", "", *_table(runs_by_method(results, group))]
+        methods = runs_by_method(results, group)
+        ranked = {name: runs for name, runs in methods.items() if _cuts_ranks(runs)}
+        lines += ["", f"## {group}", "", *_table({name: methods[name] for name in methods.keys() - ranked.keys()})]
+        if ranked:
+            lines += ["", f"## {group}, adapters of several ranks", ""]
+            lines += ["Tiers are named by their share of the ranks; all hold the whole base.", "", *_table(ranked)]
         out.mkdir(parents=True, exist_ok=True)
         if group != DRAWN:
             continue
         draw_tiers(_best(runs_by_method(results, group)), out / f"{group}-tiers.png")
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cuts_ranks(runs: list[Run]) -> bool:
+    return any(run.config.get("adapter", {}).get("cut") == "ranks" for run in runs)
 
 
 def _best(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:

@@ -10,10 +10,13 @@ the same sign flip with a claim of 10^6 examples; a sign flip of ordinary size.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -21,13 +24,14 @@ from flwr.app import Context, Message
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from experiments.robustness.tables import RULES, SEEDS, SETTINGS, regenerate  # noqa: E402
+from experiments.robustness.tables import CHOICE_SEEDS, CHOICES, HONEST, MULTIPLES, RULES, SEEDS, SETTINGS, regenerate  # noqa: E402
 from fedlp.apps.federate import Federation  # noqa: E402
 from fedlp.config import compose, to_yaml  # noqa: E402
 from fedlp.federation.client.app import make_client_app  # noqa: E402
 from fedlp.federation.wire import messages  # noqa: E402
 from fedlp.simulation.flower_apps import settings_of  # noqa: E402
 from fedlp.simulation.local import LocalGrid  # noqa: E402
+from fedlp.types import RoundRecord  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "runs.jsonl"
@@ -61,11 +65,30 @@ def attack(
 
 
 def run(setting: str, rule: str, seed: int) -> dict[str, float]:
-    """Return the accuracy after the last round, and the number of updates that were scaled down."""
-    options, hostile, examples, factor = SETTINGS[setting]
-    config = compose(f"{COMMON} {options} aggregator={RULES[rule]} seed={seed}".split())
+    """Return what :func:`simulate` does for a cell of the tables of rules."""
+    options, *about = SETTINGS[setting]
+    return simulate(f"{COMMON} {options} aggregator={RULES[rule]} seed={seed}", *about)
+
+
+def choose(name: str, multiple: int | None, seed: int) -> dict[str, float]:
+    """Return what :func:`simulate` does for a cell of the table of multiples."""
+    bound = "null" if multiple is None else multiple
+    options = f"{COMMON} num_clients=20 num_rounds=15 eval_every=15 {CHOICES[name]} aggregator.max_norm={bound}"
+    return simulate(f"{options} seed={seed}", 0, None, 0)
+
+
+def simulate(options: str, hostile: int, examples: int | None, factor: float) -> dict[str, float]:
+    """Return the accuracy after the last round, and how many updates were scaled down or had too many examples."""
+    config = compose(options.split())
     federation = Federation(config)
     clipped: list[int] = []
+    capped: list[int] = []
+
+    def count(record: RoundRecord, _: object) -> None:
+        clipped.append(len(record.clipped))
+        examples = [client.num_examples for client in record.clients]
+        capped.append(sum(number > 10 * statistics.median(examples) for number in examples))
+
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         federation.runtime(str(out / "clients"))
@@ -79,8 +102,10 @@ def run(setting: str, rule: str, seed: int) -> dict[str, float]:
             message_bytes=16 * federation.submodels.spec.num_params,
             run_config={"cfg": to_yaml(config), "out": str(out)},
         ) as grid:
-            manifest = federation.serve(grid, out, [lambda record, _: clipped.append(len(record.clipped))])
-    return {"accuracy": float(manifest["final_metrics"]["accuracy"]), "clipped": sum(clipped)}
+            manifest = federation.serve(grid, out, [count])
+    metrics = manifest["final_metrics"]
+    accuracy = metrics["client_accuracy" if config.evaluation.name == "clients" else "accuracy"]
+    return {"accuracy": float(accuracy), "clipped": sum(clipped), "capped": sum(capped)}
 
 
 def main() -> None:
@@ -89,16 +114,22 @@ def main() -> None:
     RUNS.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
     done = {(line["setting"], line["rule"], line["seed"]) for line in lines}
-    for seed in SEEDS:
-        for setting in SETTINGS:
-            for rule in RULES:
-                if setting.startswith("CNN") and not rule.startswith("coverage"):
-                    continue  # asks what bounds cost where clients differ most
-                if (setting, rule, seed) not in done:
-                    line = {"setting": setting, "rule": rule, "seed": seed, **run(setting, rule, seed)}
-                    print(line, flush=True)
-                    with RUNS.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+
+    def note(setting: str, rule: str, seed: int, measure: Callable[[], dict[str, float]]) -> None:
+        if (setting, rule, seed) not in done:
+            line = {"setting": setting, "rule": rule, "seed": seed, **measure()}
+            print(line, flush=True)
+            with RUNS.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    for setting in sorted(SETTINGS, key=HONEST.__contains__):
+        for seed, rule in itertools.product(SEEDS, RULES):
+            if setting.startswith(("CNN", "mixed")) and not rule.startswith("coverage"):
+                continue  # asks what bounds cost where clients differ most
+            note(setting, rule, seed, partial(run, setting, rule, seed))
+    for seed in CHOICE_SEEDS:
+        for name, multiple in itertools.product(CHOICES, MULTIPLES):
+            note(f"choice: {name}", f"max_norm={multiple}", seed, partial(choose, name, multiple, seed))
     regenerate(RUNS.parent, RUNS.parent)
 
 

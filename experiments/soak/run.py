@@ -1,6 +1,6 @@
 """Soak: memory, handles and time per round of long runs on the local engine, one worker, logistic regression.
 
-    python experiments/soak/run.py            (about half an hour of one core)
+    python experiments/soak/run.py            (hours of one core; each run goes on where it was stopped)
 
 To decide: whether a round costs the same however many came before it, and however many clients the federation has.
 """
@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,18 @@ def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def soak(num_clients: int, per_round: int, num_rounds: int, without_data: int) -> dict[str, Any]:
-    """Return what each of some stretches of a run took."""
+def soak(
+    folder: Path, num_clients: int, per_round: int, num_rounds: int, without_data: int, batched: bool
+) -> dict[str, Any]:
+    """Return what each of some stretches of a run took; a run that was stopped goes on from its last checkpoint."""
+    out, kept = folder / "run", folder / "points.jsonl"
+    goes_on = (out / "checkpoint").is_dir()
+    if not goes_on:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     options = (f"num_clients={num_clients}", f"clients_per_round={per_round}", f"num_rounds={num_rounds}")
     data = (f"dataset.count={num_clients - without_data}", f"partition.min_examples={0 if without_data else 1}")
-    config = compose((*COMMON, *data, *options))
-    points: list[dict[str, Any]] = []
+    config = compose((*COMMON, *data, *options, f"simulation.batched={str(batched).lower()}"))
     times: list[float] = []
     spent = [time.process_time()]
     step = num_rounds // SAMPLES
@@ -58,33 +65,39 @@ def soak(num_clients: int, per_round: int, num_rounds: int, without_data: int) -
         assert not record.failures
         times.append(record.wall_time_s)
         if record.server_round % step == 0:
-            workers = children()
-            points.append(
-                {
-                    "round": record.server_round,
-                    "median_ms": round(1e3 * statistics.median(times), 2),
-                    "server_cpu_ms": round(1e3 * (time.process_time() - spent[0]) / step, 2),
-                    "server_mb": round(resident("self"), 1),
-                    "worker_mb": round(sum(map(resident, workers)), 1),
-                    "handles": len(os.listdir("/proc/self/fd")),
-                }
-            )
+            point = {
+                "round": record.server_round,
+                "process": os.getpid(),
+                "rounds": len(times),
+                "median_ms": round(1e3 * statistics.median(times), 2),
+                "server_cpu_ms": round(1e3 * (time.process_time() - spent[0]) / len(times), 2),
+                "server_mb": round(resident("self"), 1),
+                "worker_mb": round(sum(map(resident, children())), 1),
+                "handles": len(os.listdir("/proc/self/fd")),
+            }
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(point) + "\n")
             times.clear()
             spent[0] = time.process_time()
 
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = Federation(config).run_locally(Path(folder) / "run", [watch])
-        size = (Path(folder) / "run" / "rounds.jsonl").stat().st_size
+    federation = Federation(replace(config, resume=str(out)) if goes_on else config)
+    manifest = federation.run_locally(out, [watch])
+    lines = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
+    points = {point["round"]: point for point in lines}  # a stretch that was done again counts once
+    processes = list(dict.fromkeys(point["process"] for point in points.values()))
+    size = (out / "rounds.jsonl").stat().st_size
+    shutil.rmtree(folder)
     return {
         "num_clients": num_clients,
         "without_data": without_data,
+        "batched": batched,
         "clients_per_round": per_round,
         "num_rounds": num_rounds,
         "accuracy": manifest["final_metrics"]["accuracy"],
-        "wall_s": round(time.monotonic() - started, 1),
+        "wall_s": round(manifest["totals"]["wall_time_s"], 1),
+        "processes": len(processes),
         "record_bytes_per_round": size // num_rounds,
-        "points": points,
+        "points": [{**point, "process": processes.index(point["process"])} for point in points.values()],
     }
 
 
@@ -101,8 +114,8 @@ def main() -> None:
     for name, leg in LEGS.items():
         if name in done or given.only not in (None, name):
             continue
-        num_clients, per_round, num_rounds, without_data = leg
-        found = soak(num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)), without_data)
+        num_clients, per_round, num_rounds, *how = leg
+        found = soak(HERE / "runs" / name, num_clients, per_round, max(SAMPLES, int(given.scale * num_rounds)), *how)
         done[name] = found
         path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         print(name, found, flush=True)

@@ -127,8 +127,7 @@ def simulate(
     blueprint = _blueprint(model) if isinstance(model, nn.Module) else None
     chosen["model"] = "object" if blueprint is not None else model
     config = compose(list(_overrides(chosen)))
-    if config.simulation.engine != "local":
-        raise ConfigError("fedlp.simulate runs in processes of this machine; use fedlp.run with named parts for Ray")
+    _refuse_flower(config, "simulate")
     config = replace(config, dataset=DatasetConfig(name=data.info.name))
     return _run(Federation(config, blueprint=blueprint, data=data, parts=parts), out, progress)
 
@@ -136,7 +135,7 @@ def simulate(
 def run(
     config: RunConfig | Sequence[str] = (), *, out: str | Path | None = None, progress: bool | None = None
 ) -> Result:
-    """Run a config as the command ``fedlp`` does, on the local engine.
+    """Run a config as the command ``fedlp`` does, on the local or the Ray engine.
 
     Parameters
     ----------
@@ -147,6 +146,11 @@ def run(
     progress : bool, optional
         Whether finished rounds are shown; in notebooks only if absent.
 
+    Raises
+    ------
+    ConfigError
+        As on the command line, and for what only the command does: dry and resumed runs, Flower's runtime, ``hydra.*``.
+
     Examples
     --------
     >>> import fedlp
@@ -155,10 +159,27 @@ def run(
     2
     """
     refuse_unguarded()
-    composed = config if isinstance(config, RunConfig) else compose(list(config))
-    if composed.simulation.engine != "local":
-        raise ConfigError("fedlp.run uses the local engine; for Ray use the command fedlp simulation=ray")
+    composed = config if isinstance(config, RunConfig) else _compose(config)
+    _refuse_flower(composed, "run")
+    if composed.dry_run or composed.resume is not None:
+        asked = "dry_run=true" if composed.dry_run else f"resume={composed.resume}"
+        raise ConfigError(f"fedlp.run starts a run; use the command fedlp {asked}")
     return _run(federation_of(composed), out, progress)
+
+
+def _compose(overrides: Sequence[str]) -> RunConfig:
+    """Return the config of overrides; ConfigError for those of Hydra itself, which only the command reads."""
+    if hydra := [word for word in overrides if word.lstrip("+~").startswith("hydra")]:
+        raise ConfigError(f"fedlp.run does not read {hydra[0]}: drop it; the run directory is out=FOLDER")
+    return compose(list(overrides))
+
+
+def _refuse_flower(config: RunConfig, function: str) -> None:
+    if config.simulation.engine == "flower":
+        raise ConfigError(
+            f"fedlp.{function} runs the server in this process: set simulation=local or ray, or use the command "
+            "fedlp simulation=flower"
+        )
 
 
 def _run(federation: Federation, out: str | Path | None, progress: bool | None) -> Result:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.apps.batching import cohort_size, sends_stacks
-from fedlp.apps.client_app import AppOf
+from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
+from fedlp.apps.download_check import check_download
+from fedlp.apps.engines import open_grid
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
 from fedlp.apps.privacy_check import check_privacy
@@ -25,7 +26,7 @@ from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_
 from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
 from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
-from fedlp.apps.secagg_check import check_secagg
+from fedlp.apps.secagg_check import check_secagg, check_secure_calibration
 from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
     CalibratedPruner,
@@ -50,8 +51,9 @@ from fedlp.federation.fleet import fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.run_directory import RunDirectory
-from fedlp.federation.server.strategy import Observer
+from fedlp.federation.server.strategy import FedLPStrategy, Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import messages
@@ -62,12 +64,10 @@ from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.pruner import Calibration
 from fedlp.report.trackers import tracking
 from fedlp.simulation.flower_apps import Grid
-from fedlp.simulation.local import LocalGrid
 from fedlp.simulation.starting import refuse_unguarded
 from fedlp.tasks import task_of, with_task
 from fedlp.training.calibration_data import make_method
 from fedlp.training.loop import check_loss
-from fedlp.training.threads import count_cores
 from fedlp.types import Budget, SubModel
 
 log = logging.getLogger("fedlp")
@@ -121,6 +121,9 @@ class Federation:
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
         check_secagg(config, self.policy)
+        check_adapter_aggregation(config, self.policy)
+        if self.pooled is not None:
+            check_secure_calibration(config, len(self._capable), self.pooled.method.shrinks)
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that do not go together."""
@@ -128,6 +131,7 @@ class Federation:
         check_privacy(config, self.submodels)
         check_adapters(config)
         check_evaluation(config)
+        check_download(config, self.submodels)
 
     def _with_length(self, config: RunConfig) -> RunConfig:
         """Return the config with its number of rounds."""
@@ -246,10 +250,9 @@ class Federation:
         """Return the expected cost of one client in one round."""
         config = self.config
         cases = self.policy.cases(range(config.num_clients))
-        upload = config.upload
-        return expected_costs(
-            cases, self.submodels, self.costs, self.initial_params(), upload.make(), upload.entropy_coding
-        )
+        upload, params = config.upload, self.initial_params()
+        downlink = FrozenDownlink(self.submodels, config.download.make(), config.seed)
+        return expected_costs(cases, self.submodels, self.costs, params, upload.make(), upload.entropy_coding, downlink)
 
     def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
         """Return the runtime of a client process: data, partition, models. The local engine's workers inherit it.
@@ -299,7 +302,7 @@ class Federation:
     def data_for_workers(self) -> FederatedData | None:
         """Return the data to hand to spawned workers; None if they map the same files themselves."""
         is_mapped = isinstance(self.data.train.inputs, Rows) and not self._has_own_data
-        return None if is_mapped else self.data
+        return None if is_mapped else replace(self.data, info=self._facts)
 
     def server_runtime(self, state_dir: str) -> ClientRuntime:
         """Return the server's evaluator; it holds no training data where devices bring their own."""
@@ -357,22 +360,21 @@ class Federation:
             size = size * self.config.privacy.bits // 16 + 512 * self.config.clients_per_round
         return size if self.pooled is None else max(size, oneshot_costs.largest_message(self.pooled, self.submodels))
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether clients keep files from one message to the next."""
+        config = self.config
+        keeps = client_options(self.strategy).keeps_heads or config.upload.error_feedback
+        has_frozen, pools = bool(self.submodels.spec.frozen), self.pooled is not None or not config.trains
+        return keeps or has_frozen or pools or config.privacy.name == "secagg"
+
     def run_locally(self, out: Path, observers: Iterable[Observer] = ()) -> dict[str, Any]:
-        """Run on the local engine; return the manifest."""
+        """Run with the server in this process, on the local or the Ray engine; return the manifest."""
         refuse_unguarded()
-        config, out = self.config, out.absolute()
-        refuse_simulation(config)
+        out = out.absolute()
+        refuse_simulation(self.config)
         self.runtime(str(RunDirectory(out).clients))  # before the fork, so that workers share it
-        with LocalGrid(
-            AppOf(self),
-            num_clients=config.num_clients,
-            num_workers=min(config.simulation.workers or count_cores(), config.clients_per_round),
-            message_bytes=self.message_bytes() + 4096 * len(self.submodels.spec.tensors),
-            run_config={"cfg": to_yaml(config), "out": str(out)},
-            cohort=cohort_size(config, self.submodels, self.info),
-            stacks=sends_stacks(config),
-            start=config.simulation.start,
-        ) as grid:
+        with open_grid(self, out) as grid:
             return self.serve(grid, out, observers)
 
 
@@ -384,41 +386,12 @@ def _serve_rounds(
     observers: Iterable[Observer],
     ledger: PrivacyLedger | None,
 ) -> dict[str, Any]:
+    """Train on a grid, from the start or from the last checkpoint; return the manifest."""
     config = replace(plan.config, resume=None)  # a resumed run leaves the files of one that was never stopped
-    state = load_state(directory, plan.config)
-    if state is None:
-        directory.begin(to_yaml(config))
-    else:
-        check_fits(state, plan.submodels)
-        directory.write_config(to_yaml(config))
-
+    state = _begin(plan, directory, to_yaml(config))
     keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
-
-    def fit(brought: Mapping[int, Budget]) -> Policy:
-        policy = plan.fit(brought)
-        directory.add_budgets(brought)
-        return policy
-
-    strategy = make_strategy(config)(
-        plan.submodels,
-        plan.policy,
-        round_settings(config),
-        encoding=config.upload.make(),
-        aggregator=config.aggregator.make(),
-        server_optimizer=config.server_optimizer.make(),
-        evaluate=runtime.evaluate,
-        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
-        client_evaluation=client_evaluation_settings(config, plan.info, plan.submodels),
-        tiers=tier_names(config.fleet, config.num_clients, config.seed),
-        fit=fit,
-        takes_part=plan.takes_part,
-        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
-        central_privacy=make_central_privacy(config, ledger),
-        ledger=None if ledger is None else ledger.note,
-        observers=(keeper, *observers),
-        state=state,
-    )
+    strategy = _strategy(config, plan, directory, runtime, (keeper, *observers), ledger, state)
     initial = messages.encode_params(plan.initial_params())
     if note := getattr(plan.policy, "note", ""):
         log.warning(note)
@@ -434,6 +407,55 @@ def _serve_rounds(
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest
+
+
+def _begin(plan: Federation, directory: RunDirectory, config: str) -> ServerState | None:
+    """Return the state to resume from, None without; ``config`` is written to the run directory."""
+    state = load_state(directory, plan.config)
+    if state is None:
+        directory.begin(config)
+    else:
+        check_fits(state, plan.submodels)
+        directory.write_config(config)
+    return state
+
+
+def _strategy(
+    config: RunConfig,
+    plan: Federation,
+    directory: RunDirectory,
+    runtime: ClientRuntime,
+    observers: Iterable[Observer],
+    ledger: PrivacyLedger | None,
+    state: ServerState | None,
+) -> FedLPStrategy:
+    """Return the strategy; budgets that devices bring are written to the run directory."""
+
+    def fit(brought: Mapping[int, Budget]) -> Policy:
+        policy = plan.fit(brought)
+        directory.add_budgets(brought)
+        return policy
+
+    return make_strategy(config)(
+        plan.submodels,
+        plan.policy,
+        round_settings(config),
+        encoding=config.upload.make(),
+        download=config.download.make(),
+        aggregator=make_aggregator(config),
+        server_optimizer=config.server_optimizer.make(),
+        evaluate=runtime.evaluate,
+        num_test=0 if config.evaluation.name == "clients" else len(runtime.test),
+        client_evaluation=client_evaluation_settings(config, plan.info, plan.submodels),
+        tiers=tier_names(config.fleet, config.num_clients, config.seed),
+        fit=fit,
+        takes_part=plan.takes_part,
+        calibration=plan.pruner if isinstance(plan.pruner, PooledSubModelPruner) else None,
+        central_privacy=make_central_privacy(config, ledger),
+        ledger=None if ledger is None else ledger.note,
+        observers=observers,
+        state=state,
+    )
 
 
 def _reader(config: RunConfig) -> Reader:

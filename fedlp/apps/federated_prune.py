@@ -28,7 +28,7 @@ from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Question
 from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.oneshot.pooled_pruner import PooledPruner, check_pooled
-from fedlp.federation.oneshot.server import ClientPool, tally
+from fedlp.federation.oneshot.server import ClientPool, most_votes
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState, write_atomically
 from fedlp.federation.server.roster import Roster
@@ -46,7 +46,7 @@ from fedlp.rng import Stream, torch_seed
 from fedlp.simulation.flower_apps import Grid
 from fedlp.training.calibration_data import check_language_loss, make_method
 from fedlp.training.threads import one_thread
-from fedlp.types import Keep, RoundRecord
+from fedlp.types import RoundRecord
 
 Observer = Callable[[RoundRecord, ServerState], object]
 REPORT = "prune.json"
@@ -141,11 +141,8 @@ class FederatedOneshot:
         kept = oneshot.allocate(self.plain, subject, data, sizing)
         model = cut_model(subject.model, subject.widths, {}).eval()
         states = ModelStates(model, subject.layers, following_batch_norms(model, example), method)
-
-        def decode(content: Any, most: int, who: str) -> tuple[dict[str, Keep], int]:
-            return wire.decode_vote(content, kept, subject.widths.axes, most, who)
-
-        widths = tally([vote for _, vote, _ in pool.ask(Question(wire.VOTE, kept=kept), states, decode)], kept)
+        votes = pool.votes(Question(wire.VOTE, kept=kept), subject.widths.axes, states)
+        widths = most_votes(votes, kept)
         reports = [LayerReport(layer.name, layer.num_units, kept[layer.name], float("nan")) for layer in subject.layers]
         self._coverage = {report.name: report.kept_units / report.num_units for report in reports}
         return Pruned(cut_model(subject.model, subject.widths, widths).eval(), widths, tuple(reports))
@@ -235,10 +232,7 @@ class FederatedPruning(Federation):
 
     def message_bytes(self) -> int:
         """Return an upper bound of the bytes of one message's arrays."""
-        settings = oneshot_settings(self.config)
-        if settings.secagg is not None:  # masked sums are 64-bit integers
-            settings = replace(settings, wide_sums=True)
-        return max(super().message_bytes(), costs.largest_message(settings, self.submodels))
+        return max(super().message_bytes(), costs.largest_message(oneshot_settings(self.config), self.submodels))
 
     def _serve(
         self, grid: Grid, directory: RunDirectory, runtime: ClientRuntime, observers: Iterable[Observer]

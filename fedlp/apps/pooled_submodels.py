@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedlp.apps.secagg_check import secagg_settings
 from fedlp.apps.submodel_pruning import CalibratedPruner
 from fedlp.config import RunConfig
 from fedlp.errors import ConfigError
@@ -28,7 +29,7 @@ from fedlp.models.cost import count_macs
 from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
 from fedlp.rng import Stream, torch_seed
 from fedlp.simulation.flower_apps import Grid
-from fedlp.types import ClientCost, ClientFailure
+from fedlp.types import RoundRecord
 
 _REFERENCE_EXAMPLES = 8  # random inputs, whose means clients measure their own inputs from
 
@@ -56,17 +57,17 @@ class PooledSubModelPruner(CalibratedPruner):
         self._pools: list[ClientPool] = []
         self._params: Mapping[str, Tensor] = {}
         self._initial = b""
+        self._dismissed: set[int] = set()  # clients that dealt false shares
 
     def connect(self, grid: Grid, roster: Roster) -> None:
         """Take the clients to ask."""
         self._grid, self._roster = grid, roster
 
-    def spent(self) -> tuple[list[ClientCost], list[ClientFailure]]:
-        """Return costs and failures of all questions since the last call."""
+    def spent(self) -> list[RoundRecord]:
+        """Return a record of the questions of each time since the last call."""
         records = [pool.finish({}, {}, 0.0) for pool in self._pools]
         self._pools = []
-        costs = [cost for record in records for cost in record.clients]
-        return costs, [failure for record in records for failure in record.failures]
+        return records
 
     def _measuring(self, method: Method) -> Method:
         """Return a method for evidence whose sums are those that clients send."""
@@ -97,7 +98,7 @@ class PooledSubModelPruner(CalibratedPruner):
     def _pool(self, model: nn.Module) -> ClientPool:
         """Return the clients to ask, with the model in their hands."""
         assert self._grid is not None
-        capable = sorted(set(self._capable()) & set(self._roster.client_ids))
+        capable = sorted(set(self._capable()) & set(self._roster.client_ids) - self._dismissed)
         if not capable:
             raise ConfigError(
                 "strategy.calibrate_on=clients, but no client's budget holds the whole model, through which inputs are "
@@ -107,6 +108,7 @@ class PooledSubModelPruner(CalibratedPruner):
         axes = tuple(self._submodels.widths.axes)
         pool = ClientPool(self._grid, self._roster, self._settings, axes, macs, capable)
         self._pools.append(pool)
+        pool.dismissed = self._dismissed
         if not self._initial:
             self._initial = digest_tensors(state_tensors(self._submodels.spec.build(self._settings.seed)))
         if digest_tensors(self._params) != self._initial:
@@ -125,6 +127,7 @@ def pooled_settings(config: RunConfig, method: Method) -> OneShotSettings:
         examples=config.calibration.examples,
         batch_size=config.calibration.batch_size,
         shared=True,
+        secagg=secagg_settings(config),
     )
 
 

@@ -56,7 +56,7 @@ def check_privacy(config: RunConfig, submodels: SubModels) -> None:
 
 # ---- central
 def check_central_privacy(config: RunConfig, submodels: SubModels) -> None:
-    """Raise ConfigError, with the remedy, where the server's noise would not cover what a run shows of clients."""
+    """Raise ConfigError, with the remedy, where a run shows more of clients than the server's noise covers."""
     privacy, options = config.privacy, config.strategy.options
     _refuse_options(config, "seeded")
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):

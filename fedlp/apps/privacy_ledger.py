@@ -53,7 +53,7 @@ class PrivacyLedger:
             )
 
     def note(self, server_round: int, cohort: Sequence[int]) -> dict[str, float]:
-        """Count a round in; return what is on record of it."""
+        """Count a round in; return its record of privacy."""
         self._uploads.update(cohort)
         self._rounds = server_round
         return {"epsilon": self.accountant.epsilon(self._spent), **self._facts}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fedlp.allocation.budget.solve import Cost
 from fedlp.allocation.evidence import needs_of
 from fedlp.apps.model_allocator import Allocator
 from fedlp.apps.peak_memory import peak_memory
+from fedlp.apps.prune_progress import show_progress, show_step
 from fedlp.apps.prune_state import PruneState, fingerprint
 from fedlp.config import PruneConfig, read_run_config, to_plain, to_yaml
 from fedlp.data.datasets import DataInfo, FederatedData, make_reader, tokenizer_of
@@ -26,14 +26,14 @@ from fedlp.models import ModelSpec, describe_model, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.io.model_files import export_onnx, round_weights, save_classifier, save_language_model
-from fedlp.pruning.kernels.newton import mean_loss, newton_steps
-from fedlp.pruning.pruner import Calibration, LayerReport, Method, Pruned, Pruner
+from fedlp.pruning.kernels.newton import newton_steps
+from fedlp.pruning.pruner import Calibration, Method, Pruned, Pruner
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, trace_widths
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.tasks import task_of, with_task
-from fedlp.training.calibration_data import batch_calibration, check_language_loss, make_method, whole_examples
+from fedlp.training.calibration_data import batch_calibration, check_tokenizer, make_method, whole_examples
 from fedlp.training.evaluation import evaluate_sums, metrics_from_sums
 from fedlp.training.finetuning import finetune
 from fedlp.training.threads import one_thread
@@ -83,14 +83,8 @@ def prune(config: PruneConfig, out: Path) -> dict[str, Any]:
         pruner = Pruner(subject.model, subject.widths, subject.layers, calibration, method, in_place, state)
         kept = state.kept or allocate(config, subject, calibration, pruner)
         state.keep(kept)
-        pruned = pruner.prune(kept, _show_progress(subject.layers))
-        if config.finetune.name == "newton":
-            paths = [path for layer in subject.layers for path in layer.readers]
-            newton_steps(pruned.model, paths, calibration, config.finetune.steps, _show_step)
-        else:
-            finetune(
-                pruned.model, subject.info, subject.data.train, config.finetune, generator(config.seed, Stream.FINETUNE)
-            )
+        pruned = pruner.prune(kept, show_progress(subject.layers))
+        recover(pruned.model, config, subject, calibration)
         round_weights(pruned.model, written_dtype(config, subject))
         after = evaluate(pruned.model, subject, config)
         out.mkdir(parents=True, exist_ok=True)
@@ -167,10 +161,8 @@ def draw_calibration(config: PruneConfig, subject: Subject, is_read: bool = True
     chosen = train.select(generator(config.seed, Stream.CALIBRATION).permutation(len(train))[:wanted])
     seed = torch_seed(config.seed, Stream.CALIBRATION, 1)
     data = batch_calibration(chosen, subject.info, config.calibration.batch_size, seed, torch.device(config.device))
-    if subject.spec.reads_tokens and is_read:
-        first = data.batches[0][:1]  # the loss is far off, or not at all
-        few = replace(data, batches=[first], labels=[data.labels[0][: first.numel()]])
-        check_language_loss(mean_loss(subject.model, few), subject.info, subject.tokenizer)
+    if is_read:
+        check_tokenizer(subject.model, data, subject.info, subject.tokenizer)
     return data
 
 
@@ -193,6 +185,16 @@ def allocate(config: PruneConfig, subject: Subject, calibration: Calibration, pr
     return Allocator(dense, cost).allocate(rule, limit)
 
 
+def recover(model: nn.Module, config: PruneConfig, subject: Subject, calibration: Calibration) -> None:
+    """Finetune a pruned model in place, or take Newton steps on its calibration data, as the config has it."""
+    if config.finetune.name == "newton":
+        paths = [path for layer in subject.layers for path in layer.readers]
+        newton_steps(model, paths, calibration, config.finetune.steps, show_step)
+    else:
+        rng = generator(config.seed, Stream.FINETUNE)
+        finetune(model, subject.info, subject.data.train, config.finetune, rng)
+
+
 def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost, float]:
     """Return the limited cost, and its limit."""
     inputs = subject.spec.example_inputs(1)
@@ -211,25 +213,6 @@ def _target(config: PruneConfig, subject: Subject, pruner: Pruner) -> tuple[Cost
     if config.target_macs is None:
         footprint.add(None, pruner.num_added_params())
     return footprint.count, limit
-
-
-def _show_progress(layers: tuple[PrunableLayer, ...]) -> Callable[[LayerReport], None]:
-    started, done = time.monotonic(), 0
-
-    def show(report: LayerReport) -> None:
-        nonlocal done
-        done += 1
-        left = (time.monotonic() - started) / done * (len(layers) - done)
-        kept = f"{report.kept_units} of {report.num_units} units"
-        line = f"layer {done}/{len(layers)} {report.name}: {kept}, {left:.0f}s left"
-        end = "\r" if sys.stderr.isatty() and done < len(layers) else "\n"
-        print(line.ljust(100) if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
-
-    return show
-
-
-def _show_step(number: int, loss: float) -> None:
-    print(f"Newton step {number}: held-out loss {loss:.4f}", file=sys.stderr, flush=True)
 
 
 def evaluate(model: nn.Module, subject: Subject, config: PruneConfig) -> dict[str, float]:

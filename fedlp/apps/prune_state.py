@@ -2,7 +2,7 @@
 
 ``state/`` in the run directory has one file of tensors per finished part: the Fisher information, then each layer's new
 weights. ``state.json`` lists them with their SHA-256 digests, the allocation, and the fingerprint of config and model.
-It is written last, and every file under a temporary name first: what it lists is whole.
+It is written last, and every file under a temporary name first: every file on its list is whole.
 """
 
 from __future__ import annotations

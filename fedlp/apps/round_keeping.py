@@ -55,12 +55,15 @@ class RoundKeeper:
 
     def recall(self) -> bool:
         """Read back the recorded rounds of a resumed run; return whether a callback ends it."""
+        found = [(name, getattr(callback, "recall", None)) for name, callback in self._callbacks]
+        recalls = [(name, recall) for name, recall in found if recall is not None]
+        if self._best is None and not recalls:
+            return False  # nobody asks for what may be gigabytes
         records = load_run(self._directory.path).rounds
         if self._best is not None:
             self._best.recall(records)
-        for name, callback in self._callbacks:
-            recall = getattr(callback, "recall", None)
-            if recall is not None and self._ask(name, "recall", recall, records):
+        for name, recall in recalls:
+            if self._ask(name, "recall", recall, records):
                 self.stopped_by = name
         return bool(self.stopped_by)
 

@@ -50,6 +50,7 @@ def client_settings(config: RunConfig, options: ClientOptions, pooled: OneShotSe
         eval_batch_size=config.eval_batch_size,
         personal_steps=config.evaluation.personal_steps,
         encoding=config.upload.make(),
+        download=config.download.make(),
         sends_deltas=config.upload.values == "deltas",
         error_feedback=config.upload.error_feedback,
         entropy_coding=config.upload.entropy_coding,

@@ -6,12 +6,14 @@ composed config as one YAML string (``cfg``), or Hydra overrides (``overrides``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlp.apps.evaluation_check import refuse_simulation
 from fedlp.apps.federate import Federation
@@ -21,6 +23,7 @@ from fedlp.apps.resumption import load_state
 from fedlp.apps.round_keeping import check_trained
 from fedlp.config import RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
+from fedlp.data.examples import FederatedData
 from fedlp.data.partition_plot import plot_partition
 from fedlp.errors import ConfigError
 from fedlp.federation.client.app import make_client_app
@@ -34,9 +37,11 @@ from fedlp.simulation.starting import refuse_unguarded
 from fedlp.training.threads import count_cores
 
 
-def federation_of(config: RunConfig) -> Federation:
-    """Return the federation of a config: one that trains, or one that prunes in one shot."""
-    return Federation(config) if config.trains else FederatedPruning(config)
+def federation_of(
+    config: RunConfig, data: FederatedData | None = None, parts: Sequence[NDArray[np.int64]] | None = None
+) -> Federation:
+    """Return the federation of a config: one that trains, or one that prunes in one shot; see :class:`Federation`."""
+    return (Federation if config.trains else FederatedPruning)(config, data=data, parts=parts)
 
 
 class Holder:
@@ -87,7 +92,8 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     refuse_unguarded()
     config = from_yaml(cfg)
     refuse_simulation(config)
-    _check_device(config.device)
+    if config.simulation.address is None:  # else devices are those of the nodes
+        _check_device(config.device)
     directory = RunDirectory(out)
     state = None
     if config.resume:
@@ -99,7 +105,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     federation = federation_of(config)
     _plot_partition(federation, out)
     progress = Progress(federation.config.num_rounds, label(to_plain(config)), done)
-    if config.simulation.engine == "ray":
+    if config.simulation.engine == "flower":
         federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
         run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)

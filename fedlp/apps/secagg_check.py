@@ -64,15 +64,26 @@ def check_secure_pruning(config: FederatedPruneConfig) -> None:
     settings = secagg_settings(config)
     if settings is None:
         return
-    if config.unit_selection == "client":
-        raise ConfigError(f"{_WHAT} needs unit_selection=server: a vote is no sum of numbers")
-    halves = 2 if make_method(config.pruner).shrinks else 1
-    if config.clients_per_round < halves * settings.min_group:
-        remedy = "raise it, or set pruner.damping=0.01" if halves > 1 else "raise it, or lower privacy.min_group"
-        why = ", of two halves of the clients for pruner.damping=null" if halves > 1 else ""
+    has_halves = config.unit_selection == "server" and make_method(config.pruner).shrinks
+    _check_answers(config, settings, config.clients_per_round, has_halves, "")
+
+
+def check_secure_calibration(config: RunConfig, num_capable: int, has_halves: bool) -> None:
+    """Raise ConfigError, with the remedy, where too few clients hold the whole model for secure sums of calibration."""
+    settings = secagg_settings(config)
+    if settings is not None:
+        asked = min(config.clients_per_round, num_capable)
+        _check_answers(config, settings, asked, has_halves, f" and {num_capable} clients hold the whole model")
+
+
+def _check_answers(config: RunConfig, settings: SecAggSettings, asked: int, has_halves: bool, also: str) -> None:
+    """Raise ConfigError where some clients, or each half of them, are too few for a group."""
+    if asked < (2 if has_halves else 1) * settings.min_group:
+        remedy = "raise it, or set pruner.damping=0.01" if has_halves else "raise it, or lower privacy.min_group"
+        why = ", of two halves of the clients for pruner.damping=null" if has_halves else ""
         raise ConfigError(
             f"{_WHAT} opens sums of privacy.min_group={settings.min_group} answers or more{why}, but clients_per_round="
-            f"{config.clients_per_round}; {remedy}"
+            f"{config.clients_per_round}{also}; {remedy}"
         )
 
 

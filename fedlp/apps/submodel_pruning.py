@@ -141,8 +141,11 @@ def first_examples(
 
 def check_pooled_calibration(config: RunConfig) -> None:
     """Raise ConfigError for options that calibration on clients' sums does not go with."""
-    if config.privacy.name != "none":
-        raise ConfigError("strategy.calibrate_on=clients does not go with privacy: clients send sums over their inputs")
+    if config.privacy.name not in ("none", "secagg"):
+        raise ConfigError(
+            f"strategy.calibrate_on=clients does not go with privacy={config.privacy.name}: clients send sums over "
+            "their inputs, which privacy=secagg alone protects"
+        )
     if config.adapter.name != "none":
         raise ConfigError(
             "strategy.calibrate_on=clients does not go with adapter=lora; set strategy.calibrate_on=server (and "

@@ -28,7 +28,7 @@ def describe_tiers(
     held : callable
         Returns the sub-model of a client; AllocationError where it has none.
     cost : callable
-        Returns what a sub-model takes: ``params``, ``macs``, ``memory_bytes``.
+        Returns the costs of a sub-model: ``params``, ``macs``, ``memory_bytes``.
     rounds : sequence of mapping
         Lines of ``rounds.jsonl``.
     metrics : mapping

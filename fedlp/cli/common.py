@@ -44,10 +44,11 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> No
 
     def guarded(composed: DictConfig) -> float | None:
         found: list[float | None] = []  # errors are told here, so that the rest of a sweep still runs
+        told: list[str] = []
         codes.append(0)  # before the job: a defect of ours in it keeps its traceback
-        codes[-1] = guard(lambda: found.append(job(composed)), _job_name(), schema)
+        codes[-1] = guard(lambda: found.append(job(composed)), _job_name(), schema, told)
         if codes[-1] and os.getpid() != main_process:  # a launcher's own process, whose list of codes is a copy
-            raise JobFailed("a job of the sweep failed, as a line above says")
+            raise JobFailed(f"a job of the sweep failed: {''.join(told)}")  # its own line may be in a file of its own
         return found[0] if found else None  # sweepers take None as a failed trial
 
     run = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(guarded)
@@ -80,7 +81,7 @@ def _name_file(error: ValueError) -> str:
 
 
 class JobFailed(FedLPError):
-    """Failure of a sweep's job in another process, which has printed the reason."""
+    """Failure of a sweep's job in another process."""
 
 
 def output_dir() -> Path:
@@ -119,14 +120,17 @@ def _job_name() -> str:
     return f"job {config.job.num} ({', '.join(word.lstrip('+') for word in config.overrides.task)}): "
 
 
-def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig) -> int:
-    """Run an action; report user errors as one line and an exit code."""
+def guard(action: Callable[[], object], name: str = "", schema: type = RunConfig, told: list[str] | None = None) -> int:
+    """Run an action; report user errors as one line, which is added to ``told``, and an exit code."""
     try:
         action()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         close_output()
     except (FedLPError, HydraException, OmegaConfBaseException, OSError, yaml.YAMLError) as error:
-        print(f"{_line_start()}fedlp: {name}{explain(error, schema)}", file=sys.stderr)
+        text = f"{name}{explain(error, schema)}"
+        print(f"{_line_start()}fedlp: {text}", file=sys.stderr)
+        if told is not None:
+            told.append(text)
         return BAD_INPUT
     return 0
 

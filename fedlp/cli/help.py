@@ -47,8 +47,9 @@ HELP = {
             ("fedlp resume=RUN_DIR", "go on with a stopped run; the same bytes as one never stopped"),
         ),
         (
-            *("model", "adapter", "dataset", "partition", "strategy", "upload", "aggregator", "server_optimizer"),
+            *("model", "adapter", "dataset", "partition", "strategy", "upload", "download", "aggregator"),
             *(
+                "server_optimizer",
                 "local",
                 "pruner",
                 "allocator",

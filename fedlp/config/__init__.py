@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fedlp.config.absolute_paths import with_absolute_paths
 from fedlp.config.aliases import current_config, is_current
@@ -249,7 +249,7 @@ def read_run_config(path: Path) -> RunConfig:
 
 
 def to_plain(config: RunConfig | PruneConfig | ProfileConfig | SearchConfig) -> dict[str, Any]:
-    """Return the config as nested dicts of JSON values; a part's own options stand beside those of its group."""
+    """Return the config as nested dicts of JSON values; a part's own options stand beside its group's."""
     plain = asdict(config)
     for f in fields(config):
         value = getattr(config, f.name)
@@ -281,8 +281,10 @@ def explain(error: BaseException, schema: type = RunConfig) -> str:
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(choices)}."
         own = " One of your own is MODULE:OBJECT." if missing[1] in part_groups(schema) else ""
         return f"there is no {missing[1]}={missing[2]}; {hint}{own}".removesuffix(".")
-    if str(error).startswith("Error merging override") and error.__cause__ is not None:
-        return f"{one_line(error)}: {one_line(error.__cause__)}"
+    if isinstance(error, MissingMandatoryValue) and error.full_key:
+        return f"{error.full_key} is missing"
+    if (merging := re.match(r"Error merging override \+*(.*)", one_line(error))) and error.__cause__ is not None:
+        return f"Error merging override {merging[1]}: {one_line(error.__cause__)}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", one_line(error))
 
 

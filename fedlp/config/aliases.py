@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED: Mapping[str, str] = {
@@ -97,8 +97,3 @@ def tell_once(old: str, new: str) -> None:
     if old not in _told:
         _told.add(old)
         print(f"fedlp: {old} is now {new}; the old name works for now", file=sys.stderr)
-
-
-def current_overrides(overrides: Iterable[str]) -> list[str]:
-    """Return overrides under current names."""
-    return [current_override(override) for override in overrides]

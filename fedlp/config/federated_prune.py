@@ -17,8 +17,8 @@ class FederatedPruneConfig(RunConfig):
 
     trains: ClassVar[bool] = False
     unread: ClassVar[frozenset[str]] = frozenset(
-        {"strategy", "upload", "aggregator", "server_optimizer", "local", "rounds", "num_rounds", "eval_every"}
-        | {"checkpoint_every", "keep_best", "callbacks", "objective"}
+        {"strategy", "upload", "download", "aggregator", "server_optimizer", "local", "rounds", "num_rounds"}
+        | {"eval_every", "checkpoint_every", "keep_best", "callbacks", "objective"}
     )
 
     federated: bool = True

@@ -79,12 +79,12 @@ def yaml_choices(group: str) -> list[str]:
 
 
 def sections(group: str) -> Iterator[Section]:
-    """Yield the options of a group that all choices share, then those of each choice.
+    """Yield the options of a group that all choices share, then each choice's own.
 
     Raises
     ------
     ConfigError
-        If there is no such group; names those that there are.
+        If there is no such group; names all groups.
     """
     schemas = group_schemas()
     if group == "experiment":

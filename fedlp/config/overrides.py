@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from fedlp import registry
 from fedlp.config.aliases import current_override
-from fedlp.config.reading import part_groups
+from fedlp.config.reading import mapping_options, part_groups
 
 
 def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> list[str]:
@@ -19,9 +19,10 @@ def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> lis
 
     An option of a part is added by force, since the part's own schema checks it later. A part's name by its own option,
     such as ``strategy.name=heterofl``, is the choice ``strategy=heterofl``. A choice that has no YAML in the config
-    tree, such as ``module:object``, becomes known to Hydra.
+    tree, such as ``module:object``, becomes known to Hydra. Keys of an option that is a mapping, such as
+    ``fleet.devices``, are added to those that it has.
     """
-    groups = part_groups(schema)
+    groups, mappings = part_groups(schema), mapping_options(schema)
     prepared, todays = [], [current_override(override) for override in overrides]
     chosen = {override.partition("=")[0] for override in todays}
     for override in todays:
@@ -31,12 +32,22 @@ def prepare_overrides(schema: type, conf: Path, overrides: Iterable[str]) -> lis
         group, _, option = key.lstrip("+").partition(".")
         if group in groups and option == groups[group].key and value and group not in chosen:
             override, option = f"{group}={value}", ""  # the choice of a part, without the options of another
-        if group in groups and option and "=" in override:
+        if key in mappings or key.rpartition(".")[0] in mappings:
+            override = _with_keys(key, value, key in mappings)
+        elif group in groups and option and "=" in override:
             override = f"++{override.lstrip('+')}"
         elif group in groups and "=" in override:
             _store_choices(group, groups[group].kind, groups[group].key, conf, override)
         prepared.append(override)
     return prepared
+
+
+def _with_keys(option: str, value: str, is_whole: bool) -> str:
+    """Return the override that adds keys to a mapping; one key alone, ``option.key=value``, as a mapping of it."""
+    if is_whole:
+        return f"++{option}={value}"
+    owner, _, key = option.rpartition(".")
+    return f"++{owner}={{{key}: {value}}}"
 
 
 def _store_choices(group: str, kind: str, key: str, conf: Path, override: str) -> None:

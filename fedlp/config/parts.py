@@ -72,11 +72,6 @@ class PartConfig:
         taken = registry.given_to(self.kind, target)
         return target(**chosen, **{name: value for name, value in given.items() if name in taken})
 
-    def to_node(self) -> dict[str, Any]:
-        """Return the flat node of the config tree."""
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
-        return shared | self.options
-
 
 def read_part(schema: type[_P], group: str, node: Mapping[str, Any]) -> _P:
     """Return the checked config of a group from its flat node.

@@ -7,7 +7,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ValidationError
@@ -65,6 +65,9 @@ def schema_node(schema: Any) -> Any:
 def no_such_option(schema: Any, name: str) -> str:
     """Return the message of an unknown option, with close names."""
     known = option_names(schema)
+    for owner, entry in mapping_options(schema).items():
+        if name.startswith(f"{owner}."):
+            return _no_such_key(owner, entry, *name.removeprefix(f"{owner}.").partition(".")[::2])
     last = name.rpartition(".")[2]
     same = sorted(option for option in known if option.rpartition(".")[2] == last and option != name)
     if same:
@@ -94,6 +97,28 @@ def option_names(schema: Any) -> frozenset[str]:
         if is_dataclass(nested):
             names |= {f"{f.name}.{name}" for name in option_names(nested) if name != "options"}  # type: ignore[arg-type]
     return frozenset(names)
+
+
+@cache
+def mapping_options(schema: Any) -> dict[str, Any]:
+    """Return the options whose keys are the user's, such as ``fleet.devices``, and the type of a value of each."""
+    found: dict[str, Any] = {}
+    for f in fields(schema):
+        nested: Any = f.default_factory
+        if nested is dict:
+            found[f.name] = get_args(get_type_hints(schema)[f.name])[1]
+        elif is_dataclass(nested) and not _is_part(nested):
+            entries = mapping_options(nested)  # type: ignore[arg-type]
+            found |= {f"{f.name}.{name}": entry for name, entry in entries.items()}
+    return found
+
+
+def _no_such_key(owner: str, entry: Any, key: str, item: str) -> str:
+    """Return the message of an unknown key of a mapping, or of an unknown item of a known key."""
+    items = [f.name for f in fields(entry)] if is_dataclass(entry) else []
+    if item in items or not item:
+        return f"{owner} has no {key}; a new one is given whole: {owner}={{{key}: {{{', '.join(items[:3])}, ...}}}}"
+    return f"there is no option {owner}.{key}.{item}; {owner}.{key} has {', '.join(items) or 'no options'}"
 
 
 def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

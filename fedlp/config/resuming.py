@@ -25,7 +25,7 @@ def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     Parameters
     ----------
     overrides : iterable of str
-        Overrides behind ``config``; those of length and engine apply to the resumed run.
+        Overrides behind ``config``; only length and engine apply to the resumed run.
 
     Raises
     ------

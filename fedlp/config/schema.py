@@ -105,6 +105,18 @@ class UploadConfig(PartConfig):
 
 
 @dataclass
+class DownloadConfig(PartConfig):
+    """Encoding of frozen tensors, which a client receives once; options are those of the part.
+
+    Clients train against the decoded values, and tiers are evaluated with them; the server's model keeps its own.
+    """
+
+    kind: ClassVar[str] = "encoding"
+
+    name: str = "float32"
+
+
+@dataclass
 class AggregatorConfig(PartConfig):
     """Combination of updates; the rule's own options are those of the part in ``federation/aggregation``."""
 
@@ -197,15 +209,23 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # adapted linear layers, by name or shell pattern
     dropout: float = 0.0  # dropout probability of adapters' inputs, in [0, 1)
     freeze_a: bool = False  # whether B alone is trained (FFA-LoRA)
+    cut: str = "widths"  # what sub-models cut: "widths" of the model, or "ranks" of the adapters on the whole base
 
 
 @dataclass
 class SimulationConfig:
     """Simulation engine."""
 
-    engine: str = MISSING  # "local" (worker processes of this machine) or "ray" (Flower's simulation runtime)
-    workers: int | None = None  # worker processes, >= 1; number of cores if null
+    engine: str = MISSING  # "local" (worker processes of this machine), "ray" (Ray actors on one or many machines) or
+    # "flower" (Flower's simulation runtime)
+    workers: int | None = None  # worker processes, >= 1; number of cores if null; 0 (local engine): clients train one
+    # after another in this process
     start: str = "auto"  # local engine: "fork" or "spawn" of workers; "auto" spawns where fork is unsafe or absent
+    address: str | None = None  # Ray: "auto" or HOST:PORT of a running cluster; a private one on this machine if null
+    gpus_per_client: float | None = None  # Ray: GPUs of a worker: 0, a fraction such as 0.25, or a whole number; 1 with
+    # device=cuda and 0 with cpu if null
+    object_store_bytes: int | None = None  # private Ray: size of its object store, at least 78,643,200; Ray's choice if
+    # null
     round_timeout_s: float = 3600.0  # deadline of a client, > 0; a later answer counts as failed
     batched: Any = False  # local engine: clients of equal shapes train together, equal to one by one up to rounding;
     # true, false, or "auto": models for which it was measured to be faster
@@ -344,6 +364,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

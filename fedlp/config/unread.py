@@ -19,7 +19,7 @@ def refuse_unread(config: object, overrides: Iterable[str]) -> None:
     """Raise ConfigError for an override of a group or an option that the chosen parts do not read.
 
     A strategy lists the groups that it reads of allocator, pruner and calibration as ``reads``; one without the
-    attribute may read all. Of the other groups it reads all but those in ``ignores``.
+    attribute may read all. Of the other groups it reads all but ``ignores``.
     """
     overrides = list(overrides)
     refuse_unread_options(config, overrides)

@@ -22,9 +22,6 @@ _FINETUNE = {
     "lora": frozenset({"epochs", "batch_size", "lr", "max_examples", "rank", "alpha"}),
 }
 
-Unread = Mapping[str, str]
-"""Options by their dotted names, and the choice that would read each."""
-
 
 def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
     """Raise ConfigError for an override of an option that nothing reads with the other choices of the config.
@@ -40,7 +37,9 @@ def refuse_unread_options(config: object, overrides: Iterable[str]) -> None:
         if name in unread:
             group = name.partition(".")[0]
             chosen = getattr(getattr(config, group), "name", "")
-            raise ConfigError(f"{group}={chosen} does not read {name} here: drop {override}, or choose {unread[name]}")
+            raise ConfigError(
+                f"{group}={chosen} does not read {name} here: drop {override.lstrip('+')}, or choose {unread[name]}"
+            )
 
 
 def unread_with(config: object) -> dict[str, str]:

@@ -14,9 +14,12 @@ from fedlp.config.schema import (
     PrivacyConfig,
     PrunerConfig,
     RunConfig,
+    SimulationConfig,
 )
 from fedlp.config.tools import ProfileConfig, PruneConfig, SearchConfig
 from fedlp.errors import ConfigError
+
+_SMALLEST_STORE = 75 << 20  # of Ray
 
 
 def validate(config: RunConfig) -> None:
@@ -50,20 +53,7 @@ def validate(config: RunConfig) -> None:
     _choice("adapter.name", config.adapter.name, ("none", "lora"))
     _validate_evaluation(config)
     _validate_rounds(config)
-    simulation = config.simulation
-    _choice("simulation.engine", simulation.engine, ("local", "ray"))
-    is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
-    _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
-    fits = not simulation.batched or simulation.engine == "local"
-    _require(fits, "simulation.batched", simulation.batched, f"false with simulation={simulation.engine}")
-    _choice("simulation.start", simulation.start, ("auto", "fork", "spawn"))
-    fits = simulation.start == "auto" or simulation.engine == "local"
-    _require(fits, "simulation.start", simulation.start, f"auto with simulation={simulation.engine}")
-    if simulation.workers is not None:
-        _require(simulation.workers >= 1, "simulation.workers", simulation.workers, "at least 1")
-    _require(
-        simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
-    )
+    _validate_simulation(config.simulation, config.device)
 
 
 def validate_prune(config: PruneConfig) -> None:
@@ -123,6 +113,48 @@ def validate_profile(config: ProfileConfig) -> None:
         value = getattr(config, name)
         _require(value is None or (_is_number(value) and value > 0), name, value, "a finite number above 0, or null")
     _validate_local(config.local)
+
+
+def _validate_simulation(simulation: SimulationConfig, device: str) -> None:
+    _choice("simulation.engine", simulation.engine, ("local", "ray", "flower"))
+    is_known = isinstance(simulation.batched, bool) or simulation.batched == "auto"
+    _require(is_known, "simulation.batched", simulation.batched, "true, false or auto")
+    fits = not simulation.batched or simulation.engine == "local"
+    _require(fits, "simulation.batched", simulation.batched, f"false with simulation={simulation.engine}")
+    _choice("simulation.start", simulation.start, ("auto", "fork", "spawn"))
+    fits = simulation.start == "auto" or simulation.engine == "local"
+    _require(fits, "simulation.start", simulation.start, f"auto with simulation={simulation.engine}")
+    if simulation.workers is not None:
+        least = 0 if simulation.engine == "local" else 1
+        _require(simulation.workers >= least, "simulation.workers", simulation.workers, f"at least {least}")
+    fits = simulation.start == "auto" or simulation.workers != 0
+    _require(fits, "simulation.start", simulation.start, "auto with simulation.workers=0, which starts no process")
+    _require(
+        simulation.round_timeout_s > 0, "simulation.round_timeout_s", simulation.round_timeout_s, "above 0 (seconds)"
+    )
+    on_ray = simulation.engine == "ray"
+    for name in ("address", "gpus_per_client", "object_store_bytes"):
+        value = getattr(simulation, name)
+        _require(value is None or on_ray, f"simulation.{name}", value, f"null with simulation={simulation.engine}")
+    if on_ray:
+        _validate_ray(simulation, device)
+
+
+def _validate_ray(simulation: SimulationConfig, device: str) -> None:
+    address, gpus, size = simulation.address, simulation.gpus_per_client, simulation.object_store_bytes
+    _require(device in ("cpu", "cuda"), "device", device, "cpu or cuda with simulation=ray, which chooses the GPUs")
+    if address not in (None, "auto"):
+        host, _, port = str(address).rpartition(":")
+        fits = bool(re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host)) and port.isdecimal() and 0 < int(port) < 1 << 16
+        _require(fits, "simulation.address", address, "null, auto or HOST:PORT of a Ray cluster's head node")
+    if gpus is not None:
+        fits = math.isfinite(gpus) and gpus >= 0 and (gpus <= 1 or gpus == int(gpus))
+        _require(fits, "simulation.gpus_per_client", gpus, "in [0, 1], or a whole number")
+        fits = (gpus > 0) == (device == "cuda")
+        _require(fits, "simulation.gpus_per_client", gpus, "above 0 with device=cuda, and 0 with device=cpu")
+    if size is not None:
+        _require(address is None, "simulation.object_store_bytes", size, "null with simulation.address")
+        _require(size >= _SMALLEST_STORE, "simulation.object_store_bytes", size, f"at least {_SMALLEST_STORE}")
 
 
 def _validate_local(local: LocalConfig) -> None:

@@ -45,11 +45,11 @@ class Table(HeldOut, ABC):
     categorical : list of str or None
         Categorical columns; all columns without numbers if None.
     categories : mapping from column to list
-        Categories that are known beforehand, in their order; those of the file where a column is absent.
+        Categories that are known beforehand, in their order; the file's where a column is absent.
     task : str
         "classification", "regression", "multi_label", or "auto" by the type of the target.
     labels : list or None
-        Classes in their order; those of the file, sorted, if None.
+        Classes in their order; the file's, sorted, if None.
     standardize : bool
         Whether numeric columns are standardised: mean subtracted, divided by the standard deviation.
     mean, std : list of float or None

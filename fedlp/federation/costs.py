@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedlp.federation.client.ordered_dropout import nested_counts
 from fedlp.federation.strategies.policy import Case
-from fedlp.federation.submodels import SubModels
+from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models.cost import Macs, count_macs
@@ -56,6 +57,13 @@ class Costs:
         return model
 
 
+class Downlink(Protocol):
+    """Protocol of the encoding of a sub-model's values for a client."""
+
+    def encode(self, layout: SubModelLayout, values: Mapping[str, Tensor]) -> messages.Sent:
+        """Return the encoded values."""
+
+
 def expected_costs(
     cases: Sequence[Case],
     submodels: SubModels,
@@ -63,6 +71,7 @@ def expected_costs(
     params: Mapping[str, Tensor],
     encoding: Encoding,
     coded: bool,
+    downlink: Downlink | None = None,
 ) -> dict[str, float]:
     """Return the expected cost of one client in one round.
 
@@ -75,6 +84,8 @@ def expected_costs(
         estimate, since differences have other codes than weights.
     encoding, coded : Encoding, bool
         Encoding of uploads, and whether bytes travel as Huffman codes.
+    downlink : Downlink, optional
+        Encoding of values for clients, frozen ones included, as in a client's first round; as they are if absent.
 
     Returns
     -------
@@ -89,7 +100,7 @@ def expected_costs(
         rate, weight = case.layer_preserving_rate, case.probability
         layout = submodels.layout(case.submodel)
         sliced = layout.slice(params)
-        record = messages.encode_params(sliced)
+        record = messages.Sent(messages.encode_params(sliced)) if downlink is None else downlink.encode(layout, sliced)
         instruction = Assignment(1, 0, case.submodel, layout.name_set)
         sent = submodels.layout(case.sent or case.submodel)
         returned = {name: part for name, part in sent.slice(params).items() if name not in submodels.spec.frozen}

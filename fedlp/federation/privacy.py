@@ -2,7 +2,7 @@
 
 The mod subtracts received from returned values, array by array. So it works only if both are the same
 entries, in float32; ``apps.privacy_check`` refuses everything else before a run begins. Of the mod's parameters the
-sensitivity is not free: two updates of norm C at most differ by 2C at most, whatever the data.
+sensitivity is not free: two updates of norm C at most differ by 2C at most, for all data.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from typing import Any
 
 from fedlp.errors import ConfigError
 
-ACCOUNTANTS = ("pld", "rdp")
 _LEAST_NOISE = 0.3  # for which a distribution is computed
 _PRECISION = 1e-4  # of noise multipliers
 _MOST_NOISE = 2.0**20

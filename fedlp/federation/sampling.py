@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedlp.models import Layer
 from fedlp.rng import Stream, generator
-from fedlp.types import Layer
 
 
 def sample_cohort(

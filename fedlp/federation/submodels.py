@@ -67,7 +67,7 @@ class SubModelLayout:
         return {name: math.prod(shape) for name, shape, _ in self._signature if self.spec.tensors[name].trainable}
 
     def signature(self, names: frozenset[str] | None = None) -> Signature:
-        """Return name, shape and dtype of the shared tensors (of those in ``names``), in order."""
+        """Return name, shape and dtype of the shared tensors, in order; of ``names`` alone if given."""
         if names is None or names == self.name_set:
             return self._signature
         return tuple(entry for entry in self._signature if entry[0] in names)
@@ -115,7 +115,7 @@ class SubModels:
         return self.widths.whole_line() if "widths" in self.__dict__ else ""
 
     def refuse_narrow(self, asked: str) -> NoReturn:
-        """Raise ConfigError that says why a model of which nothing can be cut cannot do what is asked."""
+        """Raise ConfigError: ``asked`` needs a width axis; the error names the reason that there is none."""
         why = self.whole_parts() or "no layer alone reads what another computes"
         raise ConfigError(f"{asked}, but nothing of model {self.spec.blueprint.name} can be cut: {why}")
 

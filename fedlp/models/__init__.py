@@ -9,6 +9,7 @@ from fedlp.errors import ConfigError, FedLPError, one_line
 from fedlp.models.adapters import AdaptedBlueprint, LoraOptions
 from fedlp.models.blueprint import Blueprint, ModelTask, ModuleBlueprint, find_task
 from fedlp.models.forward import forward_logits
+from fedlp.models.layer_order import Layer
 from fedlp.models.spec import ModelSpec, TensorInfo, describe_blueprint, leading_layers, state_tensors
 from fedlp.registry import register
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fedlp.config import AdapterConfig, ModelConfig
 
 __all__ = [
+    "Layer",
     "ModelSpec",
     "ModelTask",
     "TensorInfo",
@@ -71,7 +73,7 @@ def describe_model(
 def lora_options(adapter: AdapterConfig) -> LoraOptions:
     """Return the options of a config's adapters; ConfigError for one out of range."""
     targets = tuple(adapter.targets)
-    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a)
+    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a, adapter.cut)
 
 
 def adapted(blueprint: Blueprint, adapter: AdapterConfig | None) -> Blueprint:

@@ -43,6 +43,8 @@ class LoraOptions:
         Probability that an adapter's input is dropped in training, in [0, 1).
     freeze_a : bool
         Whether A keeps its first values (FFA-LoRA, Sun et al., ICLR 2024).
+    cut : "widths" or "ranks"
+        What sub-models cut: widths of the model and its adapters, or ranks of all adapters alike, on the whole base.
     """
 
     rank: int = 8
@@ -50,6 +52,7 @@ class LoraOptions:
     targets: tuple[str, ...] = ("*_proj",)
     dropout: float = 0.0
     freeze_a: bool = False
+    cut: str = "widths"
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -57,6 +60,7 @@ class LoraOptions:
             ("alpha", 0 < self.alpha < math.inf, "a finite number above 0"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("targets", bool(self.targets), "at least one name or pattern"),
+            ("cut", self.cut in ("widths", "ranks"), "widths or ranks"),
         ):
             if not holds:
                 raise ConfigError(f"adapter.{name}={getattr(self, name)} is not allowed: it must be {allowed}")
@@ -73,6 +77,7 @@ class LoraLinear(nn.Linear):
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, options.rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.scale, self.dropout = options.alpha / options.rank, options.dropout
+        self.cuts_ranks = options.cut == "ranks"
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the sum of the layer's and the adapter's output."""
@@ -153,6 +158,11 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
 def has_adapters(model: nn.Module) -> bool:
     """Return whether some layer has an adapter."""
     return any(True for _ in _adapted(model))
+
+
+def cuts_ranks(model: nn.Module) -> bool:
+    """Return whether sub-models cut the ranks of adapters, and nothing else."""
+    return any(module.cuts_ranks for _, module in _adapted(model))
 
 
 @torch.no_grad()

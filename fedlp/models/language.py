@@ -103,7 +103,7 @@ class LanguageBlueprint(Blueprint):
         return model
 
     def has_prefixes(self, model: nn.Module) -> bool:
-        """Return whether the model's blocks lie where those of known families do."""
+        """Return whether the model's blocks lie where known families have theirs."""
         return self.num_depths > 1 and try_decoder(model) is not None
 
     def build_initial(self) -> nn.Module:

@@ -1,12 +1,30 @@
-"""Order of layers in a forward pass."""
+"""Layers of a model, and their order in a forward pass."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from fedlp.types import Layer
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """FedLP's unit of upload: the tensors that one module owns, buffers included.
+
+    Attributes
+    ----------
+    name : str
+        The module's path in the model.
+    tensors : tuple of str
+        Names in the model's ``state_dict``, in its order.
+    num_params : int
+        Trainable numbers in the layer (buffers not counted).
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    num_params: int
 
 
 def order_layers(layers: Sequence[Layer], called: Sequence[str], tied: Collection[str]) -> tuple[Layer, ...]:

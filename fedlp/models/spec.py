@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.blueprint import Blueprint, ModelTask, find_task
 from fedlp.models.forward import first_line, run_and_note, shapes_only, short_example
-from fedlp.models.layer_order import order_layers
+from fedlp.models.layer_order import Layer, order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.types import Layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Batch norms of a pruned model: those that follow layers, and their re-estimated statistics."""
+"""Batch norms of a pruned model: which of them follow layers, and their re-estimated statistics."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def split_rows(examples: Tensor, num_rows: int, is_alone: bool) -> Tensor:
 
 
 def choose_half(batches: Sequence[Tensor], half: int) -> list[Tensor]:
-    """Return the batches of the first half of the data, 1, or of the rest, 2; without those that would be empty."""
+    """Return the batches of the first half of the data, 1, or of the rest, 2; without empty ones."""
     chosen = [first if half == 1 else ~first for first in split_examples(batches)]
     return [batch[wanted.to(batch.device)] for batch, wanted in zip(batches, chosen, strict=True) if bool(wanted.any())]
 

@@ -32,7 +32,7 @@ class Collects(Protocol):
         """Go on to a layer whose statistics are not needed, before it changes."""
 
     def close(self) -> None:
-        """Release what is held between layers."""
+        """Release all state between layers."""
 
 
 def make_readers(

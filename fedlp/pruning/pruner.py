@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from fedlp.pruning.batch_norms import following_batch_norms, reestimate_batch_no
 from fedlp.pruning.calibration import Calibration, leading_examples
 from fedlp.pruning.gradients import loss_gradients, output_fisher, shrunk_fisher
 from fedlp.pruning.kernels.obs import Elimination
+from fedlp.pruning.layer_state import layer_state, restore_layer
 from fedlp.pruning.layer_statistics import Collector, Collects, make_readers
 from fedlp.pruning.reader_layers import Method, Reader
 from fedlp.pruning.scores.criterion import UnitScore, removal_order
@@ -36,7 +37,7 @@ __all__ = ["Calibration", "LayerReport", "Method", "Pruned", "Pruner"]
 
 log = logging.getLogger("fedlp")
 
-_FISHER, _KEEP, _LOSS, _RNG = "fisher", "keep", "loss", "rng"  # in a store
+_FISHER, _RNG = "fisher", "rng"  # in a store
 _FISHER_VECTORS = 4  # positions of text per output that are sufficient for the Fisher information
 _FEW = 10  # calibration vectors per input, below which a line says so
 
@@ -97,7 +98,7 @@ class Pruner:
     in_place : bool
         Whether the model itself is pruned, without a copy.
     store : Store or None
-        Store of finished layers: those that are there are taken over, with the same result.
+        Store of finished layers: stored ones are taken over, with the same result.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Pruner:
             if stored is not None:
                 if collector is not None:
                     collector.reach(layer)
-                keep, loss = self._restore(layer, stored)
+                keep, loss = restore_layer(self.model, layer, self.norms, stored, self._rng)
             elif count or self.method.corrects:
                 readers = self.readers(layer) if collector is None else collector.collect(layer)
                 removed, loss = self._choose(layer, readers, count)
@@ -171,7 +172,7 @@ class Pruner:
                 if self.method.needs_moments:
                     few |= {r.path: r.moments.count for r in readers if r.moments.count < _FEW * r.weight.shape[1]}
             if stored is None and self._store is not None:
-                self._store.save(layer.name, self._state_of(layer, keep, loss))
+                self._store.save(layer.name, layer_state(self.model, layer, self.norms, keep, loss, self._rng))
             widths[layer.name] = Keep.from_indices(keep.numpy(), layer.num_units)
             reports.append(LayerReport(layer.name, layer.num_units, len(keep), loss))
             progress(reports[-1])
@@ -270,35 +271,6 @@ class Pruner:
             return found
         self._rng.set_state(stored[_RNG])
         return {path: stored[path] for path in paths}
-
-    def _tensors(self, layer: PrunableLayer) -> dict[str, Tensor]:
-        """Return the live tensors that pruning a layer changes."""
-        found: dict[str, Tensor] = {}
-        for path in layer.readers:
-            module: Any = self.model.get_submodule(path)
-            found[f"{path}.weight"] = module.weight.detach()
-            if getattr(module, "bias", None) is not None:
-                found[f"{path}.bias"] = module.bias.detach()
-            if path in self.norms:
-                found[f"{path}.mean"] = self.model.get_submodule(self.norms[path]).running_mean  # type: ignore[assignment]
-        return found
-
-    def _state_of(self, layer: PrunableLayer, keep: Tensor, loss: float) -> dict[str, Tensor]:
-        """Return the stored state of a layer: tensors, kept units, loss, random state."""
-        extra = {_KEEP: keep, _LOSS: torch.tensor(loss, dtype=torch.float64), _RNG: self._rng.get_state()}
-        return {**self._tensors(layer), **extra}
-
-    def _restore(self, layer: PrunableLayer, stored: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        """Write a stored layer into the model; return the units kept and the loss."""
-        for path in layer.readers:
-            module: Any = self.model.get_submodule(path)
-            if f"{path}.bias" in stored and getattr(module, "bias", None) is None:
-                bias = stored[f"{path}.bias"].to(module.weight)
-                module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)
-        for name, tensor in self._tensors(layer).items():
-            tensor.copy_(stored[name])
-        self._rng.set_state(stored[_RNG])
-        return stored[_KEEP], float(stored[_LOSS])
 
     def _choose(self, layer: PrunableLayer, readers: Sequence[Reader], count: int) -> tuple[Tensor, float]:
         """Return the units to remove, and the loss after their removal."""

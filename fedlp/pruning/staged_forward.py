@@ -140,7 +140,7 @@ class StagedRun:
     def outputs(self, batch: int, watched: Sequence[nn.Module]) -> list[Tensor]:
         """Run the current stage of a batch to its end, once; return the outputs of some modules in it.
 
-        The batch's input of the stage stays what it was until :meth:`advance`, which then computes nothing.
+        The batch's input of the stage stays as it was until :meth:`advance`, which then computes nothing.
         """
         if batch not in self._calls:
             self._outputs[batch] = {}

@@ -17,12 +17,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from fedlp.report.groups import clean
+from fedlp.report.palette import LIGHT
 
-# Okabe and Ito's palette, which every common form of colour blindness can tell apart, without its yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = LIGHT
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "X", "P", "v", "*", "p")
-FORMATS = ("png", "svg", "pdf")
 FORMAT: ContextVar[str] = ContextVar("format", default="png")
 STYLE = {
     "font.size": 10,
@@ -40,13 +39,14 @@ STYLE = {
 }
 _WIDTH_IN = 7.2
 _DPI = 160
-_APART = 0.06  # of the width: curves that end farther apart have a legend
+_APART = 0.06  # of the width: curves that end farther apart have their names above them
+_CHARACTER = 0.0145  # of the width: a character of a name
 _WIDEST = 5  # between the ends of curves on a linear axis; beyond it the short ones are squeezed
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One drawn figure: its file name, a title, one sentence on what it shows, and the PNG."""
+    """One drawn figure: its file name, a title, a one-sentence description, and the PNG."""
 
     file: str
     title: str
@@ -83,45 +83,60 @@ def scale_amounts(axes: Axes, amounts: Sequence[NDArray[np.float64]]) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.06) -> bool:
-    """Write names of curves beside their ends, pushed apart where those are close.
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.06) -> None:
+    """Write names of curves at their ends: in a column on the right, or in rows above where the ends lie apart.
 
     Parameters
     ----------
     ends : sequence of (x, y, text, colour)
         Last point of each curve.
     gap : float
-        Least distance of two names, as a fraction of the height.
-
-    Returns
-    -------
-    bool
-        False, and nothing is written, if the curves end too far apart for names in one column.
+        Least distance of two names above each other, as a fraction of the height.
     """
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # what automatic limits come to
     places = [axes.transAxes.inverted().transform(axes.transData.transform((x, y))).tolist() for x, y, *_ in ends]
     right = max(place[0] for place in places)
-    if min(place[0] for place in places) < right - _APART:
-        return False
-    order = sorted(range(len(ends)), key=lambda index: places[index][1])
+    apart = min(place[0] for place in places) < right - _APART
+    spots = _above(places, [words for *_, words, _ in ends], gap) if apart else _beside(places, right + 0.06, gap)
+    for (x, y, words, colour), spot in zip(ends, spots, strict=True):
+        axes.annotate(
+            words,
+            (x, y),
+            xytext=spot,
+            textcoords="axes fraction",
+            ha="right" if apart else "left",
+            va="bottom" if apart else "center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 1.2,
+                "relpos": (1.0, 0.0) if apart else (0.0, 0.5),
+                "shrinkB": 2,
+            },
+        )
+
+
+def _beside(places: Sequence[Sequence[float]], left: float, gap: float) -> list[tuple[float, float]]:
+    """Return places of names in one column, pushed apart where they are close; fractions of the axes."""
+    order = sorted(range(len(places)), key=lambda index: places[index][1])
     heights = [places[index][1] for index in order]
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + gap)
     down = max(0.0, heights[-1] - 0.98)
-    for height, index in zip(heights, order, strict=True):
-        x, y, words, colour = ends[index]
-        axes.annotate(
-            words,
-            (x, y),
-            xytext=(right + 0.06, height - down),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0.0, 0.5), "shrinkB": 2},
-        )
-    return True
+    found = {index: (left, height - down) for index, height in zip(order, heights, strict=True)}
+    return [found[index] for index in range(len(places))]
+
+
+def _above(places: Sequence[Sequence[float]], names: Sequence[str], gap: float) -> list[tuple[float, float]]:
+    """Return places of names over the ends, each above those that it would reach over; fractions of the axes."""
+    rows: dict[int, int] = {}
+    gap *= max(len(name.splitlines()) for name in names)
+    for index in sorted(range(len(places)), key=lambda index: places[index][0]):
+        start = places[index][0] - _CHARACTER * (2 + max(map(len, names[index].splitlines())))
+        rows[index] = max((rows[left] + 1 for left in rows if places[left][0] > start), default=0)
+    return [(places[index][0], 1.02 + gap * rows[index]) for index in range(len(places))]
 
 
 def to_png(figure: Figure) -> bytes:

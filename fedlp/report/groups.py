@@ -85,7 +85,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group runs that differ only in their seed (or in the path of their data), in order.
 
     Labels are distinct: the method, then data set, model and partition where those differ between groups, then
-    whatever else tells groups of the same name apart.
+    any other option that tells groups of the same name apart.
     """
     grouped: dict[str, list[Run]] = {}
     for run, compared in zip(runs, _compared([run.config for run in runs]), strict=True):

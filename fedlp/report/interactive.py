@@ -1,12 +1,12 @@
 """Figures of the page as plain data, which ``assets/page.js`` hands to Plotly: nothing here draws.
 
-A figure is a mapping of ``id``, ``title``, ``caption``, ``alt``, a description, ``kind`` and the values
+A figure is a mapping of ``id``, ``section``, ``title``, ``caption``, ``alt``, a description, ``kind`` and the values
 of that kind. The script chooses colour, dash and marker by a curve's index, so that a method looks the same everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedlp.report.groups import Group, clean
 from fedlp.report.simulated import utilisation_figure
-from fedlp.report.summary import METRICS, FloatArray, Metric, coverage, curve, metric_of, spent_by, summarize
+from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, coverage, curve, metric_of, spent_by, summarize
 from fedlp.types import RoundRecord
 
 Figure = dict[str, Any]
@@ -34,28 +34,56 @@ _COSTS = (
     ("wall_time_s", "measured time in all, s", 1.0),
 )
 _BOX = "Box: quartiles; whiskers: values within one and a half boxes; points: values beyond."
+CURVES, CLIENTS, LAYERS, BUDGETS = "Learning curves", "Tiers and clients", "Layers: sparsity and coverage", "Budgets"
+COST, CLOCK = "Cost of a round", "Simulated time"
+SECTIONS = (CURVES, CLIENTS, LAYERS, BUDGETS)  # before failures; the others stand after them
 _MOST_BOXED = 5_000  # values of one box; beyond it an even selection
 
 
 def figures(groups: Sequence[Group]) -> list[Figure]:
     """Return every figure for which the groups have numbers, in the order in which a reader wants them."""
     metrics = dict.fromkeys([*METRICS, *filter(None, map(metric_of, groups))])
-    found = [figure for metric in metrics if (figure := _curves(groups, metric))]
-    found += [*_clients(groups), *_client_costs(groups), *_costs(groups), *utilisation_figure(groups)]
-    found += _coverage(groups)
-    return [{"id": f"figure-{index}", **figure} for index, figure in enumerate(found)]
+    found = {
+        CURVES: [figure for metric in metrics if (figure := _curves(groups, metric))],
+        CLIENTS: [*_clients(groups)],
+        LAYERS: [*_coverage(groups)],
+        BUDGETS: [*_client_costs(groups)],
+        COST: [*_costs(groups)],
+        CLOCK: [*utilisation_figure(groups)],
+    }
+    placed = [(section, figure) for section, some in found.items() for figure in some]
+    return [{"id": f"figure-{index}", "section": name, **figure} for index, (name, figure) in enumerate(placed)]
 
 
 # ---- metric against round, bytes, MACs, time
 def _curves(groups: Sequence[Group], metric: Metric) -> Figure | None:
-    found = {}
-    for index, group in enumerate(groups):
-        one = curve(group, metric) if metric_of(group) == metric else None
-        if one is not None and np.isfinite(one.mean).any():
-            found[index] = one
-    if not found:
-        return None
-    name = metric.name.replace("_", " ")
+    """Return the figure of the groups' own metric; None where no group has it."""
+    name = metric.name.replace("_", " ").capitalize()
+    of_clients = metric.name.startswith("client_")
+    where = "clients' sub-models on their own test examples" if of_clients else "the global model on the test set"
+    caption = f"{name.removeprefix('Client ').capitalize()} of {where} after each evaluated round."
+    label = metric.title.replace("_", " ") if of_clients else f"test {metric.title}"
+    found = _known(groups, metric, own=True)
+    return _curve_figure(groups, found, name, caption, label) if found else None
+
+
+def _worst_tenth(groups: Sequence[Group], name: str, unit: str, scale: float) -> Figure | None:
+    """Return the figure of the mean over the worst tenth of the clients; None where it is not on record."""
+    metric = Metric(f"client_{name}_worst", unit, scale, None)
+    found = _known(groups, metric, own=False)
+    caption = f"Mean {name} of the worst tenth of the clients, each on its own test examples."
+    label = f"{name} of the worst tenth{unit and ', '}{unit}"
+    title = f"{name.capitalize()} of the worst tenth of clients"
+    return _curve_figure(groups, found, title, caption, label) if found else None
+
+
+def _known(groups: Sequence[Group], metric: Metric, *, own: bool) -> dict[int, Curve]:
+    """Return the curves with finite values by the index of their group; only of a group's first metric if ``own``."""
+    found = {index: curve(group, metric) for index, group in enumerate(groups) if not own or metric_of(group) == metric}
+    return {index: one for index, one in found.items() if one is not None and np.isfinite(one.mean).any()}
+
+
+def _curve_figure(groups: Sequence[Group], found: Mapping[int, Curve], title: str, caption: str, label: str) -> Figure:
     curves: list[dict[str, Any]] = [
         {
             "index": index,
@@ -69,15 +97,14 @@ def _curves(groups: Sequence[Group], metric: Metric) -> Figure | None:
     ]
     seeds = max(len(groups[index].counted) for index in found)
     band = f" Bands: {'± one standard deviation' if seeds > 2 else 'range'} over seeds." if seeds > 1 else ""
+    axes = [{"key": key, "label": name} for key, name, _ in _AXES if max(max(one["x"][key]) for one in curves) > 0]
     return {
         "kind": "curves",
-        "title": name.capitalize(),
-        "caption": f"{name.capitalize()} of the global model on the test set after each evaluated round.{band}",
-        "alt": f"{name.capitalize()}: " + "; ".join(_spoken(one) for one in curves) + ".",
-        "label": f"test {metric.title}",
-        "axes": [
-            {"key": key, "label": label} for key, label, _ in _AXES if max(max(one["x"][key]) for one in curves) > 0
-        ],
+        "title": title,
+        "caption": f"{caption}{band}",
+        "alt": f"{title}: " + "; ".join(_spoken(one) for one in curves) + ".",
+        "label": label,
+        "axes": axes or [{"key": "round", "label": "round"}],
         "curves": curves,
     }
 
@@ -126,6 +153,9 @@ def _clients(groups: Sequence[Group]) -> Iterator[Figure]:
             "label": f"{name} of one client{unit}",
             "series": series,
         }
+        worst = _worst_tenth(groups, name, unit.removeprefix(", "), scale)
+        if worst:
+            yield worst
 
 
 def _last_evaluated(group: Group) -> Iterator[RoundRecord]:

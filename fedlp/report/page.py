@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fedlp.errors import DataError
 from fedlp.report.export import summary_json
+from fedlp.report.failures import failures_section
 from fedlp.report.files import PACKED, is_packed
-from fedlp.report.groups import ABSENT, Group, differences, flatten, group_runs, shorten, show
+from fedlp.report.groups import ABSENT, Group, differences, flatten, group_runs, run_label, shorten, show
 from fedlp.report.html import anchor, as_json, asset, number_table, plotly_script, section, table, text
-from fedlp.report.interactive import Figure, figures
+from fedlp.report.interactive import CLOCK, COST, SECTIONS, Figure, figures
+from fedlp.report.palette import DARK, LIGHT
 from fedlp.report.reproduce import command
 from fedlp.report.runs import find_runs
 from fedlp.report.simulated import simulated_section
 from fedlp.report.summary import summarize
 from fedlp.report.tables import columns, notes
 
-_MOST_FAILURES = 200
 _MOST_NAMED = 3
 _LONGEST_VALUE = 60
 _SHOWN = ("failures",)  # columns that stand in the page's table at first, but not in the terminal's
@@ -98,12 +98,13 @@ def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
     sections = {
         "Results": _results(groups),
         "Read this with the numbers": _notes(groups),
-        "Plots": _figures(found),
+        **{name: _figures([one for one in found if one["section"] == name]) for name in SECTIONS},
+        "Failures and attacks": failures_section(groups),
+        COST: _figures([one for one in found if one["section"] == COST]),
+        CLOCK: _figures([one for one in found if one["section"] == CLOCK]) + simulated_section(groups),
         "What differs": _differences(groups),
-        "Simulated time": simulated_section(groups),
-        "Failures": _failures(groups),
-        "Runs": _sources(groups),
         "Run it again": _commands(groups),
+        "Runs": _sources(groups),
         "For papers": _for_papers(files),
     }
     sections = {name: body for name, body in sections.items() if body}
@@ -115,7 +116,9 @@ def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
     )
     body = "\n".join(section(name, content) for name, content in sections.items())
     scripts = f"<script>{plotly_script()}</script>\n" if found else ""
+    colours = as_json({"light": LIGHT, "dark": DARK})
     data = (
+        f'<script type="application/json" id="palette">{colours}</script>\n'
         f'<script type="application/json" id="figures">{as_json(found)}</script>\n<script>{asset("page.js")}</script>'
     )
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -128,9 +131,9 @@ def render(groups: Sequence[Group], files: Sequence[str] = ()) -> str:
 
 def _title(groups: Sequence[Group]) -> str:
     """Return the methods by name, and what they were run on where that is one data set."""
-    named = [group.label for group in groups[:_MOST_NAMED]]
-    more = len(groups) - len(named)
-    names = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    methods = list(dict.fromkeys(run_label(group.config) for group in groups))
+    more = len(methods) - _MOST_NAMED
+    names = ", ".join(methods[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
     data = {show(flatten(group.config).get("dataset.name")) for group in groups}
     return f"{names} on {data.pop()}" if len(data) == 1 else names
 
@@ -189,11 +192,12 @@ def _notes(groups: Sequence[Group]) -> str:
 
 
 def _figures(found: Sequence[Figure]) -> str:
+    wide = len(found) % 2
     items = [
-        f'<figure{_first(index)} aria-labelledby="{one["id"]}-title">'
+        f'<figure{_first(index, wide)} aria-labelledby="{one["id"]}-title">'
         f'<h3 id="{one["id"]}-title">{text(one["title"])}</h3>'
         f'<div class="controls" id="{one["id"]}-controls"></div>'
-        f'<div class="plot" id="{one["id"]}" role="img" aria-label="{text(one["alt"])}"></div>'
+        f'<div class="plot" id="{one["id"]}" role="group" aria-label="{text(one["alt"])}"></div>'
         f"<figcaption>{text(one['caption'])}</figcaption></figure>"
         for index, one in enumerate(found)
     ]
@@ -201,8 +205,9 @@ def _figures(found: Sequence[Figure]) -> str:
     return f'{without}<div class="plots">{"".join(items)}</div>' if items else ""
 
 
-def _first(index: int) -> str:
-    return ' class="first"' if index == 0 else ""
+def _first(index: int, wide: int) -> str:
+    """Return the class of a figure as wide as the page: the first of an odd number."""
+    return ' class="first"' if index < wide else ""
 
 
 def _differences(groups: Sequence[Group]) -> str:
@@ -215,31 +220,6 @@ def _differences(groups: Sequence[Group]) -> str:
     )
 
 
-def _failures(groups: Sequence[Group]) -> str:
-    rows = list(_failed(groups))
-    if not rows:
-        return ""
-    counted = Counter((row[0], row[4]) for row in rows)
-    summary = table(
-        ["method", "reason", "count"],
-        [[*key, count] for key, count in counted.items()],
-        f"{len(rows)} client failures.",
-    )
-    head = ["method", "seed", "round", "client", "reason", "message"]
-    more = len(rows) - _MOST_FAILURES
-    rest = f'<p class="soft">and {more} more.</p>' if more > 0 else ""
-    each = table(head, rows[:_MOST_FAILURES], "Client failures.")
-    return f"{summary}<details><summary>Each of them</summary>{each}{rest}</details>"
-
-
-def _failed(groups: Sequence[Group]) -> Iterator[list[Any]]:
-    for group in groups:
-        for run in group.runs:
-            for record in run.rounds:
-                for one in record.failures:
-                    yield [group.label, run.seed, record.server_round, one.client_id, one.reason, one.message]
-
-
 def _sources(groups: Sequence[Group]) -> str:
     runs = [(group, run) for group in groups for run in group.runs]
     rows = [
@@ -248,9 +228,15 @@ def _sources(groups: Sequence[Group]) -> str:
     ]
     facts = [_facts(run.manifest) for _, run in runs]
     known = dict.fromkeys(key for fact in facts for key in fact)
-    versions = [[key, ", ".join(dict.fromkeys(fact.get(key, ABSENT) for fact in facts))] for key in known]
+    versions = [[key, _several(list(dict.fromkeys(fact.get(key, ABSENT) for fact in facts)))] for key in known]
     found = table(["method", "seed", "state", "run directory"], rows, "Run directories.")
     return found + (f"<br>\n{table(['what', 'value'], versions, 'Where they were made.')}" if versions else "")
+
+
+def _several(values: Sequence[str]) -> str:
+    """Return the values, or the first and the last in their order where there are many."""
+    few = len(values) <= _MOST_NAMED
+    return ", ".join(values) if few else f"{min(values)} to {max(values)}, {len(values)} in all"
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:

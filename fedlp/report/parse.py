@@ -172,7 +172,7 @@ def _is_number(value: Any) -> bool:
 
 
 def only_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return those of ``values`` that are numbers, as floats."""
+    """Return the numbers among ``values``, as floats."""
     return {name: float(value) for name, value in values.items() if _is_number(value)}
 
 

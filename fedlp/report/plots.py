@@ -26,6 +26,7 @@ from fedlp.report.figures import (
 )
 from fedlp.report.groups import Group
 from fedlp.report.heatmaps import coverage_plots
+from fedlp.report.palette import PALE
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, client_uploads, curve, metric_of
 
 _MOST_MARKERS = 12
@@ -145,7 +146,9 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
         for index, one in curves.items()
     ]
     direct = 1 < len(curves) <= _MOST_LABELS and bool(np.isfinite([end[1] for end in ends]).all())
-    if len(curves) > 1 and not (direct and label_ends(axes, ends)):
+    if direct:
+        label_ends(axes, ends)
+    elif len(curves) > 1:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
     return to_png(figure)
 
@@ -181,7 +184,7 @@ def _draw_uploads(samples: Sequence[tuple[str, FloatArray]]) -> bytes:
         showfliers=False,
         showmeans=True,
         patch_artist=True,
-        boxprops={"facecolor": "#cfe3f1", "edgecolor": COLOURS[0]},
+        boxprops={"facecolor": PALE, "edgecolor": COLOURS[0]},
         whiskerprops={"color": COLOURS[0]},
         capprops={"color": COLOURS[0]},
         medianprops={"color": COLOURS[0], "linewidth": 2},

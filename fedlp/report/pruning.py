@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedlp.report.figures import COLOURS, blank, to_png
+from fedlp.report.palette import PALE
 
 
 def draw_layers(layers: Sequence[Mapping[str, Any]], title: str) -> bytes:
@@ -16,7 +17,7 @@ def draw_layers(layers: Sequence[Mapping[str, Any]], title: str) -> bytes:
     axes = figure.subplots()
     removed = [1.0 - layer["kept_units"] / layer["num_units"] for layer in layers]
     places = np.arange(len(layers))
-    axes.barh(places, removed, color=COLOURS[5])
+    axes.barh(places, removed, color=PALE, edgecolor=COLOURS[0])
     for place, layer in zip(places, layers, strict=True):
         axes.text(
             0.995, float(place), f"{layer['kept_units']} / {layer['num_units']}", ha="right", va="center", fontsize=7

@@ -12,6 +12,8 @@ from fedlp.report.groups import ABSENT, Group, clean
 from fedlp.report.html import number_table, text
 from fedlp.report.runs import Run
 
+_MOST_OPEN = 12  # rows of a table that is shown without being asked for
+
 
 @dataclass(frozen=True, slots=True)
 class ClassUse:
@@ -22,7 +24,7 @@ class ClassUse:
     utilisation : float
         Share of the simulated time in which the class's clients took part, in [0, 1].
     asked, finished : float
-        Parts that began, and those that were complete in time.
+        Parts that began, and parts that were complete in time.
     never : float
         Clients that were asked and never finished.
     energy_j : float or None
@@ -51,7 +53,8 @@ def simulated_section(groups: Sequence[Group]) -> str:
     for group in groups:
         for use in class_uses(group):
             energy = ABSENT if use.energy_j is None else f"{use.energy_j:.4g}"
-            cells = [f"{100 * use.utilisation:.2f}", f"{use.asked:g}", f"{use.finished:g}", f"{use.never:g}", energy]
+            counts = [f"{count:.4g}" for count in (use.asked, use.finished, use.never)]
+            cells = [f"{100 * use.utilisation:.2f}", *counts, energy]
             rows.append([group.label, use.device, str(use.clients), *cells])
             if use.asked and not use.finished:
                 idle.append(f"{group.label}: {use.device}")
@@ -63,7 +66,10 @@ def simulated_section(groups: Sequence[Group]) -> str:
         "finished: clients that were asked and never answered in time."
     )
     never = f"<p>No client finishes in: {text('; '.join(idle))}.</p>" if idle else ""
-    return never + number_table([(title, False) for title in head], rows, caption)
+    found = number_table([(title, False) for title in head], rows, caption)
+    return never + (
+        found if len(rows) <= _MOST_OPEN else f"<details><summary>Device classes</summary>{found}</details>"
+    )
 
 
 def utilisation_figure(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:

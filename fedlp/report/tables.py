@@ -58,7 +58,7 @@ def summary_table(groups: Sequence[Group]) -> str:
 
     One row a group: means over the seeds that count (see :class:`~fedlp.report.groups.Group`), the final metric with
     its sample standard deviation. MB are 1e6 bytes; parameters are those sent to and from one client in one round;
-    ``~`` marks what is expected rather than measured.
+    ``~`` marks expected values, which are not measured.
     """
     rows = [summarize(group) for group in groups]
     shown = [column for column in columns(rows) if column.in_terminal]

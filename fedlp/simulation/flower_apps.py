@@ -62,7 +62,7 @@ def check_size(grid: Grid, num_clients: int, patience_s: float = 10.0) -> None:
             raise ConfigError(
                 f"Flower simulates {count} SuperNodes, but the run has num_clients={num_clients}; "
                 f"add --federation-config num-supernodes={num_clients} to flwr run, lower num_clients, "
-                "or use fedlp simulation=ray"
+                "or use fedlp simulation=flower"
             )
         time.sleep(0.1)
 

@@ -145,7 +145,7 @@ def end_processes(processes: Iterable[subprocess.Popen[bytes]], folder: Path) ->
 def processes_in(folder: Path) -> list[int]:
     """Return the living processes in a folder or below it; none without /proc.
 
-    The folder is what all processes of a run share: Ray's workers write their title over their environment.
+    All processes of a run share the folder: Ray's workers write their title over their environment.
     """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

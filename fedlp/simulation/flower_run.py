@@ -56,7 +56,7 @@ def run_on_flower(
     """
     program = find_flwr()
     if program is None or find_spec("ray") is None:
-        raise FedLPError("simulation=ray needs Flower's simulation extra; run: pip install 'fedlp[ray]'")
+        raise FedLPError("simulation=flower needs Flower's simulation extra; run: pip install 'fedlp[ray]'")
     with tempfile.TemporaryDirectory(prefix="fedlp-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         outcome = scratch / "outcome.json"

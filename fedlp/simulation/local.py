@@ -1,9 +1,9 @@
 """The local engine: a Flower Grid in this process, clients in worker processes of one thread each.
 
 Forked workers inherit model, data and partition from the parent: a run starts at once and data is held once. Spawned
-ones are handed them in shared memory (:mod:`fedlp.simulation.starting`). Messages keep
-Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order of sending; only
-a few are held at a time, so that memory does not grow with the cohort.
+ones are handed them in shared memory (:mod:`fedlp.simulation.spawning`); without workers, clients answer in this
+process. Messages keep Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order
+of sending; only a few are held at a time, so that memory does not grow with the cohort.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
-from fedlp.simulation.transport import Item, copy_array, decode_frame, encode_frame
+from fedlp.simulation.streamed_grid import CRASHED, StreamedGrid
+from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
-from fedlp.simulation.worker_process import Numbered, Task, Worker
+from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
-CRASHED = 8  # Flower's code for a ClientApp whose process died
 _SMALL_BYTES = 1 << 20
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
 
 
-class LocalGrid(Grid):
+class LocalGrid(StreamedGrid):
     """Flower's Grid over worker processes of this machine.
 
     Parameters
     ----------
     load_app : callable
-        Returns the ClientApp; called once in every worker. Spawned workers are handed it by pickle.
+        Returns the ClientApp; called once in every worker. Spawned workers import it by name, or are given what makes
+        an equal one (:func:`fedlp.simulation.parcel.hand_over_of`).
     num_clients : int
         Nodes; node ``i + 1`` is the client of partition ``i``.
     num_workers : int
-        Processes, one thread each.
+        Processes, one thread each; with 0 clients answer in this process, one after another.
     message_bytes : int
         Upper bound of the arrays of one message.
     run_config : dict
@@ -63,8 +63,6 @@ class LocalGrid(Grid):
     Use as a context manager: workers end with it.
     """
 
-    holds_test_set = True
-
     def __init__(
         self,
         load_app: Callable[[], ClientApp],
@@ -77,22 +75,20 @@ class LocalGrid(Grid):
         start: str = "auto",
     ) -> None:
         refuse_unguarded()
-        flower_compat.become_server()
         keep_freed_memory()  # of one update for the next
-        self._num_clients = num_clients
+        super().__init__(num_clients)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
-        self._depth = 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2  # tasks a worker may have waiting
+        is_small = message_bytes <= _SMALL_BYTES and cohort == 1
+        self._depth = (8 if is_small else 2) if num_workers else 1  # tasks a worker may have waiting
         self._again: deque[Numbered] = deque()  # what a worker that ended had been given
-        self._sent = 0
-        self._replies: dict[str, Message] = {}
-        about = num_workers, self._depth, capacity, load_app, run_config or {}, num_clients
-        self._starter = make_starter(start_method(start), *about)
+        duty = Duty(self._depth, capacity, load_app, run_config or {}, num_clients)
+        self._starter = make_starter(start_method(start), num_workers, duty)
         self._selector = self._starter.selector()
         gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
         self._workers: list[Worker] = []
         try:
-            for i in range(num_workers):
+            for i in range(max(1, num_workers)):
                 self._workers.append(self._start_worker(i))
             for worker in self._workers:
                 self._starter.await_ready(worker)
@@ -119,41 +115,6 @@ class LocalGrid(Grid):
         self._selector.close()
         self._starter.close()
         gc.unfreeze()
-
-    # ---- Flower's interface
-    def set_run(self, run: flower_compat.Run) -> None:
-        """Do nothing: there is only one run."""
-
-    @property
-    def run(self) -> flower_compat.Run:
-        """Empty description: no SuperLink knows this run."""
-        return flower_compat.make_run()
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a message to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of all nodes."""
-        return range(1, self._num_clients + 1)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages and keep their replies for :meth:`pull_messages`."""
-        ids = []
-        for reply in self.stream(messages, timeout=float("inf")):
-            ids.append(reply.metadata.reply_to_message_id)
-            self._replies[ids[-1]] = reply
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies to these messages, each once."""
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Return the replies to all messages, in order."""
-        return list(self.stream(messages, float("inf") if timeout is None else timeout))
 
     # ---- the exchange
     def stream(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
@@ -211,17 +172,7 @@ class LocalGrid(Grid):
     def _send(self, worker: Worker, numbered: Numbered) -> None:
         slot = worker.free_slot()
         assert slot is not None
-        items: list[Item] = []
-        for _, message in numbered:
-            self._sent += 1
-            flower_compat.set_message_id(message, str(self._sent))
-            about = {
-                "message_id": message.metadata.message_id,
-                "node_id": message.metadata.dst_node_id,
-                "type": message.metadata.message_type,
-                "group_id": message.metadata.group_id,
-            }
-            items.append((about, message.content))
+        items = [self._stamp(message) for _, message in numbered]
         frame = bytes((slot,)) + encode_frame(items, worker.slots[slot][0])
         clients = sum(count_clients(message.content) for _, message in numbered)
         worker.tasks.append(Task(numbered, slot, time.monotonic(), clients))

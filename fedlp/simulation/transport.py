@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -22,6 +22,16 @@ _ALIGNMENT = 64
 _LENGTH = struct.Struct("<I")
 
 WrapBuffer = Callable[[str, tuple[int, ...], str, Any], Array]
+
+
+class Memory(Protocol):
+    """Place of the large arrays of a frame."""
+
+    def write(self, buffers: Sequence[Any]) -> None:
+        """Take the buffers of a frame that is encoded."""
+
+    def read(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Return the buffers of a frame that is decoded."""
 
 
 class Area:
@@ -53,18 +63,23 @@ class Area:
 
     def read(self, lengths: Sequence[int]) -> list[memoryview]:
         """Return views of buffers of the given lengths."""
-        views, offset = [], 0
-        for length in lengths:
-            views.append(self._view[offset : offset + length])
-            offset += aligned(length)
-        return views
+        return split_buffers(self._view, lengths)
+
+
+def split_buffers(image: memoryview, lengths: Sequence[int]) -> list[memoryview]:
+    """Return views of buffers that lie one after another, each aligned."""
+    views, offset = [], 0
+    for length in lengths:
+        views.append(image[offset : offset + length])
+        offset += aligned(length)
+    return views
 
 
 Item = tuple[dict[str, Any], RecordDict | None]
 """What travels for one message: JSON values (message id, node id, ...), and its records."""
 
 
-def encode_frame(items: Sequence[Item], area: Area) -> bytes:
+def encode_frame(items: Sequence[Item], area: Memory) -> bytes:
     """Return the frame of one or several messages; their large arrays are written into the area.
 
     An array that several messages share is written once.
@@ -85,7 +100,7 @@ def encode_frame(items: Sequence[Item], area: Area) -> bytes:
     return b"".join((_LENGTH.pack(len(text)), text, *buffers.found))
 
 
-def decode_frame(frame: bytes, area: Area, wrap: WrapBuffer) -> list[Item]:
+def decode_frame(frame: bytes, area: Memory, wrap: WrapBuffer) -> list[Item]:
     """Invert :func:`encode_frame`; ``wrap`` makes arrays of views, valid until the slot is reused."""
     (size,) = _LENGTH.unpack_from(frame)
     head = json.loads(frame[_LENGTH.size : _LENGTH.size + size])

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedlp.errors import FedLPError
 from fedlp.federation import flower_compat
 from fedlp.federation.client.cohort_app import CohortApp, attempt
 from fedlp.federation.wire.messages import TRAIN
-from fedlp.simulation.transport import Area, Item, decode_frame, encode_frame
+from fedlp.simulation.transport import Area, Item, Memory, decode_frame, encode_frame
 
 STOP = b"\xff"
 RAISED = 2  # Flower's code for a ClientApp that raised
@@ -28,20 +29,60 @@ _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def serve(
-    connection: Connection,
-    slots: Sequence[tuple[Area, Area]],
-    load_app: Callable[[], ClientApp],
-    run_config: dict[str, bool | float | int | str],
-    num_partitions: int,
-    lifeline: Connection,
-) -> None:
+Slots = Sequence[tuple[Area, Area]]
+"""Shared memory for the arrays of a message and of its reply, several times."""
+
+RunSettings = dict[str, bool | float | int | str]
+
+
+@dataclass(frozen=True)
+class Node:
+    """The clients' side of a grid: their app, and what each finds in its context.
+
+    Attributes
+    ----------
+    run_config : dict
+        Content of ``Context.run_config``.
+    num_partitions : int
+        Clients; node ``i + 1`` is that of partition ``i``.
+    """
+
+    app: ClientApp
+    run_config: RunSettings
+    num_partitions: int
+
+    def answer(self, frame: bytes, slots: Slots) -> bytes:
+        """Return the replies to a frame of messages; both frames begin with the number of their slot."""
+        return frame[:1] + self.reply(frame[1:], *slots[frame[0]])
+
+    def reply(self, frame: bytes, down: Memory, up: Memory) -> bytes:
+        """Return the frame of the replies to a frame of messages, whose large arrays are in ``down`` and ``up``."""
+        items = decode_frame(frame, down, flower_compat.make_array)
+        answers = _answer(self.app, [self._receive(about, content) for about, content in items])
+        try:
+            return encode_frame(answers, up)
+        except FedLPError as failure:  # replies that are larger than their slot
+            return encode_frame([({"error": [RAISED, str(failure)]}, None)] * len(answers), up)
+
+    def _receive(self, about: dict[str, Any], content: RecordDict | None) -> tuple[Message, Context]:
+        """Return a message as its node receives it."""
+        node_id = about["node_id"]
+        context = Context(
+            run_id=flower_compat.RUN_ID,
+            node_id=node_id,
+            node_config={"partition-id": node_id - 1, "num-partitions": self.num_partitions},
+            state=RecordDict(),
+            run_config=self.run_config,
+        )
+        about_it = about["message_id"], node_id, about["type"], about["group_id"]
+        return flower_compat.make_instruction(content or RecordDict(), *about_it), context
+
+
+def serve(connection: Connection, slots: Slots, load_node: Callable[[], Node], lifeline: Connection) -> None:
     """Answer messages until the other end closes.
 
     Parameters
     ----------
-    slots : sequence of (down, up)
-        Shared memory for the arrays of a message and of its reply.
     lifeline : Connection
         Read end of a pipe whose write end only the parent holds.
     """
@@ -49,7 +90,7 @@ def serve(
     heed_signals()
     settle_process()
     flower_compat.become_server()
-    app = load_app()
+    node = load_node()
     while True:
         try:
             frame = connection.recv_bytes()
@@ -57,38 +98,11 @@ def serve(
             return  # the parent is gone
         if frame == STOP:
             return
-        down, up = slots[frame[0]]
-        items = decode_frame(frame[1:], down, flower_compat.make_array)
-        received = [_receive(about, content, run_config, num_partitions) for about, content in items]
-        answers = _answer(app, received)
+        reply = node.answer(frame, slots)
         try:
-            frame_up = encode_frame(answers, up)
-        except FedLPError as failure:  # replies that are larger than their slot
-            frame_up = encode_frame([({"error": [RAISED, str(failure)]}, None)] * len(answers), up)
-        try:
-            connection.send_bytes(frame[:1] + frame_up)
+            connection.send_bytes(reply)
         except OSError:
             return
-
-
-def _receive(
-    about: dict[str, Any],
-    content: RecordDict | None,
-    run_config: dict[str, bool | float | int | str],
-    num_partitions: int,
-) -> tuple[Message, Context]:
-    """Return a message as its node receives it."""
-    node_id = about["node_id"]
-    context = Context(
-        run_id=flower_compat.RUN_ID,
-        node_id=node_id,
-        node_config={"partition-id": node_id - 1, "num-partitions": num_partitions},
-        state=RecordDict(),
-        run_config=run_config,
-    )
-    records = content or RecordDict()
-    message = flower_compat.make_instruction(records, about["message_id"], node_id, about["type"], about["group_id"])
-    return message, context
 
 
 def _answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Item]:

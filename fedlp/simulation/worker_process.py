@@ -1,4 +1,4 @@
-"""A worker process of the local engine as its parent sees it: its pipe, its areas of memory, its tasks."""
+"""A worker of the local engine as its parent sees it: its pipe, its areas of memory, its tasks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import mmap
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkContext
-from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from fedlp.simulation.shared_blocks import Block
 from fedlp.simulation.transport import Area
-from fedlp.simulation.worker import serve
+from fedlp.simulation.worker import Node, RunSettings
 
 Numbered = list[tuple[int, Message]]
 """Messages with their places in the order."""
@@ -31,18 +29,70 @@ class Task:
     clients: int
 
 
+@dataclass(frozen=True)
+class Duty:
+    """What every worker of a grid does.
+
+    Attributes
+    ----------
+    num_slots : int
+        Tasks that a worker may have waiting, >= 1.
+    capacity : int
+        Bytes of each area of memory; a slot has two.
+    load_app : callable
+        Returns the ClientApp.
+    run_config : dict
+        Content of ``Context.run_config``.
+    num_clients : int
+        Nodes.
+    """
+
+    num_slots: int
+    capacity: int
+    load_app: Callable[[], ClientApp]
+    run_config: RunSettings
+    num_clients: int
+
+    def load_node(self) -> Node:
+        """Return the clients' side of the grid."""
+        return Node(self.load_app(), self.run_config, self.num_clients)
+
+    def make_slots(self) -> list[tuple[Area, Area]]:
+        """Return areas of memory of this process, which forked ones inherit."""
+
+        def area() -> Area:
+            return Area(memoryview(mmap.mmap(-1, self.capacity)))
+
+        return [(area(), area()) for _ in range(self.num_slots)]
+
+
+class Process(Protocol):
+    """What a grid needs of a worker's process."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """Exit code; None while it lives."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
 @dataclass
 class Worker:
     """A process, its end of the pipe, its slots (areas for requests and replies), and its tasks in order.
 
     Attributes
     ----------
+    connection : Connection, or what has its methods
     block : Block or None
         Shared memory of the slots of a spawned worker.
     """
 
-    process: BaseProcess
-    connection: Connection
+    process: Process
+    connection: Any
     slots: list[tuple[Area, Area]]
     tasks: deque[Task] = field(default_factory=deque)
     block: Block | None = None
@@ -60,51 +110,3 @@ class Worker:
         if self.block is not None:
             self.block.remove()
             self.block.leave()
-
-
-def start_forked(
-    fork: ForkContext,
-    num_slots: int,
-    capacity: int,
-    load_app: Callable[[], ClientApp],
-    run_config: dict[str, bool | float | int | str],
-    num_clients: int,
-    lifeline: tuple[Connection, Connection],
-) -> Worker:
-    """Fork a worker, which loads the app and serves until its pipe or the lifeline closes.
-
-    Parameters
-    ----------
-    num_slots : int
-        Tasks that it may have waiting, >= 1.
-    capacity : int
-        Bytes of each area of memory.
-    lifeline : (reader, writer)
-        Pipe of which only this process keeps the end for writing.
-    """
-    slots = [(_anonymous(capacity), _anonymous(capacity)) for _ in range(num_slots)]
-    parent, child = fork.Pipe()
-    process = fork.Process(
-        target=_run_forked, args=(parent, child, slots, load_app, run_config, num_clients, lifeline), daemon=True
-    )
-    process.start()
-    child.close()
-    return Worker(process, parent, slots)
-
-
-def _anonymous(capacity: int) -> Area:
-    return Area(memoryview(mmap.mmap(-1, capacity)))
-
-
-def _run_forked(
-    parent: Connection,
-    child: Connection,
-    slots: list[tuple[Area, Area]],
-    load_app: Callable[[], ClientApp],
-    run_config: dict[str, bool | float | int | str],
-    num_partitions: int,
-    lifeline: tuple[Connection, Connection],
-) -> None:
-    parent.close()
-    lifeline[1].close()
-    serve(child, slots, load_app, run_config, num_partitions, lifeline[0])

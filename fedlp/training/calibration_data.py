@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlp.config import PrunerConfig
 from fedlp.data.examples import DataInfo, Examples
 from fedlp.errors import CalibrationError
 from fedlp.pruning.calibration import Calibration
+from fedlp.pruning.kernels.newton import mean_loss
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.criterion import as_score
 from fedlp.tasks import task_of
@@ -51,14 +53,29 @@ def batch_calibration(
     return Calibration(batches, labels, seed, lambda outputs, wanted: task.loss(outputs, outputs, wanted), False)
 
 
+def check_tokenizer(model: nn.Module, data: Calibration, info: DataInfo, tokenizer: str) -> None:
+    """Check a language model's loss on one example, which tells a wrong tokenizer; CalibrationError if it is far off.
+
+    Models that predict no tokens, such as classifiers of texts, are not checked.
+    """
+    if _predicts_tokens(info):
+        first = data.batches[0][:1]
+        one = replace(data, batches=[first], labels=[data.labels[0][: first.numel()]])
+        check_language_loss(mean_loss(model, one), info, tokenizer)
+
+
+def _predicts_tokens(info: DataInfo) -> bool:
+    task = task_of(info)
+    return task.reads_tokens and not task.exact_outputs
+
+
 def check_language_loss(loss: float, info: DataInfo, tokenizer: str) -> None:
     """Raise CalibrationError if a language model's loss, in nats per token, is well above that of a uniform guess.
 
     The tokenizer is then wrong, or the model untrained, and pruning is meaningless.
     """
-    task, uniform = task_of(info), math.log(info.num_classes)
-    predicts_tokens = task.reads_tokens and not task.exact_outputs
-    if predicts_tokens and not loss <= uniform + _MOST_EXCESS:
+    uniform = math.log(info.num_classes)
+    if _predicts_tokens(info) and not loss <= uniform + _MOST_EXCESS:
         raise CalibrationError(
             f"the model's loss on this text is {loss:.2f} nats per token before pruning, above the {uniform:.2f} of a "
             f"uniform guess among {info.num_classes} tokens: dataset.tokenizer={tokenizer} is not the one that it was "

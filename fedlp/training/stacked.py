@@ -13,15 +13,14 @@ with that of training alone up to rounding: 1e-5 of a tensor's largest entry aft
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlp.config import LocalConfig
-from fedlp.data.examples import DataInfo, Examples
+from fedlp.data.examples import DataInfo
 from fedlp.models import state_tensors
 from fedlp.models.dropout import draw_from
 from fedlp.models.layers import held_still
@@ -29,100 +28,12 @@ from fedlp.training.batches import augment_images, batch_sizes
 from fedlp.training.loop import TrainResult, class_offsets
 from fedlp.training.optimizers import SGD, Stepper, make_optimizer
 from fedlp.training.schedules import Moment, lr_factor, make_schedule
-from fedlp.training.stacked_chain import Chain
+from fedlp.training.stacked_adjustment import adjust_gradients
+from fedlp.training.stacked_cohort import Cohort, StackedResult, Trained, Trainee, Way, as_cohort
 from fedlp.training.stacked_order import BatchOrder, Indices
 from fedlp.training.stacked_pass import StackedBatch, Still, descend_chain, draws, stacked_gradients
 
 _PADDED_TO = 4  # a multiple of rows, so that batches of some sizes share a pass
-Trained = tuple[TrainResult, dict[str, Tensor]]
-"""Report of a training, and the trained tensors by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trainee:
-    """One client's part in a stack.
-
-    Attributes
-    ----------
-    values : mapping from name to Tensor
-        Tensors that the model starts from; those that are absent are the model's own.
-    examples : Examples
-        At least one.
-    rng : numpy Generator
-        As of :func:`fedlp.training.loop.train_locally`.
-    masks : mapping from name to Tensor
-        Factors of gradients, 0 or 1; may be empty.
-    """
-
-    values: Mapping[str, Tensor]
-    examples: Examples
-    rng: np.random.Generator
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Cohort:
-    """Clients of one architecture that train together.
-
-    Attributes
-    ----------
-    shared : mapping from name to Tensor
-        Values that all start from; tensors that are neither here nor in ``own`` are the model's.
-    own : mapping from name to (clients, ...)
-        Values that clients start from where theirs differ.
-    examples : Examples
-        Of all clients, one after another.
-    lengths : sequence of int
-        Examples of each client, >= 1.
-    rngs : iterable of numpy Generator
-        As of :func:`fedlp.training.loop.train_locally`. With augmentation one object per client; else one may be set
-        anew for each.
-    masks : mapping from name to (clients, ...)
-        Factors of gradients, 0 or 1; may be empty.
-    """
-
-    shared: Mapping[str, Tensor]
-    own: Mapping[str, Tensor]
-    examples: Examples
-    lengths: Sequence[int]
-    rngs: Iterable[np.random.Generator]
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class StackedResult:
-    """Result of a cohort.
-
-    Attributes
-    ----------
-    tensors : mapping from name to Tensor
-        Of all clients, (clients, ...), for every name of ``state_tensors(model)``, in its order; expanded where
-        clients share one.
-    losses : list of float
-        Mean training loss of each client.
-    """
-
-    tensors: Mapping[str, Tensor]
-    losses: Sequence[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How clients of an architecture train together.
-
-    Attributes
-    ----------
-    stacks : bool
-        Whether they do.
-    pads : bool
-        Whether smaller batches may be padded; see ``stacked_pass``.
-    chain : Chain
-        The layers of a fully connected network; else empty.
-    """
-
-    stacks: bool = True
-    pads: bool = False
-    chain: Chain = ()
 
 
 def train_stacked(
@@ -132,7 +43,7 @@ def train_stacked(
     config: LocalConfig,
     frozen: Collection[str] = (),
     moment: Moment = Moment(),  # noqa: B008 # frozen
-    way: Way = Way(),
+    way: Way = Way(),  # noqa: B008 # frozen
 ) -> list[Trained]:
     """Return the training result of each client; see :func:`fedlp.training.loop.train_locally`.
 
@@ -153,7 +64,7 @@ def train_stacked(
     found: dict[int, Trained] = {}
     for members in groups.values():
         chosen = [trainees[i] for i in members]
-        result = train_cohort(model, _as_cohort(model, chosen), info, config, frozen, moment, way)
+        result = train_cohort(model, as_cohort(model, chosen), info, config, frozen, moment, way)
         for k, number in enumerate(members):
             report = TrainResult(config.epochs * len(chosen[k].examples), result.losses[k])
             found[number] = report, {name: x[k] for name, x in result.tensors.items()}
@@ -161,35 +72,13 @@ def train_stacked(
 
 
 def moves_within_rounds(config: LocalConfig) -> bool:
-    """Return whether the learning rate moves with the steps of a round, so that those of a cohort must be as many."""
+    """Return whether the learning rate moves within a round, so that a cohort needs equal numbers of steps."""
     return config.schedule not in ("constant", {"name": "constant"})
 
 
 def count_steps(num_examples: int, config: LocalConfig) -> int:
     """Return the number of steps of a client."""
     return config.epochs * len(batch_sizes(num_examples, config.batch_size))
-
-
-def _as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
-    """Return clients as a cohort; values are shared where all clients have the same tensor."""
-    shared: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
-    for name, x in state_tensors(model).items():
-        values = [trainee.values.get(name, x) for trainee in trainees]
-        if all(value is values[0] for value in values):
-            shared[name] = values[0]
-        else:
-            own[name] = torch.stack([value.to(x) for value in values])
-    examples = [trainee.examples for trainee in trainees]
-    joined = examples[0] if len(examples) == 1 else _join(examples)
-    masks = {name: torch.stack([trainee.masks[name] for trainee in trainees]) for name in trainees[0].masks}
-    rngs = [trainee.rng for trainee in trainees]
-    return Cohort(shared, own, joined, [len(one) for one in examples], rngs, masks)
-
-
-def _join(examples: Sequence[Examples]) -> Examples:
-    inputs = [one.inputs if isinstance(one.inputs, Tensor) else one.inputs[: len(one)] for one in examples]
-    return Examples(torch.cat(inputs), torch.cat([one.targets for one in examples]), None)
 
 
 def train_cohort(
@@ -199,7 +88,7 @@ def train_cohort(
     config: LocalConfig,
     frozen: Collection[str] = (),
     moment: Moment = Moment(),  # noqa: B008 # frozen
-    way: Way = Way(),
+    way: Way = Way(),  # noqa: B008 # frozen
 ) -> StackedResult:
     """Return the training result of all clients, as one stack; see :func:`train_stacked`.
 
@@ -315,7 +204,7 @@ class _Stack:
             x.grad = None
         for members, size in passes:
             self._backward(step, members, size, losses)
-        self._adjust()
+        adjust_gradients(self._trained, self._anchors, self._masks, self._config)
         optimizer.step()  # moves those that are done as well, whose tensors were copied out
         return losses
 
@@ -402,21 +291,3 @@ class _Stack:
             raw = augment_images(raw, self._order.rngs[k], info.padding, info.flip)
             found.append(torch.cat([raw, raw[:1].expand(len(chosen) - count, *raw.shape[1:])]))
         return torch.cat(found)
-
-    @torch.no_grad()
-    def _adjust(self) -> None:
-        """Mask gradients, add FedProx's, and clip each client's norm."""
-        for name, mask in self._masks.items():
-            if name in self._trained and (gradient := self._trained[name].grad) is not None:
-                gradient.mul_(mask)
-        moved = [x for x in self._trained.values() if x.grad is not None]
-        for x, anchor in zip(self._trained.values(), self._anchors, strict=False):
-            if x.grad is not None:
-                x.grad.add_(x.detach() - anchor, alpha=self._config.proximal)
-        if self._config.max_grad_norm is None:
-            return
-        gradients = [x.grad for x in moved if x.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
-        scale = (self._config.max_grad_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.reshape(-1, *[1] * (gradient.ndim - 1)))

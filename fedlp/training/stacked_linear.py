@@ -70,7 +70,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of inputs, weights and biases; those of the weights are contiguous."""
+        """Return the gradients of inputs, weights and biases; the weights' are contiguous."""
         inputs, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         return (

@@ -61,7 +61,7 @@ def stacked_gradients(
     still: Mapping[str, Still],
     batch: StackedBatch,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return each client's loss, (clients,), and its gradients, (clients, ...), None for what it does not depend on.
+    """Return each client's loss, (clients,), and its gradients, (clients, ...), None where it has none.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedlp.apps import runs as assembly
 from fedlp.federation.flower_compat import become_server
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.types import ClientProfile, ClientUpdate, Keep, SubModel, TrainInstruction
 
 Answer = Callable[[Message, int], Message]
@@ -53,10 +53,10 @@ class InstantClient:
         if message.metadata.message_type == messages.CAPABILITIES:
             return Message(messages.encode_profile(ClientProfile(client_id, 20)), reply_to=message)
         if message.metadata.message_type == messages.STATISTICS:
-            submodel, _ = messages.decode_submodel(message.content, submodels)
+            submodel, _ = evaluation_messages.decode_submodel(message.content, submodels)
             names = frozenset(name for name in submodels.statistics if not name.endswith("num_batches_tracked"))
             measured = {name: torch.full(shape, 0.01) for name, shape, _ in submodels.layout(submodel).signature(names)}
-            return Message(messages.encode_statistics(measured, 20), reply_to=message)
+            return Message(evaluation_messages.encode_statistics(measured, 20), reply_to=message)
         instruction = messages.decode_instruction(message.content, submodels)
         return Message(messages.encode_update(self.train(instruction), submodels), reply_to=message)
 

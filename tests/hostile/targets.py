@@ -1,4 +1,4 @@
-"""Every kind of message that a client sends: an honest one, its decoder, and the promise of what is accepted."""
+"""Every kind of reply, and the server's instruction: an honest one, its decoder, the promise of what is accepted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from torch import Tensor
 
 from fedlp.config import compose
+from fedlp.errors import ProtocolError
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.oneshot.messages import Part
 from fedlp.federation.secagg import messages as phases
@@ -19,19 +20,25 @@ from fedlp.federation.secagg.keys import DIGEST_BYTES, SEALED_BYTES, public_key
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.stacked_exchange import are_sound
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages, stacks
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.federation.wire.encodings.quantised import Int4, Int8
 from fedlp.federation.wire.encodings.topk import TopK
+from fedlp.federation.wire.index_sets import encode_names
 from fedlp.federation.wire.ranges import LARGEST_METRIC, LARGEST_MOMENT, LARGEST_VALUE, MOST_EXAMPLES
 from fedlp.models import describe_model, state_tensors
 from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel
 
 WHO = "client 4"
 PROFILE = ClientProfile(4, 50)
+STACKED = (4, 7, 2)  # clients of a stack
 FLOAT32 = Float32()
 
 
@@ -116,17 +123,77 @@ class Updates:
                 found[path] = InputNorms(torch.rand(columns, dtype=torch.float64), 40)
         return found
 
+    def stack(self) -> Target:
+        """Return the target of stacked updates: each is taken where it would be alone, else its sender is named."""
+        submodels, layout = self.submodels, self.submodels.layout(SubModel())
+        assigned = [Assignment(3, client_id, SubModel(), layout.name_set) for client_id in STACKED]
+        uploads = encode_names(layout.name_set, submodels.names)
+        params = {name: torch.stack([tensor] * len(STACKED)) for name, tensor in self.params.items()}
+        losses = [0.5, float("nan"), 0.25]
+        update = stacks.StackedUpdate(3, STACKED, [17, 50, 1], losses, params)
+
+        def decode(content: RecordDict) -> None:
+            found = stacks.decode_updates(content, assigned, layout.signature())
+            guards = [RoundGuard(ServerState(2, self.params), self.trainable, True) for _ in range(2)]
+            sound = are_sound(found, [PROFILE.num_examples] * len(STACKED), guards[0]).tolist()
+            errors = [self.verdict(stacks.client_message(found, k, uploads), assigned[k], guards[1]) for k in range(3)]
+            assert sound == [error is None for error in errors], errors
+            for k, (client_id, error) in enumerate(zip(STACKED, errors, strict=True)):
+                assert str(error or f"client {client_id}, round 3").startswith(f"client {client_id}, round 3")
+                if error is None:
+                    in_range({name: rows[k] for name, rows in found.params.items()}, LARGEST_VALUE)
+            for error in filter(None, errors):
+                raise error
+
+        honest = stacks.encode_updates(update, submodels)
+        arrays = honest.array_records[messages.PARAMS]
+        for dtype, array in list(arrays.items()):  # as they arrive
+            arrays[dtype] = Array(array.dtype, array.shape, array.stype, bytes(array.data))
+        return Target("stacked updates", honest, decode, named="client")
+
+    def verdict(self, content: RecordDict, assigned: Assignment, guard: RoundGuard) -> ProtocolError | None:
+        """Return why an update that comes alone is refused; None if it is taken."""
+        try:
+            profile = ClientProfile(assigned.client_id, PROFILE.num_examples)
+            guard.admit(messages.decode_update(content, assigned, profile, self.submodels), {})
+        except ProtocolError as error:
+            return error
+        return None
+
     def statistics(self) -> Target:
         names = [name for name in self.submodels.statistics if self.params[name].is_floating_point()]
         names.sort(key=list(self.params).index)
-        honest = messages.encode_statistics({name: self.params[name] for name in names}, 20)
+        honest = evaluation_messages.encode_statistics({name: self.params[name] for name in names}, 20)
 
         def decode(content: RecordDict) -> None:
-            found, count = messages.decode_statistics(content, PROFILE, SubModel(), self.submodels)
+            found, count = evaluation_messages.decode_statistics(content, PROFILE, SubModel(), self.submodels)
             in_range(found, LARGEST_MOMENT)
             assert 1 <= count <= 50
 
         return Target("statistics", honest, decode)
+
+
+def instruction() -> Target:
+    """Return the server's instruction with encoded frozen tensors, as a client reads it."""
+    config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
+    submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
+    params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
+    download, still = NormalFloat4(), submodels.spec.frozen
+    downlink = FrozenDownlink(submodels, download, 0)
+    held = {axis: Keep.first(size // 2, size) for axis, size in submodels.widths.axes.items()}
+    layout = submodels.layout(SubModel(widths=held))
+    assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
+
+    def decode(content: RecordDict) -> None:
+        found = messages.decode_instruction(content, submodels, download=download)
+        frozen = {name: x for name, x in found.params.items() if name in still}
+        in_range(frozen, LARGEST_VALUE)
+        assert bool(found.held) or found.params.keys() == submodels.layout(found.submodel).name_set
+        if found.frozen:
+            assert digest_tensors(frozen) == content[messages.INSTRUCTION]["digest"]
+
+    honest = messages.encode_instruction(assigned, downlink.encode(layout, layout.slice(params)), submodels)
+    return Target("instruction with frozen tensors", honest, decode, named="the server's ")
 
 
 def moments(name: str, parts: list[Part], dtype: torch.dtype) -> Target:
@@ -172,10 +239,10 @@ def profile() -> Target:
 
 def evaluation() -> Target:
     def decode(content: RecordDict) -> None:
-        found = messages.decode_sums(content)
+        found = evaluation_messages.decode_sums(content)
         assert all(isinstance(found[key], float) for key in ("loss", "count"))
 
-    honest = messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
+    honest = evaluation_messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
     return Target("evaluation sums", honest, decode, named="evaluation sums")
 
 
@@ -214,14 +281,16 @@ def secure_aggregation() -> Iterator[Target]:
 
 
 def all_targets() -> Iterator[Target]:
-    """Yield every kind of message that a client sends."""
+    """Yield every kind of message."""
     yield from secure_aggregation()
     updates = Updates()
     yield updates.target("update", widths=False)
     yield updates.target("update of chosen units, 8 bits, coded", widths=True, encoding=Int8(), coded=True)
     yield updates.target("update of chosen units, 4 bits, input norms", widths=True, encoding=Int4(), normed=True)
     yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
+    yield updates.stack()
     yield updates.statistics()
+    yield instruction()
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)
     cross = [Part("r.target_total", (3,)), Part("r.cross", (3, 6))]

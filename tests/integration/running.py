@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fedlp.apps import runs as assembly
+from fedlp.apps.batching import cohort_size, sends_stacks
 from fedlp.config import RunConfig, compose, to_yaml
 from fedlp.simulation.local import LocalGrid
 
@@ -76,6 +77,8 @@ def run(out: Path, *overrides: str, app: App | None = None) -> Finished:
         num_workers=2,
         message_bytes=8 * plan.submodels.spec.num_params,
         run_config={"cfg": cfg, "out": str(out)},
+        cohort=cohort_size(config, plan.submodels, plan.info),
+        stacks=sends_stacks(config),
     ) as grid:
         assembly.serve_run(grid, cfg, out)
     return read(out)

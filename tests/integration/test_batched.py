@@ -162,6 +162,6 @@ def test_clients_do_train_together_and_one_that_fails_is_alone_in_it(
 
 def test_it_is_the_local_engines() -> None:
     with pytest.raises(ConfigError, match=r"simulation\.batched"):
-        compose([*TINY[:-1], "simulation=ray", BATCHED])
+        compose([*TINY[:-1], "simulation=flower", BATCHED])
     with pytest.raises(ConfigError, match="true, false or auto"):
         compose([*TINY, "simulation.batched=sometimes"])

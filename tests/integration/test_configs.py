@@ -24,6 +24,7 @@ PROMISED = {
     "partition": "iid dirichlet shards mixed natural devices column",
     "strategy": "fedavg fedlp_homo fedlp_hetero heterofl fjord fedrolex fedlp_plan",
     "upload": "float32 bfloat16 int8 int4 int2 topk",
+    "download": "float32 bfloat16 int8 block8 block4 nf4",
     "aggregator": "coverage_average trimmed_mean median krum norm_clipping norm_filter centred_clipping",
     "server_optimizer": "none momentum adam yogi adagrad",
     "local": "sgd adam adamw",

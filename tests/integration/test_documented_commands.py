@@ -169,7 +169,7 @@ def cases() -> Iterator[Any]:
     """Yield the commands; those of other pages than README, many runs and other engines are slow tests."""
     readme = {line.partition("  #")[0].strip() for line in lines_of(ROOT / "README.md")}
     for line in [*COMMANDS, *EXAMPLES]:
-        is_slow = line not in readme or re.search(r" -m |=ray|^fedlp-search|-profile", line)
+        is_slow = line not in readme or re.search(r" -m |=ray|=flower|^fedlp-search|-profile", line)
         yield pytest.param(line, id=line.replace("/", "|"), marks=[pytest.mark.slow] if is_slow else [])
 
 
@@ -187,7 +187,7 @@ def test_a_command_of_the_pages_runs(line: str, workplace: dict[str, str], call:
         words += ["num_clients=2", "clients_per_round=2", "calibration.batch_size=4"]
     is_whole = {"options", "describe", "new"} & {*words} or "resume" in given
     small = [] if is_whole else [word for word in SMALL.get(name, ()) if word.partition("=")[0] not in given]
-    if name == "fedlp" and "simulation=ray" in words:
+    if name == "fedlp" and {"simulation=ray", "simulation=flower"} & {*words}:
         done = execute(name, *words, *small, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return

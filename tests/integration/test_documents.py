@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -112,18 +114,60 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
 
 # ---- the site
 @pytest.mark.slow
-def test_the_site_builds_offline_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="needs fedlp[docs]")
-    if not (ROOT / "experiments").is_dir():
-        pytest.skip("a source distribution has no experiments")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not (done.stdout + done.stderr).strip()
-    pages = list((tmp_path / "site").rglob("*.html"))
+def test_the_site_builds_offline_without_a_warning(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) > 30
     for page in pages:
         text = page.read_text("utf-8")
         assert not re.search(r'(src|<link[^>]*href)="(https?:)?//', text), f"{page.name} fetches from elsewhere"
         assert not re.search(r":(class|func|math|mod):", text), f"{page.name} shows markup of a docstring"
+
+
+@pytest.mark.slow
+def test_no_link_of_the_site_is_dead(site: Path) -> None:
+    assert dead_links(site) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a id="top" href="b.html#one">x</a><a href="b.html#two">x</a><source srcset="c.svg">'
+    )
+    (tmp_path / "b.html").write_text(
+        '<h1 id="one">x</h1><a href="a.html#top">x</a><a href="d/">x</a><a href="https://e.f">'
+    )
+    assert dead_links(tmp_path) == ["a.html: b.html#two", "a.html: c.svg", "b.html: d/"]
+
+
+class _Links(HTMLParser):
+    """Collects what a page links to or shows, and the names that links may lead to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" or (name == "name" and tag == "a"):
+                self.names.add(value or "")
+            elif name in ("href", "src", "srcset"):
+                self.links.append(value or "")
+
+
+def dead_links(site: Path) -> list[str]:
+    """Return the links of built pages that lead to no file, or to no place in a page of the same site."""
+    pages = {page.resolve(): _Links(page.read_text("utf-8")) for page in sorted(site.rglob("*.html"))}
+    found = []
+    for page, here in pages.items():
+        for link in dict.fromkeys(here.links):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or page.name == "404.html":  # which is served from any folder
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            target = target / "index.html" if target.is_dir() else target
+            name = unquote(parts.fragment)
+            missing = target in pages and name not in pages[target].names | {"", "__skip"}
+            if missing or not target.is_file():
+                found.append(f"{page.relative_to(site.resolve())}: {link}")
+    return found

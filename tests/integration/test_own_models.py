@@ -108,7 +108,7 @@ def test_where_it_would_have_to_be_cut_it_is_refused(
 def test_it_is_said_once_on_flowers_runtime_with_the_same_bytes(elsewhere: Path) -> None:
     overrides = ("model=nets_of_mine:cosine", "strategy=fedlp_plan", *TIERS, *SMALL)
     local = execute("fedlp", *overrides, "hydra.run.dir=local", cwd=elsewhere)
-    ray = execute("fedlp", *overrides, "simulation=ray", "hydra.run.dir=ray", cwd=elsewhere, timeout=400)
+    ray = execute("fedlp", *overrides, "simulation=flower", "hydra.run.dir=ray", cwd=elsewhere, timeout=400)
     for done in (local, ray):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count(SAID["cosine"]) == 1

@@ -157,7 +157,7 @@ def test_a_plan_has_the_same_bytes_on_flowers_runtime(elsewhere: Path) -> None:
 
 def same_bytes_on_ray(elsewhere: Path, method: tuple[str, ...]) -> None:
     call("fedlp", *SETTINGS, *method, *SMALL, "hydra.run.dir=local", cwd=elsewhere)
-    call("fedlp", *SETTINGS, *method, *SMALL, "simulation=ray", "hydra.run.dir=ray", cwd=elsewhere)
+    call("fedlp", *SETTINGS, *method, *SMALL, "simulation=flower", "hydra.run.dir=ray", cwd=elsewhere)
     assert bytes_of(elsewhere / "ray") == bytes_of(elsewhere / "local")
     assert (elsewhere / "ray" / "mine.txt").read_text() == (elsewhere / "local" / "mine.txt").read_text()
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Context, Message
 from torch import Tensor
 
+from fedlp.apps import runs as assembly
 from fedlp.apps.federate import Federation
 from fedlp.apps.runs import make_runtime
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ConfigError
+from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.server.checkpoint import load_checkpoint
 from fedlp.federation.strategies.plan_policy import PlanPolicy
 from fedlp.models import state_tensors
@@ -122,6 +125,50 @@ def test_nobody_holds_the_whole(tmp_path: Path) -> None:
         run(tmp_path / "run", *POOLED, "fleet.fractions=[0.8,0.6]")
 
 
+SECURE = (*POOLED, "fleet.fractions=[1.0,0.6]", "pruner.damping=0.01", "aggregator=coverage_average")
+
+
+def test_masked_sums_prune_as_open_ones(once: Once) -> None:
+    """Nothing is trained, so that rounds move nothing: what clients receive is what calibration gave."""
+    secure = once(*SECURE, "local.lr=1e-30", "num_rounds=1", "privacy=secagg", "privacy.bits=64")
+    plain = once(*SECURE, "local.lr=1e-30", "num_rounds=1")
+    assert secure.failures == plain.failures == []
+    states = [load_checkpoint(done.path / "checkpoint") for done in (secure, plain)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[0].memory.keys() == states[1].memory.keys()
+    assert states[1].memory
+    for name, value in states[1].memory.items():
+        torch.testing.assert_close(states[0].memory[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    assert {"keys", "shares", "moments", "unmask", "train"} <= {*secure.rounds[0]["phases"]}
+    for way in ("bytes_down", "bytes_up"):
+        assert sum(phase[way] for phase in secure.rounds[0]["phases"].values()) == secure.rounds[0][way]
+
+
+def test_no_client_shows_its_sums(tmp_path: Path) -> None:
+    def app(message: Message, context: Context) -> Message:
+        reply = assembly.client_app(message, context)
+        if message.metadata.message_type == wire.MOMENTS and wire.ANSWER in reply.content:
+            raise AssertionError("sums in the open")
+        return reply
+
+    done = run(tmp_path, *SECURE, "num_rounds=1", "privacy=secagg", app=app)
+    assert done.failures == []
+    assert "moments" in done.rounds[0]["phases"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("pruner.damping=null",), "two halves of the clients .* and 3 clients hold the whole model"),
+        (("fleet.fractions=[1.0,0.8,0.6]",), "2 of 6 clients hold"),
+    ],
+)
+def test_too_few_holders_of_the_whole_for_a_secure_sum_are_refused(options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Federation(compose((*SECURE, "num_clients=6", "privacy=secagg", *options)))
+
+
 def test_privacy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="privacy"):
+    with pytest.raises(ConfigError, match="privacy=secagg alone protects"):
         Federation(compose((*POOLED, "privacy=local_dp", "pruner=random", "upload.values=weights")))

@@ -1,94 +1,145 @@
-"""The same apps on Flower's simulation runtime: the same bytes, one line where a run fails, and nothing left behind."""
+"""The Ray engine: the bytes of the local one, on one node and on two; nodes that die; one line where it cannot run."""
 
 from __future__ import annotations
 
-import os
+import gc
+import logging
 import shutil
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
+import fedlp
+from fedlp.apps import runs as assembly
+from fedlp.config import compose, to_yaml
+from fedlp.errors import ConfigError
 from fedlp.simulation.flower_process import processes_in
-from tests.integration.running import TINY, Finished, command, execute, interruptible, read
+from fedlp.simulation.parcel import HandOver
+from fedlp.simulation.ray_cluster import RaySettings
+from fedlp.simulation.ray_grid import RayGrid
+from tests.integration.running import TINY, Call, Finished, execute, read
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc"),
-]
 Once = Callable[..., Finished]
-CASE = (*TINY, "strategy=fedlp_hetero", "server_optimizer=momentum")
+CASE = (*TINY, "strategy=fedavg")
+PLAN = (*TINY, "strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.5]", "upload=int8")
+PLAN = (*PLAN, "upload.error_feedback=true")
 PATIENCE_S = 400
 
+pytestmark = [  # Ray leaves files of its processes open
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
-@pytest.fixture(autouse=True)
-def _temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give the run a temporary folder of its own, and see that it leaves neither files nor processes."""
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes with one CPU each on this machine, which soon notices that one has died."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    )
+    made.second = made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+    gc.collect()  # while their warnings are ignored
+
+
+def test_nothing_answers_at_the_address(call: Call) -> None:
+    code, _, errors = call("simulation=ray", "simulation.address=127.0.0.1:1")
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith("fedlp: simulation.address=127.0.0.1:1: no Ray cluster answers there (")
+
+
+def test_a_model_object_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    data = torch.zeros(40, 8), torch.arange(40) % 2
+    with pytest.raises(ConfigError, match=r"^simulation=ray: the model is an object \(Linear\).*give"):
+        fedlp.simulate(torch.nn.Linear(8, 2), data, clients=4, simulation="ray", out=tmp_path / "run")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are found by /proc")
+def test_a_private_ray_gives_the_bytes_of_the_local_engine(
+    once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(tempfile.mkdtemp(prefix="f"))
     monkeypatch.setenv("TMPDIR", str(folder))
-    yield
+    done = execute("fedlp", *PLAN, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[1].split()[1] for line in done.stderr.splitlines()] == ["1/2", "2/2"]  # Ray is silent
+    ray, local = read(tmp_path / "run"), once(*PLAN)
+    assert ray.model == local.model
+    assert ray.untimed == local.untimed
     assert processes_in(folder) == []
     assert list(folder.glob("fedlp-*")) == []
     shutil.rmtree(folder)
 
 
-def test_a_run_gives_the_bytes_of_the_local_engine(once: Once, tmp_path: Path) -> None:
-    done = execute("fedlp", *CASE, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[1].split()[1] for line in done.stderr.splitlines()] == ["1/2", "2/2"]
-    ray, local = read(tmp_path / "run"), once(*CASE)
-    assert ray.model == local.model
-    assert ray.untimed == local.untimed
-    heads = [sorted(path.relative_to(run.path) for path in run.path.glob("clients/*/*")) for run in (ray, local)]
-    assert heads[0] == heads[1] != []
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_nodes_give_the_bytes_of_the_local_engine(once: Once, tmp_path: Path, cluster: Any) -> None:
+    for number, case in enumerate((CASE, PLAN)):
+        out = tmp_path / f"run{number}"
+        assembly.run_locally(to_yaml(compose([*case, "simulation=ray", f"simulation.address={cluster.address}"])), out)
+        assert read(out).model == once(*case).model
+        assert read(out).untimed == once(*case).untimed
+        assert not list(out.glob(".shared-*"))
 
 
-def test_secure_aggregation_gives_the_bytes_of_the_local_engine(once: Once, tmp_path: Path) -> None:
-    case = (*TINY, "strategy=fedavg", "privacy=secagg", "fleet.dropout=0.2")
-    done = execute("fedlp", *case, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    ray, local = read(tmp_path / "run"), once(*case)
-    assert ray.model == local.model
-    assert ray.untimed == local.untimed
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_outlives_a_node(once: Once, tmp_path: Path, cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def kill(record: Any, state: Any) -> None:
+        if record.server_round == 1:
+            cluster.remove_node(cluster.second, allow_graceful=False)
 
-
-def test_a_run_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
-    absent = ("dataset=cifar10", "dataset.root=/nonexistent", "dataset.download=false", "model=fedlp_cnn")
-    done = execute("fedlp", *absent, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
-    assert done.returncode == 2
-    assert done.stderr.startswith("fedlp: cifar10: no folder /nonexistent; ")
-    assert done.stderr.count("\n") == 1
-    assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_a_run_that_is_stopped_goes_on_on_the_other_engine(once: Once, tmp_path: Path) -> None:
-    case = (*CASE, "num_rounds=40")
-    process = subprocess.Popen(
-        interruptible(command("fedlp", *case, "simulation=ray", "hydra.run.dir=run")),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    assembly.run_locally(
+        to_yaml(compose([*PLAN, "simulation=ray", f"simulation.address={cluster.address}"])), tmp_path / "run", [kill]
     )
-    rounds = tmp_path / "run" / "rounds.jsonl"
-    deadline = time.monotonic() + PATIENCE_S
-    while not rounds.is_file() or rounds.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert rounds.read_bytes().count(b"\n") < 40, "the run was over before the signal came"
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"fedlp: stopped; go on with: fedlp resume={tmp_path / 'run'}"
-    resumed = execute("fedlp", "resume=run", "simulation=local", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert read(tmp_path / "run").model == once(*case).model
-    assert read(tmp_path / "run").untimed == once(*case).untimed
+    assert any("of the Ray cluster died" in line or "; tried again: client" in line for line in caplog.messages)
+    found = read(tmp_path / "run")
+    assert not found.failures  # states are in a folder that both nodes see
+    assert found.model == once(*PLAN).model
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("pins", [False, True])
+def test_messages_of_a_node_that_dies_in_their_midst(
+    cluster: Any, pins: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    content = HandOver("tests.integration.ray_apps:make_app", {"seconds": 0.5}, {"numbers": np.arange(100_000)})
+    with RayGrid(content, RaySettings(cluster.address), 8, 8, 1000) as grid:
+        grid._pool.pins = pins
+        lost = {i for i in range(8) if grid._pool.home(i).node_id == cluster.second.node_id}
+        assert len(lost) == 4
+        replies = []
+        about = RecordDict({"about": ConfigRecord({"n": 1})})
+        for reply in grid.stream([Message(about, i + 1, "train") for i in range(8)], 60.0):
+            if not replies:
+                cluster.remove_node(cluster.second, allow_graceful=False)
+            replies.append(reply)
+    good = [reply for reply in replies if not reply.has_error()]
+    assert all(reply.content["found"]["sum"] == 4_999_950_000 for reply in good)
+    failed = {i for i, reply in enumerate(replies) if reply.has_error()}
+    assert [reply.content["found"]["client"] for reply in good] == [i for i in range(8) if i not in failed]
+    if pins:
+        assert failed
+        assert failed <= lost
+        assert any("of the Ray cluster died, and its workers with it" in line for line in caplog.messages)
+        assert {replies[i].error.code for i in failed} == {8}
+    else:
+        assert not failed
+        assert any("; tried again: client" in line for line in caplog.messages)

@@ -108,6 +108,15 @@ def test_a_run_goes_on_from_the_newest_checkpoint_whose_rounds_are_on_record(
     assert "does not hold rounds 1 to 7 of the checkpoint; the run goes on from round 6" in caplog.text
 
 
+def test_a_run_goes_on_without_its_records_in_memory(
+    once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = (*TINY, "strategy=fedavg")
+    shutil.copytree(once(*case, "num_rounds=1").path, tmp_path / "run")
+    monkeypatch.delattr("fedlp.apps.round_keeping.load_run")
+    assert_same(go_on(tmp_path / "run", 2), once(*case, "num_rounds=2"))
+
+
 def test_a_checkpoint_never_outlives_what_is_on_record_of_its_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ CASES = {
     "slimgpt": ("pruner=slimgpt", "pruner.damping=0.01"),
     "obs, halves": ("pruner=obs", "pruner.fisher=false"),
     "obs, fisher": ("pruner=obs", "pruner.damping=0.01"),
+    "votes": ("unit_selection=client", "pruner=slimgpt"),
     "batch norms": ("model=fedlp_cnn", "pruner=slimgpt", "pruner.keeps_batch_norm=false"),
 }
 SOME = [pytest.param(case, marks=() if case == "slimgpt" else pytest.mark.slow) for case in CASES]
@@ -121,7 +122,7 @@ def test_a_sum_out_of_range_is_refused_where_it_is_made(value: float) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("unit_selection=client", "pruner=slimgpt"), "unit_selection=server"),
+        (("unit_selection=client", "pruner=slimgpt", "clients_per_round=2"), "min_group=3"),
         (("pruner=obs", "clients_per_round=5"), "two halves"),
         (("pruner=slimgpt", "pruner.damping=0.01", "clients_per_round=2"), "min_group=3"),
     ],

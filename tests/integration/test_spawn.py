@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,8 +32,8 @@ NETS = Path(__file__).parent / "own" / "nets.py"
 
 SCRIPT = """
 import numpy as np, torch, fedlp
+from nets_of_mine import net
 x, y = torch.randn(60, 8), torch.randint(3, (60,))
-net = torch.nn.Linear(8, 3)
 
 @fedlp.register("partition", "halves")  # known where this script was imported
 def halves(train, num_clients):
@@ -45,12 +45,20 @@ GUARD
 """
 
 
+MODULE = """
+import torch
+
+def net():
+    return torch.nn.Linear(8, 3)
+"""
+
+
 def assert_equal_bytes(one: Finished, other: Finished) -> None:
     assert one.untimed == other.untimed
     assert one.model == other.model
 
 
-def linear() -> nn.Module:
+def two_layers() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
 
@@ -97,17 +105,63 @@ def test_a_model_of_ones_own_from_the_command_line(tmp_path: Path, monkeypatch: 
     assert_equal_bytes(*runs)
 
 
+def in_memory(out: Path, model: nn.Module | Callable[[], nn.Module], **simulation: object) -> tuple[list[str], bytes]:
+    """Return lines, without times, and model of a run on data in memory."""
+    clients = [examples(seed, 20 + seed) for seed in range(4)]
+    options = {"rounds": 2, "strategy": "fedavg", "local": {"batch_size": 8}, "out": out}
+    fedlp.simulate(model, clients, examples(9, 30), simulation=simulation, **options)
+    lines = (out / "rounds.jsonl").read_text().splitlines()
+    return [line.partition("wall_time_s")[0] for line in lines], (out / "model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
-def test_a_model_and_data_in_memory(tmp_path: Path) -> None:
-    runs = []
-    for start in ("fork", "spawn"):
-        out = tmp_path / start
-        clients = [examples(seed, 20 + seed) for seed in range(4)]
-        options = {"rounds": 2, "strategy": "fedavg", "local": {"batch_size": 8}, "out": out}
-        fedlp.simulate(linear(), clients, examples(9, 30), simulation={"workers": 2, "start": start}, **options)
-        rounds, model = (out / "rounds.jsonl").read_text(), (out / "model.safetensors").read_bytes()
-        runs.append(([line.partition("wall_time_s")[0] for line in rounds.splitlines()], model))
-    assert runs[0] == runs[1]
+def test_a_function_that_makes_the_model_and_data_in_memory(tmp_path: Path) -> None:
+    spawned = in_memory(tmp_path / "spawn", two_layers, workers=2, start="spawn")
+    assert spawned == in_memory(tmp_path / "fork", two_layers, workers=2, start="fork")
+
+
+# ---- clients in this process
+def test_a_model_that_has_no_name_trains_in_this_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forked = in_memory(tmp_path / "fork", two_layers(), workers=2, start="fork")
+    assert not caplog.records
+    assert in_memory(tmp_path / "auto", two_layers(), start="spawn") == forked
+    assert [record.getMessage() for record in caplog.records] == [
+        "clients train one after another in this process (simulation.workers=0): the model is an object (Sequential), "
+        'which another process cannot build; give model="module:name", or a function or class of the top level of a '
+        "module or script that makes it"
+    ]
+    with pytest.raises(
+        ConfigError, match=r'start=spawn: the model is an object .* model="module:name".*workers=0'
+    ) as no:
+        in_memory(tmp_path / "run", two_layers(), workers=2, start="spawn")
+    assert "\n" not in str(no.value)
+    assert not multiprocessing.active_children()
+
+
+def test_a_system_that_cannot_fork(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    in_memory(tmp_path / "run", two_layers(), workers=2)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("strategy=fedavg",),
+        pytest.param(TIERS, marks=pytest.mark.slow),
+        pytest.param(("strategy=fedlp_hetero", "server_optimizer=momentum"), marks=pytest.mark.slow),
+        pytest.param(("strategy=fedavg", "privacy=secagg"), marks=pytest.mark.slow),
+        pytest.param(("strategy=fedavg", "simulation.batched=true"), marks=pytest.mark.slow),
+    ],
+    ids=["fedavg", "tiers", "hetero", "secagg", "batched"],
+)
+def test_no_workers(more: tuple[str, ...], once: Once, tmp_path: Path) -> None:
+    case = (*TINY, *more)
+    here = run(tmp_path / "run", *case, "simulation.workers=0")
+    assert not multiprocessing.active_children()
+    assert_equal_bytes(here, once(*case))
 
 
 MORTAL = """
@@ -189,6 +243,7 @@ def read_after(folder: Path) -> Finished:
 @pytest.mark.slow
 def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
     for guard, is_fine in (("if True:", False), ('if __name__ == "__main__":', True)):
+        (tmp_path / "nets_of_mine.py").write_text(MODULE)
         (tmp_path / "script.py").write_text(SCRIPT.replace("GUARD", guard))
         line = [sys.executable, "script.py"]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -200,24 +255,28 @@ def test_a_script_without_a_guard_gets_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_that_only_the_session_knows(tmp_path: Path) -> None:
-    text = SCRIPT.replace("GUARD", "if True:")
-    for words, given in ((["-c", text], None), (["-"], text)):
-        line = [sys.executable, *words]
-        done = subprocess.run(line, input=given, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 1
-        assert done.stderr.count("Traceback") == 1
-        said = "cannot be given .*attribute 'halves'" if given is None else "<stdin> is no file"
-        assert re.search(rf"^fedlp\.errors\.FedLPError: spawned workers .*{said}", done.stderr.splitlines()[-1])
+def test_a_session_that_workers_cannot_import(tmp_path: Path) -> None:
+    (tmp_path / "nets_of_mine.py").write_text(MODULE)
+    asked = SCRIPT.replace("GUARD", "if True:")
+    for word, said in (("-c", "partition halves cannot be"), ("-", "script <stdin> is no")):
+        for text, is_fine in ((asked, False), (asked.replace('"workers": 1, ', ""), True)):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            words, given = ([word, text], None) if word == "-c" else ([word], text)
+            line = [sys.executable, *words]
+            done = subprocess.run(
+                line, input=given, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert (done.returncode == 0) == is_fine, done.stderr
+            assert said in done.stderr.splitlines()[-1]
+            assert done.stderr.count("Traceback") == 1 - is_fine
+            assert (tmp_path / "run" / "manifest.json").is_file() == is_fine
 
 
 # ---- what is refused, in one line
-def test_objects_that_cannot_be_handed_over(tmp_path: Path) -> None:
-    net = linear()
-    net[1].forward = lambda x: x.relu()  # type: ignore[method-assign]
-    options = {"rounds": 1, "strategy": "fedavg", "simulation": {"start": "spawn"}, "out": tmp_path / "run"}
-    with pytest.raises(FedLPError, match=r"^spawned workers cannot be given .*lambda.*top level of a module") as found:
-        fedlp.simulate(net, examples(0, 40), clients=4, **options)
+def test_parts_that_have_no_name(tmp_path: Path) -> None:
+    options = {"rounds": 1, "strategy": "fedavg", "simulation": {"start": "spawn", "workers": 2}, "out": tmp_path}
+    with pytest.raises(ConfigError, match=r"partition _lambda_.* cannot be imported by another process") as found:
+        fedlp.simulate(two_layers, examples(0, 40), clients=4, partition=lambda train: np.arange(36) % 4, **options)
     assert "\n" not in str(found.value)
     assert not multiprocessing.active_children()
 
@@ -225,6 +284,8 @@ def test_objects_that_cannot_be_handed_over(tmp_path: Path) -> None:
 def test_options_that_do_not_fit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(call("simulation=ray", SPAWN), "simulation.start=spawn is not allowed: it must be auto with .*ray")
     assert_refused(call("simulation.start=thread"), "must be one of auto, fork, spawn")
+    assert_refused(call("simulation.workers=0", SPAWN), "start=spawn is not allowed: it must be auto with .*workers=0")
+    assert_refused(call("simulation.workers=0", "simulation=ray"), "workers=0 is not allowed: it must be at least 1")
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     with pytest.raises(ConfigError, match=r"cannot fork processes; set simulation\.start=spawn"):
         start_method("fork")

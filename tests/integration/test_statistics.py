@@ -13,7 +13,7 @@ from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
 from fedlp.errors import ProtocolError
 from fedlp.federation.server.batch_norm_statistics import pool_statistics
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.types import ClientProfile, SubModel
 from tests.integration.running import TINY_CNN, Finished, run
 
@@ -69,6 +69,6 @@ def test_negative_variances_are_refused() -> None:
     names = [n for n in plan.submodels.spec.tensors if n in plan.submodels.statistics]
     values = {n: v.clone() for n, v in plan.initial_params().items() if n in names and v.is_floating_point()}
     next(value for name, value in values.items() if name.endswith("running_var"))[0] = -1.0
-    content = messages.encode_statistics(values, 3)
+    content = evaluation_messages.encode_statistics(values, 3)
     with pytest.raises(ProtocolError, match=r"client 4: .* holds negative variances"):
-        messages.decode_statistics(content, ClientProfile(4, 9), SubModel(), plan.submodels)
+        evaluation_messages.decode_statistics(content, ClientProfile(4, 9), SubModel(), plan.submodels)

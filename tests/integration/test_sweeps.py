@@ -159,4 +159,5 @@ def test_jobs_in_other_processes(launcher: str, tmp_path: Path) -> None:
     failing = execute("fedlp", "-m", *TINY, *chosen[:2], "local.lr=-1,0.1", "hydra.sweep.dir=bad", cwd=tmp_path)
     assert failing.returncode == 2
     assert "Traceback" not in failing.stderr
+    assert re.search(r"a job of the sweep failed: job 0 \(.*\): local.lr=-1.0 is not allowed", failing.stderr)
     assert (tmp_path / "bad" / "1" / "manifest.json").is_file()

@@ -145,6 +145,15 @@ def test_labelled_text_trains_an_encoder(strategy: str, reviews: Path, once: Onc
     assert done.rounds[-1]["metrics"]["accuracy"] > 0.95
 
 
+def test_an_encoder_is_pruned(reviews: Path, call: Call, tmp_path: Path) -> None:
+    given = (f"model.path={reviews}/bert", "dataset=hf", f"dataset.path={reviews}/data", "dataset.sequence_length=8")
+    asked = ("sparsity=0.4", "calibration.examples=32", "hydra.run.dir=out")
+    code, out, errors = call(*given, *asked, main=cli.prune_main)
+    assert code == 0, errors
+    assert "accuracy" in out
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
 def test_two_texts_have_the_token_types_of_the_tokenizer(reviews: Path, tmp_path: Path, once: Once) -> None:
     rng = np.random.default_rng(0)
     words = rng.choice(["day", "book", "meal", "road", "song"], (300, 2))

@@ -64,22 +64,29 @@ Parts = dict[str, Array]  # by tensor, NaN where an update holds nothing
 
 
 def bounded(updates: Sequence[Parts], weights: Sequence[float], old: Parts, multiple: float, least: int) -> Parts:
-    """Average of updates whose norms are bounded by a multiple of a typical update's of the same entries."""
-    typical = {}
+    """Average of updates whose norms are bounded by a multiple of a typical update's of the same tensors."""
+    typical, whole = {}, {}
     for name, before in old.items():
-        found = [norms([update[name]], before)[0] ** 2 for update in updates if not np.isnan(update[name]).all()]
-        if len(found) >= least:
-            typical[name] = lower_median(found)
-    scales = []
+        holders = [update[name] for update in updates if not np.isnan(update[name]).all()]
+        if len(holders) >= least:
+            typical[name] = lower_median([norms([values], before)[0] ** 2 for values in holders])
+            whole[name] = lower_median([np.nansum((values - before) ** 2) for values in holders])
+    ratios = []
     for update in updates:
         norm = reference = 0.0
         for name, before in old.items():
+            count = 0
             for entry, value in enumerate(update[name]):
                 if name in typical and not np.isnan(value):
                     norm += (value - before[entry]) ** 2
-                    reference += typical[name]
-        beyond = reference > 0 and math.sqrt(norm) > multiple * math.sqrt(reference)
-        scales.append(multiple * math.sqrt(reference / norm) if beyond else 1.0)
+                    count += 1
+            if count:
+                reference += max(count * typical[name], whole[name])
+        ratios.append(math.sqrt(norm / reference) if reference > 0 else 0.0)
+    logs = [math.log(ratio) for ratio in ratios if ratio > 0]
+    deviations = [abs(value - lower_median(logs)) for value in logs]
+    limit = max(multiple, math.exp(3 * 1.4826 * lower_median(deviations))) if logs else multiple
+    scales = [limit / ratio if ratio > limit else 1.0 for ratio in ratios]
     result = {}
     for name, before in old.items():
         result[name] = before.copy()

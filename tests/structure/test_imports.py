@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_ROOMS, MOST_ARROWS = 17, 70  # an arrow is a pair of rooms of which one imports from the other
+MOST_LINES, MOST_CODE, USUAL_CODE = 300, 50, 30  # of a file; of a function without its docstring: of any, of 95 %
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -85,12 +88,27 @@ def test_no_room_asks_for_the_name_of_a_task() -> None:
 
 
 def test_there_are_no_circles() -> None:
-    graph: dict[str, set[str]] = {}
     names = {".".join(("fedlp", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in MODULES}
     packages = {name.removesuffix(".__init__"): name for name in names}
+    graph: dict[str, set[str]] = {}
     for name, path in names.items():
         found = {packages[imported] for imported in imports_of(path) if imported in packages}
         graph[name] = found - {name}
+    assert_acyclic(graph)
+
+
+def test_rooms_form_no_circle_and_their_arrows_stay_few() -> None:
+    graph: dict[str, set[str]] = {room_of(path): set() for path in MODULES}
+    for path in MODULES:
+        found = {name.split(".")[1] for name in imports_of(path) if name.startswith("fedlp.")}
+        graph[room_of(path)] |= {room for room in found if room in graph} - {room_of(path)}
+    assert_acyclic(graph)
+    assert len(graph) <= MOST_ROOMS, sorted(graph)
+    arrows = [(room, target) for room, targets in graph.items() for target in targets]
+    assert len(arrows) <= MOST_ARROWS, f"{len(arrows)} arrows between rooms: {sorted(arrows)}"
+
+
+def assert_acyclic(graph: Mapping[str, Collection[str]]) -> None:
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -102,6 +120,57 @@ def test_there_are_no_circles() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_contributing_names_the_same_floors() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    told = {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows}
+    assert told == {number + 1: rooms for number, rooms in enumerate(FLOORS)}
+
+
+def test_a_long_file_says_why() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        if len(text.splitlines()) > MOST_LINES:
+            reason = ast.get_docstring(ast.parse(text)) or ""
+            assert "Longer than other files: " in reason, f"{path} is long, and does not say why"
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(
+        (lines_of_code(node), f"{path}: {node.name}")
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert lengths[-1][0] <= MOST_CODE, lengths[-1]
+    assert lengths[int(0.95 * len(lengths))][0] <= USUAL_CODE
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines of a function without its docstring."""
+    assert function.end_lineno is not None
+    count = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        first = function.body[0]
+        assert first.end_lineno is not None
+        count -= first.end_lineno - first.lineno + 1
+    return count
+
+
+def test_nothing_is_unpickled() -> None:
+    unpicklers = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "copyreg"}
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports_of(path)} & unpicklers, f"{path} can unpickle"
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            if ast.unparse(call.func) == "torch.load":
+                assert given.get("weights_only") == "True", f"{path}:{call.lineno}: torch.load is not safe"
+            assert given.get("allow_pickle", "False") == "False", f"{path}:{call.lineno} unpickles arrays"
+            assert call.func.attr != "read_pickle", f"{path}:{call.lineno} unpickles a table"
 
 
 def test_help_needs_neither_torch_nor_flower() -> None:

@@ -167,7 +167,7 @@ def make_costs(
     Parameters
     ----------
     params, macs, activation_bytes : Terms
-        Of the whole model over the layers' axes; MACs and activations are those of one example.
+        Of the whole model over the layers' axes; MACs and activations are per example.
     optimizer : "sgd", "momentum" or "adam"
     upload_bytes : Terms, optional
         Encoded bytes of the parameters; four bytes each if absent.

@@ -89,8 +89,8 @@ class CoverageAverageRule:
     Attributes
     ----------
     max_norm : float or None
-        Largest norm of an update, as a multiple of the round's median for what the client holds, >= 1; longer ones are
-        scaled down. None for no bound.
+        Largest norm of an update, as a multiple of the round's median for the client's sub-model, >= 1; longer ones are
+        scaled down. Where clients differ more, three robust standard deviations. None for no bound.
     max_examples : float or None
         Largest number of examples that counts, as a multiple of the cohort's median, >= 1. None for no bound.
     """

@@ -26,7 +26,7 @@ class ClippedAverage:
     params : mapping from tensor name to Tensor
         Current global values, or zeros where updates are differences. Not modified.
     multiple : float
-        Largest norm, as a multiple of a typical update's, >= 1.
+        Largest norm where clients are alike, as a multiple of a typical update's, >= 1.
     trainable : collection of str, optional
         Tensors that clients train. Others, such as running statistics, have a bound of their own: their changes are of
         another size. All if absent.

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlp.federation.aggregation.blocks import BLOCK, add_weighted, empty, write_average
 from fedlp.federation.aggregation.coverage import WHOLE, Denominator, Keeps, Region, region
 from fedlp.federation.aggregation.pending_updates import Entry, HeldUpdate, Part, Segment
 
-BLOCK = 1 << 18  # numbers per block: 2 MiB of sums and as much of scratch
 GROUP = 64  # updates held back at most
 GROUP_BYTES = 1 << 28  # bytes of updates held back, but for the last one
 
@@ -190,7 +190,7 @@ class CoverageAverage:
             names = list(group)
             shapes = [self._params[name].shape for name in names]
             sizes = [shape.numel() for shape in shapes]
-            flats = torch.split(_empty(sum(sizes), dtype), sizes)
+            flats = torch.split(empty(sum(sizes), dtype), sizes)
             found.update({name: flat.view(shape) for name, flat, shape in zip(names, flats, shapes, strict=True)})
         return {name: found[name] for name in self._params}
 
@@ -199,7 +199,7 @@ class CoverageAverage:
     def _flush(self) -> None:
         """Add the updates held back to the sums."""
         if self._sums is None:
-            self._sums = _empty(self._numel, torch.float64)
+            self._sums = empty(self._numel, torch.float64)
         returned = {name for update in self._pending for name in update.entries}
         for segment in self._segments([name for name in self._names if name in returned], finish=False):
             for lo, hi in segment.blocks(self._block):
@@ -211,7 +211,7 @@ class CoverageAverage:
         """Write the average of the rows ``[lo, hi)`` into ``out``; return the number of covered entries."""
         out = segment.rows(out, lo, hi)
         if isinstance(denominator, float):
-            _write(self._sum(segment, lo, hi).div_(denominator), out)
+            write_average(self._sum(segment, lo, hi).div_(denominator), out)
             return out.numel()
         weights, kinds = denominator.rows(lo, hi)
         mask = weights > 0.0 if kinds is None else (weights > 0.0)[kinds]
@@ -224,7 +224,7 @@ class CoverageAverage:
         if kinds is not None:
             weights = torch.index_select(weights, 0, kinds, out=self._wide.resize_(hi - lo, weights.shape[1]))
         out = out.view(hi - lo, -1)
-        _write(total.div_(weights), out)
+        write_average(total.div_(weights), out)
         if covered < mask.numel():
             torch.where(mask, out, old.reshape(hi - lo, -1), out=out)
         return covered * (out.numel() // mask.numel())
@@ -290,30 +290,6 @@ class CoverageAverage:
         return Segment(names, self._starts[first], shape, parts, first in self._summed)
 
 
-def add_weighted(sums: Tensor, stack: Tensor, weights: Sequence[float], is_summed: bool) -> None:
-    """Add weighted rows to sums, row by row, in blocks of columns; set the sums where they hold nothing yet.
-
-    Parameters
-    ----------
-    sums : (numbers,)
-        float64; changed.
-    stack : (rows, numbers)
-        Of at most 24 bits of mantissa, so that products with whole weights below 2^29 are exact.
-    """
-    wide = torch.empty(0, dtype=torch.float64)
-    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
-    step = max(1, BLOCK // (4 * len(stack)))
-    for lo in range(0, stack.shape[1], step):
-        part, into = stack[:, lo : lo + step], sums[lo : lo + step]
-        rows = wide.resize_(part.shape).copy_(part).mul_(factors).numpy()
-        if is_summed:
-            rows[0] += into.numpy()
-        if rows.shape[1] == 1:
-            into[0] = float(np.add.accumulate(rows[:, 0])[-1])
-        else:  # row by row, since the first axis is not contiguous; a contiguous one would be added pairwise
-            np.add.reduce(rows, axis=0, out=into.numpy())
-
-
 def coverage_average(
     params: Mapping[str, Tensor], updates: Iterable[WeightedUpdate]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -322,15 +298,3 @@ def coverage_average(
     for update in updates:
         average.add(*update)
     return average.result()
-
-
-def _write(average: Tensor, out: Tensor) -> None:
-    """Cast an average, rounding it in place where ``out`` holds integers."""
-    out.copy_(average if out.is_floating_point() else average.round_())
-
-
-def _empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised memory; numpy asks for huge pages, which makes its first touch several times cheaper."""
-    memory = torch.from_numpy(np.empty(numel * dtype.itemsize + 64, np.uint8))
-    start = -memory.data_ptr() % 64
-    return memory[start : start + numel * dtype.itemsize].view(dtype)

@@ -5,7 +5,7 @@ r"""Clipped, noised sum of updates over denominators that are known before the r
 
 :math:`\Delta_k` is client k's update, zero where it returns nothing, its norm that over all its entries;
 :math:`d_e` is the number of clients that are expected to return entry e (McMahan et al., ICLR 2018, for equal
-coverage). The sum lies in the space of the whole model, so one client moves it by at most C, whatever part of the model
+coverage). The sum lies in the space of the whole model, so one client moves it by at most C, for any part of the model
 it holds. Every entry with :math:`d_e > 0` is noised, whether or not a client returned it; who did is not looked at.
 """
 
@@ -35,7 +35,7 @@ class NoisedSum:
     params : mapping from tensor name to Tensor
         Current global values, or zeros where updates are differences; all floating-point. Not modified.
     holders : Holders
-        From what is known before the round. Tensors of which nothing is expected stay as they are.
+        From facts known before the round. Tensors without expected holders stay as they are.
     clipping_norm : float
         Largest L2 norm of an update over all its entries, > 0.
     noise_multiplier : float

@@ -1,14 +1,23 @@
 r"""Bounds on the norms of updates from the round's medians, where clients hold different parts of the model.
 
 With :math:`\rho_{k,t}` the root mean square of client k's differences over the entries of tensor t that it holds, and
-:math:`n_{k,t}` their number, a typical update of the same entries has the squared norm
+:math:`n_{k,t}` their number, a typical update of the same tensors has the squared norm
 
-.. math:: \nu_k^2 = \sum_t n_{k,t} \, \operatorname{med}_j \rho_{j,t}^2,
+.. math:: \nu_k^2 = \sum_t \max\left(n_{k,t} \operatorname{med}_j \rho_{j,t}^2, \,
+   \operatorname{med}_j n_{j,t} \rho_{j,t}^2\right),
 
-with medians over the clients that hold a part of t (the lower one of an even number). An update is scaled by
-:math:`\min(1, c \, \nu_k / \lVert \Delta_k \rVert)`. So clients of narrow, shallow or drawn parts are compared with
-what others did to the same tensors. Tensors that fewer than ``MIN_HOLDERS`` clients hold are not compared, since two
-hostile clients would set their median.
+with medians over the clients that hold a part of t (the lower one of an even number). With
+:math:`r_k = \lVert \Delta_k \rVert / \nu_k` an update is scaled by
+
+.. math:: \min(1, \max(c, e^{3 s}) / r_k),
+   \qquad s = 1.4826 \operatorname{med}_k | \log r_k - \operatorname{med}_j \log r_j |.
+
+So clients of shallow or drawn parts are compared with what others did to the same tensors. The second median in
+:math:`\nu_k` is for slices: a narrow sub-model changes each of its few entries more, and a tensor no more than others
+do. :math:`s`, a robust standard deviation, is for rounds in which honest clients differ (in depth, classes, steps): the
+bound is then three of it. Fewer than half of the clients make it no larger than 1.4826 times the range of the others'
+:math:`\log r`. Tensors that fewer than ``MIN_HOLDERS`` clients hold are not compared, since two hostile clients would
+set their median.
 """
 
 from __future__ import annotations
@@ -22,6 +31,8 @@ import torch
 from torch import Tensor
 
 MIN_HOLDERS = 5  # a median of fewer is no bound: of three, one client with another takes it
+_DEVIATIONS, _PER_MAD = 3.0, 1.4826  # of a normal distribution's median absolute deviation
+_LARGEST_EXPONENT = 700.0
 _BLOCK = 1 << 18  # numbers that are widened at a time
 
 Squares = Mapping[str, tuple[float, int]]
@@ -63,25 +74,41 @@ def clipping_scales(updates: Sequence[Squares], multiple: float) -> list[float]:
     updates : sequence of Squares
         Of all updates of a round; tensors of at least one entry.
     multiple : float
-        Largest norm, as a multiple of a typical update's, >= 1.
+        Largest norm where clients are alike, as a multiple of a typical update's, >= 1.
 
     Returns
     -------
     list of float
         Exactly 1 within the bound. Also where most clients changed none of the tensors, so that there is no measure.
     """
-    means: dict[str, list[float]] = defaultdict(list)
+    held: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for update in updates:
-        for name, (total, count) in update.items():
-            means[name].append(total / count)
-    typical = {name: lower_median(found) for name, found in means.items() if len(found) >= MIN_HOLDERS}
-    return [_scale(update, typical, multiple) for update in updates]
+        for name, found in update.items():
+            held[name].append(found)
+    typical = {name: _typical(found) for name, found in held.items() if len(found) >= MIN_HOLDERS}
+    ratios = [_ratio(update, typical) for update in updates]
+    limit = max(multiple**2, _spread(ratios))
+    return [math.sqrt(limit / ratio) if ratio > limit else 1.0 for ratio in ratios]
 
 
-def _scale(update: Squares, typical: Mapping[str, float], multiple: float) -> float:
+def _typical(found: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Return the median squared difference of an entry of a tensor, and that of all entries that a client holds."""
+    return lower_median([total / count for total, count in found]), lower_median([total for total, _ in found])
+
+
+def _ratio(update: Squares, typical: Mapping[str, tuple[float, float]]) -> float:
+    """Return the squared norm of an update, as a multiple of a typical one's; 0 where there is no measure."""
     compared = [name for name in update if name in typical]
     total = math.fsum(update[name][0] for name in compared)
-    reference = math.fsum(update[name][1] * typical[name] for name in compared)
-    if not reference or total <= multiple**2 * reference:
+    reference = math.fsum(max(update[name][1] * typical[name][0], typical[name][1]) for name in compared)
+    return total / reference if reference else 0.0
+
+
+def _spread(ratios: Sequence[float]) -> float:
+    """Return the factor of three robust standard deviations of the ratios' logarithms; 1 without any."""
+    logs = [math.log(ratio) for ratio in ratios if ratio > 0.0]
+    if not logs:
         return 1.0
-    return multiple * math.sqrt(reference / total)
+    centre = lower_median(logs)
+    deviation = _PER_MAD * lower_median([abs(value - centre) for value in logs])
+    return math.exp(min(_DEVIATIONS * deviation, _LARGEST_EXPONENT))

@@ -108,7 +108,9 @@ class Adaptive:
     Attributes
     ----------
     lr : float
-        Step size, > 0.
+        Step size, > 0. By default no entry moves by more than 0.01 in the first step, whatever the scale of
+        :math:`\Delta`: that step has size :math:`\eta (1 - \beta_1) / \sqrt{1 - \beta_2}` with ``adam`` and ``yogi``,
+        :math:`\eta (1 - \beta_1)` with ``adagrad``.
     momentum : float
         :math:`\beta_1`, in [0, 1).
     beta2 : float
@@ -117,7 +119,7 @@ class Adaptive:
         Adaptivity (:math:`\tau` in the paper), > 0.
     """
 
-    lr: float = 1.0
+    lr: float = 0.01
     momentum: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-3
@@ -162,6 +164,8 @@ class Yogi(Adaptive):
 @dataclass(frozen=True)
 class Adagrad(Adaptive):
     """FedAdagrad (Reddi et al., ICLR 2021)."""
+
+    lr: float = 0.03
 
     def _variance(self, variance: Tensor, delta: Tensor) -> Tensor:
         return variance + delta**2

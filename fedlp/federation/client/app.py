@@ -26,7 +26,7 @@ from fedlp.federation.privacy import protect_update
 from fedlp.federation.secagg import messages as secagg_messages
 from fedlp.federation.secagg.client import SecAggClient
 from fedlp.federation.secagg.pooled_sums import PooledSums
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.federation.wire.stacks import TRAIN_COHORT, decode_instructions, encode_updates
 from fedlp.types import ClientUpdate, EvaluationRequest, TrainInstruction
 
@@ -157,26 +157,31 @@ class _Answers:
     def statistics(self, message: Message, context: Context) -> Message:
         """Return the batch norm statistics of a sub-model on the client's examples."""
         runtime = self._runtime(message, context)
-        submodel, params = messages.decode_submodel(message.content, runtime.submodels)
+        submodel, params = evaluation_messages.decode_submodel(
+            message.content, runtime.submodels, runtime.settings.download
+        )
         found = runtime.statistics(submodel, params, client_id_of(context))
-        return Message(messages.encode_statistics(found.params, found.num_examples), reply_to=message)
+        return Message(evaluation_messages.encode_statistics(found.params, found.num_examples), reply_to=message)
 
     def evaluate_own(self, message: Message, context: Context) -> Message:
         """Return the evaluation sums on the client's own test examples."""
         runtime = self._runtime(message, context)
-        request = messages.decode_evaluation_request(message.content, runtime.submodels)
+        download = runtime.settings.download
+        request = evaluation_messages.decode_evaluation_request(message.content, runtime.submodels, download)
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
         if runtime.settings.secagg is not None:
             client = self._secure_client(message, context)
             return Message(evaluate_masked(runtime, client, message.content, request), reply_to=message)
-        return Message(messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
+        return Message(evaluation_messages.encode_client_sums(*runtime.evaluate_own(request)), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Return the evaluation sums on a range of the test examples."""
         runtime = self._runtime(message, context)
-        submodel, params, start, stop = messages.decode_range(message.content, runtime.submodels)
-        return Message(messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message)
+        submodel, params, start, stop = evaluation_messages.decode_range(message.content, runtime.submodels)
+        return Message(
+            evaluation_messages.encode_sums(runtime.evaluate(params, start, stop, submodel)), reply_to=message
+        )
 
     def _runtime(self, message: Message, context: Context) -> ClientRuntime:
         cfg, _ = self._read_settings(message, context)
@@ -219,8 +224,6 @@ def pool_masked(
     runtime: ClientRuntime, client: SecAggClient, kind: str, content: RecordDict, client_id: int, folder: Path
 ) -> RecordDict:
     """Return masked sums of one-shot pruning; the client's secrets are forgotten where there are none."""
-    if kind == pooling_messages.VOTE:
-        raise DataError("the server asks for a vote, which secure aggregation does not mask")
     secrets, _ = client.begin_masking(content, client_id)
     try:
         parts, sums, num_examples = runtime.pooling.measure(kind, content, client_id, folder)
@@ -242,7 +245,7 @@ def read_instruction(
     runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
 ) -> TrainInstruction:
     """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
-    instruction = messages.decode_instruction(message.content, runtime.submodels, known)
+    instruction = messages.decode_instruction(message.content, runtime.submodels, known, runtime.settings.download)
     if instruction.client_id != client_id_of(context):
         raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
     return instruction

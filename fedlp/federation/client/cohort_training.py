@@ -15,8 +15,9 @@ from fedlp.federation.client.settings import ClientSettings
 from fedlp.rng import Stream, generator, generators
 from fedlp.tasks import task_of
 from fedlp.training.schedules import Moment
-from fedlp.training.stacked import Trained, Trainee, Way, train_stacked
+from fedlp.training.stacked import train_stacked
 from fedlp.training.stacked_chain import find_chain
+from fedlp.training.stacked_cohort import Trained, Trainee, Way
 from fedlp.training.stacked_pass import find_obstacle
 from fedlp.training.stacked_rule import pays
 from fedlp.types import TrainInstruction

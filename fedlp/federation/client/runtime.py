@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -14,6 +13,8 @@ from fedlp.data.datasets import DataInfo, Examples
 from fedlp.errors import DataError
 from fedlp.federation.client.cohort_app import attempt
 from fedlp.federation.client.cohort_training import CohortTrainer, Prepared
+from fedlp.federation.client.frozen_tensors import FrozenTensors
+from fedlp.federation.client.memory import ClientMemory
 from fedlp.federation.client.ordered_dropout import NestedWidth, nested_counts
 from fedlp.federation.client.own_evaluation import personalise
 from fedlp.federation.client.settings import ClientSettings
@@ -22,7 +23,6 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.stacks import StackedUpdate
 from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
@@ -35,7 +35,8 @@ from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.training.evaluation import evaluate_sums
 from fedlp.training.loop import TrainResult, train_locally
 from fedlp.training.schedules import Moment
-from fedlp.training.stacked import Cohort, train_cohort
+from fedlp.training.stacked import train_cohort
+from fedlp.training.stacked_cohort import Cohort
 from fedlp.types import Budget, ClientProfile, ClientUpdate, EvaluationRequest, Keep, SubModel, TrainInstruction
 
 
@@ -46,10 +47,8 @@ class ClientRuntime:
     ----------
     shards : Shards
         Examples of each client.
-    store : ClientStore or None
-        Store of personal heads and residuals between rounds; None keeps neither.
-    frozen : ClientStore or None
-        Store of frozen tensors, which are sent once; None without frozen tensors.
+    store, frozen : ClientStore or None
+        Stores of a :class:`ClientMemory`.
     """
 
     def __init__(
@@ -67,7 +66,8 @@ class ClientRuntime:
         self.submodels = submodels
         self.shards = shards
         self.test = test
-        self.store, self.frozen = store, frozen
+        self._memory = ClientMemory(submodels, settings.seed, store)
+        self._frozen_tensors = FrozenTensors(submodels, settings.download, frozen)
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
@@ -123,24 +123,23 @@ class ClientRuntime:
         asks_more = submodel.nested_levels or instruction.held or not self._uploads.is_plain(instruction)
         if not way.stacks or asks_more or not self._trainer.has_plain_loss(examples):
             raise DataError("these clients train one by one")
-        heads = [self._load_personal(submodel, client_id, instruction.server_round) for client_id in client_ids]
+        heads = [self._memory.head(submodel, client_id, instruction.server_round) for client_id in client_ids]
         own = {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
         rngs = self._trainer.generators(instruction.server_round, client_ids)
         cohort = Cohort(instruction.params, own, examples, lengths, rngs)
         moment = Moment(instruction.server_round, settings.num_rounds)
         result = train_cohort(model, cohort, self.info, settings.local, frozen, moment, way)
-        if own and self.store is not None:
-            for k, client_id in enumerate(client_ids):
-                head = {name: result.tensors[name][k] for name in own}
-                self.store.save(client_id, instruction.server_round, head)
+        for k, client_id in enumerate(client_ids if own else ()):
+            head = {name: result.tensors[name][k] for name in own}
+            self._memory.keep(client_id, instruction.server_round, head)
         sent = {name: x for name, x in result.tensors.items() if name in instruction.uploads}
         return StackedUpdate(instruction.server_round, client_ids, lengths, result.losses, sent)
 
     def _prepare(self, instruction: TrainInstruction) -> Prepared:
         """Return all that a client's training needs."""
-        instruction = self._with_frozen(instruction)
+        instruction = self._frozen_tensors.complete(instruction)
         model, state = self._shaped(instruction.submodel)
-        personal = self._load_personal(instruction.submodel, instruction.client_id, instruction.server_round)
+        personal = self._memory.head(instruction.submodel, instruction.client_id, instruction.server_round)
         return Prepared(
             instruction=instruction,
             model=model,
@@ -173,17 +172,16 @@ class ClientRuntime:
         """Return the update of a trained client, and keep what it needs in later rounds."""
         instruction, examples = prepared.instruction, prepared.examples
         client_id, server_round = instruction.client_id, instruction.server_round
-        self._save_personal(instruction, trained)
+        self._memory.keep(client_id, server_round, self._memory.personal(trained))
         metrics = {"train-loss": result.train_loss} if math.isfinite(result.train_loss) else {}
         if self._uploads.is_plain(instruction):
             sent = {name: tensor for name, tensor in trained.items() if name in instruction.uploads}
             return ClientUpdate(server_round, client_id, len(examples), metrics, params=sent)
         if trained is not prepared.state:
             load_tensors(prepared.state, trained)
-        residual = self._load_residual(instruction)
+        residual = self._memory.residual(client_id, server_round) if self.settings.error_feedback else {}
         upload = self._uploads.make(instruction, prepared.model, examples, residual)
-        if upload.residual and self.store is not None:
-            self.store.save(client_id, server_round, upload.residual)
+        self._memory.keep(client_id, server_round, upload.residual)
         if upload.macs:
             metrics["pruning-macs"] = upload.macs
         return ClientUpdate(
@@ -209,7 +207,7 @@ class ClientRuntime:
         test, own = self.shards.test_of(client_id), self.shards.of(client_id)
         model, state = self._shaped(request.submodel)
         load_tensors(state, request.params)
-        load_tensors(state, self._load_personal(request.submodel, client_id, request.server_round + 1))
+        load_tensors(state, self._memory.head(request.submodel, client_id, request.server_round + 1))
         if request.measures_statistics:
             examples = whole_examples(own, self.info)
             reestimate_batch_norms(model.eval(), batch_calibration(examples, self.info, 64, 0, self.device).batches)
@@ -249,25 +247,6 @@ class ClientRuntime:
         model = model.to(self.device)
         return model, state_tensors(model)
 
-    def _with_frozen(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Return the instruction completed by stored frozen tensors; received ones are stored.
-
-        Raises
-        ------
-        DataError
-            If the stored tensors of the instruction's digest are missing.
-        """
-        client_id, server_round = instruction.client_id, instruction.server_round
-        frozen = {name: x for name, x in instruction.params.items() if name in self.submodels.spec.frozen}
-        if not instruction.held:
-            if frozen and self.frozen is not None:
-                self.frozen.save(client_id, server_round, frozen)
-            return instruction
-        found = {} if self.frozen is None else self.frozen.load(client_id, before_round=server_round)
-        if digest_tensors(found) != instruction.held:
-            raise DataError(f"client {client_id} has lost the frozen tensors that it was sent; it needs them again")
-        return replace(instruction, params={**instruction.params, **found}, held=b"")
-
     def _nested(self, submodel: SubModel, model: nn.Module) -> list[NestedWidth]:
         """Return the nested widths for the client's steps; the last one is the client's whole slice."""
         if len(submodel.nested_levels) < 2:
@@ -279,32 +258,11 @@ class ClientRuntime:
             for level in submodel.nested_levels
         ]
 
-    def _load_personal(self, submodel: SubModel, client_id: int, before_round: int) -> Mapping[str, Tensor]:
-        """Return the client's personal head: last trained before the round, or the initial one."""
-        depth = submodel.depth
-        if depth is None or depth == len(self.submodels.spec.depths):
-            return {}
-        if self.store is not None and (head := self.store.load(client_id, before_round)):
-            return head
-        fresh = state_tensors(self.submodels.spec.build_depth(depth, self.settings.seed, client_id))
-        return {name: tensor for name, tensor in fresh.items() if name not in self.submodels.spec.tensors}
-
     def _frozen(self, instruction: TrainInstruction) -> tuple[str, ...]:
         """Return the tensors that need no training, since neither they nor earlier layers are sent."""
         if not self.settings.local.skip_backward:
             return ()
         return leading_layers(self.submodels.spec, instruction.uploads)
-
-    def _load_residual(self, instruction: TrainInstruction) -> Mapping[str, Tensor]:
-        """Return the client's residual of earlier uploads."""
-        if self.store is None or not self.settings.error_feedback:
-            return {}
-        return self.store.load(instruction.client_id, before_round=instruction.server_round)
-
-    def _save_personal(self, instruction: TrainInstruction, state: Mapping[str, Tensor]) -> None:
-        personal = {name: tensor for name, tensor in state.items() if name not in self.submodels.spec.tensors}
-        if personal and self.store is not None:
-            self.store.save(instruction.client_id, instruction.server_round, personal)
 
 
 def load_tensors(state: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:

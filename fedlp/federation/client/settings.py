@@ -33,6 +33,8 @@ class ClientSettings:
         Local steps before an evaluation on the client's own test examples, >= 0.
     encoding : Encoding
         Encoding of uploads.
+    download : Encoding
+        Encoding of frozen tensors, which are sent once.
     sends_deltas, error_feedback, entropy_coding : bool
         Whether updates are differences, whether the encoding's error is added to the next upload, and whether single
         bytes travel as Huffman codes.
@@ -59,6 +61,7 @@ class ClientSettings:
     eval_batch_size: int = 500
     personal_steps: int = 0
     encoding: Encoding = field(default_factory=Float32)
+    download: Encoding = field(default_factory=Float32)
     sends_deltas: bool = False
     error_feedback: bool = False
     entropy_coding: bool = False

@@ -50,7 +50,7 @@ from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
-from fedlp.types import SubModel
+from fedlp.types import Keep, SubModel
 
 log = logging.getLogger("fedlp")
 
@@ -132,9 +132,7 @@ class PoolingClient:
             return messages.encode_lack()
         data = self._data(request, client_id)
         if kind == messages.VOTE:
-            pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
-            widths = pruner.prune(request.question.kept).widths
-            return messages.encode_vote(widths, tuple(self._spec.axes), data.num_examples)
+            return messages.encode_vote(self._vote(request, data), tuple(self._spec.axes), data.num_examples)
         parts, sums = self._sums(request, client_id, data)
         return messages.encode_sums(sums, parts, request.question.layer, data.num_examples, self._dtype)
 
@@ -154,8 +152,16 @@ class PoolingClient:
         if not self._reach(request, folder):
             raise DataError(f"client {client_id} has lost the model pruned so far; it needs all changes again")
         data = self._data(request, client_id)
+        if kind == messages.VOTE:
+            parts = messages.vote_parts(request.question.kept, self._spec.axes)
+            return parts, messages.ballots(self._vote(request, data)), data.num_examples
         size = self._settings.batch_size if kind == messages.NORMS else 1
         return *self._sums(request, client_id, data), -(-data.num_examples // size) * size
+
+    def _vote(self, request: Request, data: Calibration) -> Mapping[str, Keep]:
+        """Return the units that the client keeps, pruning alone."""
+        pruner = Pruner(self._initial, self._spec, self._layers, data, self._method)
+        return pruner.prune(request.question.kept).widths
 
     def _decode(self, kind: str, content: RecordDict) -> Request:
         return messages.decode_request(content, kind, tuple(self._spec.axes), self._signature)

@@ -63,7 +63,8 @@ def _answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
     """Return the count of numbers in each of a client's answers."""
     model, layers = _skeleton(settings, submodels)
     if settings.votes:
-        return [-(-sum(layer.num_units for layer in layers) // (8 * _itemsize(settings)))]  # bits
+        units = sum(layer.num_units for layer in layers)
+        return [units if settings.secagg is not None else -(-units // (8 * _itemsize(settings)))]  # counts, or bits
     method = settings.method
     answers = []
     if method.needs_inputs:
@@ -82,4 +83,5 @@ def _skeleton(settings: OneShotSettings, submodels: SubModels) -> tuple[nn.Modul
 
 
 def _itemsize(settings: OneShotSettings) -> int:
-    return 8 if settings.wide_sums else 4
+    is_masked = settings.secagg is not None  # sums of 64-bit integers
+    return 8 if settings.wide_sums or is_masked else 4

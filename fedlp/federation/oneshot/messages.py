@@ -244,6 +244,27 @@ def decode_vote(
     return widths, num_examples
 
 
+def vote_parts(kept: Mapping[str, int], axes: Mapping[str, int]) -> list[Part]:
+    """Return the parts of votes as sums: of each layer, how many clients keep each unit."""
+    return [Part(name, (axes[name],), nonnegative=True) for name in sorted(kept)]
+
+
+def ballots(vote: Mapping[str, Keep]) -> dict[str, Tensor]:
+    """Return a client's vote as sums: 1 for each unit that it keeps, else 0; float64."""
+    found = {}
+    for name, keep in vote.items():
+        found[name] = torch.zeros(keep.size, dtype=torch.float64)
+        found[name][torch.from_numpy(keep.indices())] = 1.0
+    return found
+
+
+def check_ballots(sums: Mapping[str, Tensor], kept: Mapping[str, int], voters: int, who: str) -> None:
+    """Raise ProtocolError where sums cannot be the votes of that many clients."""
+    for name, votes in sums.items():
+        if not bool(((votes >= 0) & (votes <= voters)).all()) or float(votes.sum()) != voters * kept[name]:
+            raise ProtocolError(f"{who}: the votes on {name} are not those of {voters} clients for {kept[name]} units")
+
+
 # ---- lacking states
 def encode_lack() -> RecordDict:
     """Return the records of a client that lacks the base state of the request."""

@@ -105,13 +105,18 @@ class SecurePool:
         survivors = group.sum.survivors
         layout = PooledSums(question.kind, parts, len(group.sum.dealers))
         sums, examples = layout.decode(total[1])
-        sums = layout.padded(sums)  # as factorisations need them
+        if question.kind != wire.VOTE:
+            sums = layout.padded(sums)  # as factorisations need them
         try:
             size = self.batch_size if question.kind == wire.NORMS else 1  # whose examples are whole batches
             most = sum(-(-self.most_examples(client_id) // size) * size for client_id in survivors)
             if not len(survivors) <= examples <= most:
                 raise ProtocolError(f"the sum of {len(survivors)} answers is of {examples} examples, not up to {most}")
-            wire.check_sums(sums, parts, examples, f"the sum of {len(survivors)} clients")
+            who = f"the sum of {len(survivors)} clients"
+            if question.kind == wire.VOTE:
+                wire.check_ballots(sums, question.kept, len(survivors), who)
+            else:
+                wire.check_sums(sums, parts, examples, who)
         except ProtocolError as error:
             run.give_up(group, FedLPError(str(error)))
             return None

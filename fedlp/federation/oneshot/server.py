@@ -2,11 +2,12 @@
 
 Sums of disjoint data sets add up, so pruning on all clients' sums is pruning on their data in one place; no client
 sends data, and since the server only adds, neither would it have to see a single client's sums.
+
+Longer than other files: one cohort, all of whose questions read the states that clients have.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation.oneshot import messages as wire
+from fedlp.federation.oneshot.accounts import PoolAccounts
 from fedlp.federation.oneshot.messages import Part, Question, Request
 from fedlp.federation.oneshot.model import ModelStates
 from fedlp.federation.oneshot.outliers import drop_outliers
@@ -26,11 +28,8 @@ from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import exchange, reason_of
 from fedlp.federation.server.roster import Roster
-from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.wire.messages import count_bytes, encode_params
-from fedlp.types import ClientCost, ClientFailure, Keep, RoundRecord
-
-log = logging.getLogger("fedlp")
+from fedlp.types import Keep, RoundRecord
 
 _ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
@@ -63,55 +62,49 @@ class ClientPool:
     ) -> None:
         self._axes = tuple(axes)
         self.batch_size = settings.batch_size
-        self._grid, self._roster, self._settings, self._macs = grid, roster, settings, macs
+        self._grid, self._roster, self._settings = grid, roster, settings
+        self._accounts = PoolAccounts(macs)
         candidates = roster.client_ids if candidates is None else candidates
         self.cohort = sample_cohort(settings.seed, 1, candidates, settings.clients_per_round)
         self._has = dict.fromkeys(self.cohort, 0)  # the last state that each client is known to have
         self.dtype = settings.dtype
+        self.dismissed: set[int] = set()  # clients that are proven to have dealt false shares
         self._secure = self._secure_pool()
-        self.begin(1)
 
     def _secure_pool(self) -> SecurePool | None:
         """Return the secure sums of the answers; None without secure aggregation."""
         settings = self._settings
         if settings.secagg is None:
             return None
-        calls = self._roster.node, self._most_examples, self._fail, self._dismiss
+        calls = self._roster.node, self._most_examples, self._accounts.fail, self._dismiss
         return SecurePool(settings.secagg, self._grid, *calls, settings.timeout_s, settings.batch_size)
 
     # ---- rounds: one per layer
     def begin(self, server_round: int) -> None:
         """Start the counts of a new line of ``rounds.jsonl``."""
-        self._round = RoundUnderWay(server_round, ())
-        self._spent: dict[int, dict[str, int]] = {}
+        self._accounts.begin(server_round)
 
     def finish(self, coverage: Mapping[str, float], metrics: dict[str, float], wall_time_s: float) -> RoundRecord:
         """Return the record since :meth:`begin`; its cohort holds all clients that were asked."""
-        self._round.cohort = tuple(sorted(self._spent))
-        self._round.costs = [
-            ClientCost(client_id=client_id, macs=self._macs * spent["num_examples"], **spent)
-            for client_id, spent in sorted(self._spent.items())
-        ]
-        self._round.coverage, self._round.metrics = coverage, metrics
-        return self._round.finish(wall_time_s)
+        return self._accounts.finish(coverage, metrics, wall_time_s)
 
     def send_model(self, params: Mapping[str, Tensor]) -> None:
         """Send the cohort the model that questions are about; a client that does not take it on is asked nothing."""
         content = RecordDict({wire.PARAMS: encode_params(params)})
         size, numbers = count_bytes(content), sum(tensor.numel() for tensor in params.values())
-        ttl, group = self._settings.timeout_s, str(self._round.server_round)
+        ttl, group = self._settings.timeout_s, str(self._accounts.record.server_round)
         requests = [
             Message(content, self._roster.node(client_id), wire.MODEL, group_id=group, ttl=ttl)
             for client_id in self.cohort
         ]
         taken = []
         for client_id, reply in zip(self.cohort, exchange(self._grid, requests, ttl), strict=True):
-            self._spend(client_id, bytes_down=size, params_down=numbers)
+            self._accounts.spend(client_id, bytes_down=size, params_down=numbers)
             if reply.has_error() or not wire.is_taken(reply.content):
                 reason = reason_of(reply) if reply.has_error() else "it has not taken on the model"
-                self._fail(client_id, "error", FedLPError(reason))
+                self._accounts.fail(client_id, "error", FedLPError(reason))
                 continue
-            self._spend(client_id, bytes_up=count_bytes(reply.content))
+            self._accounts.spend(client_id, bytes_up=count_bytes(reply.content))
             taken.append(client_id)
         self.cohort = tuple(taken)
 
@@ -170,13 +163,13 @@ class ClientPool:
         """Return the opened sums of some groups of clients, lost ones left out; each with its number of examples."""
         assert self._secure is not None
         requests = list(self._contents(question, states, self.cohort))
-        answers, spent = self._secure.ask(question, parts, requests, groups, self._round)
+        answers, spent = self._secure.ask(question, parts, requests, groups, self._accounts.record)
         shares = {x: answer.num_examples // len(answer.survivors) for answer in answers for x in answer.survivors}
         for client_id, member in spent.items():
             self._has[client_id] = len(states.changed) if client_id in shares else 0  # it may have taken none of them
             sent = sum(part.num_sent for part in parts) if client_id in shares else 0
             cost = {"bytes_down": member.bytes_down, "bytes_up": member.bytes_up, "params_up": sent}
-            self._spend(client_id, num_examples=shares.get(client_id, 0), **cost)
+            self._accounts.spend(client_id, num_examples=shares.get(client_id, 0), **cost)
         self._require(len(shares), question, states)
         return [(_unpack(answer.sums, parts), [answer.num_examples]) for answer in answers]
 
@@ -190,7 +183,7 @@ class ClientPool:
 
         def reject(client_id: int, error: ProtocolError) -> None:
             who = f"client {client_id}, {self._describe(question, states)}"
-            self._fail(client_id, "rejected", ProtocolError(f"{who}: {error}"))
+            self._accounts.fail(client_id, "rejected", ProtocolError(f"{who}: {error}"))
 
         asked = self.ask(question, states, decode, sum(part.num_sent for part in parts))
         good = 0
@@ -198,6 +191,21 @@ class ClientPool:
             good += 1
             yield answer
         self._require(good, question, states)
+
+    def votes(self, question: Question, axes: Mapping[str, int], states: ModelStates) -> dict[str, Tensor]:
+        """Return how many clients keep each unit of each layer; with secure aggregation their sum alone is seen."""
+        parts = wire.vote_parts(question.kept, axes)
+        if self._secure is not None:
+            return self._add_secure(question, parts, states, 1)[0][0]
+
+        def decode(content: RecordDict, most: int, who: str) -> tuple[dict[str, Keep], int]:
+            return wire.decode_vote(content, question.kept, axes, most, who)
+
+        found = {part.name: torch.zeros(part.shape, dtype=torch.float64) for part in parts}
+        for _, vote, _ in self.ask(question, states, decode):
+            for name, ballots in wire.ballots(vote).items():
+                found[name] += ballots
+        return found
 
     def ask(
         self,
@@ -225,12 +233,12 @@ class ClientPool:
             replies = exchange(self._grid, self._requests(question, states, asked), self._settings.timeout_s)
             for client_id, reply in zip(asked, replies, strict=True):
                 if reply.has_content() and wire.is_lack(reply.content) and not is_last:
-                    self._spend(client_id, bytes_up=count_bytes(reply.content))
+                    self._accounts.spend(client_id, bytes_up=count_bytes(reply.content))
                     self._has[client_id] = 0
                     lacking.append(client_id)
                 elif (answer := self._receive(question, states, client_id, reply, decode)) is not None:
                     self._has[client_id] = len(states.changed)
-                    self._spend(client_id, params_up=params_up)
+                    self._accounts.spend(client_id, params_up=params_up)
                     good += 1
                     yield client_id, *answer
             asked = lacking
@@ -246,9 +254,9 @@ class ClientPool:
 
     def _requests(self, question: Question, states: ModelStates, asked: Sequence[int]) -> Iterator[Message]:
         for client_id, content in self._contents(question, states, asked):
-            self._spend(client_id, bytes_down=count_bytes(content))
+            self._accounts.spend(client_id, bytes_down=count_bytes(content))
             ttl = self._settings.timeout_s
-            group = str(self._round.server_round)
+            group = str(self._accounts.record.server_round)
             yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
 
     def _contents(
@@ -267,7 +275,7 @@ class ClientPool:
             content = wire.encode_request(request, self._axes, params)
             numbers = sum(tensor.numel() for tensor in request.tensors.values())
             numbers += 0 if question.reference is None else len(question.reference)
-            self._spend(client_id, params_down=numbers)
+            self._accounts.spend(client_id, params_down=numbers)
             yield client_id, content
 
     def _receive(
@@ -283,16 +291,16 @@ class ClientPool:
         try:
             if reply.has_error():
                 raise FedLPError(reason_of(reply))
-            self._spend(client_id, bytes_up=count_bytes(reply.content))
+            self._accounts.spend(client_id, bytes_up=count_bytes(reply.content))
             if wire.is_lack(reply.content):
                 raise ProtocolError(f"{who}: it cannot reach the server's model; its initial model must be another")
             most = self._most_examples(client_id)
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
-            self._fail(client_id, reason, error)
+            self._accounts.fail(client_id, reason, error)
             return None
-        self._spend(client_id, num_examples=num_examples)
+        self._accounts.spend(client_id, num_examples=num_examples)
         return answer, num_examples
 
     def _most_examples(self, client_id: int) -> int:
@@ -301,21 +309,12 @@ class ClientPool:
 
     def _dismiss(self, client_id: int) -> None:
         """Ask a client nothing any more."""
+        self.dismissed.add(client_id)
         self.cohort = tuple(other for other in self.cohort if other != client_id)
-
-    def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
-        self._round.failures.append(ClientFailure(client_id, reason, str(error)))
-        log.warning("round %d: client %d failed (%s): %s", self._round.server_round, client_id, reason, error)
 
     @staticmethod
     def _describe(question: Question, states: ModelStates) -> str:
         return question.kind + (f" of {states.layers[question.layer].name}" if question.kind == wire.MOMENTS else "")
-
-    def _spend(self, client_id: int, **spent: int) -> None:
-        keys = ("num_examples", "bytes_down", "bytes_up", "params_down", "params_up")
-        account = self._spent.setdefault(client_id, dict.fromkeys(keys, 0))
-        for key, value in spent.items():
-            account[key] += value
 
 
 def _unpack(sums: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -324,14 +323,10 @@ def _unpack(sums: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tens
     return {**sums, **{part.name: wire.unpack_symmetric(sums[part.name], part.shape[0]) for part in symmetric}}
 
 
-def tally(votes: Sequence[Mapping[str, Keep]], kept: Mapping[str, int]) -> dict[str, Keep]:
+def most_votes(votes: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Keep]:
     """Return the units of each layer that most votes keep, ``kept`` of them; the lower index where votes are equal."""
     widths = {}
     for name, count in kept.items():
-        size = votes[0][name].size
-        ballots = torch.zeros(size, dtype=torch.int64)
-        for vote in votes:
-            ballots[torch.from_numpy(vote[name].indices())] += 1
-        order = torch.sort(ballots, descending=True, stable=True).indices
-        widths[name] = Keep.from_indices(order[:count].sort().values.numpy(), size)
+        order = torch.sort(votes[name], descending=True, stable=True).indices
+        widths[name] = Keep.from_indices(order[:count].sort().values.numpy(), len(votes[name]))
     return widths

@@ -33,7 +33,6 @@ from fedlp.federation.secagg.sums import DataSums, SumLayout
 from fedlp.federation.server.availability import draw_dropouts
 from fedlp.federation.server.client_evaluation import PREFIX, Asked, read_metrics
 from fedlp.federation.server.round_record import Tally
-from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.strategies.policy import Answer, offset_of
 from fedlp.federation.submodels import SubModelLayout
@@ -136,7 +135,7 @@ class SecureStrategy(FedLPStrategy):
         assert evaluator is not None
         waiting: deque[tuple[Asked, SubModelLayout, int]] = deque()
         asked = self._asked_clients(server_round)
-        requests = evaluator.requests(server_round, asked, self._received, arrays, waiting, timeout)
+        requests = evaluator.requests(server_round, asked, self._encoded_values, arrays, waiting, timeout)
         members = {one.client_id: Member(message.content) for one, message in zip(asked, requests, strict=True)}
         run = SecureExchange(self._secagg, grid, self._roster.node, self._round, self._fail)
         if not run.is_large_enough(members):
@@ -167,7 +166,7 @@ class SecureStrategy(FedLPStrategy):
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Open the sums, and conclude the round with their means."""
         assert self.state is not None
-        average = CoverageAverage(self._before_round())  # of groups, so without bounds on clients
+        average = CoverageAverage(self._server.before(self.state))  # of groups, so without bounds on clients
         answers: list[Answer] = []
         losses: list[tuple[float, int]] = []
         good = 0
@@ -185,9 +184,8 @@ class SecureStrategy(FedLPStrategy):
             if sums.train_loss is not None:
                 losses.append((sums.train_loss, sums.examples))
         order = {client_id: number for number, client_id in enumerate(self._round.cohort)}
-        self._round.costs.sort(key=lambda cost: order[cost.client_id])
-        guard = RoundGuard(self.state, self._trainable, self._sends_weights)
-        return self._conclude(server_round, Tally(average, guard, answers, losses), good)
+        self._round.costs.sort(key=lambda cost: order.get(cost.client_id, -1))  # those of calibration first
+        return self._conclude(server_round, Tally(average, self._guard(), answers, losses), good)
 
     def _open(
         self, server_round: int, group: TrainGroup, run: SecureExchange
@@ -230,7 +228,7 @@ class SecureStrategy(FedLPStrategy):
                 *(server_round, data.clipped, len(survivors), fixed.value_range),
             )
         signature = group.layout.signature(group.assigned.uploads)
-        params = self._add_up(group.layout, unflatten(flat, signature, self._trainable))
+        params = self._add_up(group.layout, unflatten(flat, signature, self._server.trainable))
         share = 1.0
         if self.settings.weighting == "held":
             share = group.layout.num_params() / self.submodels.spec.num_params
@@ -250,7 +248,7 @@ class SecureStrategy(FedLPStrategy):
             old = before[name]
             if not old.is_floating_point():
                 found[name] = (old.to(torch.float64) + mean).round().to(old.dtype)
-            elif self._sends_weights:
+            elif self._server.sends_weights:
                 found[name] = (old.to(torch.float64) + mean).to(old.dtype)
             else:
                 found[name] = mean.to(old.dtype)

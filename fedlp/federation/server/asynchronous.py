@@ -31,18 +31,18 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlp.errors import FedLPError
 from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
-from fedlp.federation.server.round_record import RoundUnderWay, Tally
-from fedlp.federation.server.state_check import RoundGuard
+from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
+from fedlp.federation.server.update_collector import UpdateCollector
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
 from fedlp.federation.strategies.policy import offset_of
 from fedlp.pruning.tracing.widths import slice_tensor
-from fedlp.types import Assignment, ClientCost, ClientUpdate, SubModel
+from fedlp.types import Assignment, ClientUpdate, SubModel
 
 
 @dataclass
@@ -110,7 +110,7 @@ class AsynchronousStrategy(TimedStrategy):
         begun, self._ended, self._begun, self._draws = self.now, [], [], 0
         self._open_record(server_round, (), self._present(server_round))
         now = begun + self._calibration_s(self._round.costs)
-        guard = RoundGuard(self.state, self._trainable, self._sends_weights)
+        collector = self._collector(server_round)
         arrived: Arrived = {}
         while len(arrived) < self._buffer_size:
             flight = self._next(grid, timeout)
@@ -124,8 +124,8 @@ class AsynchronousStrategy(TimedStrategy):
                 break
             else:
                 now = ends
-                self._land(server_round, flight, arrived, guard)
-        return self._step(server_round, begun, now, arrived, guard)
+                self._land(server_round, flight, arrived, collector)
+        return self._step(server_round, begun, now, arrived, collector)
 
     def _next(self, grid: Grid, timeout: float) -> Flight | None:
         """Return the flight that ends first; None if there is none."""
@@ -176,7 +176,7 @@ class AsynchronousStrategy(TimedStrategy):
             self._flights[client_id] = Flight(asked, digest, self._course(asked), self._lower_bound(asked))
 
     # ---- up
-    def _land(self, server_round: int, flight: Flight, arrived: Arrived, guard: RoundGuard) -> None:
+    def _land(self, server_round: int, flight: Flight, arrived: Arrived, collector: UpdateCollector) -> None:
         """End a client's part: its update enters the buffer, or its failure is counted."""
         asked, course = flight.asked, flight.course
         assert course is not None
@@ -187,30 +187,19 @@ class AsynchronousStrategy(TimedStrategy):
         if flight.frozen:
             self._round.frozen[client_id] = flight.frozen
         if course.reply is None:
-            self._drop(instruction, asked.bytes_down)
-        elif (update := self._receive(instruction, asked.bytes_down, course.reply, guard)) is not None:
+            FedLPStrategy._drop(self, instruction, asked.bytes_down)  # its part is counted already
+        elif (update := collector.receive(instruction, asked.bytes_down, course.reply)) is not None:
             arrived[client_id] = instruction, update
 
-    def _drop(self, instruction: Assignment, bytes_down: int) -> None:
-        """Count a client that received its sub-model and dropped out."""
-        client_id, layout = instruction.client_id, self.submodels.layout(instruction.submodel)
-        self._round.costs.append(ClientCost(client_id, 0, bytes_down, 0, layout.num_params(), 0, 0.0))
-        self._fail(client_id, "dropped_out", FedLPError("it dropped out, as fleet.dropout has it"))
-
     def _step(
-        self, server_round: int, begun: float, now: float, arrived: Arrived, guard: RoundGuard
+        self, server_round: int, begun: float, now: float, arrived: Arrived, collector: UpdateCollector
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Make a step of the server with the buffer's updates, in the order of client ids."""
-        assert self.state is not None
-        tally = Tally(self._begin(server_round, self.state), guard)
         for _, (instruction, update) in sorted(arrived.items()):
-            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-            values = self._discounted(server_round, instruction, update)
-            tally.average.add(values, layout.keeps, self._weight(update.num_examples, instruction))
-            self._take(tally, instruction, update.report())
+            collector.add(instruction, update, self._discounted(server_round, instruction, update))
         refused = [failure.client_id for failure in self._round.failures]
         self._round.cohort = tuple(sorted({*refused, *(part.client_id for part in self._ended)}))
-        found = self._conclude(server_round, tally, len(arrived))
+        found = self._conclude(server_round, collector.tally, len(arrived))
         flying = [_part(flight) for flight in self._flights.values()]
         self._round.simulated = self._clock.round_time(begun, now, self._begun, self._ended, flying)
         self._keep(now)
@@ -227,7 +216,7 @@ class AsynchronousStrategy(TimedStrategy):
             return update.params
         factor = (1.0 + staleness) ** -self._exponent
         floats = {name: values.double() for name, values in update.params.items() if values.is_floating_point()}
-        if self._sends_weights:
+        if self._server.sends_weights:
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             now, then = layout.slice(self.state.params), self._sent(instruction, update)
             found = {name: now[name].double() + factor * (values - then[name]) for name, values in floats.items()}

@@ -123,7 +123,7 @@ def expected_holders(
     memory: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
 ) -> dict[str, dict[Keeps | None, float]]:
-    """Return how many clients are expected to return each part of each tensor, from what clients are assigned.
+    """Return the expected number of clients that return each part of each tensor, from all clients' assignments.
 
     ``client_ids`` are all that could be sampled at some time, whether or not they are there.
     """

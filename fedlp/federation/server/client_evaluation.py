@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor, nn
+from torch import nn
 
 from fedlp.data.examples import DataInfo
 from fedlp.errors import DataError, FedLPError, ProtocolError
@@ -34,7 +34,7 @@ from fedlp.federation.sampling import sample_cohort
 from fedlp.federation.server.exchange import ERROR_KINDS, exchange, reason_of
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.submodels import SubModelLayout, SubModels
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, Task, add_sums, task_of
 from fedlp.training.evaluation import evaluate_sums
@@ -45,8 +45,8 @@ _DECILE = 0.1
 _ROUNDING = 1e-6
 _TRAINING_PASSES = 3  # of a training step, in forward passes
 
-Values = Callable[[SubModelLayout, int], Mapping[str, Tensor]]
-"""Returns the values of a layout that a client, by its id, receives."""
+Values = Callable[[SubModelLayout, int, ArrayRecord], messages.Sent]
+"""Returns the encoded values of a layout for a client, by its id; those of the global model are given."""
 
 Fail = Callable[[int, str, FedLPError], None]
 """Counts and names a failed client: its id, the kind of failure, the error."""
@@ -119,7 +119,7 @@ class ClientEvaluator:
         Parameters
         ----------
         values : callable
-            Returns the values of a layout that a client receives.
+            Returns the encoded values of a layout that a client receives.
         whole : ArrayRecord
             The encoded global values.
         """
@@ -158,18 +158,14 @@ class ClientEvaluator:
         timeout: float,
     ) -> Iterator[Message]:
         """Yield the requests lazily; consecutive clients of one layout and tier share an encoding."""
-        last: tuple[tuple[SubModelLayout, str], ArrayRecord] | None = None
+        last: tuple[tuple[SubModelLayout, str], messages.Sent] | None = None
         for client in asked:
             layout = self._submodels.layout(client.submodel)
-            if layout.is_whole:
-                record = whole
-            else:
-                key = layout, client.tier
-                if last is None or last[0] != key:
-                    last = key, messages.encode_params(values(layout, client.client_id))
-                record = last[1]
+            key = layout, client.tier
+            if last is None or last[0] != key:
+                last = key, values(layout, client.client_id, whole)
             request = EvaluationRequest(server_round, client.client_id, client.submodel, {}, client.measures_statistics)
-            content = messages.encode_evaluation_request(request, record, self._submodels)
+            content = evaluation_messages.encode_evaluation_request(request, last[1], self._submodels)
             waiting.append((client, layout, messages.count_bytes(content)))
             kind, group = messages.EVALUATE_CLIENT, str(server_round)
             yield Message(content, client.node, kind, group_id=group, ttl=timeout)
@@ -179,7 +175,7 @@ class ClientEvaluator:
         if reply.has_error():
             raise FedLPError(reason_of(reply))
         who = f"client {client.client_id}"
-        sums, count = messages.decode_client_sums(reply.content, self.settings.lengths, who)
+        sums, count = evaluation_messages.decode_client_sums(reply.content, self.settings.lengths, who)
         metrics = read_metrics(self.settings.task, sums, who)
         return sums, ClientEvaluation(client.client_id, client.tier, count, metrics)
 

@@ -43,7 +43,7 @@ class Instructed(NamedTuple):
 
     Attributes
     ----------
-    params : ArrayRecord
+    params : ArrayRecord or Sent
         Encoded tensors, which several clients may share.
     held : bytes
         Digest of the frozen tensors, if ``params`` leaves them out.
@@ -52,7 +52,7 @@ class Instructed(NamedTuple):
     """
 
     instruction: Assignment
-    params: ArrayRecord
+    params: ArrayRecord | messages.Sent
     held: bytes
     has_frozen: bool
 
@@ -64,7 +64,7 @@ class Parcel:
     Attributes
     ----------
     bytes_down : int
-        Of what each client receives.
+        Of each client's download.
     """
 
     clients: Sequence[Instructed]

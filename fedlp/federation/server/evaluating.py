@@ -18,7 +18,7 @@ from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
 from fedlp.federation.server.state_check import find_fault
 from fedlp.federation.server.strategy_state import StrategyState
 from fedlp.federation.submodels import SubModelLayout
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages, messages
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, add_sums
 from fedlp.training.evaluation import metrics_from_sums
@@ -53,8 +53,8 @@ class EvaluatingStrategy(StrategyState):
         """Request batch norm statistics of a held sub-model from some clients; return the model with them."""
         assert self.state is not None
         layout, asked = self.submodels.layout(submodel), list(asked)
-        record = arrays if layout.is_whole else messages.encode_params(self._received(layout, asked[0]))
-        content = messages.encode_submodel(record, submodel, self.submodels)
+        sent = self._encoded_values(layout, asked[0], arrays) if asked else messages.Sent(arrays)
+        content = evaluation_messages.encode_submodel(sent, submodel, self.submodels)
         requests = [
             Message(content, self._roster.node(client_id), messages.STATISTICS, group_id=str(server_round), ttl=timeout)
             for client_id in asked
@@ -66,7 +66,7 @@ class EvaluatingStrategy(StrategyState):
                 if reply.has_error():
                     raise FedLPError(reason_of(reply))
                 profile = self._roster.profile(client_id)
-                parts.append(messages.decode_statistics(reply.content, profile, submodel, self.submodels))
+                parts.append(evaluation_messages.decode_statistics(reply.content, profile, submodel, self.submodels))
                 count = parts[-1][1]
             except FedLPError as error:
                 self._fail(client_id, "rejected" if isinstance(error, ProtocolError) else "error", error)
@@ -112,7 +112,7 @@ class EvaluatingStrategy(StrategyState):
         """
         assert self._clients is not None
         asked = self._asked_clients(server_round)
-        return self._clients.run(grid, asked, self._received, arrays, self._round, self._fail, timeout)
+        return self._clients.run(grid, asked, self._encoded_values, arrays, self._round, self._fail, timeout)
 
     def _asked_clients(self, server_round: int) -> list[Asked]:
         """Return the clients that are to evaluate their sub-models."""
@@ -163,16 +163,17 @@ class EvaluatingStrategy(StrategyState):
         state, evaluated = self.state, self._evaluated
         for tier, (submodel, holders) in self._tier_submodels(server_round).items():
             metrics = {name: value for name, value in self._round.tested.items() if not name.startswith(PREFIX)}
-            if self.submodels.layout(submodel) is not self.submodels.layout(evaluated):
+            layout = self.submodels.layout(submodel)
+            if layout is not self.submodels.layout(evaluated) or self._downlink.encodes(layout):
                 arrays = self._encode_model(state)
                 if self._measures_statistics:
                     arrays = self._measure(server_round, submodel, holders, arrays, grid, timeout)
-                self._evaluated, self._like = submodel, holders[0]
+                self._evaluated, self._like, self._evaluates_sent = submodel, holders[0], True
                 asked = self.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
                 metrics = _numbers(self.aggregate_evaluate(server_round, exchange_again(grid, asked, math.inf)))
                 self.state = state
             self._round.metrics.update({f"tier_{tier}_{name}": value for name, value in metrics.items()})
-        self._evaluated = evaluated
+        self._evaluated, self._evaluates_sent = evaluated, False
 
     def _tier_submodels(self, server_round: int) -> dict[str, tuple[SubModel, list[int]]]:
         """Return the sub-model of the first client of each tier, and up to three clients that hold it."""
@@ -191,10 +192,10 @@ class EvaluatingStrategy(StrategyState):
         """Yield requests for metrics of ranges of the test set, if the grid's nodes hold it; else none."""
         assert self.state is not None
         if getattr(grid, "holds_test_set", False):
-            layout, nodes = self.submodels.layout(self._evaluated), list(grid.get_node_ids())
-            record = arrays if layout.is_whole else messages.encode_params(self._received(layout, self._like))
+            values, nodes = self._evaluated_values(), list(grid.get_node_ids())
+            record = arrays if values is None else messages.encode_params(values)
             for i, (start, stop) in enumerate(self._ranges()):
-                content = messages.encode_range(record, start, stop, self._evaluated, self.submodels)
+                content = evaluation_messages.encode_range(record, start, stop, self._evaluated, self.submodels)
                 yield Message(content, nodes[i % len(nodes)], messages.EVALUATE, group_id=str(server_round))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
@@ -202,8 +203,7 @@ class EvaluatingStrategy(StrategyState):
         assert self.state is not None
         parts = [_decode_sums(reply) for reply in replies]
         if not parts and self._evaluate is not None:
-            layout = self.submodels.layout(self._evaluated)
-            params = self._received(layout, self._like)
+            params = self._evaluated_values() or dict(self.state.params)
             parts = [self._evaluate(params, start, stop, self._evaluated) for start, stop in self._ranges()]
         sums = add_sums(parts)
         if not sums.get("count"):
@@ -252,4 +252,4 @@ def _numbers(metrics: MetricRecord) -> dict[str, float]:
 def _decode_sums(reply: Message) -> Sums:
     if reply.has_error():
         raise EvaluationError(f"evaluation of the global model failed: {reason_of(reply)}")
-    return messages.decode_sums(reply.content)
+    return evaluation_messages.decode_sums(reply.content)

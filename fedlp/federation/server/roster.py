@@ -55,6 +55,15 @@ class Roster:
         """Ids of joined clients without examples, sorted; they are never sampled. Not to be modified."""
         return self._sort()[1]
 
+    def absent(self, present: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Return the clients that cannot be sampled, by reason."""
+        joined = self.client_ids
+        found = {
+            "unavailable": tuple(sorted({*joined} - {*present})) if len(joined) > len(present) else (),
+            "no_data": tuple(self.idle_ids),
+        }
+        return {reason: client_ids for reason, client_ids in found.items() if client_ids}
+
     def _sort(self) -> tuple[list[int], list[int]]:
         if self._sorted is None:
             ids = sorted(self._profiles)

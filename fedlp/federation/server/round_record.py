@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlp.federation.aggregation.aggregator import Accumulator
@@ -24,8 +24,6 @@ class RoundUnderWay:
         Digest of the frozen tensors of each client's sub-model; empty without frozen tensors.
     assigned : deque of (Assignment, int)
         Unanswered instructions, in the order of sending, with their bytes.
-    most_examples : float
-        Largest number of examples that counts as a weight.
     """
 
     server_round: int
@@ -42,8 +40,16 @@ class RoundUnderWay:
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     privacy: dict[str, float] = field(default_factory=dict)
     clipped: dict[int, float] = field(default_factory=dict)
-    most_examples: float = math.inf
     simulated: RoundTime | None = None
+
+    def take_over(self, spent: RoundRecord) -> None:
+        """Count costs, failures and bytes of phases of what came before the round."""
+        self.costs.extend(spent.clients)
+        self.failures.extend(spent.failures)
+        for phase, counts in spent.phases.items():
+            total = self.phases.setdefault(phase, dict.fromkeys(counts, 0))
+            for way, count in counts.items():
+                total[way] += count
 
     def finish(self, wall_time_s: float) -> RoundRecord:
         """Return the record of the finished round; totals are sums over clients."""
@@ -88,9 +94,20 @@ class Tally:
     losses: list[tuple[float, int]] = field(default_factory=list)
     arrived: list[int] = field(default_factory=list)
 
+    def mean_loss(self) -> float:
+        """Return the mean training loss, weighted by numbers of examples."""
+        total = sum(count for _, count in self.losses)
+        return sum(loss * count for loss, count in self.losses) / total
+
+    def scaled_down(self) -> dict[int, float]:
+        """Return the clients whose updates the aggregator scaled down, sorted, with the factors, < 1."""
+        scales: Sequence[float] = getattr(self.average, "scales", ())
+        pairs = sorted(zip(self.arrived, scales, strict=False))
+        return {client_id: scale for client_id, scale in pairs if scale < 1.0}
+
 
 def layer_coverage(coverage: Mapping[str, float], spec: ModelSpec) -> dict[str, float]:
-    """Return the coverage of each layer from those of its tensors."""
+    """Return the coverage of each layer from its tensors'."""
     sizes = {name: math.prod(info.shape) for name, info in spec.tensors.items()}
     return {
         layer.name: sum(coverage[name] * sizes[name] for name in layer.tensors)

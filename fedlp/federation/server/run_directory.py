@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -30,6 +29,7 @@ from fedlp.federation.server.checkpoint import (
     write_atomically,
 )
 from fedlp.federation.server.provenance import provenance
+from fedlp.federation.server.round_lines import add_up, each_line, json_line, keep_lines, plain
 from fedlp.types import Budget, RoundRecord
 
 if sys.platform != "win32":  # which locks no folders: there a run is not guarded from a second one
@@ -39,9 +39,7 @@ log = logging.getLogger("fedlp")
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _RESULTS = ("manifest.json", "model.safetensors", "model-best.safetensors")
-_TOTALS = ("bytes_up", "bytes_down", "params_up", "params_down", "macs", "wall_time_s")
 _OPTIONAL = ("evaluations", "absent", "phases", "privacy", "clipped", "simulated")  # left out where empty
-_KEYS = {"server_round", "failures", "metrics", *_TOTALS}
 
 
 class RunDirectory:
@@ -120,11 +118,13 @@ class RunDirectory:
         CheckpointError
             If there are checkpoints, but no such one.
         """
-        rounds, lines, reasons = checkpoint_rounds(self._checkpoints), self.read_lines(strict=False), []
+        rounds, reasons = checkpoint_rounds(self._checkpoints), list[str]()
+        on_record = [(line["server_round"], end) for line, end in each_line(self._rounds, strict=False)]
+        numbers = [number for number, _ in on_record]
         state: ServerState | None = None
         for server_round in reversed(rounds):
             try:
-                state = self._consistent(server_round, lines)
+                state = self._consistent(server_round, numbers)
                 break
             except CheckpointError as error:
                 reasons.append(str(error))
@@ -137,13 +137,13 @@ class RunDirectory:
         with self._writing():
             for leftover in [*self.path.glob(".*.partial"), *self._checkpoints.glob(".*.partial")]:
                 leftover.unlink()
-            write_atomically(self._rounds, b"".join(_json_line(line) for line in lines[:last]))
+            keep_lines(self._rounds, on_record[last - 1][1] if last else 0)
         return state
 
-    def _consistent(self, server_round: int, lines: Sequence[Mapping[str, Any]]) -> ServerState:
-        """Return the checkpoint of a round, if the lines hold all rounds up to it."""
+    def _consistent(self, server_round: int, numbers: Sequence[int]) -> ServerState:
+        """Return the checkpoint of a round, if all rounds up to it are on record."""
         state = read_checkpoint(self._checkpoints, server_round)
-        if [line["server_round"] for line in lines[:server_round]] != list(range(1, server_round + 1)):
+        if list(numbers[:server_round]) != list(range(1, server_round + 1)):
             raise CheckpointError(f"{self._rounds} does not hold rounds 1 to {server_round} of the checkpoint")
         return state
 
@@ -168,7 +168,7 @@ class RunDirectory:
         """Add one line to ``rounds.jsonl``."""
         line = {key: value for key, value in asdict(record).items() if value or key not in _OPTIONAL}
         with self._writing(), self._rounds.open("ab") as file:
-            file.write(_json_line(line))
+            file.write(json_line(line))
 
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint; the records of its rounds are synced first."""
@@ -189,11 +189,7 @@ class RunDirectory:
     ) -> dict[str, Any]:
         """Write the model and the manifest, with further results; return the manifest."""
         self.save_model(state)
-        lines = self.read_lines()
-        totals = {key: sum(line[key] for line in lines) for key in _TOTALS}
-        totals |= {"rounds": len(lines), "failures": sum(len(line["failures"]) for line in lines)}
-        totals["good_rounds"] = sum(map(_is_good, lines))
-        final = lines[-1]["metrics"] if lines else {}
+        totals, final = add_up(self._rounds)
         return self.write_manifest(config, expected, totals=totals, final_metrics=final, **results)
 
     def write_manifest(
@@ -212,7 +208,7 @@ class RunDirectory:
         }
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "manifest.json", json.dumps(_plain(manifest), indent=2).encode() + b"\n")
+            write_atomically(self.path / "manifest.json", json.dumps(plain(manifest), indent=2).encode() + b"\n")
         return manifest
 
     def read_manifest(self) -> dict[str, Any]:
@@ -241,53 +237,7 @@ class RunDirectory:
         strict : bool
             Whether a damaged line before the last is an error; else the lines before it are returned.
         """
-        if not self._rounds.is_file():
-            return []
-        raw = self._rounds.read_bytes().split(b"\n")
-        lines = []
-        for number, line in enumerate(raw, start=1):
-            try:
-                if line:
-                    lines.append(_read_line(line))
-            except ValueError as error:
-                if strict and number < len(raw):
-                    raise CheckpointError(f"{self._rounds}, line {number}: {error}; restore the file") from error
-                break
-        return lines
-
-
-def _read_line(line: bytes) -> dict[str, Any]:
-    """Return one round; ValueError for an invalid line."""
-    value = json.loads(line)
-    if not isinstance(value, dict) or not value.keys() >= _KEYS:
-        raise ValueError("not the record of a round")
-    for key in _TOTALS:
-        if not isinstance(value[key], int | float):
-            raise ValueError(f"{key} is {json.dumps(value[key])[:40]}, not a number")
-    return value
-
-
-def _is_good(line: Mapping[str, Any]) -> bool:
-    """Return whether a round had a good update that reached the model, or was to have none and is noise alone."""
-    if "clipping_norm" in line.get("privacy", ()) and not line["failures"]:
-        return True
-    trained = {cost["client_id"] for cost in line.get("clients", ()) if cost["num_examples"]}
-    good = trained - {failure["client_id"] for failure in line["failures"]}
-    was_kept = any(line.get("coverage", {}).values()) or not line["params_up"]  # a layer draw may take no layer
-    return bool(good) and was_kept
-
-
-def _json_line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(value)).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with non-finite numbers as None, valid JSON."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [line for line, _ in each_line(self._rounds, strict)]
 
 
 def _versions() -> dict[str, str]:

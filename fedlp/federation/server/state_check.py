@@ -100,7 +100,7 @@ class RoundGuard:
     def admit_stack(
         self, client_ids: Sequence[int], bounds: Mapping[str, Bounds], floats: frozenset[str], known: Flags
     ) -> Flags:
-        """Check updates of several clients by the bounds of their tensors; record the extents of those that pass.
+        """Check updates of several clients by the bounds of their tensors; record the extents of the updates that pass.
 
         Parameters
         ----------

@@ -18,16 +18,19 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.server.central_privacy import CentralPrivacy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, ClientEvaluator
+from fedlp.federation.server.device_budgets import DeviceBudgets
+from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.server.round_settings import RoundSettings
+from fedlp.federation.server.server_step import ServerStep
 from fedlp.federation.strategies.policy import Policy, offset_of
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.tasks import Sums
-from fedlp.types import Budget, ClientCost, ClientFailure, RoundRecord, SubModel
+from fedlp.types import Budget, ClientFailure, RoundRecord, SubModel
 
 log = logging.getLogger("fedlp")
 
@@ -47,8 +50,8 @@ class ClientCalibration(Protocol):
     def connect(self, grid: Grid, roster: Roster) -> None:
         """Take the clients to ask."""
 
-    def spent(self) -> tuple[list[ClientCost], list[ClientFailure]]:
-        """Return costs and failures since the last call."""
+    def spent(self) -> list[RoundRecord]:
+        """Return records with costs and failures since the last call."""
 
 
 class StrategyState(Strategy):
@@ -61,6 +64,7 @@ class StrategyState(Strategy):
         settings: RoundSettings,
         *,
         encoding: Encoding | None = None,
+        download: Encoding | None = None,
         aggregator: Aggregator | None = None,
         server_optimizer: ServerOptimizer | None = None,
         evaluate: Evaluate | None = None,
@@ -78,17 +82,25 @@ class StrategyState(Strategy):
         self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
         self._costs = Costs(submodels)
         self._encoding: Encoding = encoding or Float32()
-        self._aggregator: Aggregator = aggregator or CoverageAverageRule()
-        self._optimizer: ServerOptimizer = server_optimizer or PlainAverage()
+        self._downlink = FrozenDownlink(submodels, download or Float32(), settings.seed)
+        self._server = ServerStep(
+            submodels.spec,
+            aggregator or CoverageAverageRule(),
+            server_optimizer or PlainAverage(),
+            sends_weights=not settings.sends_deltas,
+            private=central_privacy,
+        )
         self._evaluate, self._num_test = evaluate, num_test if evaluate is not None else 0
         self._clients = ClientEvaluator(submodels, client_evaluation) if client_evaluation else None
         self._tiers = tiers or {}
-        self._fit, self._takes_part, self._observers = fit, takes_part, tuple(observers)
+        self._takes_part, self._observers = takes_part, tuple(observers)
         self._calibration = calibration
         self._private, self._ledger = central_privacy, ledger
         self._roster = Roster(settings.num_clients, settings.min_clients)
+        self._budgets = DeviceBudgets(self._roster, fit)
         self._round = RoundUnderWay(0, ())
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
+        self._evaluates_sent = False  # whether the whole model is evaluated as clients receive it
 
     def _received(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
         """Return the values that a client receives: its slice of the global model, and its offset."""
@@ -99,6 +111,23 @@ class StrategyState(Strategy):
         for name, offset in offset_of(self.policy, client_id, self.state.memory).values.items():
             values[name] = values[name] + offset
         return values
+
+    def _held_values(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
+        """Return the values that a client works with: those it receives, frozen ones decoded."""
+        return self._downlink.decoded(layout, self._received(layout, client_id))
+
+    def _encoded_values(self, layout: SubModelLayout, client_id: int, whole: ArrayRecord) -> messages.Sent:
+        """Return the encoded values of a client's sub-model; ``whole`` are those of the global model as they are."""
+        if self._downlink.encodes(layout):
+            return self._downlink.encode(layout, self._received(layout, client_id))
+        return messages.Sent(whole if layout.is_whole else messages.encode_params(self._received(layout, client_id)))
+
+    def _evaluated_values(self) -> dict[str, Tensor] | None:
+        """Return the values of the evaluated sub-model as clients hold them; None for the global model's own."""
+        layout = self.submodels.layout(self._evaluated)
+        if layout.is_whole and not self._evaluates_sent:
+            return None
+        return self._held_values(layout, self._like)
 
     def _present(self, server_round: int) -> list[int]:
         """Return the clients that are available in a round and have data, sorted."""

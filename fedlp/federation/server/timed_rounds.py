@@ -1,6 +1,6 @@
 """Synchronous rounds on a virtual clock: a round ends with its last answer, a deadline, or the first k of n answers.
 
-Clients train on the engine as ever; what the clock adds is the second at which each answer arrives. An answer after the
+Clients train on the engine as ever; the clock adds the second at which each answer arrives. An answer after the
 deadline is late, and its update is dropped; so is that of a client that leaves first. A client of which download and
 training alone take too long is not trained at all. Without deadline and over-selection the model is the one of the same
 run without a clock, bit for bit.

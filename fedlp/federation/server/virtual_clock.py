@@ -124,7 +124,7 @@ class VirtualClock:
         training_macs : float
             Multiply-accumulates of one example, forward and backward.
         more_macs : float
-            Further ones of the round, such as those of scores.
+            Further ones of the round, such as for scores.
         """
         device = self.devices[client_id]
         steps = self.local_epochs * math.ceil(num_examples / self.batch_size)
@@ -143,7 +143,7 @@ class VirtualClock:
         asked : iterable of int
             Clients that received a sub-model in the round.
         ended, in_flight : sequences of Part
-            Parts that ended in the round, in order, and those that did not.
+            Parts that ended in the round, in order, and parts that did not.
         """
         busy, clients, began, finished = ({device.name: 0.0 for device in self.devices} for _ in range(4))
         for device in self.devices:

@@ -61,7 +61,7 @@ class FedLPPlan:
     submodels : "slices", "pruned" or None
         Sub-models of clients with a budget: slices of the global values, or the model pruned by the pruner's score and
         refitted; see :mod:`~fedlp.federation.strategies.pruned_submodels`. Where None "pruned", if training starts from
-        pretrained weights, budgets limit what is held and updates are differences; else "slices".
+        pretrained weights, budgets limit the size of sub-models and updates are differences; else "slices".
     calibrate_on : "server", "clients" or None
         Examples that pruned sub-models are calibrated on: the first ``calibration.examples`` whole examples of
         ``dataset.server`` where that is given, else of the server's copy of the training data, which in a simulation

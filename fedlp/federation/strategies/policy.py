@@ -60,7 +60,7 @@ class Holding:
     Attributes
     ----------
     submodel : SubModel
-        Sub-model of what is returned.
+        Sub-model that is returned.
     uploads : frozenset of str
         Tensors that are returned.
     count : float
@@ -199,7 +199,7 @@ class Strategy(Protocol):
     Attributes
     ----------
     client : ClientOptions
-        Optional; those of a plain method if absent.
+        Optional; a plain method's if absent.
     """
 
     def policy(self, context: PolicyContext) -> Policy:

@@ -1,17 +1,19 @@
-"""Types to Flower records and back: the only file with record keys, and the only decoder of external input.
+"""Instructions, updates and profiles to Flower records and back; record keys that other messages share.
 
-Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads). Up: ``params``, ``update``, ``metrics``,
-and ``scores`` on request, unless a client has too few examples for them. Only the kept slices of the
-requested tensors are sent; index sets are runs or bitmaps, whichever is shorter. Decoders check everything against
-the assignment and raise :class:`ProtocolError` naming the client and the fault.
+Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads), and ``frozen`` (arrays) where frozen
+tensors are encoded. Up: ``params``, ``update``, ``metrics``, and ``scores`` on request, unless a client has too few
+examples for them. Only the kept slices of the requested tensors are sent; index sets are runs or bitmaps, whichever is
+shorter. Decoders check everything against the assignment and raise :class:`ProtocolError` naming the client and the
+fault.
 
-Longer than other files: all decoders stand in one file.
+Longer than other files: an update is checked against its instruction, and shares its keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -21,6 +23,7 @@ from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import ProtocolError, printable
 from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModelLayout, SubModels
+from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -36,10 +39,8 @@ from fedlp.federation.wire.packing import pack_tensors
 from fedlp.federation.wire.ranges import (
     LARGEST_COST,
     LARGEST_METRIC,
-    LARGEST_MOMENT,
     MOST_EXAMPLES,
     MOST_METRICS,
-    MOST_STEPS,
     check_count,
     check_values,
     read_number,
@@ -59,37 +60,54 @@ from fedlp.types import (
     Budget,
     ClientProfile,
     ClientUpdate,
-    EvaluationRequest,
     InputNorms,
     Keep,
     SubModel,
     TrainInstruction,
 )
 
-PARAMS, INSTRUCTION, UPDATE, METRICS, PROFILE, RANGE, SCORES, INPUT_NORMS = (
-    "params",
-    "instruction",
-    "update",
-    "metrics",
-    "profile",
-    "range",
-    "scores",
-    "input-norms",
-)
+PARAMS, FROZEN, INSTRUCTION = "params", "frozen", "instruction"
+UPDATE, METRICS, PROFILE = "update", "metrics", "profile"
+SCORES, INPUT_NORMS = "scores", "input-norms"
 _EVIDENCE = {"unit_scores": "scored", "input_norms": "normed"}
 CAPABILITIES = "query.capabilities"
 TRAIN = "train"
 EVALUATE = "evaluate.central"
 EVALUATE_CLIENT = "evaluate.client"
 STATISTICS = "query.statistics"
-_SUMS = ("loss", "count")
-_LONGEST_SUM = 10**6  # such as one number per class
 _BUDGET = {item.name: f"budget-{item.name.replace('_', '-')}" for item in fields(Budget)}
+
+
+class Sent(NamedTuple):
+    """Encoded values of one sub-model, which several clients may share.
+
+    Attributes
+    ----------
+    params : ArrayRecord
+        Its tensors, without frozen ones where they are in ``frozen`` or held.
+    frozen : ArrayRecord or None
+        Frozen tensors in the encoding of downloads; None where ``params`` has them as they are.
+    digest : bytes
+        Digest of the decoded frozen tensors that ``frozen`` holds.
+    """
+
+    params: ArrayRecord
+    frozen: ArrayRecord | None = None
+    digest: bytes = b""
+
+    def with_record(self, record: ConfigRecord | None) -> RecordDict:
+        """Return the records of a message: the values, and what they are for."""
+        records: dict[str, ArrayRecord | ConfigRecord] = {PARAMS: self.params}
+        if self.frozen is not None:
+            records[FROZEN] = self.frozen
+        if record is not None:
+            records[INSTRUCTION] = record
+        return make_record(RecordDict, records)
 
 
 # ---- instructions
 def encode_instruction(
-    instruction: Assignment, params: ArrayRecord, submodels: SubModels, held: bytes = b""
+    instruction: Assignment, params: ArrayRecord | Sent, submodels: SubModels, held: bytes = b""
 ) -> RecordDict:
     """Return the records of one instruction; ``params`` are its encoded tensors, which several clients may share.
 
@@ -98,6 +116,7 @@ def encode_instruction(
     held : bytes
         Digest of the frozen tensors, if ``params`` leaves them out because the client holds them.
     """
+    sent = params if isinstance(params, Sent) else Sent(params)
     record = make_record(
         ConfigRecord,
         {
@@ -106,7 +125,7 @@ def encode_instruction(
             "uploads": encode_names(instruction.uploads, submodels.names),
         },
     )
-    _write_submodel(record, instruction.submodel, submodels)
+    write_submodel(record, instruction.submodel, submodels)
     if instruction.kept:
         record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
     if instruction.returned:
@@ -115,10 +134,13 @@ def encode_instruction(
         record[_EVIDENCE[name]] = True
     if held:
         record["held"] = held
-    return make_record(RecordDict, {PARAMS: params, INSTRUCTION: record})
+    if sent.digest:
+        record["digest"] = sent.digest
+    return sent.with_record(record)
 
 
-def _write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubModels) -> None:
+def write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubModels) -> None:
+    """Write a sub-model into a record; nothing for the whole model."""
     if submodel.depth is not None:
         record["depth"] = submodel.depth
     if submodel.widths:
@@ -127,7 +149,8 @@ def _write_submodel(record: ConfigRecord, submodel: SubModel, submodels: SubMode
         record["nested-levels"] = list(submodel.nested_levels)
 
 
-def _read_submodel(record: ConfigRecord, submodels: SubModels) -> SubModel:
+def read_submodel(record: ConfigRecord, submodels: SubModels) -> SubModel:
+    """Return the sub-model of a record; ValueError if malformed."""
     levels = record.get("nested-levels", [])
     return SubModel(
         depth=read_integer(record, "depth") if "depth" in record else None,
@@ -140,18 +163,22 @@ Known = dict[tuple[object, ...], dict[str, Tensor]]
 """Tensors of earlier messages by the identity of their bytes, valid while those messages are."""
 
 
-def decode_instruction(content: RecordDict, submodels: SubModels, known: Known | None = None) -> TrainInstruction:
+def decode_instruction(
+    content: RecordDict, submodels: SubModels, known: Known | None = None, download: Encoding | None = None
+) -> TrainInstruction:
     """Return the instruction of a message, its tensors as read-only views into the message.
 
     Parameters
     ----------
     known : dict, optional
         Tensors of other messages, which messages of the same bytes share; filled here.
+    download : Encoding, optional
+        Encoding of frozen tensors; as they are if absent.
 
     Raises
     ------
     ProtocolError
-        Where a record is missing or malformed.
+        Where a record is missing or malformed, or frozen tensors are not those of their digest.
     """
     try:
         record = read_config(content, INSTRUCTION)
@@ -159,15 +186,20 @@ def decode_instruction(content: RecordDict, submodels: SubModels, known: Known |
         returned = {}
         if "returned" in record:
             returned = decode_widths(read_bytes(record, "returned"), submodels.widths.axes)
-        submodel = _read_submodel(record, submodels)
+        submodel = read_submodel(record, submodels)
         layout = submodels.layout(submodel)
         held = read_bytes(record, "held") if "held" in record else b""
-        names = layout.name_set - submodels.spec.frozen if held else None
+        encoded, frozen = _read_frozen(content, layout, download)
+        if encoded and digest_tensors(frozen) != read_bytes(record, "digest"):
+            raise ProtocolError("the server's instruction: its frozen tensors are not those of their digest")
+        names = layout.name_set - submodels.spec.frozen if held or encoded else None
+        params = _read_shared(content, layout, names, {} if known is None else known)
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
             client_id=client_id,
-            params=_read_shared(content, layout, names, {} if known is None else known),
+            params={**params, **frozen} if frozen else params,
             held=held,
+            frozen=encoded,
             submodel=submodel,
             uploads=decode_names(read_bytes(record, "uploads"), submodels.names),
             kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
@@ -176,6 +208,28 @@ def decode_instruction(content: RecordDict, submodels: SubModels, known: Known |
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
+
+
+def _read_frozen(
+    content: RecordDict, layout: SubModelLayout, download: Encoding | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a message's encoded frozen tensors, and the decoded ones; empty where they came as they are."""
+    if FROZEN not in content:
+        return {}, {}
+    written, who = download or Float32(), "the server's message"
+    signature = layout.signature(layout.name_set & layout.spec.frozen)
+    encoded = read_tensors(content, FROZEN, written.signature(signature))
+    check_values(encoded, who)
+    frozen = written.decode(encoded, signature, who)
+    check_values(frozen, who)
+    return encoded, frozen
+
+
+def read_values(content: RecordDict, layout: SubModelLayout, download: Encoding | None) -> dict[str, Tensor]:
+    """Return all tensors of a sub-model, frozen ones decoded."""
+    _, frozen = _read_frozen(content, layout, download)
+    names = layout.name_set - frozen.keys() if frozen else None
+    return {**read_tensors(content, PARAMS, layout.signature(names)), **frozen}
 
 
 def _read_shared(
@@ -353,7 +407,7 @@ def _decode_norms(content: RecordDict, assigned: Assignment, submodels: SubModel
 _MOST_VECTORS = 10**12  # of one client and round
 
 
-# ---- profiles, ranges
+# ---- profiles
 def encode_profile(profile: ClientProfile) -> RecordDict:
     """Return the records of a client's profile."""
     record = ConfigRecord({"client-id": profile.client_id, "num-examples": profile.num_examples})
@@ -383,156 +437,7 @@ def decode_profile(content: RecordDict) -> ClientProfile:
     return profile
 
 
-def encode_range(params: ArrayRecord, start: int, stop: int, submodel: SubModel, submodels: SubModels) -> RecordDict:
-    """Return the records that request the metrics of a sub-model on test examples ``start`` to ``stop``."""
-    record = ConfigRecord({"start": start, "stop": stop})
-    _write_submodel(record, submodel, submodels)
-    return RecordDict({PARAMS: params, RANGE: record})
-
-
-def encode_submodel(params: ArrayRecord, submodel: SubModel, submodels: SubModels) -> RecordDict:
-    """Return the records of a sub-model alone."""
-    record = ConfigRecord()
-    _write_submodel(record, submodel, submodels)
-    return RecordDict({PARAMS: params, INSTRUCTION: record} if record else {PARAMS: params})
-
-
-def decode_submodel(content: RecordDict, submodels: SubModels) -> tuple[SubModel, dict[str, Tensor]]:
-    """Return a sub-model and its tensors."""
-    submodel = _read_submodel(read_config(content, INSTRUCTION), submodels) if INSTRUCTION in content else SubModel()
-    return submodel, read_tensors(content, PARAMS, submodels.layout(submodel).signature())
-
-
-def decode_range(content: RecordDict, submodels: SubModels) -> tuple[SubModel, dict[str, Tensor], int, int]:
-    """Return a sub-model, its tensors, and the range of test examples to evaluate."""
-    record = read_config(content, RANGE)
-    submodel = _read_submodel(record, submodels)
-    params = read_tensors(content, PARAMS, submodels.layout(submodel).signature())
-    return submodel, params, read_integer(record, "start"), read_integer(record, "stop")
-
-
-def encode_sums(sums: Mapping[str, float | list[float]]) -> RecordDict:
-    """Return the records of additive evaluation sums."""
-    return RecordDict({METRICS: MetricRecord(dict(sums))})
-
-
-def decode_sums(content: RecordDict) -> dict[str, float | list[float]]:
-    """Return additive evaluation sums, numbers and lists; ProtocolError for an invalid one. A loss may be NaN."""
-    sums: dict[str, float | list[float]] = {}
-    try:
-        record = read_metrics(content, METRICS)
-        if len(record) > MOST_METRICS:
-            raise ValueError(f"{len(record)} sums came, more than {MOST_METRICS}")
-        for key in (*_SUMS, *(key for key in record if key not in _SUMS)):
-            value = record[key]
-            is_list = isinstance(value, list) and len(value) <= _LONGEST_SUM and key not in _SUMS
-            if not (isinstance(value, float) or is_list):
-                raise ValueError(f"{printable(key, 40)} is {show(value)}, not a float or a list of floats")
-            sums[key] = [float(item) for item in value] if isinstance(value, list) else float(value)
-        if not 0 <= (count := record["count"]) <= MOST_STEPS:  # type: ignore[operator]
-            raise ValueError(f"they are of {show(count)} predictions")
-    except (KeyError, ValueError) as error:
-        raise ProtocolError(f"evaluation sums cannot be read: {say_why(error)}") from error
-    return sums
-
-
-# ---- evaluation on clients
-def encode_evaluation_request(request: EvaluationRequest, params: ArrayRecord, submodels: SubModels) -> RecordDict:
-    """Return the records that request metrics on a client's own test examples; ``params`` are the encoded tensors."""
-    record = ConfigRecord({"server-round": request.server_round, "client-id": request.client_id})
-    _write_submodel(record, request.submodel, submodels)
-    if request.measures_statistics:
-        record["measures-statistics"] = True
-    return RecordDict({PARAMS: params, INSTRUCTION: record})
-
-
-def decode_evaluation_request(content: RecordDict, submodels: SubModels) -> EvaluationRequest:
-    """Return the request of a message; ProtocolError if a record is missing or malformed."""
-    try:
-        record = read_config(content, INSTRUCTION)
-        submodel = _read_submodel(record, submodels)
-        return EvaluationRequest(
-            server_round=read_integer(record, "server-round"),
-            client_id=read_integer(record, "client-id"),
-            submodel=submodel,
-            params=read_tensors(content, PARAMS, submodels.layout(submodel).signature()),
-            measures_statistics=bool(record.get("measures-statistics", False)),
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"the server's request to evaluate cannot be read: {say_why(error)}") from error
-
-
-def encode_client_sums(sums: Mapping[str, float | list[float]], num_examples: int) -> RecordDict:
-    """Return the records of a client's evaluation sums, and their number of examples."""
-    return RecordDict({METRICS: MetricRecord({"num-examples": num_examples, **sums})})
-
-
-def decode_client_sums(
-    content: RecordDict, lengths: Mapping[str, int], who: str
-) -> tuple[dict[str, float | list[float]], int]:
-    """Return a client's evaluation sums, and their number of examples.
-
-    Parameters
-    ----------
-    lengths : mapping from name to int
-        Length of each sum of the task; 0 for a scalar.
-
-    Raises
-    ------
-    ProtocolError
-        If the sums are not the task's, or a number is not finite or out of range.
-    """
-    try:
-        record = read_metrics(content, METRICS)
-        num_examples = check_count(record["num-examples"], MOST_EXAMPLES, who)
-        if wrong := sorted({*record} ^ {*lengths, "num-examples"}):
-            raise ValueError(f"{printable(wrong[0], 40)} is {'unexpected' if wrong[0] in record else 'missing'}")
-        sums = {name: _read_sum(name, record[name], length) for name, length in lengths.items()}
-        if not isinstance(count := sums["count"], float) or not 1 <= count <= MOST_STEPS:
-            raise ValueError(f"they are of {show(record['count'])} predictions")
-    except (KeyError, ValueError) as error:
-        raise ProtocolError(f"{who}: its evaluation sums cannot be read: {say_why(error)}") from error
-    return sums, num_examples
-
-
-def _read_sum(name: str, value: object, length: int) -> float | list[float]:
-    """Return one sum, whose numbers are finite and in range."""
-    items = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != bool(length) or len(items) != max(length, 1):
-        raise ValueError(f"{name} is {show(value)}, not {length or 'one'} numbers")
-    numbers = [read_number(item, -LARGEST_METRIC, LARGEST_METRIC) for item in items]
-    if None in numbers:
-        raise ValueError(f"{name} holds {show(items[numbers.index(None)])}, not a finite number in range")
-    found = [number for number in numbers if number is not None]
-    return found if length else found[0]
-
-
-# ---- statistics of batch norms
-def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:
-    """Return the records of a client's measured batch norm statistics."""
-    return RecordDict({PARAMS: encode_params(params), METRICS: MetricRecord({"num-examples": num_examples})})
-
-
-def decode_statistics(
-    content: RecordDict, profile: ClientProfile, submodel: SubModel, submodels: SubModels
-) -> tuple[dict[str, Tensor], int]:
-    """Return a client's statistics and their number of examples; ProtocolError if they are impossible."""
-    who = f"client {profile.client_id}"
-    names = frozenset(name for name in submodels.statistics if submodels.spec.tensors[name].dtype.is_floating_point)
-    try:
-        num_examples = check_count(read_metrics(content, METRICS)["num-examples"], profile.num_examples, who)
-        params = read_tensors(content, PARAMS, submodels.layout(submodel).signature(names))
-    except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"{who}: its statistics cannot be read: {say_why(error)}") from error
-    variances = {name: tensor for name, tensor in params.items() if name.endswith("running_var")}
-    check_values({name: tensor for name, tensor in params.items() if name not in variances}, who)
-    check_values(variances, who, LARGEST_MOMENT)
-    for name, tensor in variances.items():
-        if bool((tensor < 0).any()):
-            raise ProtocolError(f"{who}: {name} holds negative variances")
-    return params, num_examples
-
-
+# ---- bytes
 def count_bytes(content: RecordDict) -> int:
     """Return the bytes of all records of a message, keys included, by Flower's count where it has one.
 

@@ -74,7 +74,7 @@ def find_bounds(stacks: Mapping[str, Tensor]) -> dict[str, Bounds]:
 
 
 def are_in_range(bounds: Mapping[str, Bounds], floats: frozenset[str], largest: float = LARGEST_VALUE) -> Flags:
-    """Return whether each client's tensors are those that :func:`check_values` takes, (clients,)."""
+    """Return whether :func:`check_values` accepts each client's tensors, (clients,)."""
     sound: Flags = np.array(True)
     for name, (low, high) in bounds.items():
         most = largest if name in floats else float(MOST_STEPS)

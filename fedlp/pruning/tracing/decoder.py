@@ -6,6 +6,7 @@
   the ratio of query heads to KV heads and the size of a head do not change. If all queries share one
   KV head (multi-query attention), a query head is a unit.
 * ``BLOCK.mlp``: one intermediate neuron is a unit.
+* ``ranks``, alone, where only adapters are cut: one rank of all adapters is a unit.
 
 ``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2, ``bert.encoder.layer.N`` of BERT. A part without a rule
 stays whole, and pins the axis that it may depend on: a norm over all heads pins its attention.
@@ -21,12 +22,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
-from fedlp.models.adapters import PARTS
+from fedlp.models.adapters import PARTS, cuts_ranks
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing.residual_streams import stream_dims
 from fedlp.pruning.tracing.slicing import WHOLE, Dim, WidthSpec
 
-HIDDEN = "hidden"
+HIDDEN, RANKS = "hidden", "ranks"
 _PER_HEAD = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")  # the same for all
 _SCALED_STREAMS = (  # blocks that norm or scale what they add to the residual stream
     *("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4", "granite", "hyperclovax"),
@@ -65,6 +66,8 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
     ConfigError
         If the model is of an architecture without rules.
     """
+    if cuts_ranks(model):
+        return _rank_widths(named_tensors(model))
     layout, names, blocks = _layout(model), named_tensors(model), _blocks(model)
     streams = stream_dims(model)
     axes = {HIDDEN: streams.size} if streams is not None else {}
@@ -130,6 +133,18 @@ def _adapter_dims(names: Iterable[str], dims: Mapping[str, tuple[Dim, ...]]) -> 
             rows, columns = dims[f"{path}.weight"]
             found[name] = (WHOLE, columns) if part == PARTS[0] else (rows, WHOLE)
     return found
+
+
+def _rank_widths(names: Mapping[str, Tensor]) -> WidthSpec:
+    """Return one axis, that of the ranks of all adapters; all other tensors are whole."""
+    dims = {name: (WHOLE,) * tensor.ndim for name, tensor in names.items()}
+    size = 0
+    for name, tensor in names.items():
+        if name.rpartition(".")[2] == PARTS[0]:
+            dims[name], size = (Dim(RANKS, 1), WHOLE), tensor.shape[0]
+        elif name.rpartition(".")[2] == PARTS[1]:
+            dims[name] = (WHOLE, Dim(RANKS, 1))
+    return WidthSpec({RANKS: size}, dims, {})
 
 
 def match_decoder(model: nn.Module) -> None:

@@ -50,7 +50,7 @@ def _take_inputs_alone(model: nn.Module) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Traces down to modules without children, whoever wrote them, and to those that are known to fail."""
+    """Traces down to modules without children, also users' own, and to modules that are known to fail."""
 
     def __init__(self, failed: Mapping[str, str]) -> None:
         super().__init__()

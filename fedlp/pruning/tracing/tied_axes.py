@@ -105,7 +105,7 @@ class AxisTable:
         return {self._names[axis]: self._sizes[axis] for axis in roots}
 
     def reasons(self) -> dict[str, str]:
-        """Return why axes of several units stay whole, oldest first; without those that always do."""
+        """Return why axes of several units stay whole, oldest first; without axes that always do."""
         roots = [axis for axis, parent in enumerate(self._parents) if axis == parent and self._reasons.get(axis)]
         roots.sort(key=lambda axis: self._births[axis])
         return {self._names[axis]: self._reasons[axis] for axis in roots if self._sizes[axis] > 1}

@@ -1,4 +1,4 @@
-"""Prunable layers: those with input units that no other part needs, and their weights as matrices.
+"""Prunable layers: layers with input units that no other part needs, and their weights as matrices.
 
 A unit is an input of its ``readers``: OBS compensates in their weights. The tensors that
 compute it (rows of producers, norms, depthwise filters) lose it without compensation.
@@ -32,7 +32,7 @@ def find_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tupl
 
 
 def prunable_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> tuple[PrunableLayer, ...]:
-    """Return what units can be removed from, in the order of the forward pass; there may be nothing.
+    """Return the prunable layers, in the order of the forward pass; may be empty.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from fedlp.data.examples import DataInfo, Examples
 from fedlp.errors import DataError, ProtocolError
 from fedlp.federation.client.shards import Shards
 from fedlp.federation.server.client_evaluation import read_metrics, sum_lengths, summarize_clients
-from fedlp.federation.wire import messages
+from fedlp.federation.wire import evaluation_messages
 from fedlp.tasks import make_task
 from fedlp.types import ClientEvaluation
 
@@ -70,7 +70,9 @@ def test_nothing_is_held_out_without_a_fraction_or_of_one_example() -> None:
 def test_sums_come_back_as_they_went() -> None:
     lengths = LENGTHS | {"macro_f1.correct": 3}
     sums = GOOD | {"macro_f1.correct": [1.0, 2.0, 0.0]}
-    assert messages.decode_client_sums(messages.encode_client_sums(sums, 4), lengths, "client 2") == (sums, 4)
+    assert evaluation_messages.decode_client_sums(
+        evaluation_messages.encode_client_sums(sums, 4), lengths, "client 2"
+    ) == (sums, 4)
 
 
 @pytest.mark.parametrize(
@@ -87,17 +89,17 @@ def test_sums_come_back_as_they_went() -> None:
     ],
 )
 def test_sums_out_of_range_are_rejected(change: dict[str, float], words: str) -> None:
-    content = messages.encode_client_sums(GOOD, 4)
+    content = evaluation_messages.encode_client_sums(GOOD, 4)
     for name, value in change.items():
         content.metric_records["metrics"][name] = value
     with pytest.raises(ProtocolError, match=f"client 2.*{words}"):
-        messages.decode_client_sums(content, LENGTHS, "client 2")
+        evaluation_messages.decode_client_sums(content, LENGTHS, "client 2")
 
 
 def test_missing_sums_are_rejected() -> None:
-    content = messages.encode_client_sums({"loss": 1.0, "count": 1.0}, 4)
+    content = evaluation_messages.encode_client_sums({"loss": 1.0, "count": 1.0}, 4)
     with pytest.raises(ProtocolError, match=r"accuracy\.correct is missing"):
-        messages.decode_client_sums(content, LENGTHS, "client 2")
+        evaluation_messages.decode_client_sums(content, LENGTHS, "client 2")
 
 
 def test_sums_that_give_an_impossible_metric_are_rejected() -> None:

@@ -115,6 +115,25 @@ def test_a_median_of_few_is_no_bound() -> None:
     assert not torch.equal(average(CoverageAverageRule(), enough)["a"], coverage_average(OLD, enough)[0]["a"])
 
 
+def test_a_slice_may_move_as_far_as_whole_tensors_do() -> None:
+    """A tenth of the entries, each moved three times as far: per entry beyond twice the median, as a whole not."""
+    whole, narrow = {"w": (100 * 0.1**2, 100)}, {"w": (10 * 0.3**2, 10)}
+    assert clipping_scales([whole] * 6 + [narrow], 2.0) == [1.0] * 7
+    far = {"w": (10 * 3.0**2, 10)}
+    scale = clipping_scales([whole] * 6 + [far], 2.0)[-1]
+    assert scale**2 * far["w"][0] == pytest.approx(2.0**2 * whole["w"][0])
+    assert clipping_scales([narrow] * 6 + [far], 2.0)[-1] == pytest.approx(2.0 * 0.3 / 3.0)
+
+
+def test_clients_that_differ_widen_the_bound_and_fewer_than_half_cannot() -> None:
+    alike, apart = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02], [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+    for sizes, is_bounded in ((alike, True), (apart, False)):
+        scales = clipping_scales([{"w": (10 * size**2, 10)} for size in (*sizes, 8.0)], 3.0)
+        assert (scales[-1] < 1.0) == is_bounded
+    hostile = clipping_scales([{"w": (10 * size**2, 10)} for size in (*alike, *[1e6] * 5)], 3.0)
+    assert [scale < 1.0 for scale in hostile] == [False] * 6 + [True] * 5
+
+
 def test_no_measure_where_most_change_nothing() -> None:
     still = {"w": (0.0, 4)}
     assert clipping_scales([still] * 6 + [{"w": (9.0, 4)}], 5.0) == [1.0] * 7

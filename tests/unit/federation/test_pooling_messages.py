@@ -14,7 +14,7 @@ from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot import outliers
 from fedlp.federation.oneshot.messages import Part, Question, Request
 from fedlp.federation.oneshot.outliers import drop_outliers
-from fedlp.federation.oneshot.server import tally
+from fedlp.federation.oneshot.server import most_votes
 from fedlp.federation.wire import messages
 from fedlp.pruning.kernels.hessian import Moments
 from fedlp.types import Keep
@@ -246,12 +246,26 @@ def test_votes_are_checked_and_counted() -> None:
         sent = {"a": Keep.from_indices(index, 6), "b": Keep.full(3)}
         votes.append(wire.decode_vote(wire.encode_vote(sent, tuple(AXES), 3), kept, AXES, 9, "client 4")[0])
         assert votes[-1] == sent
-    assert tally(votes, kept)["a"] == Keep.from_indices(torch.tensor([1, 5]).numpy(), 6)
-    assert tally(votes[:1] + votes[2:], kept)["a"] == Keep.first(2, 6), "equal votes: the lower index stays"
+    ballots = [wire.ballots(vote) for vote in votes]
+
+    def most(*some: int) -> Keep:
+        total = {name: sum((ballots[i][name] for i in some), torch.zeros(size)) for name, size in (("a", 6), ("b", 3))}
+        wire.check_ballots(total, kept, len(some), "the sum")
+        return most_votes(total, kept)["a"]
+
+    assert most(0, 1, 2) == Keep.from_indices(torch.tensor([1, 5]).numpy(), 6)
+    assert most(0, 2) == Keep.first(2, 6), "equal votes: the lower index stays"
     with pytest.raises(ProtocolError, match="the vote keeps 2 units of a, not 1"):
         wire.decode_vote(wire.encode_vote(votes[0], tuple(AXES), 3), {"a": 1, "b": 3}, AXES, 9, "client 4")
     with pytest.raises(ProtocolError, match="the vote keeps 0 units of b, not 3"):
         wire.decode_vote(wire.encode_vote({"a": votes[0]["a"]}, tuple(AXES), 3), kept, AXES, 9, "client 4")
+
+
+@pytest.mark.parametrize("votes", [[3.0, 1, 0], [2, 2, -1], [2, 2, 1], [2, 1, 0]])
+def test_sums_that_are_no_votes_are_refused(votes: list[float]) -> None:
+    """Of two clients, two units each."""
+    with pytest.raises(ProtocolError, match="the votes on a are not those of 2 clients for 2 units"):
+        wire.check_ballots({"a": torch.tensor(votes)}, {"a": 2}, 2, "the sum of 2 clients")
 
 
 def test_a_lacking_client_says_so() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedlp.federation.sampling import depth_probabilities, sample_cohort, sample_level, sample_uploads
+from fedlp.models import Layer
 from fedlp.rng import Stream, generator, torch_seed
-from fedlp.types import Layer
 
 LAYERS = (Layer("conv", ("conv.weight", "conv.bias"), 10), Layer("bn", ("bn.weight", "bn.running_mean"), 4))
 

@@ -150,6 +150,16 @@ def test_it_takes_coverage_from_the_average() -> None:
 
 
 @pytest.mark.parametrize("kind", [Adam, Yogi, Adagrad])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_by_default_no_entry_moves_far_in_the_first_step(kind: type[Adaptive], scale: float) -> None:
+    params, _ = apply_server_optimizer(
+        kind(), {"w": torch.zeros(2)}, {"w": torch.tensor([scale, -scale])}, {}, everywhere, {"w"}
+    )
+    assert params["w"][0] == -params["w"][1]
+    assert 0.002 < params["w"][0] <= 0.0101
+
+
+@pytest.mark.parametrize("kind", [Adam, Yogi, Adagrad])
 def test_the_first_step_has_the_size_that_the_formula_gives(kind: type[Adaptive]) -> None:
     """From a variance of 1e-6 and a pseudo-gradient of 1; worked out by hand."""
     optimizer = kind(lr=1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from urllib.error import URLError
 
@@ -89,7 +88,7 @@ def test_building_is_a_function_of_the_seed(name: str) -> None:
     first = state_tensors(spec.build(1))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(3)
-    again, other = state_tensors(pickle.loads(pickle.dumps(spec)).build(1)), state_tensors(spec.build(2))
+    again, other = state_tensors(spec.build(1)), state_tensors(spec.build(2))
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert any(not torch.equal(first[n], other[n]) for n in first)
 

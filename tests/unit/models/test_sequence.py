@@ -12,9 +12,8 @@ from fedlp.config import ModelConfig
 from fedlp.models import ModelSpec, describe_model, forward_logits, leading_layers
 from fedlp.models.blueprint import Blueprint
 from fedlp.models.language import import_transformers
-from fedlp.models.layer_order import order_layers
+from fedlp.models.layer_order import Layer, order_layers
 from fedlp.models.spec import describe_blueprint
-from fedlp.types import Layer
 
 CLASSIFIERS = ["fedlp_cnn", "small_cnn", "fedlp_mlp", "resnet18", "mobilenet_v2"]
 

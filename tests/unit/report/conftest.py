@@ -97,6 +97,11 @@ def _metrics(metric: str, server_round: int, random: np.random.Generator) -> dic
 @pytest.fixture
 def write_run(tmp_path: Path) -> RunWriter:
     """Return a function that writes ``tmp_path/name`` and returns its path; ``edit`` may change the lines first."""
+    return run_writer(tmp_path)
+
+
+def run_writer(root: Path) -> RunWriter:
+    """Return the function of :func:`write_run` for any folder."""
 
     def write(
         name: str = "run",
@@ -108,7 +113,7 @@ def write_run(tmp_path: Path) -> RunWriter:
         **overrides: Any,
     ) -> Path:
         config = make_config(**overrides)
-        folder = tmp_path / name
+        folder = root / name
         folder.mkdir(parents=True)
         document = {
             "config": config,

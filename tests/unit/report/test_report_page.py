@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 
 from fedlp.errors import DataError
 from fedlp.report import html, write_report
+from tests.unit.report.test_report_simulated import with_clock
 
 WriteRun = Callable[..., Path]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -90,10 +88,10 @@ def test_the_page_needs_nothing_but_itself(write_run: WriteRun, tmp_path: Path) 
     assert {"FedAvg", "FedLP-Homo(0.5)", "abc1234", "strategy.layer_preserving_rate"} <= set(page.words)
     assert [one["title"] for one in figures(path)] == [
         "Accuracy",
+        "Coverage of each layer",
         "What a client held",
         "What a client sent",
         "Cost by part",
-        "Coverage of each layer",
     ]
     assert page.tags.count("figure") == page.tags.count("figcaption") == 5
     assert page.tags.count("table") == page.tags.count("caption")
@@ -122,7 +120,7 @@ def test_text_from_files_is_escaped(write_run: WriteRun, tmp_path: Path) -> None
     write_run("runs/1", edit=fail, local__lr=0.1, **values)
     path = write_report([tmp_path / "runs"], tmp_path / "out")
     page = _Page(path.read_text(encoding="utf-8"))
-    assert page.tags.count("script") == 3  # Plotly, the figures, ours
+    assert page.tags.count("script") == 4  # Plotly, the palette, the figures, ours
     assert "<script>alert" not in without_plotly(path)
     assert any("<script>alert(1)</script>" in word for word in page.words)
     assert "and 202 more." in page.words
@@ -190,7 +188,48 @@ def test_failures_are_counted_by_reason(write_run: WriteRun, tmp_path: Path) -> 
         lines[1]["failures"] = [{"client_id": client, "reason": "no_reply", "message": "late"} for client in (1, 2)]
 
     text = without_plotly(write_report([write_run(edit=fail)], tmp_path / "out"))
-    assert '<th scope="row">FedAvg</th><td>no_reply</td><td>2</td>' in text
+    assert '<th scope="row">FedAvg</th><td>failed or refused</td><td>no_reply</td><td>2</td>' in text
+
+
+def test_clipped_and_absent_clients_are_counted(write_run: WriteRun, tmp_path: Path) -> None:
+    def edit(lines: list[dict[str, Any]]) -> None:
+        lines[1] |= {"clipped": {"1": 0.5, "2": 0.25}, "absent": {"unavailable": [3]}}
+
+    text = without_plotly(write_report([write_run(edit=edit)], tmp_path / "out"))
+    assert "<td>clipped</td><td>its norm was beyond the bound</td><td>2</td>" in text
+    assert "<td>not sampled</td><td>unavailable</td><td>1</td>" in text
+
+
+def test_the_worst_tenth_of_clients_has_curves(write_run: WriteRun, tmp_path: Path) -> None:
+    def evaluate(lines: list[dict[str, Any]]) -> None:
+        for line in lines[1:]:
+            line["metrics"] |= {"client_accuracy_worst": 0.01 * line["server_round"]}
+            one = {"client_id": 1, "tier": "1.0", "num_examples": 5, "metrics": {"accuracy": 0.5}}
+            line["evaluations"] = [one]
+
+    found = figures(write_report([write_run(edit=evaluate)], tmp_path / "out"))
+    worst = next(one for one in found if one["title"] == "Accuracy of the worst tenth of clients")
+    assert worst["section"] == "Tiers and clients"
+    assert worst["curves"][0]["y"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_sections_stand_in_the_order_of_a_readers_questions(write_run: WriteRun, tmp_path: Path) -> None:
+    for name, values in {"a": {}, "b": {"local__lr": 0.1}}.items():
+        with_clock(write_run(f"runs/{name}", edit=lambda lines: lines[1].update(absent={"no_data": [9]}), **values))
+    text = without_plotly(write_report([tmp_path / "runs"], tmp_path / "out"))
+    assert re.findall(r"<h2 [^>]*>(.*?)</h2>", text) == [
+        "Results",
+        "Learning curves",
+        "Layers: sparsity and coverage",
+        "Budgets",
+        "Failures and attacks",
+        "Cost of a round",
+        "Simulated time",
+        "What differs",
+        "Run it again",
+        "Runs",
+        "For papers",
+    ]
 
 
 def test_clients_that_evaluate_are_shown_by_tier(write_run: WriteRun, tmp_path: Path) -> None:
@@ -229,53 +268,3 @@ def test_plots_for_papers_are_vectors(write_run: WriteRun, tmp_path: Path, kind:
     for file in files:
         assert file.read_bytes().startswith(start)
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-
-
-# ---- in a browser, where there is one
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PROBE = """
-<script>
-window.addEventListener("load", () => setTimeout(() => {
-  const seen = [...document.querySelectorAll(".plot")].map((plot) => plot.querySelectorAll("path, image").length);
-  const buttons = [...document.querySelectorAll("table.numbers th button")];
-  buttons[5].click();
-  const first = document.querySelector("table.numbers tbody th").textContent;
-  document.querySelectorAll("select").forEach((one) => {
-    one.selectedIndex = one.options.length - 1;
-    one.dispatchEvent(new Event("change"));
-  });
-  document.querySelectorAll(".controls input").forEach((one) => one.click());
-  document.getElementById("theme").click();
-  document.title = JSON.stringify({ seen, first, theme: document.documentElement.dataset.theme, errors: window.errors,
-    overflow: document.documentElement.scrollWidth - window.innerWidth });
-}, 300));
-</script>
-"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [500, 1280, 1600])
-def test_a_browser_shows_every_plot_without_errors(write_run: WriteRun, tmp_path: Path, width: int) -> None:
-    for seed in range(3):
-        write_run(f"runs/a{seed}", seed=seed)
-        write_run(f"runs/b{seed}", seed=seed, strategy__name="fedlp_homo", strategy__layer_preserving_rate=0.5)
-    path = write_report([tmp_path / "runs"], tmp_path / "out")
-    errors = "<script>window.errors = []; window.onerror = (text) => { window.errors.push(text); };</script>"
-    page = path.read_text(encoding="utf-8").replace("<head>", f"<head>{errors}").replace("</body>", f"{PROBE}</body>")
-    path.write_text(page, encoding="utf-8")
-    command = [
-        str(BROWSER),
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command += [f"--window-size={width},2000", "--virtual-time-budget=10000", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))  # type: ignore[index]
-    assert found["errors"] == []
-    assert len(found["seen"]) == 5
-    assert min(found["seen"]) > 0, "a plot without marks"
-    assert found["overflow"] <= 0
-    assert found["first"] == "FedLP-Homo(0.5)", "sorted by uplink, ascending"
-    assert found["theme"] in ("light", "dark")

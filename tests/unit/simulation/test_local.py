@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedlp.errors import FedLPError
+from fedlp.simulation import local
 from fedlp.simulation.local import LocalGrid
 
 
@@ -138,3 +141,54 @@ def test_spawned_workers_do_the_same() -> None:
         test_a_client_that_is_silent_is_given_up(grid)
         test_a_message_beyond_the_slots_is_refused(grid)
         test_flowers_own_fedavg_runs_on_it(grid)
+
+
+def test_clients_in_this_process_do_the_same() -> None:
+    with LocalGrid(make_app, num_clients=6, num_workers=0, message_bytes=1 << 17) as grid:
+        test_replies_come_in_order_whoever_is_slow(grid, 20_000)
+        test_more_messages_than_slots_and_none_is_lost(grid)
+        test_a_message_is_only_drawn_when_a_place_is_free(grid)
+        test_every_kind_of_record_survives_the_way(grid)
+        test_a_client_that_raises_is_an_error_reply_of_one_line(grid)
+        test_a_message_beyond_the_slots_is_refused(grid)
+        test_flowers_own_fedavg_runs_on_it(grid)
+        (reply,) = grid.stream(instructions(1), timeout=60)
+        assert reply.content["metrics"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("cohort", [1, 4])
+def test_a_late_answer_in_this_process_is_no_reply(cohort: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, clock = ClientApp(), [0.0]
+    monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        clock[0] += 10.0 if context.node_config["partition-id"] == 2 else 1.0
+        return Message(message.content, reply_to=message)
+
+    with LocalGrid(lambda: app, num_clients=6, num_workers=0, message_bytes=1 << 17, cohort=cohort) as grid:
+        replies = list(grid.stream(instructions(), timeout=2.0))
+    assert [reply.has_error() for reply in replies] == [False, False, True, False, False, False]
+    assert replies[2].error.reason == "no reply within 2 s"
+
+
+def test_training_in_this_process_leaves_its_random_numbers_and_threads() -> None:
+    app = ClientApp()
+    seen = []
+
+    @app.query("draw")
+    def draw(message: Message, context: Context) -> Message:
+        torch.manual_seed(0)
+        seen.append(torch.get_num_threads())
+        return Message(message.content, reply_to=message)
+
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with LocalGrid(lambda: app, num_clients=1, num_workers=0, message_bytes=1 << 10) as grid:
+            list(grid.stream([Message(RecordDict(), 1, "query.draw")], timeout=60))
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), before)

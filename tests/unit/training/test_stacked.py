@@ -19,8 +19,9 @@ from fedlp.tasks.classification import Classification
 from fedlp.tasks.regression import Regression
 from fedlp.training.loop import train_locally
 from fedlp.training.schedules import Moment
-from fedlp.training.stacked import Trained, Trainee, Way, train_stacked
+from fedlp.training.stacked import train_stacked
 from fedlp.training.stacked_chain import find_chain
+from fedlp.training.stacked_cohort import Trained, Trainee, Way
 from fedlp.training.stacked_pass import find_obstacle
 
 SHAPE, CLASSES = (1, 4, 4), 5

@@ -46,7 +46,6 @@ class Quantised:
 
     bits: ClassVar[int] = 8
     row_bytes: ClassVar[float] = 4.0
-    is_quantised: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.coarseness < math.inf:
