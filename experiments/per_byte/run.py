@@ -5,7 +5,7 @@
     python experiments/per_byte/run.py --collect                 # only pack finished runs into results/; new tables
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
-of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``resnet18``: half as
+of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``long``: 200 rounds. ``resnet18``: half as
 many rounds of a model twenty times as large.
 
 Every run is an ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. At the end
@@ -52,6 +52,7 @@ FULL = {
     "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
     "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
     "fedavg-frozen-head-int4": ["strategy=fedavg", *BYTES, FOUR, HEAD],
+    "fedavg-topk": ["strategy=fedavg", "upload=topk"],  # 2 % of the entries in 2 bits, error feedback
     "homo-0.5": ["strategy=fedlp_homo"],
     "homo-0.5-int8": ["strategy=fedlp_homo", *BYTES],
     "hetero-u": ["strategy=fedlp_hetero"],
@@ -179,6 +180,7 @@ def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str
     return {name: methods[name] for name in names}
 
 
+LONG = ["fedavg-int4", "ours-int4", "ours-int2-coded", "fedavg-topk", "fedavg-frozen-head-int4"]
 ALL_WHOLE = {  # the same clients and data, but all can hold the model
     f"{name}-all-whole": [*FULL[name], "fleet.limited=[]"] for name in ("fedavg-int8", "ours-int4")
 }
@@ -192,6 +194,7 @@ DEVICE_METHODS = _some(MIXED, ["heterofl", "fedrolex", "random", "ours-int4", "o
 
 GROUPS = {
     "full-iid": (FULL, []),
+    "long-iid": (_some(FULL, LONG), ["num_rounds=200"]),
     "mixed-iid": (MIXED, TIERS),
     "mixed-macs-iid": (
         _some(MIXED | MIXED_BY_SCORES, ["heterofl", "random", "ours-int4", "ours-uniform-int4", "by-losses"]),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from experiments.tables import Budgets, budget_table, runs_by_method, write_figures
 from fedlp.report.files import PACKED
 
 ORDER = (  # of the tables; other groups come last
-    *("full-iid", "mixed-iid", "mixed-macs-iid", "mixed-devices", "mixed-devices-0.8"),
+    *("full-iid", "long-iid", "mixed-iid", "mixed-macs-iid", "mixed-devices", "mixed-devices-0.8"),
     *("full-dirichlet", "mixed-dirichlet", "full-dirichlet-plain", "mixed-dirichlet-plain"),
     *("resnet18-batch", "resnet18-group", "resnet18-mixed-batch", "resnet18-mixed-group"),
     *("resnet18-dirichlet", "resnet18-mixed-dirichlet", "ablation-full", "ablation-mixed", "first-look"),
 )
 BUDGETS = Budgets((3, 5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))
+LONG_BUDGETS = Budgets((15, 30, 55, 110, 145, 200, 290), (4, 8, 12, 16, 20, 24))
 RESNET_BUDGETS = Budgets((100, 200, 300, 400, 550, 1000), (10, 16, 22, 28, 34))
 FULL = {
     "ours-int2-coded": "FedLP-Plan, coded 2 bits",
@@ -41,7 +43,7 @@ def regenerate(results: Path, out: Path) -> None:
     ]
     found = sorted(file.name.removesuffix(PACKED) for file in results.glob(f"*{PACKED}"))
     for group in [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]:
-        budgets = RESNET_BUDGETS if group.startswith("resnet") else BUDGETS
+        budgets = {"resnet": RESNET_BUDGETS, "long": LONG_BUDGETS}.get(re.split(r"[0-9-]", group)[0], BUDGETS)
         lines += ["", f"## {group}", "", *budget_table(runs_by_method(results, group), "accuracy", budgets)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -123,7 +123,7 @@ def test_misspelt_input(arguments: str, words: str, call: Call) -> None:
         ("model=torchvision model.name=resnet19", "resnet19"),
         ("model=hf dataset=topics", "model.path is not set"),
         ("model=hf dataset=topics model.path=/nonexistent", "/nonexistent"),
-        ("simulation.workers=0", "simulation.workers=0"),
+        ("simulation.workers=-1", "simulation.workers=-1"),
         ("dataset=topics model=llama_tiny model.num_layers=0", "model.num_layers=0"),
         ("dataset=topics model=llama_tiny model.num_kv_heads=3", "model.num_kv_heads=3"),
     ],

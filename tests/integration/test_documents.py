@@ -97,6 +97,7 @@ def test_the_readme_is_short() -> None:
     assert max(len(sentence.split()) for sentence in sentences) <= 35
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs(tmp_path: Path) -> None:
     examples = [body for language, title, body in _FENCE.findall(README) if language == "python" and not title]
     done = subprocess.run(

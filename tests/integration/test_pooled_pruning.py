@@ -170,6 +170,7 @@ def test_what_is_written(once: Once) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == found["params_after"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     overrides = (*ONESHOT, *LLAMA, *OBS)
     runs = [run(tmp_path / n, *overrides, f"simulation.workers={n}") for n in ("1", "2")]
@@ -231,6 +232,7 @@ def test_too_few_good_answers_end_the_run(tmp_path: Path) -> None:
 
 
 # ---- clients that forget
+@pytest.mark.slow
 def test_a_client_that_lost_its_files_and_its_process_is_sent_everything(tmp_path: Path) -> None:
     def forgets(message: Message, context: Context) -> Message:
         if message.metadata.message_type == wire.MOMENTS and context.node_config["partition-id"] == 1:

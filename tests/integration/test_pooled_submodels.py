@@ -100,6 +100,7 @@ def test_workers_and_a_stop_change_no_byte(once: Once, tmp_path: Path) -> None:
     assert_same(go_on(tmp_path / "run", 4), whole)
 
 
+@pytest.mark.slow
 def test_a_refit_sends_the_model_of_its_round(once: Once) -> None:
     done = once(*POOLED, "strategy.refit_every=2", "local.lr=0.01", "num_rounds=4")
     down = [entry["bytes_down"] for entry in done.rounds]
@@ -115,6 +116,7 @@ def test_clients_are_asked_once_by_default() -> None:
     assert policy.pruned.refit_every == 0
 
 
+@pytest.mark.slow
 def test_classifiers_are_pooled_too(once: Once) -> None:
     done = once(*PRUNED, "strategy.calibrate_on=clients", "clients_per_round=6", "calibration.examples=30")
     assert done.failures == []
@@ -128,6 +130,7 @@ def test_nobody_holds_the_whole(tmp_path: Path) -> None:
 SECURE = (*POOLED, "fleet.fractions=[1.0,0.6]", "pruner.damping=0.01", "aggregator=coverage_average")
 
 
+@pytest.mark.slow
 def test_masked_sums_prune_as_open_ones(once: Once) -> None:
     """Nothing is trained, so that rounds move nothing: what clients receive is what calibration gave."""
     secure = once(*SECURE, "local.lr=1e-30", "num_rounds=1", "privacy=secagg", "privacy.bits=64")

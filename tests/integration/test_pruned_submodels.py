@@ -139,6 +139,7 @@ def test_workers_and_a_stop_change_no_byte(once: Once, tmp_path: Path) -> None:
     assert_same(go_on(tmp_path / "run", 3), whole)
 
 
+@pytest.mark.slow
 def test_a_refit_prunes_the_model_of_its_round() -> None:
     plan, policy, params, memory = prepared(*PRUNED)
     moved = {name: value + 0.01 * value.abs().mean() for name, value in params.items()}

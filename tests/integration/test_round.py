@@ -155,6 +155,7 @@ def test_heads_are_kept_between_rounds_or_forgotten(once: Once) -> None:
 
 
 # ---- width slices
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["heterofl", "fjord", "fedrolex"])
 def test_only_entries_of_the_slices_are_touched(strategy: str, once: Once) -> None:
     everyone = ("aggregator.batch_norm=average", "num_rounds=1", "clients_per_round=6")
@@ -189,6 +190,7 @@ def test_the_window_of_fedrolex_moves(once: Once) -> None:
     assert reached_the_next_unit
 
 
+@pytest.mark.slow
 def test_the_widest_level_alone_is_fedavg(once: Once) -> None:
     fedavg = once(*TINY_CNN, *DIRICHLET, "strategy=fedavg")
     for strategy in ("heterofl", "fedrolex", "fjord"):

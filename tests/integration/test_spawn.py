@@ -138,6 +138,7 @@ def test_a_model_that_has_no_name_trains_in_this_process(tmp_path: Path, caplog:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_system_that_cannot_fork(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -145,6 +145,7 @@ def test_labelled_text_trains_an_encoder(strategy: str, reviews: Path, once: Onc
     assert done.rounds[-1]["metrics"]["accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_an_encoder_is_pruned(reviews: Path, call: Call, tmp_path: Path) -> None:
     given = (f"model.path={reviews}/bert", "dataset=hf", f"dataset.path={reviews}/data", "dataset.sequence_length=8")
     asked = ("sparsity=0.4", "calibration.examples=32", "hydra.run.dir=out")

@@ -180,6 +180,7 @@ def test_one_gaussian_mechanism_has_the_epsilon_of_the_analytic_formula() -> Non
     assert delta == pytest.approx(1e-5, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rdp", "pld"])
 def test_the_noise_for_an_epsilon_is_the_least_that_keeps_it(name: str) -> None:
     noise = find_noise(name, 3.0, 1e-5, 0.2, 30)

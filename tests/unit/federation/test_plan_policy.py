@@ -100,6 +100,7 @@ def test_every_rule_meets_every_budget(rule: str, spread: str) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["fedlp_cnn", "resnet18"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
 def test_what_moves_follows_the_work_of_weights(model: str, sparsity: float) -> None:
@@ -149,6 +150,7 @@ def test_what_moves_is_the_same_for_all_as_far_as_they_hold_it() -> None:
             assert moving in (all_that_move, units)
 
 
+@pytest.mark.slow
 def test_units_are_drawn_anew_where_nobody_else_would_move_them() -> None:
     """By default: in whole fleets, and where nobody holds the whole model; else what scores best stays."""
     drawn = {}
@@ -176,6 +178,7 @@ def evidence_of(found: PlanPolicy) -> frozenset[str]:
     return found.assign(1, 0, {}).evidence
 
 
+@pytest.mark.slow
 def test_nobody_scores_units_where_nothing_depends_on_it() -> None:
     assert evidence_of(unlimited("strategy.spread=allocator")) == {"unit_scores"}
     assert not evidence_of(unlimited("strategy.spread=macs"))
