@@ -5,8 +5,8 @@
     python experiments/per_byte/run.py --collect                 # only pack finished runs into results/; new tables
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
-of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``long``: 200 rounds. ``resnet18``: half as
-many rounds of a model twenty times as large.
+of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``long``: 200 rounds.
+``resnet18``: half as many rounds of a model twenty times as large.
 
 Every run is an ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. At the end
 finished runs are packed into ``results/GROUP.runs.jsonl.xz``, where they replace runs of the same name. ``--part 0/2``
