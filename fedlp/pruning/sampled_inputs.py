@@ -1,11 +1,9 @@
-"""Sample of the inputs of every reader of a model, from passes over a few examples."""
+"""Sample of the inputs of every reader of a model, from one pass over a few examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,78 +11,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlp.errors import CalibrationError
+from fedlp.models.forward import forward_logits
 from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.tracing.units import input_columns, weight_matrix
 from fedlp.types import PrunableLayer
 
-
-@dataclass(frozen=True, slots=True)
-class SampleSize:
-    """Number of input vectors sampled for a reader of n columns.
-
-    Attributes
-    ----------
-    per_column : int
-        Vectors per column of a reader whose Hessian is inverted as a matrix.
-    most_columns : int
-        Columns of such a reader, at most.
-    few : int
-        Vectors of a wider reader, whose inverse Hessian has their number as its rank.
-    """
-
-    per_column: int = 4
-    most_columns: int = 640
-    few: int = 128
-
-    def num_rows(self, columns: int) -> int:
-        """Return the number of vectors for a reader of some columns."""
-        return self.per_column * columns if columns <= self.most_columns else self.few
+_ROWS = 1  # input vectors per column: positions of an image resemble each other, and a few of them do
+_MOST_ROWS = 512  # per layer, and client: with few, what is inverted is small
 
 
-SAMPLE = SampleSize()
-"""Sample of a client in a round."""
-
-
-@contextmanager
-def sampling(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    num_batches: int,
-    generator: torch.Generator,
-    size: SampleSize = SAMPLE,
-) -> Iterator[dict[str, SampledRows]]:
-    """Sample the input vectors of each reader in the forward passes within a context.
-
-    Yields a dict by module path, which is filled when the context ends.
+def sample_inputs(
+    model: nn.Module, layers: Sequence[PrunableLayer], batches: Sequence[Tensor], generator: torch.Generator
+) -> dict[str, SampledRows]:
+    """Return a random sample of the input vectors of each reader, by module path.
 
     Parameters
     ----------
     model : nn.Module
         In evaluation mode.
-    num_batches : int
-        Number of the forward passes; as many vectors are drawn from each.
+    batches : sequence of Tensor
+        Prepared inputs; as many vectors are drawn from each.
 
     Raises
     ------
     CalibrationError
         If inputs are not finite; names the reader.
     """
-    parts: dict[str, list[Tensor]] = {path: [] for layer in layers for path in layer.readers}
-    found: dict[str, SampledRows] = {}
+    found: dict[str, list[Tensor]] = {path: [] for layer in layers for path in layer.readers}
+    with ExitStack() as stack, torch.no_grad():
+        for path, parts in found.items():
 
-    def note(path: str, module: nn.Module, inputs: Any) -> None:
-        wanted = -(-size.num_rows(weight_matrix(module).shape[1]) // num_batches)
-        with torch.no_grad():
-            parts[path].append(sample_columns(module, inputs[0].detach(), wanted, generator))
+            def note(module: nn.Module, inputs: Any, parts: list[Tensor] = parts) -> None:
+                wanted = -(-min(_ROWS * weight_matrix(module).shape[1], _MOST_ROWS) // len(batches))
+                parts.append(sample_columns(module, inputs[0].detach(), wanted, generator))
 
-    with ExitStack() as stack:
-        for path in parts:
-            stack.callback(model.get_submodule(path).register_forward_pre_hook(partial(note, path)).remove)
-        yield found
-    for path, rows in parts.items():
-        if not all(bool(torch.isfinite(part).all()) for part in rows):
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(note).remove)
+        for batch in batches:
+            forward_logits(model, batch)
+    for path, parts in found.items():
+        if not all(bool(torch.isfinite(rows).all()) for rows in parts):
             raise CalibrationError(f"inputs of {path} are not finite on the client's examples; check its data")
-        found[path] = SampledRows(torch.cat(rows))
+    return {path: SampledRows(torch.cat(parts)) for path, parts in found.items()}
 
 
 def sample_columns(module: nn.Module, inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:

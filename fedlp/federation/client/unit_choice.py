@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.models.cost import Macs
-from fedlp.models.forward import forward_logits
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.gradients import loss_gradients, output_fisher
-from fedlp.pruning.kernels.inverses import LowRankInverse
+from fedlp.pruning.kernels.inverses import InverseHessian
 from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.reader_layers import Method
-from fedlp.pruning.sampled_inputs import SAMPLE, SampleSize, sampling
+from fedlp.pruning.sampled_inputs import sample_inputs
 from fedlp.pruning.scores.criterion import saliencies, scoring_macs
-from fedlp.pruning.scores.evidence import COARSE, Evidence, Precision
+from fedlp.pruning.scores.evidence import COARSE, Evidence
 from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
@@ -34,8 +33,6 @@ def score_units(
     data: Calibration,
     method: Method,
     macs: Macs,
-    precision: Precision = COARSE,
-    size: SampleSize = SAMPLE,
 ) -> tuple[dict[str, Tensor], float]:
     """Return the saliency of each unit, and its compute cost in MACs.
 
@@ -51,13 +48,9 @@ def score_units(
     spec, layers
         The width axes and prunable layers of ``model``.
     method : Method
-        Method with the computed ``score``.
+        Method with the computed ``score``. OBS removes a 32nd of the remaining units at a time.
     macs : Macs
         Of the model, per example.
-    precision : Precision
-        Of OBS: by default a 16th of the remaining units is removed at a time, and at least a 32nd of all.
-    size : SampleSize
-        Number of each reader's input vectors that are sampled.
 
     Raises
     ------
@@ -73,14 +66,18 @@ def score_units(
     rows: dict[str, SampledRows] = {}
     fisher: Mapping[str, Tensor] = {}
     if method.scores_inputs:
-        rows, fisher, passes = _measure_readers(model, layers, data, method, rng, size)
-        price += passes * data.num_examples * macs.forward
-    evidence = Evidence(model, spec, data, rng, gradients, scored, precision)
+        rows = sample_inputs(model, layers, data.batches, rng)
+        price += data.num_examples * macs.forward
+        if method.fisher:
+            logits_only = not is_language_model(model)
+            fisher = output_fisher(model, list(rows), data.batches, rng, logits_only, data.shift_invariant)
+            price += data.num_examples * macs.training
+    evidence = Evidence(model, spec, data, rng, gradients, scored, COARSE)
     found = {}
     for layer in layers:
         sampled = [rows.pop(path, None) for path in layer.readers]  # not kept: their moments may be large
         readers = [
-            _view_reader(scored, path, layer, method, inputs, fisher.get(path), precision.rank_tolerance)
+            _view_reader(scored, path, layer, method, inputs, fisher.get(path))
             for path, inputs in zip(layer.readers, sampled, strict=True)
         ]
         view = LayerView(layer, evidence, score.needs, tuple(readers))
@@ -89,52 +86,18 @@ def score_units(
     return found, price
 
 
-def _measure_readers(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    data: Calibration,
-    method: Method,
-    rng: torch.Generator,
-    size: SampleSize,
-) -> tuple[dict[str, SampledRows], Mapping[str, Tensor], float]:
-    """Return a sample of each reader's inputs, the Fisher information of its outputs, and the cost in forward passes.
-
-    Both come from one forward pass; of a language model, whose blocks run again in the backward pass, from two.
-    """
-    paths, is_language = [path for layer in layers for path in layer.readers], is_language_model(model)
-    needs_fisher = method.fisher and "moments" in method.score.needs
-    measure = partial(output_fisher, model, paths, data.batches, rng, not is_language, data.shift_invariant)
-    fisher: Mapping[str, Tensor] = {}
-    with sampling(model, layers, len(data.batches), rng, size) as rows:
-        if needs_fisher and not is_language:
-            fisher = measure()
-        else:
-            with torch.no_grad():
-                for batch in data.batches:
-                    forward_logits(model, batch)
-    if needs_fisher and is_language:
-        return rows, measure(), 4.0
-    return rows, fisher, 2.0 if needs_fisher else 1.0
-
-
 def _view_reader(
-    scored: nn.Module,
-    path: str,
-    layer: PrunableLayer,
-    method: Method,
-    rows: SampledRows | None,
-    fisher: Tensor | None,
-    rank_tolerance: float,
+    scored: nn.Module, path: str, layer: PrunableLayer, method: Method, rows: SampledRows | None, fisher: Tensor | None
 ) -> ReaderView:
     """Return a score's view of one reader: the scored weights, and a sample of its inputs."""
     weight = weight_matrix(scored.get_submodule(path)).to(torch.float64)
-    solve, size = partial(_solve, weight, rows, method, path), weight.shape[1] // layer.num_units
-    return ReaderView(path, weight, size, rows, solve, fisher, method.score.needs, rank_tolerance)
+    solve = partial(_solve, weight, rows, method, path)
+    return ReaderView(path, weight, weight.shape[1] // layer.num_units, rows, solve, fisher, method.score.needs)
 
 
 def _solve(
     weight: Tensor, rows: SampledRows | None, method: Method, path: str
-) -> tuple[Tensor, Tensor | LowRankInverse]:
+) -> tuple[Tensor, Tensor | InverseHessian]:
     """Return the weights that the elimination starts from, and the inverse Hessian."""
     assert rows is not None
     return weight, rows.inverse_hessian(method.centred, method.damping, path)

@@ -12,9 +12,8 @@ def elimination_macs(
 ) -> float:
     """Return the multiply-accumulates of inverting a reader's Hessian and eliminating its units.
 
-    The leading terms of :mod:`fedlp.pruning.kernels.elimination` or, with fewer inputs than columns, of
-    :mod:`fedlp.pruning.kernels.low_rank_elimination`; those of factorisations are the usual ones (a third of n³ flops
-    for Cholesky's). Measured counts agree to a few per cent.
+    The leading terms of :mod:`fedlp.pruning.kernels.inverses` and :mod:`fedlp.pruning.kernels.elimination`; those of
+    factorisations are the usual ones (a third of n³ flops for Cholesky's). Measured counts agree to a few per cent.
 
     Parameters
     ----------
@@ -27,8 +26,6 @@ def elimination_macs(
     block : int
         Columns after which lazy updates are applied.
     """
-    if inputs < columns:
-        return _low_rank_macs(inputs, columns, outputs, unit_size, steps)
     k, n = float(inputs), float(columns)
     gone = unit_size * sum(steps)
     per_step = gone / max(len(steps), 1)
@@ -36,21 +33,13 @@ def elimination_macs(
     squares = block * sum(size**2 for size in left)
     lazy = min(block, n)  # columns of updates that wait, at most
     width = gone * (n + lazy) / 2.0
-    inverse = k * n**2 + n**3 / 2.0 + squares
+    if k < n:
+        inverse = 1.5 * k**2 * n + k**3 / 6.0 + k * width
+        inverse += sum(k**3 / 6.0 + k**2 * block + k**2 * size / 2.0 for size in left)
+    else:
+        inverse = k * n**2 + n**3 / 2.0 + squares
     if per_step < FEW_COLUMNS:
         weights, panels = outputs * n**2 + 2.0 * squares, 3.0
     else:
         weights, panels = outputs * (width + block * sum(left) + n * unit_size + gone * lazy), 2.0
     return inverse + weights + width * (panels * lazy / 2.0 + 1.5 * per_step + 2.0 * unit_size)
-
-
-def _low_rank_macs(inputs: int, columns: int, outputs: int, unit_size: int, steps: Sequence[int]) -> float:
-    """Return the same for an inverse of low rank: of every step the products with what is left."""
-    k, left, total = float(inputs), float(columns), 2.75 * inputs**2 * columns + inputs**3 / 6.0
-    block = 0.0 if unit_size == 1 else float(unit_size)  # products within a unit
-    for step in steps:
-        gone = step * unit_size
-        total += left * (k**2 + k * outputs + block * (k + outputs) + block**2)
-        total += gone * k * (k + outputs) + k**2 * outputs + 2.0 * k**3 / 3.0
-        left -= gone
-    return total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import CalibrationError
-from fedlp.pruning.kernels.inverses import LowRankInverse, diagonal_blocks
+from fedlp.pruning.kernels.inverses import DenseInverse, InverseHessian, diagonal_blocks
 
 Score = Literal["exact", "columns"]
 FEW_COLUMNS = 4  # per step: with more, products with all of the weight are worth their while
@@ -23,14 +23,14 @@ class Problem:
     ----------
     weight : (rows, n)
         The layer's weight, or :math:`F^{1/2} W`: any matrix whose Gram matrix is :math:`W^\top F W`.
-    hessian_inv : (n, n) or LowRankInverse
+    hessian_inv : (n, n)
         Inverse of the damped Hessian, symmetric positive definite.
     unit_size : int
         Consecutive columns per unit.
     """
 
     weight: Tensor
-    hessian_inv: Tensor | LowRankInverse
+    hessian_inv: Tensor | InverseHessian
     unit_size: int
 
 
@@ -43,11 +43,13 @@ class EliminationState:
     which scores come, are always up to date.
     """
 
-    def __init__(self, weight: Tensor, inverse: Tensor, unit_size: int, block: int, columns_per_step: float) -> None:
-        self.size, self.block, self.inv = unit_size, block, inverse
-        self.weight = weight.to(inverse.dtype)
+    def __init__(self, problem: Problem, block: int, columns_per_step: float) -> None:
+        self.size, self.block = problem.unit_size, block
+        inverse = problem.hessian_inv
+        self.inv: InverseHessian = DenseInverse(inverse) if isinstance(inverse, Tensor) else inverse
+        self.weight = problem.weight.to(inverse.dtype)
         self.gram = self.weight.T @ self.weight if columns_per_step < FEW_COLUMNS else None
-        self.inv_blocks = diagonal_blocks(self.inv, self.size).clone()
+        self.inv_blocks = self.inv.blocks(self.size)
         if self.gram is not None:
             self.gram_blocks = diagonal_blocks(self.gram, self.size).clone()
         else:
@@ -56,21 +58,16 @@ class EliminationState:
         self.units = torch.arange(len(self.inv_blocks), device=self.inv.device)  # what the positions stand for
         self._start_panel()
 
-    @property
-    def is_full(self) -> bool:
-        """Whether a block of lazy updates waits."""
-        return self.used >= self.block
-
     def saliency(self, score: Score) -> Tensor:
         """Return the saliency of each unit, (units,); 0 for removed units before the next flush."""
         return block_saliency(self.inv_blocks, self.gram_blocks, score, self.units)
 
     def remove(self, positions: Tensor) -> float:
         """Eliminate the units at some positions together; return the rise of the loss."""
-        columns = unit_columns(positions, self.size)
+        columns = _columns(positions, self.size)
         u_panel, r_panel = self._panel[:, : self.used].unbind()
         u_columns, r_columns = u_panel.index_select(1, columns).T, r_panel.index_select(1, columns).T
-        inv_rows = self.inv.index_select(0, columns).addmm_(u_columns, u_panel, alpha=-1.0)
+        inv_rows = self.inv.rows(columns).addmm_(u_columns, u_panel, alpha=-1.0)
         factor, info = torch.linalg.cholesky_ex(inv_rows[:, columns])
         if int(info):
             raise _indefinite(self.units[positions[0]])
@@ -101,9 +98,10 @@ class EliminationState:
 
     def flush(self, kept: Tensor) -> None:
         """Apply the lazy updates and drop the removed units."""
-        columns = unit_columns(kept, self.size)
+        columns = _columns(kept, self.size)
+        removed = torch.ones(len(self.inv), dtype=torch.bool, device=self.inv.device).index_fill_(0, columns, False)
         u, r = self._panel[:, : self.used].index_select(2, columns).unbind()
-        self.inv = self.inv.index_select(0, columns).index_select(1, columns).addmm_(u.T, u, alpha=-1.0)
+        self.inv = self.inv.eliminate(columns, removed.nonzero().flatten(), u)
         if self.gram is None:
             self.weight = self.weight.index_select(1, columns).addmm_(self._c[: self.used].T, u, alpha=-1.0)
         else:
@@ -131,10 +129,7 @@ class EliminationState:
 def block_saliency(inv_blocks: Tensor, gram_blocks: Tensor, score: Score, units: Tensor) -> Tensor:
     """Return half the traces of ``inv⁻¹ gram`` per unit, or SlimGPT's form of it."""
     if inv_blocks.shape[-1] == 1:
-        inverse = inv_blocks.flatten()
-        if bool((inverse <= 0.0).any()):
-            raise _indefinite(units[(inverse <= 0.0).int().argmax()])
-        return 0.5 * gram_blocks.flatten() / inverse
+        return 0.5 * gram_blocks.flatten() / inv_blocks.flatten()
     factors, info = torch.linalg.cholesky_ex(inv_blocks)
     if bool(info.any()):
         raise _indefinite(units[info.argmax()])
@@ -153,7 +148,7 @@ def _indefinite(unit: Tensor) -> CalibrationError:
     )
 
 
-def unit_columns(units: Tensor, size: int) -> Tensor:
+def _columns(units: Tensor, size: int) -> Tensor:
     """Return the columns of some units, unit by unit."""
     if size == 1:
         return units

@@ -283,11 +283,8 @@ def factor_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
     return found
 
 
-def square_root(matrix: Tensor, tolerance: float = 0.0) -> Tensor:
-    """Return a matrix R, (rank, n), with RᵀR equal to a positive semi-definite one, up to a fraction of its trace."""
+def square_root(matrix: Tensor) -> Tensor:
+    """Return a matrix R with RᵀR equal to a positive semi-definite one."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=0.0)
-    left_out = int((values.cumsum(dim=0) <= tolerance * values.sum()).sum()) if tolerance else 0
-    first = min(left_out, len(values) - 1)
-    root: Tensor = values[first:].sqrt()[:, None] * vectors[:, first:].T
+    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
     return root

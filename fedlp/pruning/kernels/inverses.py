@@ -1,47 +1,148 @@
-"""Inverse of the damped Hessian of fewer input vectors than columns."""
+"""Inverse Hessians for an elimination: some rows, the diagonal blocks, the inverse of the kept columns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fedlp.errors import CalibrationError
 
-@dataclass(frozen=True)
+
+class InverseHessian(Protocol):
+    """Symmetric positive definite, (n, n)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the computation."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return some rows, (columns, n), new."""
+
+    def blocks(self, size: int) -> Tensor:
+        """Return the diagonal blocks of some size, (n // size, size, size), new."""
+
+    def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> InverseHessian:
+        """Return the inverse of the Hessian of the kept columns.
+
+        Parameters
+        ----------
+        kept, removed : (n - r,), (r,)
+            Columns.
+        factor : (r, n - r)
+            U: the inverse is that of now, of the kept columns, less UᵀU.
+        """
+
+
+class DenseInverse:
+    """Inverse Hessian as a dense matrix."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self._matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the matrix."""
+        return self._matrix.device
+
+    def __len__(self) -> int:
+        return len(self._matrix)
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return some rows."""
+        return self._matrix.index_select(0, columns)
+
+    def blocks(self, size: int) -> Tensor:
+        """Return the diagonal blocks."""
+        return diagonal_blocks(self._matrix, size).clone()
+
+    def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> DenseInverse:
+        """Return the matrix of the kept columns less UᵀU."""
+        left = self._matrix.index_select(0, kept).index_select(1, kept)
+        return DenseInverse(left.addmm_(factor.T, factor, alpha=-1.0))
+
+
 class LowRankInverse:
-    r"""Inverse of :math:`H = D (XX^\top + rI) D` with X (n, k), k < n, D diagonal; no matrix of n by n is ever formed.
+    r"""Inverse Hessian of fewer input vectors than columns: :math:`H = XX^\top + rI` with X (n, k), k < n.
 
-    By the Woodbury identity :math:`H^{-1} = D^{-1} (I - VV^\top) D^{-1} / r`, where :math:`V = XL^{-\top}` and
-    :math:`LL^\top = X^\top X + rI`.
+    By the Woodbury identity :math:`H^{-1} = (I - VV^\top) / r`, where :math:`V = XL^{-\top}` and
+    :math:`LL^\top = X^\top X + rI`. When some columns of H go, with rows R of V, the same holds of
+    :math:`VM^{-\top}` with the other rows, where :math:`MM^\top = I - V_R^\top V_R^{}`. So no matrix of n by n is ever
+    formed.
 
-    Attributes
+    Parameters
     ----------
     vectors : (n, k)
         V.
     ridge : float
         r, > 0.
-    scale : (n,) or None
-        Diagonal of D, > 0; None for ones.
     """
 
-    vectors: Tensor
-    ridge: float
-    scale: Tensor | None = None
+    def __init__(self, vectors: Tensor, ridge: float) -> None:
+        self._vectors, self._ridge = vectors, ridge
 
     @classmethod
-    def of(cls, inputs: Tensor, ridge: float, dtype: torch.dtype, scale: Tensor | None = None) -> LowRankInverse:
-        """Return the inverse for X = ``inputs``, (n, k) float64; V has some dtype."""
+    def of(cls, inputs: Tensor, ridge: float, dtype: torch.dtype) -> LowRankInverse:
+        """Return the inverse for X = ``inputs``, (n, k) float64, in some dtype."""
         small = inputs.T @ inputs
         small.diagonal().add_(ridge)
-        quotient = torch.linalg.solve_triangular(torch.linalg.cholesky(small).T, inputs, upper=True, left=False)
-        return cls(quotient.to(dtype).contiguous(), ridge, scale)
+        return cls(_divide(inputs, torch.linalg.cholesky(small)).to(dtype), ridge)
 
-    def dense(self) -> Tensor:
-        """Return the inverse as a matrix, (n, n)."""
-        matrix = self.vectors @ self.vectors.T
-        matrix.div_(-self.ridge).diagonal().add_(1.0 / self.ridge)
-        return matrix if self.scale is None else matrix / self.scale / self.scale[:, None]
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of V."""
+        return self._vectors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of V."""
+        return self._vectors.device
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """Return some rows, by k products an entry."""
+        rows = self._vectors.index_select(0, columns) @ self._vectors.T
+        rows.div_(-self._ridge)
+        rows[torch.arange(len(columns), device=rows.device), columns] += 1.0 / self._ridge
+        return rows
+
+    def blocks(self, size: int) -> Tensor:
+        """Return the diagonal blocks."""
+        units = self._vectors.view(len(self) // size, size, -1)
+        blocks = (units @ units.mT).div_(-self._ridge)
+        blocks.diagonal(dim1=1, dim2=2).add_(1.0 / self._ridge)
+        return blocks
+
+    def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> LowRankInverse:
+        """Return the inverse of the Hessian of the kept columns, from their rows of V."""
+        gone = self._vectors.index_select(0, removed).to(torch.float64)
+        left = torch.eye(gone.shape[1], dtype=torch.float64, device=gone.device).addmm_(gone.T, gone, alpha=-1.0)
+        root, info = torch.linalg.cholesky_ex(left)
+        if int(info):
+            raise CalibrationError(
+                "rounding has used up the precision of an inverse Hessian; raise damping (pruner.damping=0.01)"
+            )
+        return LowRankInverse(_divide(self._vectors.index_select(0, kept), root.to(self.dtype)), self._ridge)
+
+
+def _divide(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return rows times the inverse transpose of a lower triangular factor, contiguous."""
+    quotient: Tensor = torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
+    return quotient.contiguous()
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

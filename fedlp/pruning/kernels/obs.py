@@ -27,8 +27,7 @@ from torch import Tensor
 
 from fedlp.errors import CalibrationError
 from fedlp.pruning.kernels.elimination import EliminationState, Problem, Score, block_saliency
-from fedlp.pruning.kernels.inverses import LowRankInverse, diagonal_blocks
-from fedlp.pruning.kernels.low_rank_elimination import LowRankState
+from fedlp.pruning.kernels.inverses import diagonal_blocks
 
 __all__ = ["Elimination", "Problem", "eliminate", "output_error", "resolve_weight", "unit_saliency"]
 
@@ -47,15 +46,11 @@ class Elimination:
         Units per step.
     losses : tuple of float
         Loss after each step, in units of the squared output error; non-decreasing. NaN if unknown.
-    single : tuple of float, optional
-        Saliency of each removed unit before its step, in the order of removal; divides the rise of a step among its
-        units. Equal parts without it.
     """
 
     order: tuple[int, ...]
     steps: tuple[int, ...]
     losses: tuple[float, ...]
-    single: tuple[float, ...] = ()
 
     def saliency(self, num_units: int) -> Tensor:
         """Return the loss increase per unit, (units,), float64, non-decreasing along the order of removal.
@@ -64,15 +59,10 @@ class Elimination:
         """
         if not self.order:
             return torch.ones(num_units, dtype=torch.float64)
-        step = np.repeat(np.arange(len(self.steps)), self.steps)
-        single = np.array(self.single or np.ones(len(self.order))).clip(min=0.0)
-        sums = np.bincount(step, single)
-        shares = np.where(
-            sums[step] > 0.0, single / np.where(sums > 0.0, sums, 1.0)[step], 1.0 / np.array(self.steps)[step]
-        )
-        rises = np.maximum.accumulate(np.diff(self.losses, prepend=0.0).clip(min=0.0)[step] * shares)
-        found = torch.full((num_units,), float(rises[-1]), dtype=torch.float64)
-        found[list(self.order)] = torch.from_numpy(rises)
+        rises = np.maximum.accumulate(np.diff(self.losses, prepend=0.0).clip(min=0.0) / self.steps)
+        left = sorted(set(range(num_units)) - set(self.order))
+        found = torch.empty(num_units, dtype=torch.float64)
+        found[[*self.order, *left]] = torch.from_numpy(np.repeat([*rises, rises[-1]], [*self.steps, len(left)]))
         return found
 
 
@@ -129,37 +119,29 @@ def eliminate(
         If a block of the inverse Hessian stops being positive definite; names the unit.
     """
     counts = list(schedule)
-    states = [_start(problem, block, sum(counts) / max(len(counts), 1)) for problem in problems]
+    states = [
+        EliminationState(problem, block, sum(counts) * problem.unit_size / max(len(counts), 1)) for problem in problems
+    ]
     first = states[0]
     removed = torch.zeros_like(first.units, dtype=torch.bool)  # by position
     order: list[int] = []
     steps: list[int] = []
     losses: list[float] = []
-    single: list[float] = []
     loss = 0.0
     for count in counts:
         saliency = torch.stack([state.saliency(score) for state in states]).sum(dim=0).masked_fill(removed, torch.inf)
         chosen = saliency.argmin()[None] if count == 1 else torch.sort(saliency, stable=True).indices[:count]
-        single += saliency[chosen].tolist()
         loss += sum(state.remove(chosen) for state in states)
         removed[chosen] = True
         order += first.units[chosen].tolist()
         steps.append(count)
         losses.append(loss)
-        if any(state.is_full for state in states):
+        if max(state.used for state in states) >= block:
             kept = (~removed).nonzero().flatten()
             for state in states:
                 state.flush(kept)
             removed = removed[kept]
-    return Elimination(tuple(order), tuple(steps), tuple(losses), tuple(single))
-
-
-def _start(problem: Problem, block: int, units_per_step: float) -> EliminationState | LowRankState:
-    """Return the state of a reader's elimination before the first step."""
-    weight, inverse, size = problem.weight, problem.hessian_inv, problem.unit_size
-    if isinstance(inverse, LowRankInverse):
-        return LowRankState(weight, inverse, size)
-    return EliminationState(weight, inverse, size, block, units_per_step * size)
+    return Elimination(tuple(order), tuple(steps), tuple(losses))
 
 
 def resolve_weight(weight: Tensor, hessian_inv: Tensor, kept: Tensor, removed: Tensor) -> Tensor:

@@ -45,33 +45,26 @@ class Precision:
     parts : int or None
         Denominator of the fraction of remaining units removed per step, at least one unit; None for the exact greedy
         order.
-    most_steps : int or None
-        Bound of the number of steps; a step removes at least the fraction 1 / ``most_steps`` of all. None for no bound.
     block : int
         Columns after which lazy updates are applied; affects speed only.
-    rank_tolerance : float
-        Fraction of the trace of the Fisher information that may be left out.
     """
 
     parts: int | None = None
-    most_steps: int | None = None
     block: int = 64
-    rank_tolerance: float = 0.0
 
     def schedule(self, total: int) -> list[int]:
         """Return the number of units that each step removes, summing to ``total``."""
         if self.parts is None:
             return [1] * total
-        least = 1 if self.most_steps is None else -(-total // self.most_steps)
         steps: list[int] = []
         while total:
-            steps.append(min(total, max(least, total // self.parts)))
+            steps.append(max(1, total // self.parts))
             total -= steps[-1]
         return steps
 
 
 EXACT = Precision()
-COARSE = Precision(parts=16, most_steps=32, rank_tolerance=1e-2)
+COARSE = Precision(parts=32, block=256)
 """Precision of scores in a round."""
 
 

@@ -27,7 +27,7 @@ from fedlp.errors import ConfigError
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.calibration import Calibration
 from fedlp.pruning.kernels.hessian import square_root
-from fedlp.pruning.kernels.inverses import LowRankInverse
+from fedlp.pruning.kernels.inverses import InverseHessian
 from fedlp.pruning.kernels.obs import Problem
 from fedlp.pruning.scores.evidence import Evidence, InputStatistics, Precision
 from fedlp.types import PrunableLayer
@@ -56,18 +56,15 @@ class ReaderView:
         Fisher information of its outputs, which weighs their errors; None for the identity.
     needs : frozenset of str
         Declared needs of the score.
-    rank_tolerance : float
-        Fraction of the trace of the Fisher information that may be left out.
     """
 
     path: str
     weight: Tensor
     unit_size: int
     statistics: InputStatistics | None
-    solve: Callable[[], tuple[Tensor, Tensor | LowRankInverse]]
+    solve: Callable[[], tuple[Tensor, Tensor | InverseHessian]]
     fisher: Tensor | None
     needs: frozenset[str]
-    rank_tolerance: float = 0.0
 
     @property
     def count(self) -> int:
@@ -97,9 +94,7 @@ class ReaderView:
         """Return the elimination problem of this reader: weights, weighed by the Fisher information, and inverse."""
         self._read("moments")
         weight, inverse = self.solve()
-        if self.fisher is not None:
-            weight = square_root(self.fisher, self.rank_tolerance) @ weight
-        return Problem(weight, inverse, self.unit_size)
+        return Problem(weight if self.fisher is None else square_root(self.fisher) @ weight, inverse, self.unit_size)
 
     def _read(self, need: str) -> InputStatistics:
         _require(self.needs, need, f"input statistics of {self.path}")
