@@ -39,7 +39,7 @@ class AppOf:
         return make_client_app(lambda cfg, state_dir, own=None: self._federation.runtime(state_dir), settings_of)
 
     def hand_over(self) -> HandOver:
-        """Return what makes the app of an equal federation in another process."""
+        """Return the recipe of the same ClientApp for another process."""
         about, arrays = pack(self._federation)
         return HandOver(MAKER, about, arrays)
 

@@ -49,7 +49,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """What makes an equal federation.
+    """Description of a federation, from which another process builds an equal one.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ def pack(federation: Source) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def unpack(about: Mapping[str, Any], arrays: Arrays) -> Packed:
-    """Return what :func:`pack` was given; parts of the user's are imported by name and registered.
+    """Return the arguments of :func:`pack`; the user's own parts are imported by name and registered.
 
     Raises
     ------

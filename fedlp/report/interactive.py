@@ -116,7 +116,7 @@ def _spoken(one: dict[str, Any]) -> str:
 
 
 def _spent(group: Group, key: str, rounds: NDArray[np.int64]) -> FloatArray:
-    """Return what was spent by the end of each round, mean over seeds."""
+    """Return the cumulative cost at the end of each round, mean over seeds."""
     if key == "round":
         return rounds.astype(np.float64)
     runs = [run for run in group.counted if run.rounds]

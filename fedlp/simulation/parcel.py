@@ -33,7 +33,7 @@ _DTYPE = re.compile(r"[<|](b1|[iu][1248]|f[248])")
 
 @dataclass(frozen=True)
 class HandOver:
-    """What makes a ClientApp in another process.
+    """Recipe of a ClientApp for another process.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class HandOver:
 
 
 def hand_over_of(load_app: Callable[[], ClientApp]) -> HandOver:
-    """Return what makes the app: the maker's own ``hand_over()`` if it has one, else a function's name.
+    """Return the recipe of an app: the maker's own ``hand_over()`` if it has one, else a function's name.
 
     Raises
     ------

@@ -26,7 +26,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class RaySettings:
-    """What of Ray a run uses.
+    """Ray resources of a run.
 
     Attributes
     ----------

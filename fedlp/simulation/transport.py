@@ -76,7 +76,7 @@ def split_buffers(image: memoryview, lengths: Sequence[int]) -> list[memoryview]
 
 
 Item = tuple[dict[str, Any], RecordDict | None]
-"""What travels for one message: JSON values (message id, node id, ...), and its records."""
+"""Content of one message: JSON values (message id, node id, ...), and its records."""
 
 
 def encode_frame(items: Sequence[Item], area: Memory) -> bytes:

@@ -31,7 +31,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Duty:
-    """What every worker of a grid does.
+    """Task common to all workers of a grid.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Duty:
 
 
 class Process(Protocol):
-    """What a grid needs of a worker's process."""
+    """Process of a worker, as a grid uses it."""
 
     @property
     def exitcode(self) -> int | None:
