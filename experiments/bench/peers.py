@@ -1,4 +1,4 @@
-"""Simulators side by side: ``python experiments/bench/peers.py [--env DIR] [--quick] [--json FILE]``; 20 minutes.
+"""Simulators side by side: ``python experiments/bench/peers.py [--env DIR] [--quick] [--json FILE]``; half an hour.
 
 The same FedAvg work (``workload.py``) as whole runs from the start of Python to its end, one of each in turn: fedlp on
 its local engine with two workers and with one, a bare loop, Flower on Ray, and pfl-research, FedLab and fluke from
@@ -307,7 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     commands = programs(make_environment(args.env))
     results = {
-        f"{name}_{clients}": compare(name, clients, commands, 1 if args.quick else 3)
+        f"{name}_{clients}": compare(name, clients, commands, 1 if args.quick else 5)
         for name, clients in (QUICK if args.quick else CASES)
     }
     write_report(args.json, args.quick, results)

@@ -34,7 +34,7 @@ from fedlp.apps.submodel_pruning import (
     check_pooled_calibration,
     first_examples,
 )
-from fedlp.apps.tier_table import describe_tiers
+from fedlp.apps.tier_table import describe_budgets, describe_tiers
 from fedlp.config import RunConfig, to_plain, to_yaml
 from fedlp.data.datasets import FederatedData, Loaded, Reader, make_reader
 from fedlp.data.device_data import OwnPlace, describe_for_devices, load_at, reader_at
@@ -210,7 +210,7 @@ class Federation:
         def whole() -> Mapping[str, float]:
             return cost(SubModel())
 
-        budgets = client_budgets(config, brought, whole)
+        budgets = self._budgets = client_budgets(config, brought, whole)
         self._capable = holders_of_all(budgets, whole)
         self._apart = kept_apart(config, budgets, whole)
         taking_part = [None if i in self._apart else budget for i, budget in enumerate(budgets)]
@@ -316,15 +316,22 @@ class Federation:
         return client_settings(self.config, client_options(self.strategy), self.pooled)
 
     def describe_tiers(self, policy: Policy, state: ServerState, directory: RunDirectory) -> dict[str, Any]:
-        """Return size, bytes and metrics of each tier of the fleet; see :mod:`fedlp.apps.tier_table`."""
+        """Return the tables of the fleet's tiers, of those that the run has; see :mod:`fedlp.apps.tier_table`."""
         config, lines = self.config, directory.read_lines()
-        return describe_tiers(
-            tier_names(config.fleet, config.num_clients, config.seed),
-            lambda client_id: policy.assign(state.server_round, client_id, state.memory, state.params).submodel,
-            lambda submodel: submodel_costs(submodel, self.submodels, self.costs, config.local),
-            lines,
-            lines[-1]["metrics"] if lines else {},
-        )
+        found: dict[str, Any] = {}
+        tiers = tier_names(config.fleet, config.num_clients, config.seed)
+
+        def held(client_id: int) -> SubModel:
+            return policy.assign(state.server_round, client_id, state.memory, state.params).submodel
+
+        def cost(submodel: SubModel) -> Mapping[str, float]:
+            return submodel_costs(submodel, self.submodels, self.costs, config.local)
+
+        if config.evaluation.tiers:
+            found["tiers"] = describe_tiers(tiers, held, cost, lines, lines[-1]["metrics"] if lines else {})
+        if any(budget is not None for budget in self._budgets):
+            found["budgets"] = describe_budgets(self._budgets, tiers, held, cost, lines)
+        return found
 
     # ---- running
     def say_whole_parts(self) -> None:
@@ -401,9 +408,7 @@ def _serve_rounds(
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None
-    results = keeper.results()
-    if config.evaluation.tiers:
-        results["tiers"] = plan.describe_tiers(strategy.policy, strategy.state, directory)
+    results = {**keeper.results(), **plan.describe_tiers(strategy.policy, strategy.state, directory)}
     manifest = directory.finish(strategy.state, to_plain(config), plan.expected(), **results)
     check_trained(manifest, directory.path)
     return manifest

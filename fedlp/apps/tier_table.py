@@ -1,13 +1,15 @@
-"""Tier table: size, bytes and metrics of each tier of a fleet at the end of a run."""
+"""Tables of a run's end by tier of the fleet: size, bytes and metrics; budgets and what of them was used."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from fedlp.allocation.budget.costs import given_limits
 from fedlp.errors import AllocationError
-from fedlp.types import SubModel
+from fedlp.types import Budget, SubModel
 
 _BYTES = ("bytes_up", "bytes_down")
 
@@ -48,6 +50,46 @@ def describe_tiers(
         prefix = f"tier_{name}_"
         entry |= {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     return dict(sorted(found.items(), key=lambda item: -item[1]["params"]))
+
+
+def describe_budgets(
+    budgets: Sequence[Budget | None],
+    tiers: Mapping[int, str],
+    held: Callable[[int], SubModel],
+    cost: Callable[[SubModel], Mapping[str, float]],
+    rounds: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return limit and use of each limit of each tier; a device with a budget of its own is a tier.
+
+    Parameters
+    ----------
+    budgets : sequence of Budget or None
+        By client id.
+    tiers, held, cost, rounds
+        As of :func:`describe_tiers`.
+
+    Returns
+    -------
+    dict
+        Tier -> name of the limit -> ``limit`` and ``used``. Used upload bytes are the most that a client of the tier
+        sent in one round; the rest are costs of the last round's sub-model. Seconds of a step have no entry.
+    """
+    groups: dict[tuple[str, Budget], list[int]] = {}
+    for client_id, budget in enumerate(budgets):
+        if budget is not None:
+            groups.setdefault((tiers.get(client_id, ""), budget), []).append(client_id)
+    shared = Counter(name for name, _ in groups)
+    sent: dict[int, float] = {}
+    for client in (client for line in rounds for client in line["clients"]):
+        sent[client["client_id"]] = max(sent.get(client["client_id"], 0.0), float(client["bytes_up"]))
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, budget), members in groups.items():
+        with suppress(AllocationError):
+            used = {**cost(held(members[0])), "upload_bytes": max(sent.get(member, 0.0) for member in members)}
+            title = name if name and shared[name] == 1 else f"client {members[0]}"
+            limits = given_limits(budget)
+            found[title] = {key: {"limit": limit, "used": used[key]} for key, limit in limits if key in used}
+    return found
 
 
 def tier_table(tiers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlp.report.budget_figures import budget_figures
+from fedlp.report.figure_values import BOX, number, numbers, spoken_box
 from fedlp.report.groups import Group, clean
 from fedlp.report.simulated import utilisation_figure
 from fedlp.report.summary import METRICS, Curve, FloatArray, Metric, coverage, curve, metric_of, spent_by, summarize
@@ -33,11 +35,9 @@ _COSTS = (
     ("macs", "training in all, GMACs", 1e9),
     ("wall_time_s", "measured time in all, s", 1.0),
 )
-_BOX = "Box: quartiles; whiskers: values within one and a half boxes; points: values beyond."
 CURVES, CLIENTS, LAYERS, BUDGETS = "Learning curves", "Tiers and clients", "Layers: sparsity and coverage", "Budgets"
 COST, CLOCK = "Cost of a round", "Simulated time"
 SECTIONS = (CURVES, CLIENTS, LAYERS, BUDGETS)  # before failures; the others stand after them
-_MOST_BOXED = 5_000  # values of one box; beyond it an even selection
 
 
 def figures(groups: Sequence[Group]) -> list[Figure]:
@@ -47,7 +47,7 @@ def figures(groups: Sequence[Group]) -> list[Figure]:
         CURVES: [figure for metric in metrics if (figure := _curves(groups, metric))],
         CLIENTS: [*_clients(groups)],
         LAYERS: [*_coverage(groups)],
-        BUDGETS: [*_client_costs(groups)],
+        BUDGETS: [*budget_figures(groups)],
         COST: [*_costs(groups)],
         CLOCK: [*utilisation_figure(groups)],
     }
@@ -88,10 +88,10 @@ def _curve_figure(groups: Sequence[Group], found: Mapping[int, Curve], title: st
         {
             "index": index,
             "label": groups[index].label,
-            "x": {key: _numbers(_spent(groups[index], key, one.rounds) / scale) for key, _, scale in _AXES},
-            "y": _numbers(one.mean),
-            "low": _numbers(one.low) if (one.high > one.low).any() else None,
-            "high": _numbers(one.high) if (one.high > one.low).any() else None,
+            "x": {key: numbers(_spent(groups[index], key, one.rounds) / scale) for key, _, scale in _AXES},
+            "y": numbers(one.mean),
+            "low": numbers(one.low) if (one.high > one.low).any() else None,
+            "high": numbers(one.high) if (one.high > one.low).any() else None,
         }
         for index, one in found.items()
     ]
@@ -148,8 +148,8 @@ def _clients(groups: Sequence[Group]) -> Iterator[Figure]:
             "kind": "boxes",
             "title": f"{name.capitalize()} by tier and client",
             "caption": "Each client's sub-model on the client's own test examples, in the last round that evaluated on "
-            f"clients. {_BOX}",
-            "alt": f"{name} of clients in {len(tiers)} tiers: " + "; ".join(map(_spoken_box, series)) + ".",
+            f"clients. {BOX}",
+            "alt": f"{name} of clients in {len(tiers)} tiers: " + "; ".join(map(spoken_box, series)) + ".",
             "label": f"{name} of one client{unit}",
             "series": series,
         }
@@ -170,52 +170,7 @@ def _tier(row: tuple[Any, ...]) -> str:
 
 
 def _values(rows: Sequence[tuple[Any, ...]], scale: float) -> list[float | None]:
-    return _numbers(np.array([row[4] for row in rows]) * scale)
-
-
-def _spoken_box(one: dict[str, Any]) -> str:
-    values = np.array([value for value in one["y"] if value is not None])
-    worst = np.sort(values)[: max(1, len(values) // 10)].mean()
-    return f"{clean(one['label'])} has a median of {np.median(values):.3g} and {worst:.3g} in its lowest tenth"
-
-
-def _client_costs(groups: Sequence[Group]) -> Iterator[Figure]:
-    """Yield what one client got and sent in one round, beside what its budget was where fractions say so."""
-    for key, title in (("params_down", "What a client held"), ("bytes_up", "What a client sent")):
-        unit, label = (1e3, "thousand parameters down") if key == "params_down" else (1e3, "kB up")
-        series = [
-            {"index": index, "label": group.label, "x": [group.label] * len(values), "y": _numbers(values / unit)}
-            for index, group in enumerate(groups)
-            if (values := _costs_of(group, key)).size
-        ]
-        if not series:
-            continue
-        limits = _limits(groups, series) if key == "params_down" else []
-        more = " Dotted lines: the fleet's budgets, as fractions of the largest sub-model here." if limits else ""
-        yield {
-            "kind": "boxes",
-            "title": title,
-            "caption": f"One client in one round, over clients, rounds and seeds. {_BOX}{more}",
-            "alt": f"{title}: " + "; ".join(map(_spoken_box, series)) + f" ({label}).",
-            "label": label,
-            "series": series,
-            "limits": limits,
-        }
-
-
-def _costs_of(group: Group, key: str) -> FloatArray:
-    values = [float(getattr(cost, key)) for run in group.counted for record in run.rounds for cost in record.clients]
-    step = -(-len(values) // _MOST_BOXED) or 1
-    return np.array(values[::step])
-
-
-def _limits(groups: Sequence[Group], series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    fleets = [group.config.get("fleet") or {} for group in groups]
-    fractions = [fleet.get("fractions") or [] for fleet in fleets if "params" in (fleet.get("limited") or ["params"])]
-    if not fractions or any(one != fractions[0] for one in fractions) or not fractions[0]:
-        return []
-    largest = max(value for one in series for value in one["y"])
-    return [{"value": fraction * largest, "label": f"budget {fraction:g}"} for fraction in fractions[0]]
+    return numbers(np.array([row[4] for row in rows]) * scale)
 
 
 # ---- cost of a round
@@ -225,7 +180,7 @@ def _costs(groups: Sequence[Group]) -> Iterator[Figure]:
     for key, label, scale in _COSTS:
         values = {index: getattr(row, key) for index, row in rows}
         if any(values.values()):
-            parts.append({"label": label, "values": [_number(values[index], scale) for index, _ in rows]})
+            parts.append({"label": label, "values": [number(values[index], scale) for index, _ in rows]})
     if parts:
         yield {
             "kind": "bars",
@@ -236,10 +191,6 @@ def _costs(groups: Sequence[Group]) -> Iterator[Figure]:
             "labels": [group.label for group in groups],
             "parts": parts,
         }
-
-
-def _number(value: float | None, scale: float) -> float | None:
-    return None if value is None or not np.isfinite(value) else value / scale
 
 
 def _spoken_part(part: dict[str, Any], groups: Sequence[Group]) -> str:
@@ -258,7 +209,7 @@ def _coverage(groups: Sequence[Group]) -> Iterator[Figure]:
                     "label": group.label,
                     "layers": [clean(layer) for layer in layers],
                     "rounds": rounds.tolist(),
-                    "values": [_numbers(row, 4) for row in values],
+                    "values": [numbers(row, 4) for row in values],
                 }
             )
     if maps:
@@ -275,8 +226,3 @@ def _coverage(groups: Sequence[Group]) -> Iterator[Figure]:
 def _spoken_map(one: dict[str, Any]) -> str:
     known = [value for row in one["values"] for value in row if value is not None]
     return f"{clean(one['label'])} {np.mean(known):.0%}" if known else f"{clean(one['label'])} is not on record"
-
-
-def _numbers(values: FloatArray, digits: int = 6) -> list[float | None]:
-    """Return JSON numbers of so many significant digits; None for what is not finite."""
-    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist()]

@@ -167,6 +167,19 @@ def _amount(entry: Mapping[str, Any], name: str, where: str) -> float:
     return value
 
 
+def budgets(values: Any, where: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Return tier -> name of a limit -> ``limit`` (> 0) and ``used`` (>= 0)."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for tier, limits in mapping(values, where).items():
+        for name, entry in mapping(limits, f"{where}: {tier}").items():
+            place = f"{where}: {tier}: {name}"
+            pair = {key: _amount(mapping(entry, place), key, place) for key in ("limit", "used")}
+            if not pair["limit"]:
+                raise DataError(f"{place}: limit is 0, not a number > 0; the file is damaged")
+            found.setdefault(tier, {})[name] = pair
+    return found
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

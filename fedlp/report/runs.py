@@ -10,7 +10,7 @@ from typing import Any
 from fedlp.errors import DataError
 from fedlp.report.files import PACKED, RunFiles, is_packed, read_files, run_sources
 from fedlp.report.packed import read_packed
-from fedlp.report.parse import COUNTERS, is_count, mapping, numbers, only_numbers, round_record
+from fedlp.report.parse import COUNTERS, budgets, is_count, mapping, numbers, only_numbers, round_record
 from fedlp.types import RoundRecord
 
 TOTALS = (*COUNTERS, "failures", "rounds", "contacts")
@@ -65,6 +65,11 @@ class Run:
     def final_metrics(self) -> Mapping[str, float]:
         """Metrics of the final model as the manifest has them; empty before the end."""
         return self.manifest.get("final_metrics") or {}
+
+    @property
+    def budgets(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+        """Limit and use of each limit of each tier; empty without budgets."""
+        return self.manifest.get("budgets") or {}
 
     @property
     def expected(self) -> Mapping[str, float]:
@@ -170,4 +175,5 @@ def _checked_manifest(value: Any, where: str) -> Mapping[str, Any]:
             mapping(manifest[name], f"{where}: {name}")
     final_metrics = numbers(manifest.get("final_metrics") or {}, f"{where}: final_metrics")
     costs = {name: only_numbers(manifest.get(name) or {}) for name in _COSTS}
-    return {**manifest, **costs, "final_metrics": final_metrics}
+    used = budgets(manifest.get("budgets") or {}, f"{where}: budgets")
+    return {**manifest, **costs, "budgets": used, "final_metrics": final_metrics}

@@ -29,6 +29,11 @@ def test_the_table_of_tiers(once: Once) -> None:
         assert sum(entry[key] for entry in tiers.values()) == totals[key]
     for name, entry in tiers.items():
         assert entry["perplexity"] == done.manifest["final_metrics"][f"tier_{name}_perplexity"]
+    budgets = done.manifest["budgets"]
+    assert set(budgets) == set(tiers)
+    for limits in budgets.values():
+        assert limits
+        assert all(0 < one["used"] <= one["limit"] * (1 + 1e-9) for one in limits.values())
     text = tier_table(tiers)
     assert text.splitlines()[0].split() == ["tier", "clients", "params", "memory", "up", "down", "perplexity", "loss"]
     assert len(text.splitlines()) == 4

@@ -141,11 +141,13 @@ function drawBoxes(figure, plot, state) {
 }
 function drawBars(figure, plot, state) {
   const part = figure.parts[Number(state.part) || 0], say = (v) => (v === null ? "" : Number(v.toPrecision(3)).toLocaleString("en"));
+  const limit = figure.limit, shapes = limit ? [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: limit.value, x1: limit.value, line: { dash: "dot", width: 1.5, color: variable("--soft") } }] : [];
+  const notes = limit ? [{ x: state.logx ? Math.log10(limit.value) : limit.value, y: 1, yref: "paper", yanchor: "bottom", text: escaped(limit.label), showarrow: false, font: { size: 12, color: variable("--soft") } }] : [];
   plot.style.height = rows(figure.labels.length, high(figure.labels));
   Plotly.react(plot, [{
-    type: "bar", orientation: "h", x: part.values, y: figure.labels.map((_, i) => i), width: 0.62, marker: { color: figure.labels.map((_, i) => look(i).color) },
+    type: "bar", orientation: "h", x: part.values, y: figure.labels.map((_, i) => i), width: 0.62, marker: { color: figure.labels.map((_, i) => look(figure.colours ? figure.colours[i] : i).color) },
     text: part.values.map(say), textposition: "outside", cliponaxis: false, textangle: 0, customdata: figure.labels.map(name), hovertemplate: "<b>%{customdata}</b><br>%{x:.4g}<extra></extra>",
-  }], layout({ xaxis: { title: { text: part.label }, type: state.logx ? "log" : "linear" }, yaxis: named(figure.labels), margin: { l: 20, r: 64, t: 34, b: 20 } }), CONFIG);
+  }], layout({ xaxis: { title: { text: part.label }, type: state.logx ? "log" : "linear" }, yaxis: named(figure.labels), margin: { l: 20, r: 64, t: 34, b: 20 }, shapes, annotations: notes }), CONFIG);
 }
 function drawMaps(figure, plot, state) {
   const one = figure.maps[Number(state.map) || 0], back = theme() === "dark";

@@ -257,6 +257,26 @@ def test_budgets_stand_beside_what_was_held(write_run: WriteRun, tmp_path: Path)
     assert [limit["label"] for limit in held["limits"]] == ["budget 1", "budget 0.5"]
 
 
+def test_use_of_budgets_by_tier(write_run: WriteRun, tmp_path: Path) -> None:
+    limits = {"1": {"macs": {"limit": 200.0, "used": 150.0}}, "0.5": {"macs": {"limit": 100.0, "used": 99.0}}}
+    run = write_run(manifest={"budgets": limits})
+    used = next(
+        one for one in figures(write_report([run], tmp_path / "out")) if one["title"] == "Budgets and their use"
+    )
+    assert used["labels"] == ["1", "0.5"]
+    assert used["parts"] == [{"label": "used of the limit on operations, %", "values": [75.0, 99.0]}]
+    assert "0.5 99" in used["alt"]
+
+
+@pytest.mark.parametrize(
+    "budgets", [[1], {"a": 1}, {"a": {"macs": {"limit": 0, "used": 1}}}, {"a": {"macs": {"limit": 1}}}]
+)
+def test_damaged_budgets_are_named(write_run: WriteRun, tmp_path: Path, budgets: object) -> None:
+    run = write_run(manifest={"budgets": budgets})
+    with pytest.raises(DataError, match=r"manifest\.json: budgets"):
+        write_report([run], tmp_path / "out")
+
+
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_plots_for_papers_are_vectors(write_run: WriteRun, tmp_path: Path, kind: str, start: bytes) -> None:
     run = write_run()
