@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the first case of every slow test with several in the default run, but for real data and browsers."""
+    """Leave the first case of every slow test with several in the default run, but for real data, Ray and browsers."""
     seen = set()
     for item in items:
         test, _, case = item.nodeid.partition("[")
-        first = bool(case) and test not in seen and not any(map(item.get_closest_marker, ("shared", "browser")))
+        first = bool(case) and test not in seen and not any(map(item.get_closest_marker, ("shared", "ray", "browser")))
         if first and item.get_closest_marker("slow"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
         seen.add(test)

@@ -148,16 +148,21 @@ def test_a_killed_sweep_of_eight_jobs_goes_on_where_it_was(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_jobs_in_other_processes(launcher: str, tmp_path: Path) -> None:
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher", reason="not installed")
+def test_jobs_in_other_processes(tmp_path: Path) -> None:
+    for launcher in ("joblib", "submitit_local"):
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher", reason="not installed")
+        (tmp_path / launcher).mkdir()
+        _run_in_other_processes(launcher, tmp_path / launcher)
+
+
+def _run_in_other_processes(launcher: str, folder: Path) -> None:
     chosen = [f"hydra/launcher={launcher}", "simulation.workers=1", "seed=0,1", "hydra.sweep.dir=sweep"]
-    done = execute("fedlp", "-m", *TINY, *chosen, cwd=tmp_path, timeout=240)
+    done = execute("fedlp", "-m", *TINY, *chosen, cwd=folder, timeout=240)
     assert done.returncode == 0, done.stderr
-    runs = [read(tmp_path / "sweep" / name) for name in "01"]
+    runs = [read(folder / "sweep" / name) for name in "01"]
     assert [one.config.seed for one in runs] == [0, 1]
-    failing = execute("fedlp", "-m", *TINY, *chosen[:2], "local.lr=-1,0.1", "hydra.sweep.dir=bad", cwd=tmp_path)
+    failing = execute("fedlp", "-m", *TINY, *chosen[:2], "local.lr=-1,0.1", "hydra.sweep.dir=bad", cwd=folder)
     assert failing.returncode == 2
     assert "Traceback" not in failing.stderr
     assert re.search(r"a job of the sweep failed: job 0 \(.*\): local.lr=-1.0 is not allowed", failing.stderr)
-    assert (tmp_path / "bad" / "1" / "manifest.json").is_file()
+    assert (folder / "bad" / "1" / "manifest.json").is_file()

@@ -127,7 +127,7 @@ def test_every_method_on_a_residual_network(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenet_v2", "vit"])
+@pytest.mark.parametrize("name", ["vit", "mobilenet_v2"])
 def test_depthwise_networks_and_vision_transformers(name: str) -> None:
     torchvision = import_torchvision()
     if name == "vit":
