@@ -45,8 +45,6 @@ def regenerate(results: Path, out: Path) -> None:
     lines = ["# Benchmarks", "", "Medians of paired ratios and their quartiles; each file names machine and versions."]
     for title, head in HEADS.items():
         file = results / f"{title.partition(',')[0]}.json"
-        if not file.exists():  # no figures of a quiet machine yet: ``peers.py``
-            continue
         report = json.loads(file.read_text())
         rows = ROWS[title](report["results"])
         lines += ["", f"## {title}", "", f"Commit `{report['commit'][:7]}`, {report['machine']['cores']} cores.", ""]

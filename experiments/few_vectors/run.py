@@ -4,7 +4,7 @@
     python experiments/few_vectors/run.py --collect        # only the table from what is there
 
 FOLDER holds ``models/`` and ``text/``, ROOT what torchvision's CIFAR10 reads. One line per pruned model is appended to
-``results/MODEL.jsonl``; what is there already is not run again. Seeds draw the calibration data; test data stay.
+``results/runs.jsonl``; what is there already is not run again. Seeds draw the calibration data; test data stay.
 
 Calibration has so many vectors per input of the widest reader (tokens per neuron of an FFN; image positions per column
 of the last convolutions): windows of 128 tokens of one text, or training images. Language models are tested on the
@@ -191,9 +191,9 @@ def wanted_results(arguments: argparse.Namespace) -> list[tuple[str, str, float]
 
 def run_model(name: str, vectors: float, seed: int, arguments: argparse.Namespace) -> None:
     """Prune one model in every way that is wanted and not there yet."""
-    file = HERE / "results" / f"{name}.jsonl"
+    file = HERE / "results" / "runs.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(x["seed"], x["vectors"], x["method"], x["rule"], x["ratio"]) for x in lines}
+    done = {(x["seed"], x["vectors"], x["method"], x["rule"], x["ratio"]) for x in lines if x["model"] == name}
     wanted = [key for key in wanted_results(arguments) if (seed, vectors, *key) not in done]
     if not wanted:
         return

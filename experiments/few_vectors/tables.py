@@ -1,4 +1,4 @@
-"""Tables of models pruned with few calibration vectors, from one line each in ``results/MODEL.jsonl``."""
+"""Tables of models pruned with few calibration vectors, from one line each in ``results/runs.jsonl``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Line = dict[str, Any]
 def regenerate(results: Path, out: Path) -> None:
     """Write ``tables.md`` from the lines in ``results`` to ``out``."""
     text = ["# Few calibration vectors", ""]
-    rows: list[Line] = []
-    for file in sorted(results.glob("*.jsonl")):
-        found = [json.loads(one) for one in file.read_text().splitlines()]
-        rows += found
+    rows: list[Line] = [json.loads(one) for one in (results / "runs.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: str(row["model"]))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = [row for row in rows if row["model"] == model]
         for test in [test for test in found[0]["losses"] if test != "accuracy"]:
             text += _loss_table(found, test)
     text += _wins(rows)

@@ -149,7 +149,7 @@ class Rounds:
             parametrize.register_parametrization(module, name, Mask(threshold), unsafe=True)
         config, info = self.config, self.plan.info
         rng = generator(config.seed, Stream.LOCAL_TRAINING, server_round, client_id)
-        loss = train_locally(self.model, self.client.shards.of(client_id), info, config.local, rng).loss
+        loss = train_locally(self.model, self.client.shards.of(client_id), info, config.local, rng).train_loss
         for module, name, _ in under_mask:
             original = module.parametrizations[name].original  # type: ignore[index, union-attr]
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)

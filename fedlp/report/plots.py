@@ -146,9 +146,7 @@ def _draw_curves(curves: Mapping[int, Curve], labels: Mapping[int, str], metric:
         for index, one in curves.items()
     ]
     direct = 1 < len(curves) <= _MOST_LABELS and bool(np.isfinite([end[1] for end in ends]).all())
-    if direct:
-        label_ends(axes, ends)
-    elif len(curves) > 1:
+    if len(curves) > 1 and not (direct and label_ends(axes, ends)):
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4)
     return to_png(figure)
 
