@@ -147,7 +147,7 @@ function drawBars(figure, plot, state) {
   Plotly.react(plot, [{
     type: "bar", orientation: "h", x: part.values, y: figure.labels.map((_, i) => i), width: 0.62, marker: { color: figure.labels.map((_, i) => look(figure.colours ? figure.colours[i] : i).color) },
     text: part.values.map(say), textposition: "outside", cliponaxis: false, textangle: 0, customdata: figure.labels.map(name), hovertemplate: "<b>%{customdata}</b><br>%{x:.4g}<extra></extra>",
-  }], layout({ xaxis: { title: { text: part.label }, type: state.logx ? "log" : "linear" }, yaxis: named(figure.labels), margin: { l: 20, r: 64, t: 34, b: 20 }, shapes, annotations: notes }), CONFIG);
+  }], layout({ xaxis: { title: { text: part.label }, type: state.logx ? "log" : "linear" }, yaxis: named(figure.labels), margin: { l: 20, r: 64, t: limit ? 54 : 34, b: 20 }, shapes, annotations: notes }), CONFIG);
 }
 function drawMaps(figure, plot, state) {
   const one = figure.maps[Number(state.map) || 0], back = theme() === "dark";
