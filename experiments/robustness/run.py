@@ -4,7 +4,7 @@
 
 To decide: which rule may be the default, so what each rule costs where nobody is hostile (iid, Dirichlet, tiers), and
 which attacks each one bears. Attacks: an update with its sign flipped and ten times as large, by 1 or 3 of 10 clients;
-the same sign flip with a claim of 10^6 examples; a sign flip of ordinary size.
+the same sign flip with a claim of 10^6 examples; a sign flip of ordinary size; values of 3e38; negative variances.
 """
 
 from __future__ import annotations
@@ -12,19 +12,35 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from flwr.app import Context, Message
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from experiments.robustness.tables import CHOICE_SEEDS, CHOICES, HONEST, MULTIPLES, RULES, SEEDS, SETTINGS, regenerate  # noqa: E402
+from experiments.robustness.tables import (  # noqa: E402
+    CHOICE_SEEDS,
+    CHOICES,
+    HONEST,
+    HUGE,
+    MULTIPLES,
+    NEGATIVE,
+    RULES,
+    SEEDS,
+    SETTINGS,
+    regenerate,
+)
 from fedlp.apps.federate import Federation  # noqa: E402
 from fedlp.config import compose, to_yaml  # noqa: E402
 from fedlp.federation.client.app import make_client_app  # noqa: E402
@@ -39,9 +55,26 @@ COMMON = "model=fedlp_mlp num_clients=10 clients_per_round=10 num_rounds=10 eval
 
 
 def attack(
-    honest: Callable[[Message, Context], Message], hostile: int, examples: int | None, factor: float, is_delta: bool
+    honest: Callable[[Message, Context], Message],
+    hostile: int,
+    examples: int | None,
+    change: float | str,
+    is_delta: bool,
+    variances: NDArray[np.bool_],
 ) -> object:
-    """Return a client app in which the first clients send x + factor (y - x) in place of their update y of x."""
+    """Return a client app in which the first clients attack.
+
+    They send x + factor (y - x) in place of their update y of x, or 3e38 everywhere, or -50 as running variances, whose
+    places among all float32 values are given.
+    """
+
+    def changed(values: NDArray[Any], start: Any) -> NDArray[Any]:
+        if change == HUGE:
+            return np.full_like(values, 3e38)
+        if change == NEGATIVE:
+            return np.where(variances, values.dtype.type(-50), values)
+        assert isinstance(change, float | int)
+        return (start + change * (values - start)).astype(values.dtype)
 
     def app(message: Message, context: Context) -> Message:
         before = messages.PARAMS in message.content and {
@@ -55,8 +88,7 @@ def attack(
         for name, array in list(arrays.items()):
             values = array.numpy()
             if values.dtype.kind == "f":
-                start = 0.0 if is_delta else before[name]
-                arrays[name] = type(array)((start + factor * (values - start)).astype(values.dtype))
+                arrays[name] = type(array)(changed(values, 0.0 if is_delta else before[name]))
         if examples is not None:
             reply.content[messages.METRICS]["num-examples"] = examples
         return reply
@@ -77,7 +109,7 @@ def choose(name: str, multiple: int | None, seed: int) -> dict[str, float]:
     return simulate(f"{options} seed={seed}", 0, None, 0)
 
 
-def simulate(options: str, hostile: int, examples: int | None, factor: float) -> dict[str, float]:
+def simulate(options: str, hostile: int, examples: int | None, change: float | str) -> dict[str, float]:
     """Return the accuracy after the last round, and how many updates were scaled down or had too many examples."""
     config = compose(options.split())
     federation = Federation(config)
@@ -94,7 +126,10 @@ def simulate(options: str, hostile: int, examples: int | None, factor: float) ->
         federation.runtime(str(out / "clients"))
         app: object = make_client_app(lambda cfg, state_dir: federation.runtime(state_dir), settings_of)
         if hostile:
-            app = attack(app, hostile, examples, factor, config.upload.values == "deltas")  # type: ignore[arg-type]
+            floats = {n: x for n, x in federation.submodels.spec.tensors.items() if x.dtype == torch.float32}
+            variances = [np.full(math.prod(x.shape), n.endswith("running_var")) for n, x in floats.items()]
+            is_delta = config.upload.values == "deltas"
+            app = attack(app, hostile, examples, change, is_delta, np.concatenate(variances))  # type: ignore[arg-type]
         with LocalGrid(
             lambda: app,  # type: ignore[arg-type, return-value]
             num_clients=config.num_clients,
@@ -122,14 +157,13 @@ def main() -> None:
             with RUNS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    for name, seed, multiple in itertools.product(CHOICES, CHOICE_SEEDS, MULTIPLES):  # first: they decide the default
+        note(f"choice: {name}", f"max_norm={multiple}", seed, partial(choose, name, multiple, seed))
     for setting in sorted(SETTINGS, key=HONEST.__contains__):
         for seed, rule in itertools.product(SEEDS, RULES):
             if setting.startswith(("CNN", "mixed")) and not rule.startswith("coverage"):
                 continue  # asks what bounds cost where clients differ most
             note(setting, rule, seed, partial(run, setting, rule, seed))
-    for seed in CHOICE_SEEDS:
-        for name, multiple in itertools.product(CHOICES, MULTIPLES):
-            note(f"choice: {name}", f"max_norm={multiple}", seed, partial(choose, name, multiple, seed))
     regenerate(RUNS.parent, RUNS.parent)
 
 

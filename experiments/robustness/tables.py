@@ -23,9 +23,10 @@ MIXED = "strategy=fedlp_plan fleet=mixed"
 OWN_TESTS = "evaluation=clients dataset.client_test_fraction=0.2"
 TIERS = "strategy=fedlp_plan fleet=tiers fleet.fractions=[1.0,0.5]"
 PLAIN_TIERS = f"{TIERS} upload=float32 upload.entropy_coding=false"  # differences that an attacker can turn round
+HUGE, NEGATIVE = "3e38", "negative running_var"
 SETTINGS: dict[
-    str, tuple[str, int, int | None, float]
-] = {  # name: (options, hostile clients, examples that they claim, factor of their differences)
+    str, tuple[str, int, int | None, float | str]
+] = {  # name: (options, hostile clients, examples that they claim, factor of their differences, or other change)
     "iid": ("", 0, None, 0),
     "Dirichlet(0.3)": (DIRICHLET, 0, None, 0),
     "tiers": (TIERS, 0, None, 0),
@@ -44,10 +45,13 @@ SETTINGS: dict[
     "tiers, sign flip, 1 of 10": (PLAIN_TIERS, 1, None, -10),
     "tiers, sign flip, 3 of 10": (PLAIN_TIERS, 3, None, -10),
     "Dirichlet(0.3), flip of ordinary size, 3 of 10": (DIRICHLET, 3, None, -1),
+    "values of 3e38, 1 of 10": ("", 1, None, HUGE),
+    "CNN, negative running_var, 1 of 10": (CNN, 1, None, NEGATIVE),
 }
 CHOICES: dict[str, str] = {  # other seeds and clients, which had no part in the choice of the default
     "MLP, HeteroFL, Dirichlet(0.3)": f"strategy=heterofl fleet=tiers {DIRICHLET}",
     "deep MLP, depth prefixes": f"model.variant=deep strategy=fedlp_hetero {OWN_TESTS}",
+    "CNN, mixed": f"{CNN} {MIXED}",
 }
 MULTIPLES = (None, 3, 5)
 CHOICE_SEEDS = (11, 12, 13)
