@@ -46,9 +46,12 @@ def children() -> list[str]:
 
 
 def soak(
-    folder: Path, num_clients: int, per_round: int, num_rounds: int, without_data: int, batched: bool
+    folder: Path, num_clients: int, per_round: int, num_rounds: int, without_data: int, batched: bool, stop: int = 0
 ) -> dict[str, Any]:
-    """Return what each of some stretches of a run took; a run that was stopped goes on from its last checkpoint."""
+    """Return what each of some stretches of a run took; a run that was stopped goes on from its last checkpoint.
+
+    A new run ends after round ``stop``, if that is given: it is to be started again.
+    """
     out, kept = folder / "run", folder / "points.jsonl"
     goes_on = (out / "checkpoint").is_dir()
     if not goes_on:
@@ -79,6 +82,8 @@ def soak(
                 file.write(json.dumps(point) + "\n")
             times.clear()
             spent[0] = time.process_time()
+        if record.server_round == stop and not goes_on:
+            raise SystemExit(f"stopped after round {stop}; start again to go on")
 
     federation = Federation(replace(config, resume=str(out)) if goes_on else config)
     manifest = federation.run_locally(out, [watch])
