@@ -23,6 +23,7 @@ from fedlp.simulation.parcel import HandOver
 from fedlp.simulation.ray_cluster import RaySettings
 from fedlp.simulation.ray_grid import RayGrid
 from tests.integration.running import TINY, Call, Finished, execute, read
+from tests.integration.test_central_privacy import NOISE
 
 Once = Callable[..., Finished]
 CASE = (*TINY, "strategy=fedavg")
@@ -95,6 +96,34 @@ def test_two_nodes_give_the_bytes_of_the_local_engine(once: Once, tmp_path: Path
         assert read(out).model == once(*case).model
         assert read(out).untimed == once(*case).untimed
         assert not list(out.glob(".shared-*"))
+
+
+def on_two_nodes(case: tuple[str, ...], cluster: Any, out: Path) -> Finished:
+    """Return a run on the cluster; what was saved of a client lies in a folder that both nodes see."""
+    assembly.run_locally(to_yaml(compose([*case, "simulation=ray", f"simulation.address={cluster.address}"])), out)
+    return read(out)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_central_privacy_adds_the_noise_of_the_local_engine(once: Once, tmp_path: Path, cluster: Any) -> None:
+    case = (*CASE, *NOISE)
+    ray, local = on_two_nodes(case, cluster, tmp_path / "run"), once(*case)
+    assert ray.failures == []
+    assert ray.model == local.model
+    assert ray.untimed == local.untimed
+    assert all(line["privacy"]["epsilon"] > 0 for line in ray.rounds)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_secure_aggregation_gives_the_sums_of_the_local_engine(once: Once, tmp_path: Path, cluster: Any) -> None:
+    case = (*CASE, "privacy=secagg", "evaluation=both", "dataset.client_test_fraction=0.25")
+    ray, local = on_two_nodes(case, cluster, tmp_path / "run"), once(*case)
+    assert ray.failures == []
+    assert ray.model == local.model, "whatever the keys, masks cancel"
+    assert ray.untimed == local.untimed
+    assert {"keys", "shares", "train", "unmask"} <= ray.rounds[0]["phases"].keys()
 
 
 @pytest.mark.ray
