@@ -70,12 +70,13 @@ def client_evaluation_settings(
     """Return the settings of evaluations on clients; None if there are none."""
     if config.evaluation.name == "central":
         return None
-    local = config.local
+    local, task = config.local, task_of(info)
     return ClientEvaluationSettings(
-        task=task_of(info),
+        task=task,
         lengths=sum_lengths(submodels.skeleton(), info),
         seed=config.seed,
         num_clients=config.evaluation.clients,
+        most_predictions=task.most_predictions(info),
         steps_examples=config.evaluation.personal_steps * local.accumulation * local.batch_size,
         is_private=config.privacy.name != "none",
     )

@@ -121,15 +121,19 @@ def _groups_of_run(config: RunConfig) -> dict[str, str]:
     fleet, clients = config.fleet, config.evaluation.name != "central"
     tiers, devices, is_buffered = bool(fleet.fractions), bool(fleet.devices), config.rounds.name == "asynchronous"
     adapter, privacy = config.adapter.name != "none", _PRIVACY[config.privacy.name]
-    averages = config.aggregator.name == "coverage_average" and config.privacy.name in ("none", "local_dp")
+    shown, weighted = config.privacy.name in ("none", "local_dp"), config.aggregator.weighting != "equal"
     return _named(
         *((f"adapter.{name}", adapter, "adapter=lora") for name in vars(config.adapter) if name != "name"),
         *(
             (f"privacy.{name}", name in privacy, f"privacy={_who_reads(name, _PRIVACY)}")
             for name in vars(config.privacy).keys() - {"name"}
         ),
-        ("aggregator.max_norm", averages, _SEEN),
-        ("aggregator.max_examples", averages and config.aggregator.weighting != "equal", f"{_SEEN} with {_WEIGHTED}"),
+        ("aggregator.max_norm", shown, _SEEN),
+        (
+            "aggregator.max_examples",
+            shown and weighted,
+            f"{_SEEN} with {_WEIGHTED}",
+        ),
         *((f"evaluation.{name}", clients, "evaluation=clients or both") for name in ("clients", "personal_steps")),
         *((f"fleet.{name}", tiers, "fleet=tiers") for name in ("limited", "shares")),
         *((f"fleet.{name}", devices, "fleet=mixed") for name in ("memory_share", "seconds_per_example", "upload_s")),
@@ -145,7 +149,7 @@ _PRIVACY = {
     "central_dp": _BOTH | {"noise_multiplier", "clipping_quantile", "secure_noise"},
     "secagg": frozenset({"threshold", "min_group", "bits", "value_range", "phase_timeout_s"}),
 }
-_SEEN = "aggregator=coverage_average privacy=none or local_dp, which show single updates"
+_SEEN = "privacy=none or local_dp, which show single updates,"
 _WEIGHTED = "aggregator.weighting=examples or held"
 _UNCODED = frozenset({"float32", "bfloat16"})
 

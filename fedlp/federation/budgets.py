@@ -17,6 +17,7 @@ from fedlp.errors import AllocationError, ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings import Encoding, encoded_bytes
+from fedlp.federation.wire.ranges import LARGEST_COST, read_number, show
 from fedlp.models.adapters import has_adapters
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.costs.activations import activation_footprint
@@ -143,8 +144,10 @@ def read_budget(path: Path) -> Budget | None:
         raise DataError(f"the budget {path} must hold limits on {', '.join(names)}, and nothing else")
     limits = {name: value for name, value in found.items() if value is not None}
     for name, value in limits.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise DataError(f"the budget {path} has {name}={value!r}; a limit is a finite number above 0")
+        if read_number(value, 0.0, LARGEST_COST) in (None, 0.0):
+            raise DataError(
+                f"the budget {path} has {name}={show(value)}; a limit is a number above 0 and up to {LARGEST_COST:g}"
+            )
     budget = Budget(**{name: float(value) for name, value in limits.items()})
     if budget.latency_s is not None:
         macs = _measured(path.with_name("profile.json"), "macs", "a limit on latency_s needs the device's").most_macs(
@@ -169,6 +172,6 @@ def _measured(path: Path, column: str, what: str) -> LatencyTable:
     """Return the seconds of a step that ``fedlp-profile`` measured, by a column of its report."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return LatencyTable(tuple(report[column]), tuple(report["step_s"]))
-    except (OSError, ValueError, KeyError, TypeError, AllocationError) as error:
+        return LatencyTable(tuple(map(float, report[column])), tuple(map(float, report["step_s"])))
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AllocationError) as error:
         raise DataError(f"{what} {path}, which cannot be read: {one_line(error)}") from error

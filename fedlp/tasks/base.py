@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -47,6 +48,8 @@ class Task(ABC):
         Auto class of transformers for models of this task; empty if there is none.
     peft_type : str
         Name of the task in peft; empty if adapters are not supported.
+    least_loss : float
+        Smallest mean loss; a client's sums with one below are rejected.
     metrics : tuple of str
         Names of metrics reported beside the loss; the first one is the run's main metric.
     """
@@ -58,6 +61,7 @@ class Task(ABC):
     is_softmax: ClassVar[bool] = False
     auto_model: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
+    least_loss: ClassVar[float] = -math.inf
     metrics: tuple[str, ...] = ()
 
     # ---- a batch
@@ -107,6 +111,10 @@ class Task(ABC):
     def count(self, inputs: Tensor, targets: Tensor) -> int:
         """Return the number of predictions in a batch's mean loss."""
         return len(inputs)
+
+    def most_predictions(self, info: DataInfo) -> float:
+        """Return the most predictions of an example: 1, or infinity for a task with a count of its own."""
+        return 1.0 if type(self).count is Task.count else math.inf
 
     # ---- evaluation
     @abstractmethod

@@ -36,6 +36,7 @@ class CausalLM(Task):
     exact_outputs: ClassVar[bool] = False
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str] = "CAUSAL_LM"
+    least_loss: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -58,6 +59,10 @@ class CausalLM(Task):
     def count(self, inputs: Tensor, targets: Tensor) -> int:
         """Return the number of predicted tokens."""
         return int((inputs[:, 1:] != IGNORE_INDEX).sum())
+
+    def most_predictions(self, info: DataInfo) -> float:
+        """Return the tokens of a window that are predicted."""
+        return float(info.input_shape[0])
 
     def predictions(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and next tokens without padding: (predicted, vocabulary) and (predicted,)."""

@@ -35,6 +35,7 @@ class Classification(Task):
     targets: ClassVar[str] = "a class for each example"
     has_classes: ClassVar[bool] = True
     is_softmax: ClassVar[bool] = True
+    least_loss: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:

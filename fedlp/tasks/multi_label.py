@@ -31,6 +31,7 @@ class MultiLabel(Task):
     metrics: tuple[str, ...] = ("macro_f1", "accuracy")
 
     targets: ClassVar[str] = "indicators of labels"
+    least_loss: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.positive_weights is not None:

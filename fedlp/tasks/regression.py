@@ -31,6 +31,7 @@ class Regression(Task):
     metrics: tuple[str, ...] = ("rmse", "mae", "r2")
 
     targets: ClassVar[str] = "values"
+    least_loss: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.huber is not None and not 0 < self.huber < float("inf"):

@@ -20,6 +20,7 @@ from fedlp.federation.secagg.keys import DIGEST_BYTES, SEALED_BYTES, public_key
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
+from fedlp.federation.server.client_evaluation import read_metrics
 from fedlp.federation.server.frozen_tensors import FrozenDownlink
 from fedlp.federation.server.stacked_exchange import are_sound
 from fedlp.federation.server.state_check import RoundGuard
@@ -34,6 +35,7 @@ from fedlp.federation.wire.encodings.topk import TopK
 from fedlp.federation.wire.index_sets import encode_names
 from fedlp.federation.wire.ranges import LARGEST_METRIC, LARGEST_MOMENT, LARGEST_VALUE, MOST_EXAMPLES
 from fedlp.models import describe_model, state_tensors
+from fedlp.tasks import make_task
 from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel
 
 WHO = "client 4"
@@ -232,8 +234,9 @@ def profile() -> Target:
         found = messages.decode_profile(content)
         assert found.client_id >= 0
         assert 0 <= found.num_examples <= MOST_EXAMPLES  # without examples it is not sampled
+        assert found.num_test is None or 0 <= found.num_test <= MOST_EXAMPLES
 
-    honest = messages.encode_profile(ClientProfile(4, 20, Budget(params=1e5, latency_s=0.5)))
+    honest = messages.encode_profile(ClientProfile(4, 20, Budget(params=1e5, latency_s=0.5), num_test=5))
     return Target("profile", honest, decode, named="")
 
 
@@ -244,6 +247,23 @@ def evaluation() -> Target:
 
     honest = evaluation_messages.encode_sums({"loss": 3.5, "correct": 4.0, "count": 9.0, "positives": [1.0, 2.0]})
     return Target("evaluation sums", honest, decode, named="evaluation sums")
+
+
+def own_evaluation() -> Target:
+    """Return the target of evaluation sums of a client's own examples: what is accepted gives metrics in bounds."""
+    task = make_task("classification", metrics=("accuracy", "macro_f1"))
+    right, positive = {"macro_f1.right": [2.0, 1.0]}, {"macro_f1.predicted": [2.0, 2.0], "macro_f1.true": [3.0, 1.0]}
+    sums = {"loss": 3.5, "count": 4.0, "accuracy.correct": 3.0, "accuracy.count": 4.0, **right, **positive}
+    lengths = {name: len(value) if isinstance(value, list) else 0 for name, value in sums.items()}
+
+    def decode(content: RecordDict) -> None:
+        found, count = evaluation_messages.decode_client_sums(content, lengths, WHO, 4, 1.0)
+        metrics = read_metrics(task, found, WHO)
+        assert 1 <= found["count"] <= count <= 4
+        assert all(-1e-6 <= metrics[name] <= 1 + 1e-6 for name in ("accuracy", "macro_f1"))
+        assert 0 <= metrics["loss"] <= LARGEST_METRIC
+
+    return Target("evaluation sums of a client", evaluation_messages.encode_client_sums(sums, 4), decode)
 
 
 def secure_aggregation() -> Iterator[Target]:
@@ -299,3 +319,4 @@ def all_targets() -> Iterator[Target]:
     yield vote()
     yield profile()
     yield evaluation()
+    yield own_evaluation()

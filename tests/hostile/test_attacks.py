@@ -16,6 +16,7 @@ from fedlp.report import load_run
 from tests.hostile import attacks
 from tests.hostile.attacks import Attack, absent, attacked
 from tests.integration.running import TINY, Finished, run
+from tests.integration.test_adapter_ranks import RANKED, RULES
 
 ATTACKERS = (1, 4)
 NORMED = (
@@ -50,6 +51,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Absent:
 REFUSED: dict[str, tuple[tuple[str, ...], Attack, str, str]] = {
     "a blank reason": ((), attacks.error(" "), "error", "no reason given"),
     "a reason of line breaks": ((), attacks.error("\n\r\n"), "error", "no reason given"),
+    "a code of the server's own": ((), attacks.error("late", 1001), "error", "late"),
     "a reason of escapes": ((), attacks.error("\x1b[2J\x1b]0;x\x07" * 10**5), "error", "?[2J?]0;x?"),
     "weights of 3e38": ((), attacks.fill("float32", 3e38), "rejected", "beyond ±1e+15"),
     "weights of 3e38, adam": (ADAM, attacks.fill("float32", 3e38), "rejected", "beyond ±1e+15"),
@@ -141,6 +143,21 @@ def test_poison_beyond_the_bound_is_scaled_down_by_name(tmp_path: Path) -> None:
         return sum(float((other.tensors[name] - values).norm()) for name, values in honest.tensors.items())
 
     assert 3 * distance(done) < distance(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_factors_of_an_adapter_beyond_the_bound_are_scaled_down_by_name(rule: str, tmp_path: Path) -> None:
+    """Before, the largest product had the largest weight (hetlora), or the largest singular values (flexlora)."""
+    overrides = (*RANKED, "clients_per_round=6", "num_rounds=1", f"aggregator={rule}")
+    done = run(tmp_path / "a", *overrides, app=attacked(attacks.scale(50.0), (4,)))
+    assert list(done.rounds[0]["clipped"]) == ["4"]
+    assert done.failures == []
+    honest = run(tmp_path / "b", *overrides)
+    assert "clipped" not in honest.rounds[0]
+    plain = run(tmp_path / "c", *overrides, "aggregator.max_norm=null", app=attacked(attacks.scale(50.0), (4,)))
+    losses = [line.rounds[0]["metrics"]["loss"] for line in (honest, done, plain)]
+    assert losses[1] < losses[0] + 0.1 * (losses[2] - losses[0])
 
 
 def test_more_examples_than_anybody_has_keep_a_client_out(tmp_path: Path) -> None:

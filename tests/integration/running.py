@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def run(out: Path, *overrides: str, app: App | None = None) -> Finished:
         lambda: app,  # type: ignore[arg-type, return-value]
         num_clients=config.num_clients,
         num_workers=2,
-        message_bytes=8 * plan.submodels.spec.num_params,
+        message_bytes=8 * sum(math.prod(info.shape) for info in plan.submodels.spec.tensors.values()),
         run_config={"cfg": cfg, "out": str(out)},
         cohort=cohort_size(config, plan.submodels, plan.info),
         stacks=sends_stacks(config),

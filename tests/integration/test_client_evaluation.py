@@ -124,11 +124,15 @@ def test_without_any_test_example_the_run_ends_all_the_same(tmp_path: Path, capl
     assert "none holds out an example" in caplog.text
 
 
-def test_a_client_that_reports_nonsense_is_named_and_left_out(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "claim", [{"accuracy.correct": 1e6}, {"num-examples": 10**9, "count": 1e9, "accuracy.count": 1e9}, {"loss": -1e30}]
+)
+def test_a_client_that_reports_nonsense_is_named_and_left_out(claim: dict[str, float], tmp_path: Path) -> None:
     def app(message: Message, context: Context) -> Message:
         reply = assembly.client_app(message, context)
         if message.metadata.message_type == "evaluate.client" and context.node_config["partition-id"] == 1:
-            reply.content.metric_records["metrics"]["accuracy.correct"] = 1e6
+            reply.content.metric_records["metrics"].update(claim)
         return reply
 
     done = run(tmp_path, *TINY, "num_rounds=1", "evaluation=clients", HOLDS, app=app)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from torch import Tensor
 
 from fedlp.apps import runs as assembly
@@ -107,6 +107,29 @@ def test_a_refit_sends_the_model_of_its_round(once: Once) -> None:
     size = sum(tensor.numel() * 4 for tensor in done.tensors.values())
     assert down[2] - down[0] > 1.5 * size, "two clients get the whole model before the third round"
     assert down[1] == pytest.approx(down[3], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [wire.MODEL, wire.MOMENTS])
+def test_a_refit_without_a_good_answer_leaves_the_submodels(
+    kind: str, once: Once, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, the few clients that hold the whole model could end the run in any round of a refit."""
+
+    refit = tmp_path / "refit"  # which begins with the model
+
+    def app(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == wire.MODEL:
+            refit.touch()
+        if message.metadata.message_type == kind and refit.exists():
+            return Message(Error(7, "\n"), reply_to=message)
+        return assembly.client_app(message, context)
+
+    options = (*POOLED, "strategy.refit_every=2", "local.lr=0.01", "num_rounds=3")
+    done = run(tmp_path / "run", *options, app=app)
+    assert {(number, reason) for number, _, reason in done.failures} == {(3, "error")}
+    assert "round 3: pruned sub-models stay as they are: query." in caplog.text
+    assert done.model == once(*POOLED, "local.lr=0.01", "num_rounds=3").model
 
 
 def test_clients_are_asked_once_by_default() -> None:

@@ -28,6 +28,8 @@ class Mine:
     def round(self, record):
         if self.file == "broken":
             raise RuntimeError("no room")
+        if self.file == "exit":
+            raise SystemExit("no licence")
         self._write([record.server_round, record.metrics["accuracy"], record.clients[0].train_loss])
 
     def end(self, manifest):
@@ -58,6 +60,11 @@ def test_a_tracker_of_ones_own(call: Call, tmp_path: Path, monkeypatch: pytest.M
     assert code == 0
     assert errors.count("tracker=follower:Mine failed in round (no room); the run goes on without it\n") == 1
     assert read(tmp_path / "other").model == run.model
+
+    code, _, errors = call(*TINY, "tracker=follower:Mine", "tracker.file=exit", "hydra.run.dir=third")
+    assert code == 0
+    assert errors.count("tracker=follower:Mine failed in round (no licence); the run goes on without it\n") == 1
+    assert read(tmp_path / "third").model == run.model
 
 
 @pytest.mark.slow

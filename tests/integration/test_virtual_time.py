@@ -16,7 +16,8 @@ from fedlp.config import compose
 from fedlp.errors import ConfigError, DataError, TrainingError
 from fedlp.federation.fleet import tier_names
 from fedlp.training.loop import train_locally
-from tests.integration.running import TINY, Finished, read, run
+from tests.hostile import attacks
+from tests.integration.running import TINY, TINY_CNN, Finished, read, run
 from tests.integration.test_resume import assert_same, go_on
 from tests.reference import fedbuff, federated_loop
 
@@ -126,6 +127,27 @@ def test_measured_steps_replace_flops(tmp_path: Path) -> None:
         run(tmp_path / "other", *PLAIN, measured, "fleet.clock=virtual")
 
 
+CLAIMS = {
+    "operations without end": (attacks.metric("pruning-macs", 1.7e308), "metric pruning-macs is 1.7e+308"),
+    "a round to come": (attacks.config("update", "server-round", 9), "the update is of round 9"),
+    "another client's update": (attacks.config("update", "client-id", 0), "says it is of client 0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("rounds", [(), ("rounds=asynchronous", "rounds.buffer_size=2")], ids=["synchronous", "async"])
+def test_no_claim_stops_the_clock_or_makes_an_update_younger(
+    claim: str, rounds: tuple[str, ...], tmp_path: Path
+) -> None:
+    attack, words = CLAIMS[claim]
+    done = run(tmp_path, *MANY, *rounds, app=attacks.attacked(attack, (1, 4)))
+    assert {(client_id, reason) for _, client_id, reason in done.failures} <= {(1, "rejected"), (4, "rejected")}
+    assert done.failures
+    assert all(words in failure["message"] for line in done.rounds for failure in line["failures"])
+    assert done.rounds[-1]["simulated"]["since_start_s"] < 1e3
+
+
 # ---- asynchronous
 def test_the_buffer_is_that_of_the_naive_loop(once: Once) -> None:
     done = once(*BUFFERED)
@@ -164,6 +186,18 @@ def test_a_run_in_pieces_ends_like_one_in_one_piece(name: str, once: Once, tmp_p
     folder = tmp_path / "run"
     shutil.copytree(run(tmp_path / "half", *options, "num_rounds=3").path, folder)
     assert_same(go_on(folder, 6), once(*options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", ["weights", "deltas"])
+def test_stale_variances_stay_positive(values: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A discounted difference from an older, larger variance would take the current one below 0."""
+    buffered = (*TINY_CNN, *BUFFERED[len(TINY) :], "num_rounds=12", f"upload.values={values}")
+    done = run(tmp_path, *buffered)
+    assert done.failures == []
+    assert "is undone" not in caplog.text
+    assert max(time["staleness"] for line in done.rounds for time in line["simulated"]["clients"]) > 1
+    assert all(bool((x >= 0).all()) for name, x in done.tensors.items() if name.endswith("running_var"))
 
 
 def test_no_client_trains_twice_at_once_or_in_a_step(once: Once) -> None:

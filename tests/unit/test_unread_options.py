@@ -63,6 +63,7 @@ ACCEPTED = [
     (compose, ("fleet=tiers", "fleet.limited=[macs]")),
     (compose, ("strategy=fedavg", "privacy=secagg", "aggregator.max_norm=null")),
     (compose, ("aggregator.max_norm=3", "aggregator.max_examples=null")),
+    (compose, ("aggregator=flexlora", "aggregator.max_norm=2", "aggregator.max_examples=5")),
     (compose, ("upload=int8", "upload.entropy_coding=true")),
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedlp.errors import ConfigError
 from fedlp.federation.aggregation.clipped_average import ClippedAverage
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.federation.aggregation.coverage_average import CoverageAverage
+from fedlp.federation.aggregation.norm_bounds import check_multiples
 from fedlp.registry import register
 
 
@@ -99,9 +98,7 @@ class CoverageAverageRule:
     max_examples: float | None = 10.0
 
     def __post_init__(self) -> None:
-        for name, value in (("max_norm", self.max_norm), ("max_examples", self.max_examples)):
-            if value is not None and not 1 <= value < math.inf:
-                raise ConfigError(f"aggregator.{name}={value} is not allowed: it must be at least 1, or null")
+        check_multiples(max_norm=self.max_norm, max_examples=self.max_examples)
 
     def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
         """Return an accumulator; all tensors have one bound."""

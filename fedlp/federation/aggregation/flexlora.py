@@ -13,26 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlp.federation.aggregation.adapter_updates import AdapterUpdate, AdapterUpdates, adapter_names
-from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.adapter_updates import AdapterRule, AdapterUpdate, AdapterUpdates, adapter_names
 from fedlp.registry import register
 
 
 @register("aggregator", "flexlora")
 @dataclass(frozen=True)
-class FlexLora:
+class FlexLora(AdapterRule):
     """Average of the products of clients' adapters, factorised by truncated SVD (FlexLoRA)."""
 
-    combines_adapters: ClassVar[bool] = True
-
-    def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+    def begin(self, params: Mapping[str, Tensor]) -> AdapterUpdates:
         """Return an accumulator, which holds the adapters of the round."""
-        return _FlexLora(params)
+        return _FlexLora(params, self.max_norm)
 
 
 class _FlexLora(AdapterUpdates):

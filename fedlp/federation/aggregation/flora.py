@@ -15,19 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlp.federation.aggregation.adapter_updates import AdapterUpdate, AdapterUpdates, adapter_names
-from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.adapter_updates import AdapterRule, AdapterUpdate, AdapterUpdates, adapter_names
 from fedlp.registry import register
 
 
 @register("aggregator", "flora")
 @dataclass(frozen=True)
-class Flora:
+class Flora(AdapterRule):
     """Sum of the products of clients' stacked adapters, merged into the base after every round (FLoRA).
 
     Attributes
@@ -38,16 +36,14 @@ class Flora:
 
     adapter_scale: float = 1.0
 
-    combines_adapters: ClassVar[bool] = True
-
-    def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+    def begin(self, params: Mapping[str, Tensor]) -> AdapterUpdates:
         """Return an accumulator, which holds the adapters of the round."""
-        return _Flora(params, self.adapter_scale)
+        return _Flora(params, self.max_norm, self.adapter_scale)
 
 
 class _Flora(AdapterUpdates):
-    def __init__(self, params: Mapping[str, Tensor], scale: float) -> None:
-        super().__init__(params)
+    def __init__(self, params: Mapping[str, Tensor], max_norm: float | None, scale: float) -> None:
+        super().__init__(params, max_norm)
         self._scale = scale
 
     def combine(self, path: str, updates: Sequence[AdapterUpdate]) -> dict[str, Tensor]:

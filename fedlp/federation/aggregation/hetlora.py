@@ -18,26 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlp.federation.aggregation.adapter_updates import AdapterUpdate, AdapterUpdates, adapter_names
-from fedlp.federation.aggregation.aggregator import Accumulator
+from fedlp.federation.aggregation.adapter_updates import AdapterRule, AdapterUpdate, AdapterUpdates, adapter_names
 from fedlp.registry import register
 
 
 @register("aggregator", "hetlora")
 @dataclass(frozen=True)
-class HetLora:
+class HetLora(AdapterRule):
     """Average of clients' adapters, zero-padded to the largest rank, by the norms of their products (HETLoRA)."""
 
-    combines_adapters: ClassVar[bool] = True
-
-    def begin(self, params: Mapping[str, Tensor]) -> Accumulator:
+    def begin(self, params: Mapping[str, Tensor]) -> AdapterUpdates:
         """Return an accumulator, which holds the adapters of the round."""
-        return _HetLora(params)
+        return _HetLora(params, self.max_norm)
 
 
 class _HetLora(AdapterUpdates):

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlp.errors import ConfigError
+
 MIN_HOLDERS = 5  # a median of fewer is no bound: of three, one client with another takes it
 _DEVIATIONS, _PER_MAD = 3.0, 1.4826  # of a normal distribution's median absolute deviation
 _LARGEST_EXPONENT = 700.0
@@ -59,6 +61,13 @@ def squared_norms(stack: Tensor, before: Tensor) -> list[float]:
         wide = torch.sub(some.to(torch.float64), before.reshape(-1).to(torch.float64)).numpy()
         found += np.einsum("ki,ki->k", wide, wide).tolist()
     return found
+
+
+def check_multiples(**bounds: float | None) -> None:
+    """Raise ConfigError unless each bound of the aggregator, by its option, is at least 1 and finite, or None."""
+    for name, value in bounds.items():
+        if value is not None and not 1 <= value < math.inf:
+            raise ConfigError(f"aggregator.{name}={value} is not allowed: it must be at least 1, or null")
 
 
 def lower_median(values: Sequence[float]) -> float:

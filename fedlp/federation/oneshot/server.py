@@ -26,12 +26,10 @@ from fedlp.federation.oneshot.outliers import drop_outliers
 from fedlp.federation.oneshot.secure_pool import SecurePool
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.sampling import sample_cohort
-from fedlp.federation.server.exchange import exchange, reason_of
+from fedlp.federation.server.exchange import exchange, kind_of, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.wire.messages import count_bytes, encode_params
 from fedlp.types import Keep, RoundRecord
-
-_ERROR_KINDS = {2: "raised", 3: "no_reply", 5: "gone", 8: "crashed"}
 
 _Answer = TypeVar("_Answer")
 
@@ -130,12 +128,8 @@ class ClientPool:
 
         A cohort of one client is asked twice, about every other one of its examples and about the rest.
         """
-        client_id = self.cohort[0]
-        if (
-            self._secure is None
-            and len(self.cohort) == 1
-            and min(self._roster.profile(client_id).num_examples, self._settings.examples) > 1
-        ):
+        is_alone = self._secure is None and len(self.cohort) == 1
+        if is_alone and self._most_examples(self.cohort[0]) > 1:
             return [self.total(replace(question, half=half), parts, states) for half in (1, 2)]
         return self._add(question, parts, states, 2)
 
@@ -297,7 +291,7 @@ class ClientPool:
             most = self._most_examples(client_id)
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
-            reason = "rejected" if isinstance(error, ProtocolError) else _ERROR_KINDS.get(reply.error.code, "error")
+            reason = "rejected" if isinstance(error, ProtocolError) else kind_of(reply.error)
             self._accounts.fail(client_id, reason, error)
             return None
         self._accounts.spend(client_id, num_examples=num_examples)

@@ -15,7 +15,7 @@ from fedlp.federation.secagg import messages as wire
 from fedlp.federation.secagg.group_sum import BadDealer, GroupSum, Opening
 from fedlp.federation.secagg.keys import Words
 from fedlp.federation.secagg.settings import SecAggSettings
-from fedlp.federation.server.exchange import ERROR_KINDS, exchange, reason_of
+from fedlp.federation.server.exchange import exchange, kind_of, reason_of
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.wire import messages
 
@@ -225,7 +225,7 @@ class SecureExchange:
                     raise FedLPError(reason_of(reply))
                 read(group, client_id, reply.content)
             except FedLPError as error:
-                reason = "rejected" if isinstance(error, ProtocolError) else ERROR_KINDS.get(reply.error.code, "error")
+                reason = "rejected" if isinstance(error, ProtocolError) else kind_of(reply.error)
                 self.lose(group, client_id, reason, type(error)(f"phase {name}: {error}"))
 
     def _note_bytes(self, member: Member, phase: str, down: int, up: int) -> None:

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -36,6 +37,7 @@ from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
 from fedlp.federation.server.round_record import RoundUnderWay
+from fedlp.federation.server.state_check import is_variance
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
 from fedlp.federation.server.update_collector import UpdateCollector
@@ -188,7 +190,10 @@ class AsynchronousStrategy(TimedStrategy):
             self._round.frozen[client_id] = flight.frozen
         if course.reply is None:
             FedLPStrategy._drop(self, instruction, asked.bytes_down)  # its part is counted already
-        elif (update := collector.receive(instruction, asked.bytes_down, course.reply)) is not None:
+            return
+        is_stale = instruction.server_round < server_round
+        sent = self._sent if is_stale and not self._server.sends_weights else None
+        if (update := collector.receive(instruction, asked.bytes_down, course.reply, sent)) is not None:
             arrived[client_id] = instruction, update
 
     def _step(
@@ -208,20 +213,28 @@ class AsynchronousStrategy(TimedStrategy):
     def _discounted(self, server_round: int, instruction: Assignment, update: ClientUpdate) -> Mapping[str, Tensor]:
         """Return an update as one of the current model; integers as they are.
 
-        With weights, it is the current values plus the discounted difference from those that the client received.
+        With weights, it is the current values plus the discounted difference from those that the client received. A
+        running variance falls no lower than the smaller of the client's and the current one, so never below 0.
         """
         assert self.state is not None
         staleness = server_round - instruction.server_round
         if not staleness:
             return update.params
-        factor = (1.0 + staleness) ** -self._exponent
+        factor, sends_weights = (1.0 + staleness) ** -self._exponent, self._server.sends_weights
         floats = {name: values.double() for name, values in update.params.items() if values.is_floating_point()}
-        if self._server.sends_weights:
+        now: Mapping[str, Tensor] = {}
+        then: Mapping[str, Tensor] = {}
+        if sends_weights or any(map(is_variance, floats)):
             layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
             now, then = layout.slice(self.state.params), self._sent(instruction, update)
-            found = {name: now[name].double() + factor * (values - then[name]) for name, values in floats.items()}
-        else:
-            found = {name: factor * values for name, values in floats.items()}
+        found: dict[str, Tensor] = {}
+        for name, values in floats.items():
+            found[name] = factor * (values - then[name] if sends_weights else values)
+            if is_variance(name):
+                own = values if sends_weights else then[name] + values
+                found[name] = torch.maximum(found[name], (own - now[name].double()).clamp(max=0.0))
+            if sends_weights:
+                found[name] += now[name].double()
         return {**update.params, **{name: values.to(update.params[name].dtype) for name, values in found.items()}}
 
     def _sent(self, instruction: Assignment, update: ClientUpdate) -> dict[str, Tensor]:

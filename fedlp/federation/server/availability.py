@@ -131,7 +131,9 @@ def read_trace(path: Path, round_s: float | None = None, in_seconds: bool = Fals
             row, f"{path}, line {number}", float if in_seconds or round_s is not None else int
         )
         if round_s is not None:
-            first, last = 1.0 + math.ceil(first / round_s), last if last == math.inf else 1 + last // round_s
+            start = first / round_s
+            first = 1.0 + math.ceil(start) if start < math.inf else math.inf
+            last = last if last == math.inf else 1 + last // round_s
         found.setdefault(client_id, []).append((first, last))
     if not found:
         raise DataError(f"{path} holds no stretch; a trace has lines of client, from, to (rounds)")

@@ -17,6 +17,7 @@ With privacy, only the metrics of all clients' total sums are recorded.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +32,17 @@ from fedlp.data.examples import DataInfo
 from fedlp.errors import DataError, FedLPError, ProtocolError
 from fedlp.federation.costs import Costs
 from fedlp.federation.sampling import sample_cohort
-from fedlp.federation.server.exchange import ERROR_KINDS, exchange, reason_of
+from fedlp.federation.server.exchange import exchange, kind_of, reason_of
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import evaluation_messages, messages
+from fedlp.federation.wire.ranges import MOST_EXAMPLES
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums, Task, add_sums, task_of
 from fedlp.training.evaluation import evaluate_sums
 from fedlp.types import ClientCost, ClientEvaluation, EvaluationRequest, SubModel
+
+log = logging.getLogger("fedlp")
 
 PREFIX = "client_"
 _DECILE = 0.1
@@ -66,6 +70,8 @@ class ClientEvaluationSettings:
         Seed of the draw of clients, >= 0.
     num_clients : int or None
         Clients that evaluate; all if None.
+    most_predictions : float
+        Most predictions of an example.
     steps_examples : int
         Examples that a client trains on before it evaluates, for the count of its MACs.
     is_private : bool
@@ -76,19 +82,21 @@ class ClientEvaluationSettings:
     lengths: Mapping[str, int]
     seed: int = 0
     num_clients: int | None = None
+    most_predictions: float = math.inf
     steps_examples: int = 0
     is_private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Evaluating client: its node, sub-model and tier."""
+    """Evaluating client: its node, sub-model, tier, and number of test examples as its profile says, if it does."""
 
     client_id: int
     node: int
     submodel: SubModel
     tier: str
     measures_statistics: bool
+    num_test: int | None = None
 
 
 class ClientEvaluator:
@@ -136,7 +144,7 @@ class ClientEvaluator:
                 found.append(evaluation)
                 count = evaluation.num_examples
             except FedLPError as error:
-                kind = ERROR_KINDS.get(reply.error.code, "error") if reply.has_error() else "rejected"
+                kind = kind_of(reply.error) if reply.has_error() else "rejected"
                 fail(client.client_id, kind, error)
             bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
             macs = self.macs(client.submodel, count)
@@ -144,7 +152,7 @@ class ClientEvaluator:
         if not found:
             return {}
         if self.settings.is_private:
-            return {PREFIX + name: value for name, value in self.settings.task.summarize(add_sums(totals)).items()}
+            return {PREFIX + name: value for name, value in total_metrics(self.settings.task, totals).items()}
         round_.evaluations += found
         return summarize_clients(found, directions(self.settings.task))
 
@@ -175,7 +183,10 @@ class ClientEvaluator:
         if reply.has_error():
             raise FedLPError(reason_of(reply))
         who = f"client {client.client_id}"
-        sums, count = evaluation_messages.decode_client_sums(reply.content, self.settings.lengths, who)
+        most = MOST_EXAMPLES if client.num_test is None else client.num_test
+        sums, count = evaluation_messages.decode_client_sums(
+            reply.content, self.settings.lengths, who, most, self.settings.most_predictions
+        )
         metrics = read_metrics(self.settings.task, sums, who)
         return sums, ClientEvaluation(client.client_id, client.tier, count, metrics)
 
@@ -192,12 +203,21 @@ def read_metrics(task: Task, sums: Sums, who: str) -> dict[str, float]:
         metrics = task.summarize(sums)
     except (DataError, ArithmeticError, ValueError, LookupError, TypeError) as error:
         raise ProtocolError(f"{who}: its evaluation sums give no metrics ({type(error).__name__}: {error})") from error
-    for metric in task.measures():
-        low, high = getattr(metric, "bounds", (-math.inf, math.inf))
-        value = metrics[metric.label]
+    bounds = {metric.label: getattr(metric, "bounds", (-math.inf, math.inf)) for metric in task.measures()}
+    for label, (low, high) in {**bounds, "loss": (task.least_loss, math.inf)}.items():
+        value = metrics[label]
         if value < low - _ROUNDING or value > high + _ROUNDING:
-            raise ProtocolError(f"{who}: its {metric.label} is {value:g}, outside [{low:g}, {high:g}]")
+            raise ProtocolError(f"{who}: its {label} is {value:g}, outside [{low:g}, {high:g}]")
     return metrics
+
+
+def total_metrics(task: Task, parts: Sequence[Sums]) -> dict[str, float]:
+    """Return the metrics of all clients' sums together; none, with a warning, where the total cannot give them."""
+    try:
+        return read_metrics(task, add_sums(parts), "the sum of all clients")
+    except ProtocolError as error:
+        log.warning("no metrics of clients: %s", error)
+        return {}
 
 
 def sum_lengths(model: nn.Module, info: DataInfo) -> dict[str, int]:

@@ -127,6 +127,7 @@ class EvaluatingStrategy(StrategyState):
                 submodel,
                 self._tier(client_id, submodel),
                 self._measures_statistics and self.submodels.layout(submodel) is not measured,
+                self._roster.profile(client_id).num_test,
             )
             for client_id, submodel in self._held(server_round, chosen)
         ]

@@ -19,19 +19,16 @@ from fedlp.federation.server.reply_polling import Puller
 
 log = logging.getLogger("fedlp")
 
-ERROR_KINDS = {
-    2: "raised",
-    3: "no_reply",
-    5: "gone",
-    8: "crashed",
-    1000: "surplus",
-    1001: "late",
-    1002: "left",
-}
 NO_REPLY, GONE = 3, 5  # Flower's codes for a message that is unavailable, and for such a node
 SURPLUS, LATE, LEFT = 1000, 1001, 1002  # our own: enough others have answered; a virtual clock
+_KINDS = {2: "raised", NO_REPLY: "no_reply", GONE: "gone", 8: "crashed"}
+_OWN_KINDS = {SURPLUS: "surplus", LATE: "late", LEFT: "left"}
 _POLL_S = 0.2
 _ATTEMPTS = 3
+
+
+class OwnError(Error):
+    """Error that the server itself puts in place of a reply; a client's with the same code is none."""
 
 
 @runtime_checkable
@@ -123,7 +120,7 @@ def exchange_first(
         if number in replies:
             yield replies[number]
         elif good >= enough:
-            yield Message(Error(SURPLUS, f"{enough} others were first"), reply_to=message)
+            yield Message(OwnError(SURPLUS, f"{enough} others were first"), reply_to=message)
         else:
             yield no_reply(message, timeout)
 
@@ -193,6 +190,12 @@ def _address(message: Message, node_id: int) -> Message:
 def reason_of(reply: Message) -> str:
     """Return the reason of an error reply, in one printable line."""
     return printable(reply.error.reason or "") or "no reason given"
+
+
+def kind_of(error: Error) -> str:
+    """Return the kind of an error reply, as on record."""
+    kinds = _OWN_KINDS if isinstance(error, OwnError) else _KINDS
+    return kinds.get(error.code, "error")
 
 
 def no_reply(message: Message, timeout: float) -> Message:

@@ -71,8 +71,18 @@ class RoundGuard:
         self._largest = {name: _largest(tensor) for name, tensor in state.params.items()}
         self._extents: dict[int, NDArray[np.float64]] = {}  # of each client, by tensor; NaN where it returned none
 
-    def admit(self, update: ClientUpdate, keeps: Mapping[str, tuple[Keep, ...]]) -> None:
+    def admit(
+        self,
+        update: ClientUpdate,
+        keeps: Mapping[str, tuple[Keep, ...]],
+        sent: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Check an update against the state before the round, and record the extent of each of its tensors.
+
+        Parameters
+        ----------
+        sent : mapping from tensor name to Tensor, optional
+            Values from which a stale update's differences are; those of the state if absent.
 
         Raises
         ------
@@ -93,8 +103,8 @@ class RoundGuard:
                 raise ProtocolError(
                     f"{who}: tensor {name} holds {found:.3g}; more than {most:.3g} is out of proportion"
                 )
-            if name.endswith(_VARIANCE):
-                self._check_variance(name, tensor, keeps.get(name), who)
+            if is_variance(name):
+                self._check_variance(name, tensor, keeps.get(name), who, sent)
         self._extents[update.client_id] = extents
 
     def admit_stack(
@@ -123,14 +133,23 @@ class RoundGuard:
             growth = _LARGEST_GROWTH if name in self._trainable else _LARGEST_BUFFER_GROWTH
             if name in floats:
                 sound &= found <= growth * max(1.0, self._largest[name])
-            if name.endswith(_VARIANCE):
+            if is_variance(name):
                 sound &= low >= 0
         self._extents |= {client_ids[k]: extents[k] for k in np.flatnonzero(sound).tolist()}
         return sound
 
-    def _check_variance(self, name: str, tensor: Tensor, keeps: tuple[Keep, ...] | None, who: str) -> None:
+    def _check_variance(
+        self,
+        name: str,
+        tensor: Tensor,
+        keeps: tuple[Keep, ...] | None,
+        who: str,
+        sent: Mapping[str, Tensor] | None,
+    ) -> None:
         variance = tensor
-        if not self._holds_weights:
+        if not self._holds_weights and sent is not None:
+            variance = (sent[name] + tensor).to(tensor.dtype)
+        elif not self._holds_weights:
             before = self._state.params[name]
             variance = (before if keeps is None else slice_tensor(before, keeps)) + tensor
         if bool((variance < 0).any()):
@@ -170,6 +189,11 @@ class RoundGuard:
         return sorted(client_id for client_id, extent in found.items() if extent > _STANDS_OUT * median)
 
 
+def is_variance(name: str) -> bool:
+    """Return whether a tensor of the model is a running variance, hence never negative."""
+    return name.endswith(_VARIANCE)
+
+
 def find_fault(state: ServerState) -> Fault | None:
     """Return the first tensor that is not finite or out of range, or a negative variance; None if all are sound.
 
@@ -199,8 +223,8 @@ def _fault_of(name: str, tensor: Tensor, largest: float) -> str:
         return "would hold NaN or infinite values"
     if not -largest <= low <= high <= largest:
         return f"would hold values beyond ±{largest:g}"
-    is_variance = name.endswith(_VARIANCE) or name.startswith("variance.")
-    return "would hold negative variances" if is_variance and low < 0 else ""
+    squares = is_variance(name) or name.startswith("variance.")
+    return "would hold negative variances" if squares and low < 0 else ""
 
 
 def _largest(tensor: Tensor) -> float:

@@ -19,10 +19,11 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedlp.federation.server.cohorts import StackingGrid
-from fedlp.federation.server.exchange import LATE, LEFT, SURPLUS, exchange
+from fedlp.federation.server.exchange import LATE, LEFT, SURPLUS, OwnError, exchange
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.ranges import LARGEST_COST, read_number
 from fedlp.federation.wire.record_access import read_metrics
 from fedlp.types import Assignment, ClientCost
 
@@ -200,7 +201,7 @@ class TimedStrategy(FedLPStrategy):
         """Return the course of a client that is told to stop since enough others have answered."""
         phases = course.part.phases if course is not None else self._phases(asked, 0.0, 0)
         assert asked.message is not None
-        error = Error(SURPLUS, f"{self.settings.clients_per_round} others were first")
+        error = OwnError(SURPLUS, f"{self.settings.clients_per_round} others were first")
         part = Part(asked.instruction.client_id, asked.started_s, phases.until(ends - asked.started_s), False)
         return Course(part, Message(error, reply_to=asked.message))
 
@@ -229,9 +230,9 @@ class TimedStrategy(FedLPStrategy):
         limit = min(leaves, math.inf if deadline is None else deadline)
         if phases.total <= limit:
             return None
-        error = Error(LATE, f"no answer within {limit:g} simulated seconds")
+        error = OwnError(LATE, f"no answer within {limit:g} simulated seconds")
         if leaves == limit:
-            error = Error(LEFT, f"it left {limit:g} simulated seconds after it was asked")
+            error = OwnError(LEFT, f"it left {limit:g} simulated seconds after it was asked")
         return self._failed(asked, phases.until(limit), error)
 
     @staticmethod
@@ -257,4 +258,4 @@ def _more_macs(reply: Message) -> float:
         found = read_metrics(reply.content, messages.METRICS).get("pruning-macs", 0.0)
     except (KeyError, ValueError):
         return 0.0
-    return found if isinstance(found, int | float) and 0 <= found < math.inf else 0.0
+    return read_number(found, 0.0, LARGEST_COST) or 0.0

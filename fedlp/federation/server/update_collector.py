@@ -13,7 +13,7 @@ from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation.aggregation.aggregator import Aggregator
 from fedlp.federation.aggregation.norm_bounds import MIN_HOLDERS, lower_median
 from fedlp.federation.costs import Costs
-from fedlp.federation.server.exchange import ERROR_KINDS, reason_of
+from fedlp.federation.server.exchange import kind_of, reason_of
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay, Tally
 from fedlp.federation.server.round_settings import RoundSettings
@@ -21,6 +21,9 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.types import Assignment, ClientCost, ClientReport, ClientUpdate, SubModel
+
+Sent = Callable[[Assignment, ClientUpdate], Mapping[str, Tensor]]
+"""Returns the values that a client received of the units that it returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,16 @@ class UpdateCollector:
         if (update := self.receive(instruction, bytes_down, reply)) is not None:
             self.add(instruction, update, update.params)
 
-    def receive(self, instruction: Assignment, bytes_down: int, reply: Message) -> ClientUpdate | None:
-        """Return the update of a reply, or None after counting the failure; either way its cost is recorded."""
+    def receive(
+        self, instruction: Assignment, bytes_down: int, reply: Message, sent: Sent | None = None
+    ) -> ClientUpdate | None:
+        """Return the update of a reply, or None after counting the failure; either way its cost is recorded.
+
+        Parameters
+        ----------
+        sent : callable, optional
+            Returns the values from which a stale update's differences are.
+        """
         client_id = instruction.client_id
         update: ClientUpdate | None = None
         bytes_up = messages.count_bytes(reply.content) if reply.has_content() else 0
@@ -65,11 +76,12 @@ class UpdateCollector:
                 raise FedLPError(reason_of(reply))
             profile, coded = self.roster.profile(client_id), self.settings.entropy_coding
             decoded = messages.decode_update(reply.content, instruction, profile, self.submodels, self.encoding, coded)
-            self.tally.guard.admit(decoded, self._returned(instruction, decoded).keeps)
+            before = None if sent is None else sent(instruction, decoded)
+            self.tally.guard.admit(decoded, self._returned(instruction, decoded).keeps, before)
             update = decoded
         except FedLPError as error:
             rejected = isinstance(error, ProtocolError)
-            self.fail(client_id, "rejected" if rejected else ERROR_KINDS.get(reply.error.code, "error"), error)
+            self.fail(client_id, "rejected" if rejected else kind_of(reply.error), error)
         self.spend(instruction, bytes_down, bytes_up, update)
         return update
 

@@ -14,6 +14,7 @@ Running statistics of batch norms have no offset: they are re-measured before us
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.allocation.evidence import Evidence
-from fedlp.errors import AllocationError
+from fedlp.errors import AllocationError, FedLPError
 from fedlp.federation.strategies.plan_solver import PlanSolver
 from fedlp.federation.strategies.policy import Memory, Offset, PolicyContext
 from fedlp.types import Budget
+
+log = logging.getLogger("fedlp")
 
 _UNIT, _OFFSET, _ROUND = "unit", "offset", "pruned"  # first part of the names of remembered tensors
 
@@ -47,12 +50,34 @@ class PrunedSubModels:
         """Return the memory with every kind's units and offset; fresh in a refit round or if absent.
 
         A kind whose budget is out of reach has none: its clients are refused. A kind with the whole model has
-        none either.
+        none either. Where a refit fails, as without good answers of clients, the sub-models stay, with a warning.
+
+        Raises
+        ------
+        FedLPError
+            If a kind has no sub-model yet and pruning fails.
         """
         kinds = self._kinds()
         due = [kind for kind in kinds if self._is_due(memory, kind, server_round)]
         if not due:
             return memory
+        try:
+            return self._refit(memory, due, kinds, server_round, params)
+        except FedLPError as error:
+            if any(f"{_ROUND}.{kind}" not in memory for kind in due):
+                raise
+            log.warning("round %d: pruned sub-models stay as they are: %s", server_round, error)
+            return memory
+
+    def _refit(
+        self,
+        memory: Memory,
+        due: list[str],
+        kinds: Mapping[str, int],
+        server_round: int,
+        params: Mapping[str, Tensor],
+    ) -> Memory:
+        """Return the memory with fresh units and offsets of some kinds."""
         pruner = self._context.pruner
         assert pruner is not None
         found = {name: tensor for name, tensor in memory.items() if not _is_of(name, due)}

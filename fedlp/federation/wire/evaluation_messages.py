@@ -5,6 +5,7 @@ Decoders check all numbers and raise :class:`ProtocolError` naming the client an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -117,7 +118,11 @@ def encode_client_sums(sums: Mapping[str, float | list[float]], num_examples: in
 
 
 def decode_client_sums(
-    content: RecordDict, lengths: Mapping[str, int], who: str
+    content: RecordDict,
+    lengths: Mapping[str, int],
+    who: str,
+    most_examples: int = MOST_EXAMPLES,
+    most_predictions: float = math.inf,
 ) -> tuple[dict[str, float | list[float]], int]:
     """Return a client's evaluation sums, and their number of examples.
 
@@ -125,6 +130,10 @@ def decode_client_sums(
     ----------
     lengths : mapping from name to int
         Length of each sum of the task; 0 for a scalar.
+    most_examples : int
+        Test examples of the client, as its profile says.
+    most_predictions : float
+        Most predictions of an example.
 
     Raises
     ------
@@ -133,12 +142,16 @@ def decode_client_sums(
     """
     try:
         record = read_metrics(content, METRICS)
-        num_examples = check_count(record["num-examples"], MOST_EXAMPLES, who)
+        num_examples = check_count(record["num-examples"], most_examples, who)
         if wrong := sorted({*record} ^ {*lengths, "num-examples"}):
             raise ValueError(f"{printable(wrong[0], 40)} is {'unexpected' if wrong[0] in record else 'missing'}")
         sums = {name: _read_sum(name, record[name], length) for name, length in lengths.items()}
-        if not isinstance(count := sums["count"], float) or not 1 <= count <= MOST_STEPS:
+        most = min(MOST_STEPS, num_examples * most_predictions)
+        if not isinstance(count := sums["count"], float) or not 1 <= count <= most:
             raise ValueError(f"they are of {show(record['count'])} predictions")
+        for name, value in sums.items():
+            if name.endswith(".count") and isinstance(value, float) and value < 0:
+                raise ValueError(f"{name} is {show(value)}, a negative count")
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"{who}: its evaluation sums cannot be read: {say_why(error)}") from error
     return sums, num_examples

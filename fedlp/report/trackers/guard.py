@@ -56,7 +56,7 @@ class GuardedTracker:
     def _guarded(self, verb: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a package that ends the process is no reason to lose the run
             self._tracker = None
             log.warning("tracker=%s failed in %s (%s); the run goes on without it", self._name, verb, one_line(error))
 

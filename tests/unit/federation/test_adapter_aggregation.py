@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlp.errors import ConfigError
 from fedlp.federation.aggregation.adapter_updates import AdapterUpdates
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.registry import lookup
@@ -18,7 +19,7 @@ RANK, OUT, IN = 4, 7, 9
 RANKS, WEIGHTS = (4, 2, 1), (10.0, 30.0, 5.0)
 
 
-def made(rule: str, params: dict[str, Tensor], **given: float) -> AdapterUpdates:
+def made(rule: str, params: dict[str, Tensor], **given: float | None) -> AdapterUpdates:
     found = lookup("aggregator", rule)(**given).begin(params)
     assert isinstance(found, AdapterUpdates)
     return found
@@ -162,3 +163,54 @@ def test_layers_without_updates_keep_their_bits_and_half_an_adapter_is_refused(r
     assert all(torch.equal(params[name], tensor) for name, tensor in model().items())
     assert not any(coverage.values())
     assert average.covered("x.lora_a") is False
+
+
+# ---- bounds
+def near(before: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Return honest updates: the values before with small changes."""
+    generator = torch.Generator().manual_seed(3)
+    names = [name for name in before if name != "x.weight"]
+    return [
+        {name: before[name] + 0.1 * torch.randn(before[name].shape, generator=generator) for name in names}
+        for _ in range(count)
+    ]
+
+
+def moved(rule: str, updates: list[dict[str, Tensor]], **given: float | None) -> tuple[dict[str, Tensor], list[float]]:
+    average = made(rule, model(), **given)
+    for update in updates:
+        average.add(update, {}, 1.0)
+    return average.result()[0], average.scales
+
+
+def product(params: dict[str, Tensor]) -> Tensor:
+    return params["x.weight"] + params["x.lora_b"] @ params["x.lora_a"]
+
+
+@RULES
+@pytest.mark.parametrize("factor", [-10.0, 1e6])
+def test_one_client_of_huge_factors_takes_no_round(rule: str, factor: float) -> None:
+    honest = near(model(), 9)
+    hostile = {name: model()[name] + factor * (values - model()[name]) for name, values in near(model(), 1)[0].items()}
+    expected, _ = moved(rule, honest)
+    found, scales = moved(rule, [*honest, hostile])
+    assert scales[:-1] == [1.0] * 9
+    assert 0 < scales[-1] < 1
+    loose, none = moved(rule, [*honest, hostile], max_norm=None)
+    assert none == [1.0] * 10
+    distances = [float((product(params) - product(expected)).norm()) for params in (found, loose)]
+    assert distances[0] < 2.0
+    assert distances[1] > 2 * distances[0]
+
+
+@RULES
+def test_within_the_bounds_the_bytes_are_those_without(rule: str) -> None:
+    found, plain = moved(rule, near(model(), 6))[0], moved(rule, near(model(), 6), max_norm=None)[0]
+    assert all(torch.equal(found[name], values) for name, values in plain.items())
+
+
+@RULES
+@pytest.mark.parametrize("option", ["max_norm", "max_examples"])
+def test_bounds_below_one_are_refused(rule: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"aggregator\.{option}=0\.5 is not allowed"):
+        made(rule, model(), **{option: 0.5})

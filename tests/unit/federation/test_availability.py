@@ -36,6 +36,8 @@ def test_a_trace_in_seconds(tmp_path: Path) -> None:
     assert rounds == {1: [0], 2: [1], 3: [1], 4: [2], 5: [2]}  # rounds begin at 0, 60, 120, ... seconds
     with pytest.raises(DataError, match=r"line 2.*numbers"):
         read_trace(write(tmp_path / "bad.csv", "client,from,to", "0,soon,9"), 60)
+    never = read_trace(write(tmp_path / "late.csv", "client,from,to", "0,1e308,"), 1e-3)
+    assert never == {0: ((float("inf"), float("inf")),)}, "a quotient beyond the floats"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ import torch
 from fedlp.data.examples import DataInfo, Examples
 from fedlp.errors import DataError, ProtocolError
 from fedlp.federation.client.shards import Shards
-from fedlp.federation.server.client_evaluation import read_metrics, sum_lengths, summarize_clients
+from fedlp.federation.server.client_evaluation import (
+    read_metrics,
+    sum_lengths,
+    summarize_clients,
+    total_metrics,
+)
 from fedlp.federation.wire import evaluation_messages
 from fedlp.tasks import make_task
 from fedlp.types import ClientEvaluation
@@ -86,6 +91,9 @@ def test_sums_come_back_as_they_went() -> None:
         ({"extra": 1.0}, "extra is unexpected"),
         ({"num-examples": -1}, "num-examples"),
         ({"num-examples": 10**12}, "num-examples"),
+        ({"num-examples": 5}, r"num-examples is 5, not a count in \[1, 4\]"),
+        ({"count": 5.0}, r"of 5\.0 predictions"),
+        ({"accuracy.count": -4.0, "accuracy.correct": -3.0}, r"accuracy\.count is -4\.0, a negative count"),
     ],
 )
 def test_sums_out_of_range_are_rejected(change: dict[str, float], words: str) -> None:
@@ -93,7 +101,7 @@ def test_sums_out_of_range_are_rejected(change: dict[str, float], words: str) ->
     for name, value in change.items():
         content.metric_records["metrics"][name] = value
     with pytest.raises(ProtocolError, match=f"client 2.*{words}"):
-        evaluation_messages.decode_client_sums(content, LENGTHS, "client 2")
+        evaluation_messages.decode_client_sums(content, LENGTHS, "client 2", most_examples=4, most_predictions=1.0)
 
 
 def test_missing_sums_are_rejected() -> None:
@@ -107,6 +115,8 @@ def test_sums_that_give_an_impossible_metric_are_rejected() -> None:
     assert read_metrics(task, dict(GOOD), "client 2") == {"accuracy": 0.75, "loss": 2.0}
     with pytest.raises(ProtocolError, match=r"client 2: its accuracy is 1\.25, outside \[0, 1\]"):
         read_metrics(task, GOOD | {"accuracy.correct": 5.0}, "client 2")
+    with pytest.raises(ProtocolError, match=r"client 2: its loss is -2, outside \[0, inf\]"):
+        read_metrics(task, GOOD | {"loss": -8.0}, "client 2")
     with pytest.raises(ProtocolError, match="give no metrics"):
         read_metrics(task, GOOD | {"accuracy.count": 0.0}, "client 2")
 
@@ -117,6 +127,27 @@ def test_the_sums_of_a_task_are_known_before_anybody_answers() -> None:
     lengths = sum_lengths(torch.nn.Linear(5, 3), info)
     assert lengths["loss"] == lengths["count"] == lengths["accuracy.correct"] == 0
     assert {length for name, length in lengths.items() if name.startswith("macro_f1.")} == {3}
+
+
+def test_a_total_that_gives_no_metric_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Each client's sums pass; together a hostile one's turn a ratio over."""
+    task = make_task("classification", metrics=("macro_f1",))
+    one = {"loss": 1.0, "count": 1.0, "macro_f1.right": [1.0], "macro_f1.predicted": [1.0], "macro_f1.true": [1.0]}
+    other = one | {"macro_f1.right": [0.0], "macro_f1.predicted": [-1.9]}
+    assert total_metrics(task, [one, one]) == {"macro_f1": 1.0, "loss": 1.0}
+    for sums in (one, other):
+        read_metrics(task, sums, "client 2")
+    assert total_metrics(task, [one, other]) == {}
+    assert "no metrics of clients: the sum of all clients: its macro_f1 is 1.8" in caplog.text
+
+
+def test_the_most_predictions_of_an_example() -> None:
+    tokens = DataInfo("text", make_task("causal_lm"), (12,), 30, None, None)
+    examples_of_two = tokens.task.draw_examples(tokens, 2, np.random.default_rng(0))
+    most = tokens.task.most_predictions(tokens)
+    assert most == tokens.task.count(examples_of_two.inputs, examples_of_two.targets) / 2 == 12
+    rows_ = DataInfo("rows", make_task("regression"), (5,), 3, None, None)
+    assert rows_.task.most_predictions(rows_) == 1
 
 
 # ---- the distribution

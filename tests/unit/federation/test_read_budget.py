@@ -46,6 +46,7 @@ def test_seconds_become_macs_by_what_was_measured_here(tmp_path: Path) -> None:
         ("watts: 5", "and nothing else"),
         ("macs: -1", "macs=-1"),
         ("macs: .inf", "macs=inf"),
+        ("macs: 1" + "0" * 400, "macs=1000"),
         ("macs: true", "macs=True"),
         ("macs: many", "macs='many'"),
         ("macs: [", "cannot be read"),
@@ -60,3 +61,20 @@ def test_anything_else_is_refused(tmp_path: Path, text: str, words: str) -> None
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
         read_budget(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"macs": [[1, 2], [3, 4]], "step_s": [[1, 2], [3, 4]]},
+        {"macs": [10**400], "step_s": [1.0]},
+        {"macs": [1.0, 1.0], "step_s": [1.0, 2.0]},
+        {"macs": [1.0]},
+        [1.0],
+    ],
+    ids=["nested", "huge", "level", "no seconds", "a list"],
+)
+def test_measurements_of_another_form_are_refused(tmp_path: Path, report: object) -> None:
+    (tmp_path / "profile.json").write_text(json.dumps(report))
+    with pytest.raises(DataError, match=r"profile\.json, which cannot be read"):
+        read_budget(write(tmp_path, "latency_s: 0.3"))
