@@ -6,7 +6,7 @@
 
 ``full``: every client can hold the whole model. ``mixed``: a quarter of the clients each can hold 100, 50, 25 and 10 %
 of its parameters, in ``mixed-macs`` also of its MACs; only methods of sub-models can take part. ``long``: 200 rounds.
-``resnet18``: half as many rounds of a model twenty times as large.
+``resnet18``: half as many rounds of a model twenty times as large. ``batch-norm``: whose running statistics are kept.
 
 Every run is an ordinary run directory under ``--out``; finished ones are skipped, stopped ones are resumed. At the end
 finished runs are packed into ``results/GROUP.runs.jsonl.xz``, where they replace runs of the same name. ``--part 0/2``
@@ -176,6 +176,24 @@ GROUP_RESNET18 = [*WHOLE_RESNET18, "ours-int2-coded-25-rounds"]
 MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "fjord", "fedrolex", "ours-uniform-int4", *OURS_RESNET18]
 
 
+STATISTICS = ("auto", "static", "average", "whole")  # aggregator.batch_norm
+SLICES = {  # nothing but the defaults of each method
+    "plan": ["strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.5,0.25]"],
+    "heterofl": ["strategy=heterofl", "fleet=tiers", "fleet.fractions=[1.0,0.5,0.25]", "strategy.widths=[1.0,0.7,0.5]"],
+    "heterofl-nobody-whole": ["strategy=heterofl", "strategy.widths=[0.5,0.25]"],
+}
+OF_SLICES = {
+    f"{name}-{kept}": [*method, f"aggregator.batch_norm={kept}"]
+    for name, method in SLICES.items()
+    for kept in STATISTICS
+}
+RESNET20 = [
+    *("model=cifar_resnet", "model.name=resnet20", "num_clients=20", "clients_per_round=6", "num_rounds=12"),
+    *("dataset.max_train_examples=8000", "dataset.max_test_examples=2000", "evaluation.tiers=true"),
+    "checkpoint_every=1",
+]
+
+
 def _some(methods: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
     return {name: methods[name] for name in names}
 
@@ -212,6 +230,7 @@ GROUPS = {
     "resnet18-mixed-group": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *GROUP_NORM]),
     "resnet18-dirichlet": (_some(FULL | BY_SCORES, WHOLE_RESNET18), [*RESNET18, *DIRICHLET]),
     "resnet18-mixed-dirichlet": (_some(MIXED | MIXED_BY_SCORES, MIXED_RESNET18), [*TIERS, *RESNET18, *DIRICHLET]),
+    "batch-norm": (OF_SLICES, RESNET20),
     "ablation-full": (ABLATIONS, []),
     "ablation-mixed": (MIXED_ABLATIONS, [*TIERS]),
 }

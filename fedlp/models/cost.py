@@ -55,6 +55,25 @@ def _count(model: nn.Module, batch: Tensor) -> Macs:
     return Macs(forward / per_example, total / per_example)
 
 
+def count_module_macs(model: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """Return the multiply-accumulates per example that a forward pass spends within each module, by path.
+
+    The convention and the parameters are those of :func:`count_macs`.
+    """
+    example = inputs[:1].expand(2, *inputs.shape[1:])
+    return run_copy(model, example, _count_within)
+
+
+@torch.no_grad()
+def _count_within(model: nn.Module, batch: Tensor) -> dict[str, float]:
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        forward_logits(model.train(), batch)
+    root, per_example = f"{type(model).__name__}.", _FLOPS_PER_MAC * len(batch)
+    return {
+        name.removeprefix(root): sum(each.values()) / per_example for name, each in counter.get_flop_counts().items()
+    }
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
     norms = (

@@ -8,14 +8,17 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlp.models.cost import NORM_MACS, count_macs
+from fedlp.models.cost import NORM_MACS, count_macs, count_module_macs
 from fedlp.models.forward import forward_logits, run_copy
 from fedlp.models.spec import named_tensors
+from fedlp.pruning.tracing.swin import is_swin
 from fedlp.pruning.tracing.units import is_reader, is_transposed
+from fedlp.pruning.tracing.vision_transformer import is_vision_transformer
 from fedlp.pruning.tracing.widths import WidthSpec
 
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "self")
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
+_SHARED = "cpb_mlp.0"  # layer of Swin V2's position bias that all heads share
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -67,8 +70,13 @@ def macs_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> Footpri
     """
     example = inputs[:1].expand(2, *inputs.shape[1:])
     positions = run_copy(model, example, _count_positions)
+    if is_vision_transformer(model) or is_swin(model):
+        per_head = _macs_per_head(model, spec, inputs)
+        positions = {name: times for name, times in positions.items() if not name.startswith(tuple(per_head))}
+    else:
+        per_head = _attention_macs(model, spec, inputs.shape[-1])
     footprint = Footprint(model, spec, positions)
-    for axis, per_unit in _attention_macs(model, spec, inputs.shape[-1]).items():
+    for axis, per_unit in per_head.items():
         footprint.add(axis, per_unit)
     footprint.add(None, count_macs(model, inputs).forward - footprint.count({}))
     return footprint
@@ -96,6 +104,13 @@ def _count_positions(model: nn.Module, batch: Tensor) -> dict[str, float]:
 def _counts(module: nn.Module, names: Mapping[int, str]) -> bool:
     weighs = is_reader(module) or isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS))
     return weighs and id(module.weight) in names
+
+
+def _macs_per_head(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> dict[str, float]:
+    """Return the MACs per unit of each attention of a vision transformer, all of which belong to single heads."""
+    found = count_module_macs(model, inputs)
+    paths = [axis for axis in spec.axes if axis.rpartition(".")[2] in _ATTENTIONS]
+    return {path: (found[path] - found.get(f"{path}.{_SHARED}", 0.0)) / spec.axes[path] for path in paths}
 
 
 def _attention_macs(model: nn.Module, spec: WidthSpec, tokens: int) -> dict[str, float]:

@@ -54,8 +54,9 @@ class Block:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers, which are not traced."""
-    return hasattr(getattr(model, "config", None), "model_type")
+    """Return whether a model is one of transformers that reads tokens; such models are not traced."""
+    reads = getattr(model, "main_input_name", "input_ids")
+    return reads == "input_ids" and hasattr(getattr(model, "config", None), "model_type")
 
 
 def decoder_widths(model: nn.Module) -> WidthSpec:

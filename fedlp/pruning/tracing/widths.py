@@ -18,6 +18,7 @@ from fedlp.pruning.tracing.cut_check import without_broken_axes
 from fedlp.pruning.tracing.decoder import decoder_widths, is_language_model, match_decoder
 from fedlp.pruning.tracing.graph import trace_classifier
 from fedlp.pruning.tracing.slicing import Dim, WidthSpec, slice_tensor, tensor_keeps
+from fedlp.pruning.tracing.swin import is_swin, match_heads, swin_widths
 from fedlp.pruning.tracing.vision_transformer import is_vision_transformer, replace_attention, vit_widths
 from fedlp.types import Keep
 
@@ -25,7 +26,7 @@ __all__ = ["Dim", "WidthSpec", "cut_in_place", "cut_model", "slice_tensor", "ten
 
 
 def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
-    """Return the width axes of a classifier (traced), a vision transformer or a language model (both by rule).
+    """Return the width axes of a classifier (traced), or of a vision transformer or a language model (by rule).
 
     A part of a classifier that no rule covers stays whole, and so does an axis along which the cut model fails.
 
@@ -45,6 +46,8 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
         return decoder_widths(model)
     if is_vision_transformer(model):
         return vit_widths(model)
+    if is_swin(model):
+        return swin_widths(model)
     return without_broken_axes(model, trace_classifier(model, inputs), inputs, cut_model)
 
 
@@ -64,7 +67,7 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     -------
     nn.Module
         Of the same class, device and dtypes, with its own tensors; the sizes that modules keep as attributes are
-        right for them. A vision transformer's attentions are :class:`HeadAttention`, cut or not.
+        right for them. The attentions of torchvision's transformers are ones that take any number of heads, cut or not.
 
     Raises
     ------
@@ -98,6 +101,8 @@ def _match(cut: nn.Module) -> nn.Module:
         match_decoder(cut)
     elif is_vision_transformer(cut):
         replace_attention(cut)
+    elif is_swin(cut):
+        match_heads(cut)
     return cut
 
 

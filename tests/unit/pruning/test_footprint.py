@@ -13,11 +13,13 @@ from fedlp.config import ModelConfig
 from fedlp.models import describe_model
 from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers
+from fedlp.models.spec import describe_blueprint
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, trace_widths
 from fedlp.rng import Stream, generator
 from fedlp.types import Keep
+from tests.unit.pruning.test_groups import IMAGES, TRANSFORMERS
 
 CLASSIFIERS = {
     "fedlp_cnn": ModelConfig(name="fedlp_cnn", source="fedlp_cnn"),
@@ -29,6 +31,9 @@ LANGUAGE_MODELS = ("llama", "qwen2", "gpt2", "opt")
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    if name in TRANSFORMERS:
+        spec = describe_blueprint(TRANSFORMERS[name], "classification", (3, IMAGES[name], IMAGES[name]), 10)
+        return spec.build(0).eval(), spec.example_inputs(1)
     if name in CLASSIFIERS:
         spec = describe_model(CLASSIFIERS[name], (3, 16, 16), 10, "classification")
         return spec.build(0).eval(), spec.example_inputs(1)
@@ -55,7 +60,7 @@ def draw_widths(model: nn.Module, spec: WidthSpec, seed: int) -> Mapping[str, Ke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *LANGUAGE_MODELS])
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *LANGUAGE_MODELS, *TRANSFORMERS])
 def test_parameters_and_macs_of_cut_models(name: str) -> None:
     model, inputs = build(name)
     spec = trace_widths(model, inputs)
