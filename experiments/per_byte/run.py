@@ -179,7 +179,7 @@ MIXED_RESNET18 = ["heterofl", "heterofl-int2-coded", "fjord", "fedrolex", "ours-
 STATISTICS = ("auto", "static", "average", "whole")  # aggregator.batch_norm
 SLICES = {  # nothing but the defaults of each method
     "plan": ["strategy=fedlp_plan", "fleet=tiers", "fleet.fractions=[1.0,0.5,0.25]"],
-    "heterofl": ["strategy=heterofl", "fleet=tiers", "fleet.fractions=[1.0,0.5,0.25]", "strategy.widths=[1.0,0.7,0.5]"],
+    "heterofl": ["strategy=heterofl", "strategy.widths=[1.0,0.5,0.25]"],
     "heterofl-nobody-whole": ["strategy=heterofl", "strategy.widths=[0.5,0.25]"],
 }
 OF_SLICES = {

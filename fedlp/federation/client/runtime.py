@@ -28,7 +28,7 @@ from fedlp.models import leading_layers, state_tensors
 from fedlp.models.layers import masked_gradients
 from fedlp.models.unallocated import allocate
 from fedlp.pruning.batch_norms import reestimate_batch_norms
-from fedlp.pruning.tracing.widths import cut_model
+from fedlp.pruning.tracing.widths import cut_in_place, cut_model
 from fedlp.rng import Stream, generator
 from fedlp.tasks import Sums
 from fedlp.training.calibration_data import batch_calibration, whole_examples
@@ -241,6 +241,10 @@ class ClientRuntime:
             model = self.submodels.shapes()  # a device may not have the memory for the whole model
         else:
             model = self.submodels.skeleton()
+        if not counts and depth is None and not self.submodels.is_language:
+            model = cut_in_place(
+                model, self.submodels.widths, {}
+            )  # as in a cut model, attentions call their last layer
         if counts:
             widths = {axis: Keep.first(count, size) for axis, count, size in counts}
             model = allocate(cut_model(model, self.submodels.widths, widths))
