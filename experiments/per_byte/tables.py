@@ -23,7 +23,7 @@ ORDER = (  # of the tables; other groups come last
 BUDGETS = Budgets((3, 5, 10, 15, 20, 30, 40, 55, 110), (1, 2, 3, 4))
 LONG_BUDGETS = Budgets((15, 30, 55, 110, 145, 200, 290), (4, 8, 12, 16, 20, 24))
 RESNET_BUDGETS = Budgets((100, 200, 300, 400, 550, 1000), (10, 16, 22, 28, 34))
-TIER = re.compile(r"tier_[^_]+_accuracy")
+TIER = re.compile(r"tier_([^_]+)_accuracy")
 FULL = {
     "ours-int2-coded": "FedLP-Plan, coded 2 bits",
     "ours-int4": "FedLP-Plan, 4 bits",
@@ -62,16 +62,18 @@ def regenerate(results: Path, out: Path) -> None:
 
 
 def tier_table(runs: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Return one row a method: accuracy, %, and loss of the evaluated model, accuracy, %, of each tier's sub-model."""
+    """Return one row a method: accuracy, %, and loss of the evaluated model, and accuracy, %, of each tier's sub-model.
+
+    Tiers come in descending order of their share of the model, which stands in brackets.
+    """
     ends = {name: [run.manifest["final_metrics"] for run in found] for name, found in runs.items()}
-    tiers = sorted(
-        {key for found in ends.values() for one in found for key in one if TIER.fullmatch(key)}, reverse=True
-    )
-    head = ["method", "seeds", "accuracy", "loss", *(f"tier {key.split('_')[1]}" for key in tiers)]
     rows = []
-    for name, found in ends.items():
+    for name, found in sorted(ends.items()):
+        shares = sorted((match[1] for key in found[0] if (match := TIER.fullmatch(key))), key=float, reverse=True)
         cells = [name, str(len(found)), spread([100 * one["accuracy"] for one in found])]
         cells.append(spread([one["loss"] for one in found], 2))
-        cells += [spread([100 * one[key] for one in found]) if key in found[0] else "" for key in tiers]
-        rows.append(line(cells))
-    return [line(head), line(["---"] * len(head)), *rows]
+        cells += [f"{spread([100 * one[f'tier_{share}_accuracy'] for one in found])} ({share})" for share in shares]
+        rows.append(cells)
+    width = max(map(len, rows))
+    head = ["method", "seeds", "accuracy", "loss", *(f"tier {number}" for number in range(1, width - 3))]
+    return [line(head), line(["---"] * width), *(line([*cells, *[""] * (width - len(cells))]) for cells in rows)]

@@ -11,6 +11,7 @@ from fedlp.models.blueprint import Blueprint, ModelTask, ModuleBlueprint, find_t
 from fedlp.models.forward import forward_logits
 from fedlp.models.layer_order import Layer
 from fedlp.models.spec import ModelSpec, TensorInfo, describe_blueprint, leading_layers, state_tensors
+from fedlp.models.torchvision_compat import ensure_operators
 from fedlp.registry import register
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _blueprint(config: ModelConfig, given: dict[str, Any]) -> Blueprint:
 
 
 def _call(config: ModelConfig, given: dict[str, Any]) -> Any:
+    if ":" in config.source:
+        ensure_operators()  # the user's code may import transformers or torchvision by itself
     try:
         return config.make(**given)
     except FedLPError:

@@ -30,7 +30,8 @@ def swin(num_classes):
 
 
 def swin_of_transformers(num_classes):
-    transformers = import_transformers()
+    import transformers  # as a user would, whatever torchvision is built for
+
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 16, "depths": [2], "num_heads": [4]}
     return transformers.SwinForImageClassification(
         transformers.SwinConfig(**sizes, window_size=3, num_labels=num_classes)

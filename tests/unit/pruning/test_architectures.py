@@ -1,4 +1,7 @@
-"""The page of architectures says what is cut of each, and what stays whole."""
+"""The page of architectures says what is cut of each, and what stays whole.
+
+``python -m tests.unit.pruning.test_architectures`` prints the rows of classifiers as they are to be.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from fedlp.pruning.tracing.widths import trace_widths
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/reference/architectures.md").read_text(encoding="utf-8")
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| `")]
+LINES = re.findall(r"^\| (`.*) \|$", PAGE, re.MULTILINE)
+ROWS = [[cell.strip() for cell in line.split("|")] for line in LINES if not line.startswith("`model")]
 VISION = {row[0].strip("`"): row for row in ROWS if len(row) == 5}
 LANGUAGE = [row for row in ROWS if len(row) == 3]
 
@@ -35,13 +39,22 @@ def test_every_family_of_torchvisions_is_listed() -> None:
     assert {models.get_model_builder(name).__module__ for name in VISION} == families
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VISION)
-def test_what_is_cut_of_a_classifier(name: str) -> None:
-    pixels = int(VISION[name][1])
+def row_of(name: str, pixels: int) -> list[str]:
+    """Return the row of a classifier: its axes, its smallest sub-model and what stays whole."""
     spec = describe_model(ModelConfig(name=name, source="torchvision"), (3, pixels, pixels), 10, "classification")
     model = spec.build(0).eval()
     widths = trace_widths(model, spec.example_inputs(1))
     least = Footprint(model, widths).count(dict.fromkeys(widths.axes, 1)) / spec.num_params
     reasons = "; ".join(dict.fromkeys(widths.whole.values()))
-    assert VISION[name] == [f"`{name}`", str(pixels), str(len(widths.axes)), f"{100 * least:.1f}", reasons]
+    return [f"`{name}`", str(pixels), str(len(widths.axes)), f"{100 * least:.1f}", reasons]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VISION)
+def test_what_is_cut_of_a_classifier(name: str) -> None:
+    assert VISION[name] == row_of(name, int(VISION[name][1]))
+
+
+if __name__ == "__main__":
+    for name in VISION:
+        print(f"| {' | '.join(row_of(name, int(VISION[name][1])))} |")
