@@ -33,11 +33,12 @@ def swin_widths(model: nn.Module) -> WidthSpec:
     dims: dict[str, tuple[Dim, ...]] = {}
     block: Any
     for path, block in model.named_modules():
-        if _is_fused(attention := getattr(block, "attn", None)):
+        attention: Any = getattr(block, "attn", getattr(block, "attention", None))
+        if _is_fused(attention):
             names = (f"{path}.attn", f"{path}.mlp")
             axes |= dict(zip(names, (attention.num_heads, block.mlp[0].out_features), strict=True))
             dims |= _fused_dims(*names, attention.proj.in_features // attention.num_heads)
-        elif _has_projections(attention := getattr(block, "attention", None)):
+        elif _has_projections(attention):
             names = (f"{path}.attention", f"{path}.mlp")
             heads = attention.o_proj.in_features // attention.head_dim
             axes |= dict(zip(names, (heads, block.mlp.fc1.out_features), strict=True))
