@@ -27,7 +27,7 @@ def call_by_heads(attention: Any) -> None:
     """
     if not hasattr(attention, "head_dim"):
         attention.head_dim = attention.qkv.weight.shape[1] // attention.num_heads
-        attention.__class__ = _by_heads(type(attention))
+        attention.__class__ = _by_heads(type(attention))  # type: ignore[arg-type]
     attention.num_heads = attention.proj.weight.shape[1] // attention.head_dim
 
 
@@ -75,7 +75,8 @@ def _mix(attention: Any, windows: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     weights = F.dropout(scores.softmax(3), attention.attention_dropout, attention.training)
-    return (weights @ values).transpose(1, 2).flatten(2)
+    mixed: Tensor = (weights @ values).transpose(1, 2)
+    return mixed.flatten(2)
 
 
 def _shift_mask(size: tuple[int, int], window: tuple[int, int], shifts: tuple[int, int], like: Tensor) -> Tensor:
