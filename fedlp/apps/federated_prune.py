@@ -192,23 +192,9 @@ class FederatedPruning(Federation):
 
     def _check(self, config: RunConfig) -> None:
         """Raise ConfigError for options that pruning cannot honour."""
-        fleet = config.fleet
-        wrong = {
-            "adapter=lora trains adapters, and pruning trains nothing": config.adapter.name != "none",
-            "clients send sums over their data, which privacy=secagg alone protects": (
-                config.privacy.name not in ("none", "secagg")
-            ),
-            "the model is evaluated on the server's test set alone": config.evaluation.name != "central",
-            "all clients get one model: drop the fleet's budgets": bool(fleet.fractions or fleet.devices),
-            "one cohort is asked: drop fleet.availability, fleet.dropout and fleet.extra_clients": (
-                fleet.availability is not None or bool(fleet.dropout or fleet.extra_clients)
-            ),
-            "the server needs a test set: set dataset.server=PATH": (
-                config.dataset.on_devices and config.dataset.server is None
-            ),
-        }
-        if reason := next((text for text, is_so in wrong.items() if is_so), None):
-            raise ConfigError(f"fedlp-prune federated=true: {reason}")
+        check_pooling(config)
+        if config.dataset.on_devices and config.dataset.server is None:
+            raise ConfigError(f"{config.command}: the server needs a test set: set dataset.server=PATH")
         assert isinstance(config, FederatedPruneConfig)
         check_secure_pruning(config)
         if missing := sorted(needs_of(config.allocator.make()) - {"weights"}):
@@ -250,6 +236,24 @@ class FederatedPruning(Federation):
             run = FederatedOneshot(self.config, self.submodels, self.server_data, directory, observers)
             directory.begin(to_yaml(self.config))
             return run.run(grid)
+
+
+def check_pooling(config: RunConfig) -> None:
+    """Raise ConfigError for options that one cohort of clients, which send sums and train nothing, cannot honour."""
+    fleet = config.fleet
+    wrong = {
+        "adapter=lora trains adapters, and pruning trains nothing": config.adapter.name != "none",
+        "clients send sums over their data, which privacy=secagg alone protects": (
+            config.privacy.name not in ("none", "secagg")
+        ),
+        "the model is evaluated on the server's test set alone": config.evaluation.name != "central",
+        "all clients get one model: drop the fleet's budgets": bool(fleet.fractions or fleet.devices),
+        "one cohort is asked: drop fleet.availability, fleet.dropout and fleet.extra_clients": (
+            fleet.availability is not None or bool(fleet.dropout or fleet.extra_clients)
+        ),
+    }
+    if reason := next((text for text, is_so in wrong.items() if is_so), None):
+        raise ConfigError(f"{config.command}: {reason}")
 
 
 def oneshot_settings(config: FederatedPruneConfig) -> OneShotSettings:

@@ -136,7 +136,16 @@ class Allocator:
     def _sensitivities(self) -> dict[str, float]:
         """Return the divergence caused by halving one layer alone."""
         halves = {layer.name: -(-layer.num_units // 2) for layer in self.layers}
-        return {name: self.precomputed.divergence({**self.units, name: half}) for name, half in halves.items()}
+        found = self.measure([{**self.units, name: half} for name, half in halves.items()])
+        return dict(zip(halves, found, strict=True))
+
+    def measure(self, plans: Sequence[Mapping[str, int]]) -> Sequence[float]:
+        """Return the divergence of each plan from the dense model."""
+        return [self.precomputed.divergence(plan) for plan in plans]
+
+    def measured_curves(self) -> Mapping[str, Sequence[float]]:
+        """Return each layer's measured divergence over units removed."""
+        return self.precomputed.on(self._pruner.data.batches).divergence_curves()
 
     @cached_property
     def half_by_curves(self) -> dict[str, float]:
@@ -149,4 +158,4 @@ class Allocator:
         """Each layer's loss over units removed: predicted for language models, measured for classifiers."""
         if is_language_model(self._pruner.model):
             return self.precomputed.losses if "precomputed" in self.__dict__ else self._predicted_losses()
-        return self.precomputed.on(self._pruner.data.batches).divergence_curves()
+        return self.measured_curves()

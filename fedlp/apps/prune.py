@@ -123,7 +123,7 @@ def load_subject(config: PruneConfig) -> Subject:
     spec = describe_model(model_config, info.input_shape, info.num_classes, info.task, info.vocabulary)
     model = spec.build(config.seed).eval().to(config.device)
     if config.run is not None:
-        _load_run(model, Path(config.run) / "model.safetensors")
+        load_run(model, Path(config.run) / "model.safetensors")
     data = replace(reader.load(config.seed), info=info)
     widths = trace_widths(model, spec.example_inputs(1))
     if line := widths.whole_line():
@@ -132,7 +132,8 @@ def load_subject(config: PruneConfig) -> Subject:
     return Subject(spec, model, info, data, widths, find_layers(model, widths, shared), tokenizer_of(dataset))
 
 
-def _load_run(model: nn.Module, path: Path) -> None:
+def load_run(model: nn.Module, path: Path) -> None:
+    """Load the model of a finished run into a model; CheckpointError if it does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from fedlp.apps.evaluation_check import refuse_simulation
 from fedlp.apps.federate import Federation
 from fedlp.apps.federated_prune import FederatedPruning
+from fedlp.apps.federated_search import FederatedSearching
 from fedlp.apps.privacy_ledger import expected_privacy
 from fedlp.apps.resumption import load_state
 from fedlp.apps.round_keeping import check_trained
-from fedlp.config import RunConfig, from_yaml, to_plain
+from fedlp.config import FederatedPruneConfig, FederatedSearchConfig, RunConfig, from_yaml, to_plain
 from fedlp.data.device_data import OwnPlace
 from fedlp.data.examples import FederatedData
 from fedlp.data.partition_plot import plot_partition
@@ -40,8 +41,12 @@ from fedlp.training.threads import count_cores
 def federation_of(
     config: RunConfig, data: FederatedData | None = None, parts: Sequence[NDArray[np.int64]] | None = None
 ) -> Federation:
-    """Return the federation of a config: one that trains, or one that prunes in one shot; see :class:`Federation`."""
-    return (Federation if config.trains else FederatedPruning)(config, data=data, parts=parts)
+    """Return the federation of a config: one that trains, prunes in one shot, or searches; see :class:`Federation`."""
+    kinds: dict[type, type[Federation]] = {
+        FederatedPruneConfig: FederatedPruning,
+        FederatedSearchConfig: FederatedSearching,
+    }
+    return kinds.get(type(config), Federation)(config, data=data, parts=parts)
 
 
 class Holder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
-from fedlp.config import FederatedPruneConfig, RunConfig
+from fedlp.config import FederatedPruneConfig, FederatedSearchConfig, RunConfig
 from fedlp.errors import ConfigError
 from fedlp.federation.secagg.fixed_point import FixedPoint
 from fedlp.federation.secagg.settings import SecAggSettings
@@ -66,6 +66,13 @@ def check_secure_pruning(config: FederatedPruneConfig) -> None:
         return
     has_halves = config.unit_selection == "server" and make_method(config.pruner).shrinks
     _check_answers(config, settings, config.clients_per_round, has_halves, "")
+
+
+def check_secure_search(config: FederatedSearchConfig) -> None:
+    """Raise ConfigError, with the remedy, where secure aggregation cannot serve a federated search."""
+    settings = secagg_settings(config)
+    if settings is not None:
+        _check_answers(config, settings, config.clients_per_round, config.pruner.damping is None, "")
 
 
 def check_secure_calibration(config: RunConfig, num_capable: int, has_halves: bool) -> None:

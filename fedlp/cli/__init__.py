@@ -52,9 +52,14 @@ def prune_main() -> None:
 def search_main() -> None:
     """Entry point of ``fedlp-search``: search for an allocation function, written as a file for ``allocator=dsa``."""
     _answer("fedlp-search")
+    _name_folder("searched")
+    if "federated=true" in sys.argv[1:]:
+        from fedlp.cli.run import run_job
+
+        _run("federated_search", run_job)
     from fedlp.cli.tools import search_job
 
-    _name_folder("searched")
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "federated=false"]
     _run("search", search_job)
 
 

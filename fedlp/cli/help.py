@@ -103,7 +103,11 @@ HELP = {
             ),
         ),
         ("model", "dataset", "pruner"),
-        (("search.evaluations=150", "candidates of each mode"), ("search.ratios=[0.2,0.35,0.5]", "sparsities")),
+        (
+            ("search.evaluations=150", "candidates of each mode"),
+            ("search.ratios=[0.2,0.35,0.5]", "sparsities"),
+            ("federated=true", "clients judge candidates on data of theirs (num_clients=20 clients_per_round=10)"),
+        ),
     ),
     "fedlp-profile": Help(
         "Measure the cost of training a model on this device, and write its budget file for a SuperNode.",

@@ -16,8 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlp.cli.common import output_dir, set_up_logging
 from fedlp.cli.sweeps import job_header, job_name
-from fedlp.config import from_omegaconf, refuse_unread, schema_for, to_plain, to_yaml, with_absolute_paths
-from fedlp.config.resuming import check_run, resumed_config
+from fedlp.config import (
+    FederatedSearchConfig,
+    RunConfig,
+    from_omegaconf,
+    refuse_unread,
+    schema_for,
+    to_plain,
+    to_yaml,
+    with_absolute_paths,
+)
+from fedlp.config.resuming import check_run, resumed_config, searched_config
 
 
 def run_job(composed: DictConfig) -> float | None:
@@ -29,6 +38,8 @@ def run_job(composed: DictConfig) -> float | None:
     _announce(composed)  # the next line imports torch, which takes seconds
     config = from_omegaconf(composed, schema_for(composed))
     refuse_unread(config, HydraConfig.get().overrides.task)
+    if isinstance(config, FederatedSearchConfig):
+        config = searched_config(config, HydraConfig.get().overrides.task)
     out = output_dir()
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if config.resume is not None:
@@ -64,10 +75,19 @@ def run_job(composed: DictConfig) -> float | None:
     except KeyboardInterrupt:
         if (out / "config.yaml").is_file():
             with suppress(OSError):  # the terminal may be gone
-                print(f"\nfedlp: stopped; go on with: fedlp resume={out}", file=sys.stderr)
+                print(f"\nfedlp: stopped; {_way_on(config, out)}", file=sys.stderr)
         raise
     _print_result(manifest, out)
     return objective_of(config, manifest)
+
+
+def _way_on(config: RunConfig, out: Path) -> str:
+    """Return how to go on with a stopped run."""
+    if config.trains:
+        return f"go on with: fedlp resume={out}"
+    if isinstance(config, FederatedSearchConfig):
+        return f"go on with the same command and hydra.run.dir={out}"
+    return "a one-shot pruning starts anew"
 
 
 def _announce(composed: DictConfig) -> None:
@@ -88,6 +108,10 @@ def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
         asked = manifest["config"]["num_rounds"]
         print(f"fedlp: {stopped_by} ended the run after round {totals['rounds']} of {asked}", file=sys.stderr)
     names = sorted((name for name, value in final.items() if value is not None), key=lambda name: name == "train_loss")
+    if found := manifest.get("search"):
+        for name, values in found["held_out"].items():
+            print(f"{name}: {values['mean']:.4f} of uniform's divergence on held-out data of clients")
+        print(f"{found['winner']} wins  -> {out / 'winner.yaml'}")
     if tiers := manifest.get("tiers"):
         from fedlp.apps.tier_table import tier_table
 

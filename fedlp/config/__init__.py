@@ -2,6 +2,8 @@
 
 Hydra checks the names and types of fixed groups, a part's signature those of its own options; :func:`validate` checks
 ranges. Past this package a config is a plain dataclass.
+
+Longer than other files: the doors of every root of ``conf``, and the list of what they give.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from fedlp.config.absolute_paths import with_absolute_paths
 from fedlp.config.aliases import current_config, is_current
 from fedlp.config.federated_prune import FederatedPruneConfig, federated_prune_overrides, schema_for
+from fedlp.config.federated_search import FederatedSearchConfig
 from fedlp.config.overrides import prepare_overrides
 from fedlp.config.own_tokenizer import with_tokenizer
 from fedlp.config.parts import PartConfig
@@ -54,11 +57,12 @@ from fedlp.config.schema import (
     TrackerConfig,
     UploadConfig,
 )
-from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig
+from fedlp.config.tools import FinetuneConfig, ProfileConfig, PruneConfig, SearchConfig, SearchSettings
 from fedlp.config.unread import refuse_unread, unread_groups, unread_options
 from fedlp.config.validation import (
     validate,
     validate_federated_prune,
+    validate_federated_search,
     validate_profile,
     validate_prune,
     validate_search,
@@ -76,6 +80,7 @@ __all__ = [
     "DeviceConfig",
     "EvaluationConfig",
     "FederatedPruneConfig",
+    "FederatedSearchConfig",
     "FinetuneConfig",
     "FleetConfig",
     "LocalConfig",
@@ -89,6 +94,7 @@ __all__ = [
     "RoundsConfig",
     "RunConfig",
     "SearchConfig",
+    "SearchSettings",
     "ServerOptimizerConfig",
     "SimulationConfig",
     "StrategyConfig",
@@ -96,6 +102,7 @@ __all__ = [
     "TrackerConfig",
     "UploadConfig",
     "compose",
+    "compose_federated_search",
     "compose_profile",
     "compose_prune",
     "compose_search",
@@ -124,6 +131,7 @@ ROOTS: dict[type, str] = {
     RunConfig: "config",
     PruneConfig: "prune",
     FederatedPruneConfig: "federated_prune",
+    FederatedSearchConfig: "federated_search",
     ProfileConfig: "profile",
     SearchConfig: "search",
 }
@@ -181,6 +189,14 @@ def compose_search(overrides: Sequence[str] = ()) -> SearchConfig:
     return _compose(SearchConfig, overrides)
 
 
+def compose_federated_search(overrides: Sequence[str] = ()) -> FederatedSearchConfig:
+    """Return the config that ``fedlp-search OVERRIDES`` would run, with ``federated=true`` among the overrides.
+
+    ConfigError as for :func:`compose`.
+    """
+    return cast(FederatedSearchConfig, _compose(FederatedSearchConfig, overrides))
+
+
 def _compose(schema: type[_Config], overrides: Sequence[str]) -> _Config:
     root = ROOTS[schema]
     register_schema(root)
@@ -206,6 +222,8 @@ def from_omegaconf(composed: DictConfig, schema: type[_Config]) -> _Config:
             validate(config)
             if isinstance(config, FederatedPruneConfig):
                 validate_federated_prune(config)
+            if isinstance(config, FederatedSearchConfig):
+                validate_federated_search(config)
         case PruneConfig():
             validate_prune(config)
         case ProfileConfig():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedlp.config.aliases import current_override, tell_once
+from fedlp.config.federated_search import FederatedSearchConfig
 from fedlp.config.schema import RunConfig
 from fedlp.config.tools import FinetuneConfig, PruneConfig
 
@@ -15,6 +16,7 @@ from fedlp.config.tools import FinetuneConfig, PruneConfig
 class FederatedPruneConfig(RunConfig):
     """Federated one-shot pruning, ``fedlp-prune federated=true``, to one of ``sparsity`` and the two targets."""
 
+    command: ClassVar[str] = "fedlp-prune federated=true"
     trains: ClassVar[bool] = False
     unread: ClassVar[frozenset[str]] = frozenset(
         {"strategy", "upload", "download", "aggregator", "server_optimizer", "local", "rounds", "num_rounds"}
@@ -40,7 +42,9 @@ class FederatedPruneConfig(RunConfig):
 
 def schema_for(values: Mapping[str, Any]) -> type[RunConfig]:
     """Return the schema of a run's plain config."""
-    return FederatedPruneConfig if values.get("federated") else RunConfig
+    if not values.get("federated"):
+        return RunConfig
+    return FederatedSearchConfig if "search" in values else FederatedPruneConfig
 
 
 _BEFORE = {"model": "fedlp_cnn", "dataset": "digits", "sparsity": "0.33"}  # defaults of strategy=oneshot

@@ -339,6 +339,7 @@ class PrivacyConfig:
 class RunConfig:
     """One federated run."""
 
+    command: ClassVar[str] = "fedlp"
     trains: ClassVar[bool] = True
     unread: ClassVar[frozenset[str]] = frozenset()
 

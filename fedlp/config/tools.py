@@ -83,7 +83,7 @@ class SearchSettings:
     fitness_examples: int = 16  # training examples of the fitness
     held_out_examples: int = 32  # training examples of the final check
     batch_size: int = 2
-    workers: int | None = None  # worker processes; number of cores if null
+    workers: int | None = None  # worker processes, >= 1; number of cores if null; 1 where the system cannot fork
 
 
 @dataclass

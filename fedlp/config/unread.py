@@ -28,7 +28,7 @@ def refuse_unread(config: object, overrides: Iterable[str]) -> None:
     for override in overrides:
         group = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if group in config.unread:
-            raise ConfigError(f"fedlp-prune federated=true does not read {group}: drop {override.lstrip('+')}")
+            raise ConfigError(f"{config.command} does not read {group}: drop {override.lstrip('+')}")
         if config.trains and not _reads(config.strategy.target, group):
             names = registry.names("strategy")
             others = [name for name in names if _reads(registry.lookup("strategy", name), group)]

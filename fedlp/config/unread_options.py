@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from fedlp.config.federated_prune import FederatedPruneConfig
+from fedlp.config.federated_search import FederatedSearchConfig
 from fedlp.config.schema import PrunerConfig, RunConfig
 from fedlp.config.tools import PruneConfig, SearchConfig
 from fedlp.errors import ConfigError
 
 _OFF = ("", "null", "none", "false", "0", "0.0", "[]")  # values that ask for nothing
 _ERROR_CURVES = frozenset({"error_curves", "model"})
+_UNREAD_IN_SEARCH = (
+    *(f"pruner.{name}" for name in ("recovery", "correction", "fisher", "centred", "keeps_batch_norm")),
+    *("calibration.batch_size", "search.workers"),
+)
 _FINETUNE = {
     "none": frozenset[str](),
     "newton": frozenset({"steps"}),
@@ -47,6 +52,8 @@ def unread_with(config: object) -> dict[str, str]:
     match config:
         case FederatedPruneConfig():
             return _pruner_alone(config.pruner, True)
+        case FederatedSearchConfig():
+            return dict.fromkeys(_UNREAD_IN_SEARCH, "fedlp-search without federated=true")
         case RunConfig():
             return {**_pruner_of_run(config), **_groups_of_run(config)}
         case PruneConfig():

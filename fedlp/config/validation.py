@@ -7,6 +7,7 @@ import re
 
 from fedlp import registry
 from fedlp.config.federated_prune import FederatedPruneConfig
+from fedlp.config.federated_search import FederatedSearchConfig
 from fedlp.config.schema import (
     CalibrationConfig,
     FleetConfig,
@@ -16,7 +17,7 @@ from fedlp.config.schema import (
     RunConfig,
     SimulationConfig,
 )
-from fedlp.config.tools import ProfileConfig, PruneConfig, SearchConfig
+from fedlp.config.tools import ProfileConfig, PruneConfig, SearchConfig, SearchSettings
 from fedlp.errors import ConfigError
 
 _SMALLEST_STORE = 75 << 20  # of Ray
@@ -213,7 +214,17 @@ def _validate_fleet(fleet: FleetConfig) -> None:
 def validate_search(config: SearchConfig) -> None:
     """Check every range of a search; ConfigError names the value and the allowed range."""
     _require(config.seed >= 0, "seed", config.seed, "at least 0")
-    search = config.search
+    _validate_search_settings(config.search)
+
+
+def validate_federated_search(config: FederatedSearchConfig) -> None:
+    """Check every range of a federated search that other runs do not have; ConfigError names value and range."""
+    _validate_search_settings(config.search)
+    _choice("pruner", config.pruner.name, ("obs",))
+    _choice("sums", config.sums, ("float32", "float64"))
+
+
+def _validate_search_settings(search: SearchSettings) -> None:
     _choice("search.space", search.space, ("trees", "chains"))
     _require(bool(search.modes), "search.modes", search.modes, "at least one of evolution, random, vector")
     for mode in search.modes:

@@ -7,19 +7,60 @@ they do in :meth:`~fedlp.pruning.pruner.Pruner.prune`: this ranks choices, it do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedlp.pruning.layer_statistics import Collector
+from fedlp.pruning.kernels.removal_factor import removal_factor
 from fedlp.pruning.pruner import Pruner, mean_divergence, predictions
 from fedlp.pruning.reader_layers import Reader
+from fedlp.pruning.tracing.units import kept_columns
 from fedlp.types import PrunableLayer
 
 _LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _STEPS = 32  # widths per layer that are told apart: the rest are rounded to them
+
+Measure = Callable[[Sequence[Mapping[str, int]]], Sequence[float]]
+"""Returns the divergence of each of some choices of widths."""
+
+
+def width_level(layer: PrunableLayer, kept: int) -> int:
+    """Return the number of the width that a number of kept units is rounded to, in [0, 64]."""
+    return round(kept / _step(layer))
+
+
+def width_of_level(layer: PrunableLayer, level: int) -> int:
+    """Return the kept units of a level: at least 1, and at most all."""
+    return min(max(1, level * _step(layer)), layer.num_units)
+
+
+def _step(layer: PrunableLayer) -> int:
+    return max(1, layer.num_units // _STEPS)
+
+
+def divergence_curves(layers: Sequence[PrunableLayer], measure: Measure) -> dict[str, list[float]]:
+    """Return each layer's divergence over units removed, that layer alone pruned.
+
+    A few points are measured and the rest interpolated. For models whose errors are too large for the losses that the
+    elimination predicts.
+    """
+    units = {layer.name: layer.num_units for layer in layers}
+    points: dict[str, list[int]] = {}
+    for layer in layers:
+        counts = points[layer.name] = [0]
+        for level in _LEVELS:
+            counts.append(max(counts[-1] + (level < 1), round(level * (layer.num_units - 1))))
+    removals = [(layer, count) for layer in layers for count in points[layer.name][1:]]
+    measured = iter(measure([{**units, layer.name: layer.num_units - count} for layer, count in removals]))
+    found = {}
+    for layer in layers:
+        values = [0.0]
+        for _ in _LEVELS:
+            values.append(max(values[-1], next(measured)))
+        found[layer.name] = np.interp(np.arange(1, layer.num_units), points[layer.name], values).tolist()
+    return found
 
 
 class PrecomputedModel:
@@ -37,8 +78,7 @@ class PrecomputedModel:
         self.layers = pruner.layers
         self.losses: dict[str, tuple[float, ...]] = {}
         self._method, self._model, self._batches = pruner.method, pruner.model, list(batches)
-        batches, halves = pruner.data.batches, pruner.method.shrinks
-        collector = Collector(pruner.model, None, pruner.layers, batches, pruner.norms, halves)
+        collector = pruner.collector(None)
         self.readers: dict[str, list[Reader]] = {}
         self._orders: dict[str, Tensor] = {}
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}
@@ -47,6 +87,7 @@ class PrecomputedModel:
             found = pruner.removal_order(layer, self.readers[layer.name], layer.num_units - 1)
             self._orders[layer.name] = torch.tensor(found.order)
             self.losses[layer.name] = found.losses
+        collector.close()
         self._kept: dict[str, int] = {}
         self._dense = predictions(self._model, self._batches)
 
@@ -59,26 +100,34 @@ class PrecomputedModel:
             Units that stay; rounded to one of 32 widths per layer.
         """
         for layer in self.layers:
-            self._take_on(layer, self._rounded(layer, kept[layer.name]))
+            self._take_on(layer, width_of_level(layer, width_level(layer, kept[layer.name])))
         batches = self._batches[:num_batches]
         return mean_divergence(self._dense[:num_batches], predictions(self._model, batches))
 
     def divergence_curves(self) -> dict[str, list[float]]:
-        """Return each layer's divergence over units removed, that layer alone pruned.
+        """Return the measured :func:`divergence_curves`."""
+        return divergence_curves(self.layers, lambda plans: [self.divergence(plan) for plan in plans])
 
-        A few points are measured and the rest interpolated. For models whose errors are too large for the losses that
-        the elimination predicts.
-        """
-        units = {layer.name: layer.num_units for layer in self.layers}
-        found = {}
+    def refits(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of which :class:`~fedlp.pruning.refitted_model.RefittedModel` makes the same models."""
+        found: dict[str, Tensor] = {}
         for layer in self.layers:
-            counts, values = [0], [0.0]
-            for level in _LEVELS:
-                counts.append(max(counts[-1] + (level < 1), round(level * (layer.num_units - 1))))
-                measured = self.divergence({**units, layer.name: layer.num_units - counts[-1]})
-                values.append(max(values[-1], measured))
-            found[layer.name] = np.interp(np.arange(1, layer.num_units), counts, values).tolist()
+            order = self._orders[layer.name]
+            rest = torch.arange(layer.num_units)
+            order = torch.cat([order, rest[~torch.isin(rest, order)]])
+            found[f"{layer.name}.order"] = order.to(torch.int32)
+            for reader in self.readers[layer.name]:
+                inverse = reader.solve(self._method)[1]
+                columns = kept_columns(order.to(inverse.device), reader.unit_size)
+                found[f"{reader.path}.mean"] = reader.moments.mean.to(dtype)
+                found[f"{reader.path}.factor"] = removal_factor(inverse, columns).to(dtype)
         return found
+
+    def settle(self) -> None:
+        """Write every layer's weights: a divergence is the same to the last bit then, whatever was measured before."""
+        for layer in self.layers:
+            self._kept[layer.name] = 0
+            self._take_on(layer, layer.num_units)
 
     def on(self, batches: Sequence[Tensor]) -> PrecomputedModel:
         """Measure on other batches from now on."""
@@ -87,10 +136,6 @@ class PrecomputedModel:
         self._batches = list(batches)
         self._dense = predictions(self._model, self._batches)
         return self
-
-    def _rounded(self, layer: PrunableLayer, kept: int) -> int:
-        step = max(1, layer.num_units // _STEPS)
-        return min(max(1, round(kept / step) * step), layer.num_units)
 
     def _take_on(self, layer: PrunableLayer, kept: int) -> None:
         if self._kept.get(layer.name, layer.num_units) == kept:

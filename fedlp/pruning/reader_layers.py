@@ -133,6 +133,11 @@ class Reader:
         """Statistics of the inputs as they were collected."""
         return self.moments if self.diagonal is None else self.diagonal
 
+    @property
+    def bias(self) -> Tensor:
+        """Dense bias, (out,), float64; zero where the module has none."""
+        return self._bias
+
     def shaped_weight(self) -> Tensor:
         """Return the dense weight as (out, in), or (out, in, height, width) of a convolution."""
         return self.weight.view(self.module.weight.shape) if isinstance(self.module, nn.Conv2d) else self.weight

@@ -71,7 +71,7 @@ def run_label(config: Mapping[str, Any]) -> str:
     if config.get("label") is not None:
         return clean(str(config["label"]))
     if config.get("federated"):
-        return "one-shot pruning"
+        return "search" if "search" in config else "one-shot pruning"
     strategy = _section(config, "strategy")
     name = clean(str(strategy.get("name", "run")))
     label = _METHODS.get(name, name)

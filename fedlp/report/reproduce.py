@@ -16,11 +16,13 @@ _LEFT_OUT = {"seed", "resume"}
 def command(group: Group) -> str:
     """Return a shell command that spells out every value that is read, one a line, so that no default matters."""
     # loads Hydra, which a report's readers do without
-    from fedlp.config import todays_config, unread_groups, unread_options
+    from fedlp.config import schema_for, todays_config, unread_groups, unread_options
 
     config = todays_config(group.config)
     unread, left_out = unread_groups(config), _LEFT_OUT | unread_options(config)
-    program = "fedlp-prune" if config.get("federated") else "fedlp"
+    program = schema_for(config).command.partition(" ")[0]
+    if config.get("run"):  # which brings them
+        unread |= {"model", "dataset", "task", "partition", "num_clients"}
     config = {key: value for key, value in config.items() if key not in unread}
     seeds = sorted({run.seed for run in group.runs})
     words = [program if len(seeds) == 1 else f"{program} -m", f"seed={','.join(map(str, seeds))}"]

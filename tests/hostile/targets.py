@@ -14,6 +14,7 @@ from fedlp.config import compose
 from fedlp.errors import ProtocolError
 from fedlp.federation.oneshot import messages as pooling
 from fedlp.federation.oneshot.messages import Part
+from fedlp.federation.oneshot.plans import judgement_parts
 from fedlp.federation.secagg import messages as phases
 from fedlp.federation.secagg.group_sum import GroupSum
 from fedlp.federation.secagg.keys import DIGEST_BYTES, SEALED_BYTES, public_key
@@ -35,6 +36,7 @@ from fedlp.federation.wire.encodings.topk import TopK
 from fedlp.federation.wire.index_sets import encode_names
 from fedlp.federation.wire.ranges import LARGEST_METRIC, LARGEST_MOMENT, LARGEST_VALUE, MOST_EXAMPLES
 from fedlp.models import describe_model, state_tensors
+from fedlp.pruning.refitted_model import MOST_DIVERGENCE
 from fedlp.tasks import make_task
 from fedlp.types import Assignment, Budget, ClientProfile, ClientUpdate, InputNorms, Keep, SubModel
 
@@ -229,6 +231,20 @@ def vote() -> Target:
     return Target("vote", pooling.encode_vote(sent, tuple(axes), 5), decode)
 
 
+def judgement(dtype: torch.dtype) -> Target:
+    parts = judgement_parts(3, 7)
+
+    def decode(content: RecordDict) -> None:
+        found, count = pooling.decode_sums(content, parts, 0, 9, dtype, WHO)
+        values = found["divergence"]
+        assert values.shape == (3,)
+        assert bool(((values >= 0) & (values <= MOST_DIVERGENCE * 7 * count)).all())
+        assert 1 <= count <= 9
+
+    sums = {"divergence": torch.tensor([0.5, 3.0, 0.0], dtype=torch.float64)}
+    return Target(f"judgement, {dtype}", pooling.encode_sums(sums, parts, 0, 5, dtype), decode)
+
+
 def profile() -> Target:
     def decode(content: RecordDict) -> None:
         found = messages.decode_profile(content)
@@ -317,6 +333,8 @@ def all_targets() -> Iterator[Target]:
     yield moments("moments", [Part("r.total", (6,)), gram, *cross], torch.float32)
     yield moments("moments, float64, the diagonal", [Part("r.total", (6,)), diagonal], torch.float64)
     yield vote()
+    yield judgement(torch.float32)
+    yield judgement(torch.float64)
     yield profile()
     yield evaluation()
     yield own_evaluation()

@@ -65,11 +65,16 @@ class Finished:
 
 def run(out: Path, *overrides: str, app: App | None = None) -> Finished:
     """Run on the local engine; ``app`` stands in for the clients' app."""
-    config = compose(overrides)
+    serve(compose(overrides), out, app)
+    return read(out)
+
+
+def serve(config: RunConfig, out: Path, app: App | None = None) -> None:
+    """Run a config on the local engine; ``app`` stands in for the clients' app."""
     cfg = to_yaml(config)
     if app is None:
         assembly.run_locally(cfg, out)
-        return read(out)
+        return
     plan = assembly.make_plan(cfg)
     assembly.make_runtime(cfg, str(out / "clients"))
     with LocalGrid(
@@ -82,7 +87,6 @@ def run(out: Path, *overrides: str, app: App | None = None) -> Finished:
         stacks=sends_stacks(config),
     ) as grid:
         assembly.serve_run(grid, cfg, out)
-    return read(out)
 
 
 def read(out: Path) -> Finished:

@@ -71,7 +71,8 @@ def lines_of(page: Path) -> Iterator[str]:
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FRAGMENTS = (
     *("fedlp describe", "fedlp-prune federated=true", "fedlp-prune federated=true unit_selection=client"),
-    "fedlp-prune federated=true privacy=secagg",
+    *("fedlp-prune federated=true privacy=secagg", "fedlp-search federated=true"),
+    "fedlp-search federated=true privacy=secagg",
 )
 """Commands of which the text gives a part."""
 
@@ -184,9 +185,12 @@ def test_a_command_of_the_pages_runs(line: str, workplace: dict[str, str], call:
         words.append("clients_per_round=3")
     given = {word.partition("=")[0] for word in words}
     if "federated=true" in words:
-        words += ["num_clients=2", "clients_per_round=2", "calibration.batch_size=4"]
+        words += [word for word in ("num_clients=2", "clients_per_round=2") if word.partition("=")[0] not in given]
+        words += ["calibration.batch_size=4"] if name == "fedlp-prune" else ["search.batch_size=4"]
     is_whole = {"options", "describe", "new"} & {*words} or "resume" in given
     small = [] if is_whole else [word for word in SMALL.get(name, ()) if word.partition("=")[0] not in given]
+    if name == "fedlp-search" and "federated=true" in words:
+        small.remove("search.workers=1")
     if name == "fedlp" and {"simulation=ray", "simulation=flower"} & {*words}:
         done = execute(name, *words, *small, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -162,7 +162,9 @@ def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_nothing_is_unpickled() -> None:
     unpicklers = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "copyreg"}
     for path in PACKAGE.rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports_of(path)} & unpicklers, f"{path} can unpickle"
+        imported = {name.split(".")[0] for name in imports_of(path)}
+        assert not imported & unpicklers, f"{path} can unpickle"
+        assert "concurrent.futures.ProcessPoolExecutor" not in imports_of(path), f"{path} can unpickle"
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
@@ -171,6 +173,9 @@ def test_nothing_is_unpickled() -> None:
                 assert given.get("weights_only") == "True", f"{path}:{call.lineno}: torch.load is not safe"
             assert given.get("allow_pickle", "False") == "False", f"{path}:{call.lineno} unpickles arrays"
             assert call.func.attr != "read_pickle", f"{path}:{call.lineno} unpickles a table"
+            if "multiprocessing" in imported:  # what these send between processes is pickled
+                pickling = {"Pool", "Manager", "Queue", "SimpleQueue", "JoinableQueue", "recv"}
+                assert call.func.attr not in pickling, f"{path}:{call.lineno} unpickles what another process sends"
 
 
 def test_help_needs_neither_torch_nor_flower() -> None:

@@ -20,7 +20,7 @@ class PoolAccounts:
     Parameters
     ----------
     macs : float
-        Multiply-accumulates per example.
+        Multiply-accumulates of one forward pass of an example.
     """
 
     def __init__(self, macs: float) -> None:
@@ -31,19 +31,21 @@ class PoolAccounts:
         """Start the counts of a new line of ``rounds.jsonl``."""
         self.record = RoundUnderWay(server_round, ())
         self._spent: dict[int, dict[str, int]] = {}
+        self._passes: dict[int, int] = {}
 
     def finish(self, coverage: Mapping[str, float], metrics: dict[str, float], wall_time_s: float) -> RoundRecord:
         """Return the record since :meth:`begin`; its cohort holds all clients that were asked."""
         self.record.cohort = tuple(sorted(self._spent))
         self.record.costs = [
-            ClientCost(client_id=client_id, macs=self._macs * spent["num_examples"], **spent)
+            ClientCost(client_id=client_id, macs=self._macs * self._passes[client_id], **spent)
             for client_id, spent in sorted(self._spent.items())
         ]
         self.record.coverage, self.record.metrics = coverage, metrics
         return self.record.finish(wall_time_s)
 
-    def spend(self, client_id: int, **spent: int) -> None:
-        """Add to the counts of a client: examples, bytes and parameters, each way."""
+    def spend(self, client_id: int, passes: int = 1, **spent: int) -> None:
+        """Add to the counts of a client: examples, each passed forward some times, bytes and parameters each way."""
+        self._passes[client_id] = self._passes.get(client_id, 0) + passes * spent.get("num_examples", 0)
         account = self._spent.setdefault(client_id, dict.fromkeys(_COUNTS, 0))
         for key, value in spent.items():
             account[key] += value

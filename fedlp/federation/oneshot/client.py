@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,13 @@ from fedlp.data.datasets import DataInfo
 from fedlp.data.examples import Examples
 from fedlp.errors import DataError, ProtocolError, one_line
 from fedlp.federation.oneshot import messages
+from fedlp.federation.oneshot.calibration import ClientExamples
+from fedlp.federation.oneshot.judging import PlanJudge
 from fedlp.federation.oneshot.messages import Part, Request
 from fedlp.federation.oneshot.model import (
     ModelStates,
+    count_positions,
+    digest_state,
     fisher_parts,
     moment_parts,
     moment_sums,
@@ -48,15 +51,12 @@ from fedlp.pruning.pruner import Pruner
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import find_layers
 from fedlp.pruning.tracing.widths import cut_model
-from fedlp.rng import Stream, generator, torch_seed
-from fedlp.training.calibration_data import batch_calibration, whole_examples
 from fedlp.types import Keep, SubModel
 
 log = logging.getLogger("fedlp")
 
 _FILES = "layer-[0-9]*.safetensors"
 _MODEL = "model.safetensors"
-_MOST_CLIENTS = 16  # whose place in the model one process remembers
 
 
 class PoolingClient:
@@ -71,42 +71,43 @@ class PoolingClient:
     def __init__(
         self, settings: OneShotSettings, info: DataInfo, submodels: SubModels, examples_of: Callable[[int], Examples]
     ) -> None:
-        self._settings, self._info, self._examples_of = settings, info, examples_of
+        self._settings = settings
         self._spec = submodels.widths
         self._device = torch.device(settings.device)
         self._initial = cut_model(submodels.spec.build(settings.seed), self._spec, {}).eval().to(self._device)
         self._signature_of_all = submodels.layout(SubModel()).signature()
         shared = settings.shared and not submodels.spec.reads_tokens
         self._layers = find_layers(self._initial, self._spec, shared)
-        self._norms = following_batch_norms(self._initial, submodels.spec.example_inputs(1).to(self._device))
+        self._example = submodels.spec.example_inputs(1).to(self._device)
+        self._norms = following_batch_norms(self._initial, self._example)
         self._method = settings.method
         self._dtype = settings.dtype
-        self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
+        self._examples = ClientExamples(settings, info, examples_of, self._device, self._forget)
         self._collectors: dict[tuple[int, int], tuple[int, Collector]] = {}  # by client and half
         self._states = self._first_state()
+        self._made: PlanJudge | None = None
 
     def calibration(self, client_id: int) -> Calibration:
         """Return a client's calibration data, the same every time."""
-        if client_id not in self._calibrations:
-            self._calibrations[client_id] = self._draw(client_id)
-        self._calibrations.move_to_end(client_id)
-        while len(self._calibrations) > _MOST_CLIENTS:
-            gone = self._calibrations.popitem(last=False)[0]
-            for half in range(3):
-                self._collectors.pop((gone, half), None)
-        return self._calibrations[client_id]
+        return self._examples.of(client_id)
 
-    def _draw(self, client_id: int) -> Calibration:
-        """Return some of a client's examples, or all where it has fewer."""
-        whole = whole_examples(self._examples_of(client_id), self._info)
-        if not len(whole):
-            raise DataError(f"client {client_id} has no window without padding; lower dataset.sequence_length")
-        seed, wanted = self._settings.seed, self._settings
-        chosen = whole.select(
-            generator(seed, Stream.CALIBRATION, 2, client_id).permutation(len(whole))[: wanted.examples]
-        )
-        own_seed = torch_seed(seed, Stream.CALIBRATION, 3, client_id)
-        return batch_calibration(chosen, self._info, wanted.batch_size, own_seed, self._device)
+    def _judge(self, content: RecordDict, folder: Path) -> PlanJudge:
+        """Return the judge of a search's plans, against the model of the request as far as it is at hand."""
+        if self._made is None:
+            self._made = self._make_judge()
+        if messages.base_of(content) != self._made.name and self._start_from(folder / _MODEL):
+            self._made = self._make_judge()
+        return self._made
+
+    def _make_judge(self) -> PlanJudge:
+        labels = count_positions(self._initial, self._layers, self._example)[1]
+        name = digest_state(b"", state_tensors(self._initial))
+        of_model = self._initial, name, self._spec, self._layers, self._norms
+        return PlanJudge(self._settings, *of_model, labels, self._examples.batches)
+
+    def _forget(self, client_id: int) -> None:
+        for half in range(3):
+            self._collectors.pop((client_id, half), None)
 
     def take_model(self, content: RecordDict, folder: Path) -> RecordDict:
         """Keep the model that the server sends, from which the next questions start; return the records that say so."""
@@ -127,6 +128,8 @@ class PoolingClient:
         folder : Path
             Folder of the model's changes so far.
         """
+        if kind == messages.JUDGE:
+            return self._judge(content, folder).answer(content, client_id, folder)
         request = self._decode(kind, content)
         if not self._reach(request, folder):
             return messages.encode_lack()
@@ -148,6 +151,8 @@ class PoolingClient:
         DataError
             If the client lacks the state that the request starts from.
         """
+        if kind == messages.JUDGE:
+            return self._judge(content, folder).measure(content, client_id, folder)
         request = self._decode(kind, content)
         if not self._reach(request, folder):
             raise DataError(f"client {client_id} has lost the model pruned so far; it needs all changes again")

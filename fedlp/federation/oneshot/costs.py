@@ -18,12 +18,12 @@ from fedlp.types import PrunableLayer
 
 def count_lines(settings: OneShotSettings, submodels: SubModels) -> int:
     """Return the number of lines of ``rounds.jsonl``: one per layer, or one for votes."""
-    return 1 if settings.votes else len(_skeleton(settings, submodels)[1])
+    return 1 if settings.votes else len(skeleton(settings, submodels)[1])
 
 
 def largest_message(settings: OneShotSettings, submodels: SubModels) -> int:
     """Return an upper bound of the bytes of one answer's arrays."""
-    return max(_answer_sizes(settings, submodels)) * _itemsize(settings)
+    return max(answer_sizes(settings, submodels)) * itemsize(settings)
 
 
 def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str, float]:
@@ -32,7 +32,7 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
     An upper bound for layers that keep all units; record keys, some hundred bytes a message, are left out. The same
     keys as :func:`fedlp.federation.costs.expected_costs`; there is no training.
     """
-    model, layers = _skeleton(settings, submodels)
+    model, layers = skeleton(settings, submodels)
     method, lines = settings.method, count_lines(settings, submodels)
     down = {"params": 0, "bytes": 0}
     asked = 2 if method.shrinks and settings.clients_per_round == 1 else 1  # a single client, about halves
@@ -48,23 +48,23 @@ def expected_costs(settings: OneShotSettings, submodels: SubModels) -> dict[str,
             readers = [reader for layer in layers for reader in make_readers(model, layer, {}, False)]
             down["params"] += asked * sum(len(reader.moments.total) for reader in readers)
             down["bytes"] += 4 * asked * sum(len(reader.moments.total) for reader in readers)
-    up = asked * sum(_answer_sizes(settings, submodels))
+    up = asked * sum(answer_sizes(settings, submodels))
     return {
         "params_down_per_client": down["params"] / lines,
         "params_up_per_client": up / lines,
         "bytes_down_per_client": down["bytes"] / lines,
-        "bytes_up_per_client": up * _itemsize(settings) / lines,
-        "macs_per_example": float(count_macs(model, submodels.spec.example_inputs(1)).forward),
+        "bytes_up_per_client": up * itemsize(settings) / lines,
+        "macs_per_example": forward_macs(model, submodels),
         "training_macs_per_example": 0.0,
     }
 
 
-def _answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
+def answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
     """Return the count of numbers in each of a client's answers."""
-    model, layers = _skeleton(settings, submodels)
+    model, layers = skeleton(settings, submodels)
     if settings.votes:
         units = sum(layer.num_units for layer in layers)
-        return [units if settings.secagg is not None else -(-units // (8 * _itemsize(settings)))]  # counts, or bits
+        return [units if settings.secagg is not None else -(-units // (8 * itemsize(settings)))]  # counts, or bits
     method = settings.method
     answers = []
     if method.needs_inputs:
@@ -76,12 +76,19 @@ def _answer_sizes(settings: OneShotSettings, submodels: SubModels) -> list[int]:
     return [sum(part.num_sent for part in parts) for parts in answers] or [0]
 
 
-def _skeleton(settings: OneShotSettings, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
+def skeleton(settings: OneShotSettings, submodels: SubModels) -> tuple[nn.Module, tuple[PrunableLayer, ...]]:
+    """Return a model of the shapes, and its layers."""
     model = submodels.skeleton().eval()
     shared = settings.shared and not submodels.spec.reads_tokens
     return model, find_layers(model, submodels.widths, shared)
 
 
-def _itemsize(settings: OneShotSettings) -> int:
+def forward_macs(model: nn.Module, submodels: SubModels) -> float:
+    """Return the multiply-accumulates of one example's forward pass."""
+    return float(count_macs(model, submodels.spec.example_inputs(1)).forward)
+
+
+def itemsize(settings: OneShotSettings) -> int:
+    """Return the bytes of a number of an answer."""
     is_masked = settings.secagg is not None  # sums of 64-bit integers
     return 8 if settings.wide_sums or is_masked else 4

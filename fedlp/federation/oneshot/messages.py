@@ -1,8 +1,10 @@
 """Records of federated one-shot pruning: the only file with their keys, and the only decoder of their input.
 
-Down: ``question`` (request, base and target state of the model), ``params`` (changes in between) and
+Down: ``question`` (request, base and target state of the model; plans to judge), ``params`` (changes in between) and
 ``reference`` (origin of inputs). Up: ``answer`` (number of examples) and ``params`` (sums over these), or
 the client's units, or that it lacks the base state. Of symmetric sums the lower triangle is sent, row by row.
+
+Longer than other files: the only one that knows these keys.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fedlp.types import Keep
 
 QUESTION, ANSWER, PARAMS, REFERENCE = "question", "answer", "params", "reference"
 MOMENTS, FISHER, NORMS, VOTE = "query.moments", "query.fisher", "query.norms", "query.vote"
-KINDS = (MOMENTS, FISHER, NORMS, VOTE)
+JUDGE = "query.judge"
+KINDS = (MOMENTS, FISHER, NORMS, VOTE, JUDGE)
 MODEL = "query.model"  # no question: the model that questions are about, where it is not the initial one
 
 
@@ -44,6 +47,8 @@ class Part:
         Part with the sum of the vectors behind these second moments or squares; empty if none.
     vectors : int
         Vectors per example; 0 if unknown.
+    most : float
+        Largest entry per example; infinite if only that of all sums holds.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Part:
     nonnegative: bool = False
     total: str = ""
     vectors: int = 0
+    most: float = math.inf
 
     @property
     def num_sent(self) -> int:
@@ -75,6 +81,12 @@ class Question:
         Number of kept units, for a vote.
     half : int
         0 for all examples of a client, 1 for every other one, 2 for the rest.
+    plans : bytes
+        Level of each layer's width of each plan to judge, a byte each, plan by plan.
+    share : int
+        Examples on which plans are judged, one of :class:`~fedlp.federation.oneshot.settings.Share`.
+    passes : int
+        Forward passes of an example; not sent.
     """
 
     kind: str
@@ -82,6 +94,9 @@ class Question:
     reference: Tensor | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
     half: int = 0
+    plans: bytes = b""
+    share: int = 0
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +129,8 @@ def encode_request(request: Request, axes: Sequence[str], params: ArrayRecord | 
         record["kept"] = encode_counts(request.question.kept, axes)
     if request.question.half:
         record["half"] = request.question.half
+    if request.question.plans:
+        record["plans"], record["share"] = request.question.plans, request.question.share
     if request.question.reference is not None:
         content[REFERENCE] = encode_params({REFERENCE: request.question.reference})
     if request.layers:
@@ -140,10 +157,19 @@ def decode_request(
         half = read_integer(record, "half") if "half" in record else 0
         if half not in (0, 1, 2):
             raise ValueError(f"there is no half {half}")
-        question = Question(kind, read_integer(record, "layer"), _reference(content), kept, half)
+        judged = (read_bytes(record, "plans"), read_integer(record, "share")) if "plans" in record else (b"", 0)
+        question = Question(kind, read_integer(record, "layer"), _reference(content), kept, half, *judged)
         tensors = read_tensors(content, PARAMS, signature(layers)) if layers else {}
         return Request(question, read_bytes(record, "base"), read_bytes(record, "state"), layers, tensors)
     except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ProtocolError(f"the server's question cannot be read: {say_why(error)}") from error
+
+
+def base_of(content: RecordDict) -> bytes:
+    """Return the digest of the state that a request starts from; ProtocolError if there is none."""
+    try:
+        return read_bytes(read_config(content, QUESTION), "base")
+    except (KeyError, ValueError) as error:
         raise ProtocolError(f"the server's question cannot be read: {say_why(error)}") from error
 
 
@@ -208,6 +234,8 @@ def check_sums(sums: Mapping[str, Tensor], parts: Sequence[Part], num_examples: 
             check_diagonal(sums[part.name], total, vectors, part.name, who)
         elif part.nonnegative and bool((sums[part.name] < 0).any()):
             raise ProtocolError(f"{who}: {part.name} has a negative entry")
+        if bool((sums[part.name] > part.most * num_examples).any()):
+            raise ProtocolError(f"{who}: {part.name} has an entry beyond {part.most:g} per example")
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,21 @@ from fedlp.pruning.tracing.units import input_columns, weight_matrix
 from fedlp.types import PrunableLayer
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class States(Protocol):
+    """States of what clients hold, as requests name them."""
+
+    changed: list[int]
+    names: list[bytes]
+    layers: Sequence[PrunableLayer]
+
+    @property
+    def name(self) -> bytes:
+        """Digest of the present state."""
+
+    def tensors(self, layers: Sequence[int]) -> Mapping[str, Tensor]:
+        """Return the tensors of some changes."""
 
 
 class ModelStates:
@@ -41,7 +57,7 @@ class ModelStates:
     ) -> None:
         self.model, self.layers, self.norms, self.method = model, layers, norms, method
         self.changed: list[int] = []  # layers, in order; after the first n of them the state is names[n]
-        self.names = [_digest(b"", state_tensors(model))]
+        self.names = [digest_state(b"", state_tensors(model))]
 
     @property
     def name(self) -> bytes:
@@ -69,7 +85,7 @@ class ModelStates:
 
     def note(self, layer: int) -> None:
         """Record the digest of the state after this layer was rewritten."""
-        self.names.append(_digest(self.name, self.tensors([layer])))
+        self.names.append(digest_state(self.name, self.tensors([layer])))
         self.changed.append(layer)
 
     @torch.no_grad()
@@ -198,7 +214,8 @@ def _find(model: nn.Module, name: str) -> Tensor:
     return tensor.detach()
 
 
-def _digest(before: bytes, tensors: Mapping[str, Tensor]) -> bytes:
+def digest_state(before: bytes, tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the digest of the state that tensors make of the one before."""
     found = hashlib.sha256(before)
     for dtype, (_, image) in pack_tensors(tensors).items():
         found.update(dtype.encode())

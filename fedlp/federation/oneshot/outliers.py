@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import ProtocolError
-from fedlp.federation.oneshot.messages import FISHER, Part
+from fedlp.federation.oneshot.messages import FISHER, JUDGE, Part
 
 HELD_BYTES = 1 << 28  # of answers held back, but for the last three
 _LEAST = 3
 _FACTOR = 100.0
 _SIGNED_FACTOR = 1000.0  # of sums that may cancel out, and nearly do with some clients
 _FISHER_FACTOR = 1e6  # of gradients, which vanish where a model is right
+_DIVERGENCE_FACTOR = 1e3  # of plans' divergences, which are small where a model is sure
 
 Answer = tuple[int, Mapping[str, Tensor], int]
 """Client id, sums by part, and number of examples."""
@@ -77,6 +78,8 @@ def drop_outliers(
 def _factor(kind: str, part: Part) -> float:
     if kind == FISHER:
         return _FISHER_FACTOR
+    if kind == JUDGE:
+        return _DIVERGENCE_FACTOR
     return _FACTOR if part.symmetric or part.nonnegative else _SIGNED_FACTOR
 
 

@@ -43,7 +43,7 @@ class SecurePool:
     node : callable
         Returns the node of a client.
     most_examples : callable
-        Returns the most examples that a client's answer may be of.
+        Returns the most examples that a client's answer about a share of its examples may be of.
     fail : callable
         Counts and names a client that failed.
     convict : callable
@@ -57,7 +57,7 @@ class SecurePool:
     settings: SecAggSettings
     grid: Grid
     node: Callable[[int], int]
-    most_examples: Callable[[int], int]
+    most_examples: Callable[[int, int], int]
     fail: Fail
     convict: Callable[[int], None]
     timeout_s: float
@@ -87,7 +87,7 @@ class SecurePool:
             if run.is_large_enough(members):
                 layout = PooledSums(question.kind, parts, len(members))
                 secure = GroupSum(self.settings, round_.server_round)
-                most = max(map(self.most_examples, members))
+                most = max(self.most_examples(client_id, question.share) for client_id in members)
                 made.append((Group(members, secure, 0, layout.size, most), layout))
         kind = question.kind
         run.run([group for group, _ in made], kind.removeprefix("query."), kind, self.timeout_s)
@@ -109,7 +109,7 @@ class SecurePool:
             sums = layout.padded(sums)  # as factorisations need them
         try:
             size = self.batch_size if question.kind == wire.NORMS else 1  # whose examples are whole batches
-            most = sum(-(-self.most_examples(client_id) // size) * size for client_id in survivors)
+            most = sum(-(-self.most_examples(x, question.share) // size) * size for x in survivors)
             if not len(survivors) <= examples <= most:
                 raise ProtocolError(f"the sum of {len(survivors)} answers is of {examples} examples, not up to {most}")
             who = f"the sum of {len(survivors)} clients"

@@ -21,7 +21,7 @@ from fedlp.errors import FedLPError, ProtocolError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.accounts import PoolAccounts
 from fedlp.federation.oneshot.messages import Part, Question, Request
-from fedlp.federation.oneshot.model import ModelStates
+from fedlp.federation.oneshot.model import States
 from fedlp.federation.oneshot.outliers import drop_outliers
 from fedlp.federation.oneshot.secure_pool import SecurePool
 from fedlp.federation.oneshot.settings import OneShotSettings
@@ -105,11 +105,11 @@ class ClientPool:
             self._accounts.spend(client_id, bytes_up=count_bytes(reply.content))
             taken.append(client_id)
         self.cohort = tuple(taken)
+        if not taken:
+            raise FedLPError("no client has taken on the model; the lines above say why")
 
     # ---- questions
-    def total(
-        self, question: Question, parts: Sequence[Part], states: ModelStates
-    ) -> tuple[dict[str, Tensor], list[int]]:
+    def total(self, question: Question, parts: Sequence[Part], states: States) -> tuple[dict[str, Tensor], list[int]]:
         """Return the clients' sums added up in the order of their ids, and each good client's number of examples.
 
         Symmetric sums are (n, n), filled on and below the diagonal.
@@ -122,7 +122,7 @@ class ClientPool:
         return self._add(question, parts, states, 1)[0]
 
     def halves(
-        self, question: Question, parts: Sequence[Part], states: ModelStates
+        self, question: Question, parts: Sequence[Part], states: States
     ) -> list[tuple[dict[str, Tensor], list[int]]]:
         """Return two halves of :meth:`total`: of every other good client and of the rest, if any.
 
@@ -134,7 +134,7 @@ class ClientPool:
         return self._add(question, parts, states, 2)
 
     def _add(
-        self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
+        self, question: Question, parts: Sequence[Part], states: States, groups: int
     ) -> list[tuple[dict[str, Tensor], list[int]]]:
         """Return the sums and example counts of the good clients by turns in some groups, those of nobody left out.
 
@@ -152,7 +152,7 @@ class ClientPool:
         return [(_unpack(found, parts), asked) for found, asked in zip(sums, counts, strict=True) if asked]
 
     def _add_secure(
-        self, question: Question, parts: Sequence[Part], states: ModelStates, groups: int
+        self, question: Question, parts: Sequence[Part], states: States, groups: int
     ) -> list[tuple[dict[str, Tensor], list[int]]]:
         """Return the opened sums of some groups of clients, lost ones left out; each with its number of examples."""
         assert self._secure is not None
@@ -163,12 +163,12 @@ class ClientPool:
             self._has[client_id] = len(states.changed) if client_id in shares else 0  # it may have taken none of them
             sent = sum(part.num_sent for part in parts) if client_id in shares else 0
             cost = {"bytes_down": member.bytes_down, "bytes_up": member.bytes_up, "params_up": sent}
-            self._accounts.spend(client_id, num_examples=shares.get(client_id, 0), **cost)
+            self._accounts.spend(client_id, question.passes, num_examples=shares.get(client_id, 0), **cost)
         self._require(len(shares), question, states)
         return [(_unpack(answer.sums, parts), [answer.num_examples]) for answer in answers]
 
     def answers(
-        self, question: Question, parts: Sequence[Part], states: ModelStates
+        self, question: Question, parts: Sequence[Part], states: States
     ) -> Iterator[tuple[Mapping[str, Tensor], int]]:
         """Yield the sums and number of examples of each good client; see :meth:`total`."""
 
@@ -186,7 +186,7 @@ class ClientPool:
             yield answer
         self._require(good, question, states)
 
-    def votes(self, question: Question, axes: Mapping[str, int], states: ModelStates) -> dict[str, Tensor]:
+    def votes(self, question: Question, axes: Mapping[str, int], states: States) -> dict[str, Tensor]:
         """Return how many clients keep each unit of each layer; with secure aggregation their sum alone is seen."""
         parts = wire.vote_parts(question.kept, axes)
         if self._secure is not None:
@@ -204,7 +204,7 @@ class ClientPool:
     def ask(
         self,
         question: Question,
-        states: ModelStates,
+        states: States,
         decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
         params_up: int = 0,
     ) -> Iterator[tuple[int, _Answer, int]]:
@@ -238,7 +238,7 @@ class ClientPool:
             asked = lacking
         self._require(good, question, states)
 
-    def _require(self, good: int, question: Question, states: ModelStates) -> None:
+    def _require(self, good: int, question: Question, states: States) -> None:
         """Raise FedLPError if too few answers are good."""
         if good < max(1, self._settings.min_clients):
             raise FedLPError(
@@ -246,16 +246,14 @@ class ClientPool:
                 f"min_clients={self._settings.min_clients}; the lines above say why"
             )
 
-    def _requests(self, question: Question, states: ModelStates, asked: Sequence[int]) -> Iterator[Message]:
+    def _requests(self, question: Question, states: States, asked: Sequence[int]) -> Iterator[Message]:
         for client_id, content in self._contents(question, states, asked):
             self._accounts.spend(client_id, bytes_down=count_bytes(content))
             ttl = self._settings.timeout_s
             group = str(self._accounts.record.server_round)
             yield Message(content, self._roster.node(client_id), question.kind, group_id=group, ttl=ttl)
 
-    def _contents(
-        self, question: Question, states: ModelStates, asked: Sequence[int]
-    ) -> Iterator[tuple[int, RecordDict]]:
+    def _contents(self, question: Question, states: States, asked: Sequence[int]) -> Iterator[tuple[int, RecordDict]]:
         """Yield each client's request."""
         encoded: dict[int, tuple[Request, ArrayRecord]] = {}  # what several clients lack is encoded once
         for client_id in asked:
@@ -275,7 +273,7 @@ class ClientPool:
     def _receive(
         self,
         question: Question,
-        states: ModelStates,
+        states: States,
         client_id: int,
         reply: Message,
         decode: Callable[[RecordDict, int, str], tuple[_Answer, int]],
@@ -288,18 +286,18 @@ class ClientPool:
             self._accounts.spend(client_id, bytes_up=count_bytes(reply.content))
             if wire.is_lack(reply.content):
                 raise ProtocolError(f"{who}: it cannot reach the server's model; its initial model must be another")
-            most = self._most_examples(client_id)
+            most = self._most_examples(client_id, question.share)
             answer, num_examples = decode(reply.content, most, who)
         except FedLPError as error:
             reason = "rejected" if isinstance(error, ProtocolError) else kind_of(reply.error)
             self._accounts.fail(client_id, reason, error)
             return None
-        self._accounts.spend(client_id, num_examples=num_examples)
+        self._accounts.spend(client_id, question.passes, num_examples=num_examples)
         return answer, num_examples
 
-    def _most_examples(self, client_id: int) -> int:
+    def _most_examples(self, client_id: int, share: int) -> int:
         """Return the most examples that a client's answer may be of."""
-        return min(self._roster.profile(client_id).num_examples, self._settings.examples)
+        return min(self._roster.profile(client_id).num_examples, self._settings.most_examples(share))
 
     def _dismiss(self, client_id: int) -> None:
         """Ask a client nothing any more."""
@@ -307,7 +305,7 @@ class ClientPool:
         self.cohort = tuple(other for other in self.cohort if other != client_id)
 
     @staticmethod
-    def _describe(question: Question, states: ModelStates) -> str:
+    def _describe(question: Question, states: States) -> str:
         return question.kind + (f" of {states.layers[question.layer].name}" if question.kind == wire.MOMENTS else "")
 
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
+from fedlp.errors import DataError
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.pruning.reader_layers import Method
 
 
+class Share(IntEnum):
+    """Share of a client's calibration examples."""
+
+    STATISTICS = 0  # all questions but judgements read it alone
+    PART = 1  # a quarter of the batches of FITNESS
+    FITNESS = 2
+    HELD_OUT = 3
+
+
 @dataclass(frozen=True)
 class OneShotSettings:
-    """Settings of one federated one-shot pruning.
+    """Settings of one federated one-shot pruning, or of a search that judges plans on clients.
 
     Attributes
     ----------
@@ -36,6 +47,8 @@ class OneShotSettings:
         Whether sums are sent as float64; else as float32.
     secagg : SecAggSettings, optional
         Settings of secure aggregation, by which the server learns sums over groups of clients alone.
+    fitness_examples, held_out_examples : int
+        Further examples of each client on which plans are judged; 0 without a search.
     """
 
     method: Method
@@ -50,6 +63,36 @@ class OneShotSettings:
     shared: bool = True
     wide_sums: bool = False
     secagg: SecAggSettings | None = None
+    fitness_examples: int = 0
+    held_out_examples: int = 0
+
+    def most_examples(self, share: int) -> int:
+        """Return the most examples of a client in a share."""
+        if share == Share.STATISTICS:
+            return self.examples
+        return self.held_out_examples if share == Share.HELD_OUT else self.fitness_examples
+
+    def divide(self, num_examples: int) -> tuple[int, int, int]:
+        """Return how many of a client's examples are for statistics, fitness and the held-out check.
+
+        A client with fewer than are asked for divides them in proportion, at least one each.
+
+        Raises
+        ------
+        DataError
+            If it has too few for that.
+        """
+        wanted = self.examples, self.fitness_examples, self.held_out_examples
+        total = sum(wanted)
+        if num_examples >= total:
+            return wanted
+        if not self.fitness_examples:
+            return num_examples, 0, 0
+        if num_examples < len(wanted):
+            raise DataError(f"a search needs {len(wanted)} whole examples of a client; this one has {num_examples}")
+        fitness = min(max(1, num_examples * wanted[1] // total), num_examples - 2)
+        held_out = min(max(1, num_examples * wanted[2] // total), num_examples - fitness - 1)
+        return num_examples - fitness - held_out, fitness, held_out
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,7 +20,13 @@ from fedlp.errors import DataError
 from fedlp.federation.oneshot import messages as wire
 from fedlp.federation.oneshot.messages import Part
 
-_BITS: Mapping[str, int] = {wire.MOMENTS: 28, wire.NORMS: 28, wire.FISHER: 14, wire.VOTE: 0}  # before the point
+_BITS: Mapping[str, int] = {
+    wire.MOMENTS: 28,
+    wire.NORMS: 28,
+    wire.FISHER: 14,
+    wire.VOTE: 0,
+    wire.JUDGE: 28,
+}  # before the point
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class PooledSums:
     Attributes
     ----------
     kind : str
-        Kind of the question: moments, batch norms, Fisher information or votes.
+        Kind of the question: moments, batch norms, Fisher information, votes or judgements.
     parts : sequence of Part
         Tensors of sums.
     num_clients : int

@@ -185,10 +185,11 @@ class RunDirectory:
             write_atomically(self.path / name, save(model))
 
     def finish(
-        self, state: ServerState, config: Mapping[str, Any], expected: Mapping[str, float], **results: Any
+        self, state: ServerState | None, config: Mapping[str, Any], expected: Mapping[str, float], **results: Any
     ) -> dict[str, Any]:
-        """Write the model and the manifest, with further results; return the manifest."""
-        self.save_model(state)
+        """Write the model of a state, if any, and the manifest, with further results; return the manifest."""
+        if state is not None:
+            self.save_model(state)
         totals, final = add_up(self._rounds)
         return self.write_manifest(config, expected, totals=totals, final_metrics=final, **results)
 
