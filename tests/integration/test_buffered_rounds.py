@@ -172,7 +172,7 @@ def test_arrivals_of_the_virtual_clock_give_its_bytes(name: str, served: Callabl
     assert done.model == timed.model
 
 
-@pytest.mark.parametrize("workers", [2, 0])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_with_a_buffer_for_everybody_it_is_fedavg(workers: int, once: Once, tmp_path: Path) -> None:
     done, plain = run(tmp_path, *EVERYBODY, *ASYNCHRONOUS, f"simulation.workers={workers}"), once(*EVERYBODY)
     assert done.model == plain.model
@@ -181,6 +181,7 @@ def test_with_a_buffer_for_everybody_it_is_fedavg(workers: int, once: Once, tmp_
     assert [{*line["staleness"].values()} for line in done.rounds] == [{0}] * 3
 
 
+@pytest.mark.slow
 def test_real_workers_fill_the_buffer(tmp_path: Path) -> None:
     done = run(tmp_path, *WALL)
     for line in done.rounds:
@@ -221,12 +222,14 @@ def test_failures_are_named_and_the_model_is_the_others(served: Callable[..., Fi
     assert done.model == run(tmp_path / "same", *case, app=absent).model
 
 
+@pytest.mark.slow
 def test_an_idle_client_takes_the_place_of_one_that_fails(served: Callable[..., Finished]) -> None:
     done = served(always, *WALL, "num_rounds=1", "rounds.buffer_size=4", fates={(1, i): "raises" for i in range(4)})
     assert {client for _, client, _ in done.failures} <= {*range(4)}
     assert sum(cost["num_examples"] > 0 for cost in done.rounds[0]["clients"]) == 4
 
 
+@pytest.mark.slow
 def test_drop_outs_and_absent_clients_are_counted(served: Callable[..., Finished]) -> None:
     done = served(always, *WALL, "fleet.dropout=0.4", "fleet.availability=0.6")
     assert {reason for *_, reason in done.failures} == {"dropped_out"}
