@@ -57,10 +57,10 @@ def test_a_slow_supernode_holds_up_nobody_and_its_update_counts(folder: Path, tm
         every = made.run(tmp_path / "every", *THREE, "num_rounds=1")
     assert done.failures == []
     assert all(sum(cost["num_examples"] > 0 for cost in line["clients"]) == 2 for line in done.rounds)
-    slow = [line["staleness"]["2"] for line in done.rounds if "2" in line["staleness"]]
-    assert 1 <= len(slow) <= 3
-    assert max(slow) >= 1
-    assert [line["cohort"] for line in done.rounds].count([0, 1]) >= 3
+    parts = [[line["staleness"][str(i)] for line in done.rounds if i in line["cohort"]] for i in range(3)]
+    assert sum(map(len, parts)) == 12
+    assert 1 <= len(parts[2]) <= min(len(parts[0]), len(parts[1]))
+    assert max(parts[2]) >= 1
     assert all(tensor.isfinite().all() for tensor in done.tensors.values())
     assert every.failures == []
     assert every.model == run_here(tmp_path / "here", *SMALL, *THREE[:-1], "num_rounds=1").model
