@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Progress:
-    """Progress of rounds: number, test metrics, uplink so far and remaining time.
+    """Progress of rounds: number, test metrics, mean staleness, uplink so far and remaining time.
 
     Parameters
     ----------
@@ -51,6 +51,7 @@ class Progress:
             f"round {done}/{self._num_rounds}",
             self._metrics,
             _epsilon(line.get("privacy") or {}),
+            _staleness(line.get("staleness") or {}),
             f"up {self._bytes_up / 1e6:.2f} MB",
             f"{len(failures)} failed" if failures else "",
             f"{_duration(left)} left" if done < self._num_rounds else f"done in {_duration(elapsed)}",
@@ -119,6 +120,10 @@ _SHORTEST_LABEL, _MOST_KEPT = 8, 2
 def _epsilon(privacy: Mapping[str, Any]) -> str:
     epsilon = privacy.get("epsilon")
     return "" if epsilon is None else f"epsilon {epsilon:.3g}"
+
+
+def _staleness(steps: Mapping[Any, int]) -> str:
+    return f"{sum(steps.values()) / len(steps):.2g} steps stale" if any(steps.values()) else ""
 
 
 def _duration(seconds: float) -> str:

@@ -463,6 +463,9 @@ class RoundRecord:
         ``epsilon`` at ``delta`` after the round, and its noise; left out if empty.
     clipped : mapping from client id to float
         Factor of the differences of each client beyond the bound on norms, in (0, 1); left out if empty.
+    staleness : mapping from client id to int
+        Steps of the server between download and answer, of clients that answered in an asynchronous round on the wall
+        clock; left out if empty.
     simulated : RoundTime or None
         Time on the virtual clock; left out without one.
     """
@@ -484,4 +487,5 @@ class RoundRecord:
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     privacy: Mapping[str, float] = field(default_factory=dict)
     clipped: Mapping[int, float] = field(default_factory=dict)
+    staleness: Mapping[int, int] = field(default_factory=dict)
     simulated: RoundTime | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 from experiments.tables import line
 
 Rows = list[list[str]]
+PARTS = (
+    *("training", "load, gather on clients", "decode on clients", "encode on clients", "Flower's ClientApp"),
+    *("transport", "roster, cohort", "assign, encode", "decode, check", "aggregate", "evaluate", "record", "rest"),
+)
 HEADS = {
     "step_time": ["model", "width", "step / dense step", "quartiles", "peak memory, MB", "k params", "forward MMACs"],
     "scoring": ["model", "scoring / local epoch, time", "quartiles", "scoring / local epoch, MACs"],
@@ -37,6 +42,9 @@ HEADS = {
     "encoding": ["freed memory", "other", "other / fedlp, time", "quartiles", "fedlp / other, time"],
     "aggregation": ["case", "clients", "other", "fedlp / other, time", "quartiles"],
     "aggregation, peak memory": ["method", "clients", "MB"],
+    "growth": ["round", "parameters", "processor ms a client", "wall ms a client", "start and first round, s"],
+    "growth, parts": ["round", *PARTS],
+    "growth, aggregation": ["NumPy on as many numbers", "NumPy / average, processor seconds", "quartiles"],
 }
 
 
@@ -157,12 +165,47 @@ def _aggregation_memory(results: Mapping[str, Any]) -> Rows:
     return [[one["method"], str(one["clients"]), f"{one['bytes'] / 1e6:.0f}"] for one in results["memory"]]
 
 
+def _growing(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield what the rounds of the growth benchmark are, and their measurements."""
+    for what in ("clients", "cohort", "model"):
+        for one in results[what]:
+            yield f"{one['model']}, {one['cohort']} of {one['clients']} clients", one
+
+
+def _growth(results: Mapping[str, Any]) -> Rows:
+    def each(one: Mapping[str, Any], key: str) -> str:
+        return f"{1e3 * statistics.median(one[key]) / one['cohort']:.2f}"
+
+    return [
+        [
+            *(name, str(one["params"]), each(one, "processor"), each(one, "wall")),
+            f"{one['start_and_first_round']:.1f}",
+        ]
+        for name, one in _growing(results)
+    ]
+
+
+def _growth_parts(results: Mapping[str, Any]) -> Rows:
+    rows = []
+    for name, one in _growing(results):
+        total = sum(one["parts"].values())
+        rows.append([name, *(f"{one['parts'].get(part, 0.0) / total:.1%}" for part in PARTS)])
+    return rows
+
+
+def _growth_aggregation(results: Mapping[str, Any]) -> Rows:
+    found = results["aggregation"]
+    names = {"sum in place": "share_of_bandwidth", "copy": "copy_over_average"}
+    names |= {"sum in place, float64": "add_wide_over_average"}
+    return [[name, f"{found[key]['median']:.2f}", _quartiles(found[key])] for name, key in names.items()]
+
+
 ROWS = dict(
     zip(
         HEADS,
         (
             *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone, _peers),
-            *(_encoding, _aggregation, _aggregation_memory),
+            *(_encoding, _aggregation, _aggregation_memory, _growth, _growth_parts, _growth_aggregation),
         ),
         strict=True,
     )

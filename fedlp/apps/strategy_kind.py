@@ -1,4 +1,4 @@
-"""Flower strategy of a run: plain, by secure aggregation, or on a virtual clock."""
+"""Flower strategy of a run: plain, asynchronous, by secure aggregation, or on a virtual clock."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fedlp.errors import ConfigError
 from fedlp.federation.fleet import fleet_devices
 from fedlp.federation.secagg.strategy import SecureStrategy
 from fedlp.federation.server.asynchronous import AsynchronousStrategy
+from fedlp.federation.server.buffered_rounds import BufferedStrategy
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.timed_rounds import TimedStrategy
 from fedlp.federation.server.virtual_clock import VirtualClock
@@ -21,13 +22,13 @@ def make_strategy(config: RunConfig) -> Callable[..., FedLPStrategy]:
     secagg = secagg_settings(config)
     if secagg is not None:
         return partial(SecureStrategy, secagg=secagg)
-    if config.fleet.clock != "virtual":
-        return FedLPStrategy
-    clock, rounds = make_clock(config), config.rounds
+    rounds, is_virtual = config.rounds, config.fleet.clock == "virtual"
     if rounds.name == "synchronous":
-        return partial(TimedStrategy, clock=clock)
-    size = rounds.buffer_size or config.clients_per_round
-    return partial(AsynchronousStrategy, clock=clock, buffer_size=size, staleness_exponent=rounds.staleness_exponent)
+        return partial(TimedStrategy, clock=make_clock(config)) if is_virtual else FedLPStrategy
+    size, exponent = rounds.buffer_size or config.clients_per_round, rounds.staleness_exponent
+    if not is_virtual:
+        return partial(BufferedStrategy, buffer_size=size, staleness_exponent=exponent)
+    return partial(AsynchronousStrategy, clock=make_clock(config), buffer_size=size, staleness_exponent=exponent)
 
 
 def check_rounds(config: RunConfig) -> None:
@@ -38,7 +39,10 @@ def check_rounds(config: RunConfig) -> None:
     if config.rounds.name == "synchronous":
         return
     for holds, remedy in (
-        (is_virtual, "fleet.clock=virtual: its events are ordered by simulated time"),
+        (
+            is_virtual or not config.simulation.batched,
+            "simulation.batched=false on the wall clock, where clients train one by one",
+        ),
         (not config.fleet.extra_clients, "fleet.extra_clients=0: no round ends that could leave out the slowest"),
         (privacy not in ("central_dp", "secagg"), "privacy=none or local_dp: others draw or sum over a cohort"),
     ):

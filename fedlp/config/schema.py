@@ -267,7 +267,7 @@ class FleetConfig:
 
 @dataclass
 class RoundsConfig:
-    """Rounds: "synchronous", or "asynchronous" (FedBuff), which needs ``fleet.clock=virtual``."""
+    """Rounds: "synchronous", or "asynchronous" (FedBuff): reproducible with ``fleet.clock=virtual`` alone."""
 
     name: str = "synchronous"
     deadline_s: float | None = None  # clock=virtual: simulated seconds after which an answer is late; none if null

@@ -53,6 +53,7 @@ def round_record(entry: Mapping[str, Any], where: str) -> RoundRecord:
         phases=_phases(mapping(entry.get("phases", {}), where), where),
         privacy=_privacy(entry, where),
         clipped=_clipped(mapping(entry.get("clipped", {}), where), where),
+        staleness=_staleness(mapping(entry.get("staleness", {}), where), where),
         simulated=round_time(mapping(entry["simulated"], where), where) if "simulated" in entry else None,
     )
 
@@ -90,6 +91,12 @@ def _clipped(item: Mapping[str, Any], where: str) -> dict[int, float]:
     if not all(name.isdecimal() for name in item):
         raise DataError(f"{where}: clipped clients are not named by their ids; the file is damaged")
     return {int(name): scale for name, scale in numbers(item, f"{where}: clipped").items()}
+
+
+def _staleness(item: Mapping[str, Any], where: str) -> dict[int, int]:
+    if not all(name.isdecimal() and is_count(steps) for name, steps in item.items()):
+        raise DataError(f"{where}: staleness is not a count of steps by client; the file is damaged")
+    return {int(name): steps for name, steps in item.items()}
 
 
 def _evaluation(item: Mapping[str, Any], where: str) -> ClientEvaluation:

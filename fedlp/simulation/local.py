@@ -3,7 +3,8 @@
 Forked workers inherit model, data and partition from the parent: a run starts at once and data is held once. Spawned
 ones are handed them in shared memory (:mod:`fedlp.simulation.spawning`); without workers, clients answer in this
 process. Messages keep Flower's form and go to the same ClientApp as on any other engine. Replies come back in the order
-of sending; only a few are held at a time, so that memory does not grow with the cohort.
+of sending; only a few are held at a time, so that memory does not grow with the cohort. Messages that are pushed wait
+for idle workers, which answer while the server does other things.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 
 from flwr.app import Error, Message
@@ -23,13 +25,17 @@ from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
-from fedlp.simulation.streamed_grid import CRASHED, StreamedGrid
+from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
 _SMALL_BYTES = 1 << 20
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
+
+
+Waiting = tuple[Numbered, float]
+"""Messages that wait for a worker, and the seconds that each client may take."""
 
 
 class LocalGrid(StreamedGrid):
@@ -81,7 +87,9 @@ class LocalGrid(StreamedGrid):
         capacity = (message_bytes + (1 << 16)) * cohort
         is_small = message_bytes <= _SMALL_BYTES and cohort == 1
         self._depth = (8 if is_small else 2) if num_workers else 1  # tasks a worker may have waiting
-        self._again: deque[Numbered] = deque()  # what a worker that ended had been given
+        self._again: deque[Waiting] = deque()  # what a worker that ended had been given
+        self._pushed: deque[Waiting] = deque()
+        self._done: dict[int, Message] = {}  # by the number of the message
         duty = Duty(self._depth, capacity, load_app, run_config or {}, num_clients)
         self._starter = make_starter(start_method(start), num_workers, duty)
         self._selector = self._starter.selector()
@@ -126,39 +134,58 @@ class LocalGrid(StreamedGrid):
             Deadline of a worker for one message; it is then replaced and the reply is an error.
         """
         source = self._together(messages)
-        done: dict[int, Message] = {}
         window = 2 * len(self._workers) * self._depth * (1 if self.stacks else self.cohort)  # sent and not yet yielded
-        sent = yielded = 0
+        order: deque[int] = deque()
         exhausted = False
         while True:
             while (worker := self._idlest()) is not None:
                 if self._again:
-                    self._send(worker, self._again.popleft())
+                    self._send(worker, *self._again.popleft())
                     continue
-                if exhausted or sent - yielded >= window:
+                if exhausted or len(order) >= window:
                     break
                 if (found := next(source, None)) is None:
                     exhausted = True
                     break
-                self._send(worker, found)
-                sent += len(found)
-            if yielded in done:
-                yielded += 1
-                yield done.pop(yielded - 1)
-            elif exhausted and yielded == sent:
+                self._send(worker, found, timeout)
+                order.extend(number for number, _ in found)
+            if order and order[0] in self._done:
+                yield self._done.pop(order.popleft())
+            elif exhausted and not order:
                 return
             else:
-                self._collect(done, timeout)
+                self._collect()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages for idle workers; each may take its time to live."""
+        sent = [(self._number(message), message) for message in messages]
+        self._pushed.extend(([numbered], numbered[1].metadata.ttl) for numbered in sent)
+        self._feed()
+        return [str(number) for number, _ in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come to these messages, each once; wait a moment for one."""
+        self._feed()
+        self._collect(PULL_S)
+        self._feed()
+        numbers = map(int, message_ids)
+        return [self._done.pop(number) for number in numbers if number in self._done]
+
+    def _feed(self) -> None:
+        """Give pushed messages to workers that have nothing to do."""
+        for queue in (self._again, self._pushed):
+            while queue and (worker := self._idlest()) is not None and not worker.tasks:
+                self._send(worker, *queue.popleft())
 
     def _together(self, messages: Iterable[Message]) -> Iterator[Numbered]:
         """Yield messages that travel together: neighbours of one kind, made only when they are needed."""
         found: Numbered = []
-        for item in enumerate(messages):
-            kind = item[1].metadata.message_type
+        for message in messages:
+            kind = message.metadata.message_type
             if found and (kind != found[0][1].metadata.message_type or kind not in _TOGETHER):
                 yield found
                 found = []
-            found.append(item)
+            found.append((self._number(message), message))
             if len(found) == self.cohort:
                 yield found
                 found = []
@@ -169,13 +196,13 @@ class LocalGrid(StreamedGrid):
         worker = min(self._workers, key=lambda worker: len(worker.tasks))
         return worker if len(worker.tasks) < self._depth else None
 
-    def _send(self, worker: Worker, numbered: Numbered) -> None:
+    def _send(self, worker: Worker, numbered: Numbered, timeout: float) -> None:
         slot = worker.free_slot()
         assert slot is not None
-        items = [self._stamp(message) for _, message in numbered]
+        items = [self._item(message) for _, message in numbered]
         frame = bytes((slot,)) + encode_frame(items, worker.slots[slot][0])
         clients = sum(count_clients(message.content) for _, message in numbered)
-        worker.tasks.append(Task(numbered, slot, time.monotonic(), clients))
+        worker.tasks.append(Task(numbered, slot, time.monotonic(), clients, timeout))
         self._deliver(worker, frame)
 
     def _deliver(self, worker: Worker, frame: bytes) -> None:
@@ -184,23 +211,31 @@ class LocalGrid(StreamedGrid):
         except OSError:
             return  # the worker is gone: its closed pipe is found, and its tasks are settled, in _collect
 
-    def _collect(self, done: dict[int, Message], timeout: float) -> None:
-        """Wait for any worker and process its event: replies, a death, or a deadline."""
+    def _collect(self, patience: float = float("inf")) -> None:
+        """Wait for any worker and process its event: replies, a death, or a deadline.
+
+        Parameters
+        ----------
+        patience : float
+            Seconds of the wait at most.
+        """
         busy = [worker.tasks[0] for worker in self._workers if worker.tasks]
-        deadline = min(task.since + timeout * task.clients for task in busy)
-        patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-        ready = self._selector.select(patience)
+        if not busy:
+            return
+        deadline = min(task.since + task.timeout * task.clients for task in busy)
+        patience = min(patience, max(0.0, deadline - time.monotonic()))
+        ready = self._selector.select(None if patience == float("inf") else patience)
         for key, _ in ready:
-            self._receive(key.data, done)
+            self._receive(key.data)
         if ready:
             return
         now = time.monotonic()
         for i, worker in enumerate(self._workers):
-            if worker.tasks and now - worker.tasks[0].since >= timeout * worker.tasks[0].clients:
-                self._settle(worker.tasks[0], done, lambda message: no_reply(message, timeout))
+            if worker.tasks and now - worker.tasks[0].since >= worker.tasks[0].timeout * worker.tasks[0].clients:
+                self._settle(worker.tasks[0], partial(no_reply, timeout=worker.tasks[0].timeout))
                 self._replace(i)
 
-    def _receive(self, i: int, done: dict[int, Message]) -> None:
+    def _receive(self, i: int) -> None:
         worker = self._workers[i]
         try:
             frame = worker.connection.recv_bytes()
@@ -208,26 +243,26 @@ class LocalGrid(StreamedGrid):
             worker.process.join(timeout=5)
             reason = f"the client's process died (exit code {worker.process.exitcode})"
             for task in list(worker.tasks)[:1]:  # a worker may also die while it waits
-                self._settle(task, done, lambda message: Message(Error(CRASHED, reason), reply_to=message))
+                self._settle(task, lambda message: Message(Error(CRASHED, reason), reply_to=message))
             self._replace(i)
             return
         items = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
         task = worker.tasks.popleft()
         if worker.tasks:
             worker.tasks[0].since = time.monotonic()
-        for (index, message), (about, content) in zip(task.messages, items, strict=True):
+        for (number, message), (about, content) in zip(task.messages, items, strict=True):
             if content is not None:
-                done[index] = flower_compat.make_reply(content, message)
+                self._done[number] = flower_compat.make_reply(content, message)
             else:
                 code, reason = about["error"]
-                done[index] = Message(Error(code, reason), reply_to=message)
+                self._done[number] = Message(Error(code, reason), reply_to=message)
 
-    def _settle(self, task: Task, done: dict[int, Message], fail: Callable[[Message], Message]) -> None:
+    def _settle(self, task: Task, fail: Callable[[Message], Message]) -> None:
         """File the failure of a message on which a worker ended; several are tried again, each by itself."""
         if len(task.messages) > 1:
-            self._again.extend([numbered] for numbered in task.messages)
+            self._again.extend(([numbered], task.timeout) for numbered in task.messages)
         else:
-            done |= {index: fail(message) for index, message in task.messages}
+            self._done |= {number: fail(message) for number, message in task.messages}
 
     # ---- workers
     def _start_worker(self, i: int) -> Worker:
@@ -244,4 +279,4 @@ class LocalGrid(StreamedGrid):
         self._workers[i] = new = self._start_worker(i)
         self._starter.await_ready(new)
         for task in list(old.tasks)[1:]:
-            self._send(new, task.messages)
+            self._send(new, task.messages, task.timeout)

@@ -22,7 +22,7 @@ from fedlp.simulation.ray_cluster import RaySettings, find_nodes, place_actors, 
 from fedlp.simulation.ray_exchange import RayExchange
 from fedlp.simulation.ray_frames import LooseBuffers, SharedImages
 from fedlp.simulation.ray_pool import RayPool, RayWorker
-from fedlp.simulation.streamed_grid import StreamedGrid
+from fedlp.simulation.streamed_grid import PULL_S, StreamedGrid
 from fedlp.simulation.transport import encode_frame
 from fedlp.simulation.worker import RunSettings, keep_freed_memory
 from fedlp.training.threads import count_cores
@@ -100,6 +100,7 @@ class RayGrid(StreamedGrid):
         self._stack.callback(pool.close)
         store = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
         self._images = SharedImages(pool.put, int(store) // _STORE_SHARE)
+        self._exchange = RayExchange(pool, self._number, self._submit, self._depth)
         return pool
 
     def __enter__(self) -> RayGrid:
@@ -118,13 +119,21 @@ class RayGrid(StreamedGrid):
         timeout : float
             Deadline of an actor for one message; it is then replaced and the reply is an error.
         """
-        yield from RayExchange(self._pool, iter(messages), self._submit, self._depth, timeout).replies()
+        yield from self._exchange.stream(iter(messages), timeout)
         self._images.sweep()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages for actors, which may take the time to live of each."""
+        return [str(number) for number in self._exchange.push(messages)]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come to these messages, each once; wait a moment for one."""
+        return self._exchange.pull(map(int, message_ids), PULL_S)
 
     def _submit(self, worker: RayWorker, message: Message) -> object:
         """Send a message to a worker; return the reference to its reply."""
         buffers = LooseBuffers()
-        frame = encode_frame([self._stamp(message)], buffers)
+        frame = encode_frame([self._item(message)], buffers)
         image = self._images.refer(buffers.written) if buffers.written else b""
         reference: object = worker.actor.answer.remote(frame, image)
         return reference

@@ -30,10 +30,11 @@ _PATIENCE_S = 30.0
 
 @dataclass(frozen=True, eq=False)
 class RayTask:
-    """A message in flight: its place in the order, and the reference to its reply."""
+    """A message in flight: its number, the seconds that it may take, and the reference to its reply."""
 
-    index: int
+    number: int
     message: Message
+    timeout: float
     reply: Any
 
 

@@ -14,10 +14,13 @@ from fedlp.federation import flower_compat
 from fedlp.simulation.transport import Item
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
+PULL_S = 0.05  # that a pull waits for a reply
 
 
 class StreamedGrid(Grid):
-    """Grid whose replies come in the order of messages, from nodes that all hold the test set.
+    """Grid whose nodes all hold the test set.
+
+    Replies to a stream come in the order of messages; those to messages that are pushed come as workers give them.
 
     Parameters
     ----------
@@ -31,7 +34,6 @@ class StreamedGrid(Grid):
         flower_compat.become_server()
         self._num_clients = num_clients
         self._stamped = 0
-        self._replies: dict[str, Message] = {}
 
     @abstractmethod
     def __enter__(self) -> Self:
@@ -53,10 +55,15 @@ class StreamedGrid(Grid):
             Seconds of work on one message, after which its reply is an error.
         """
 
-    def _stamp(self, message: Message) -> Item:
-        """Number a message; return what travels for it."""
+    def _number(self, message: Message) -> int:
+        """Return a number of a message's own, which becomes its id."""
         self._stamped += 1
         flower_compat.set_message_id(message, str(self._stamped))
+        return self._stamped
+
+    @staticmethod
+    def _item(message: Message) -> Item:
+        """Return what travels for a numbered message."""
         about = {
             "message_id": message.metadata.message_id,
             "node_id": message.metadata.dst_node_id,
@@ -83,17 +90,13 @@ class StreamedGrid(Grid):
         """Return the ids of all nodes."""
         return range(1, self._num_clients + 1)
 
+    @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages and keep their replies for :meth:`pull_messages`."""
-        ids = []
-        for reply in self.stream(messages, timeout=float("inf")):
-            ids.append(reply.metadata.reply_to_message_id)
-            self._replies[ids[-1]] = reply
-        return ids
+        """Queue messages for workers, which may take the time to live of each."""
 
+    @abstractmethod
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies to these messages, each once."""
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        """Return the replies that have come to these messages, each once; wait a moment for one."""
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return the replies to all messages, in order."""

@@ -16,17 +16,18 @@ from fedlp.simulation.transport import Area
 from fedlp.simulation.worker import Node, RunSettings
 
 Numbered = list[tuple[int, Message]]
-"""Messages with their places in the order."""
+"""Messages with their numbers."""
 
 
 @dataclass
 class Task:
-    """Messages in flight together: positions in the order, slot, start of their work, and clients that they are for."""
+    """Messages in flight together: numbers, slot, start of their work, clients that they are for, seconds for each."""
 
     messages: Numbered
     slot: int
     since: float
     clients: int
+    timeout: float
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,6 @@ def test_workers_do_not_matter(once: Once, tmp_path: Path) -> None:
         (["fleet.clock=virtual"], "needs device classes"),
         (["fleet.clock=sundial"], "one of wall, virtual"),
         (["rounds.deadline_s=5"], "set fleet.clock=virtual too"),
-        (["rounds=asynchronous"], "needs fleet.clock=virtual"),
         (["rounds.buffer_size=5", "fleet=mixed", "fleet.clock=virtual"], "null with rounds=synchronous"),
         (["rounds=asynchronous", "fleet=mixed", "fleet.clock=virtual", "rounds.buffer_size=99"], "num_clients=20"),
         (["rounds=asynchronous", "fleet=mixed", "fleet.clock=virtual", "fleet.extra_clients=1"], "extra_clients=0"),

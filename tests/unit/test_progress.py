@@ -75,3 +75,11 @@ def test_the_first_metric_of_the_task(metrics: dict[str, float | None], words: s
     stream = io.StringIO()
     Progress(2, "run", stream=stream).show(line(1, **metrics))
     assert stream.getvalue().startswith(f"run: round 1/2  {words}")
+
+
+@pytest.mark.parametrize(("steps", "words"), [({"0": 0, "3": 3}, "1.5 steps stale"), ({"0": 0}, ""), ({}, "")])
+def test_staleness_of_asynchronous_rounds(steps: dict[str, int], words: str) -> None:
+    stream = io.StringIO()
+    Progress(2, "run", stream=stream).show(line(1, accuracy=0.5) | {"staleness": steps})
+    assert ("stale" in stream.getvalue()) == bool(words)
+    assert words in stream.getvalue()

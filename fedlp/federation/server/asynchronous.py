@@ -27,7 +27,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -37,14 +36,12 @@ from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
 from fedlp.federation.server.round_record import RoundUnderWay
-from fedlp.federation.server.state_check import is_variance
+from fedlp.federation.server.stale_updates import Arrived, StaleUpdates
 from fedlp.federation.server.strategy import FedLPStrategy
 from fedlp.federation.server.timed_rounds import Asked, Course, TimedStrategy
 from fedlp.federation.server.update_collector import UpdateCollector
 from fedlp.federation.server.virtual_clock import Part, Phases, VirtualClock
-from fedlp.federation.strategies.policy import offset_of
-from fedlp.pruning.tracing.widths import slice_tensor
-from fedlp.types import Assignment, ClientUpdate, SubModel
+from fedlp.types import Assignment, ClientUpdate
 
 
 @dataclass
@@ -73,10 +70,6 @@ class Flight:
         return ends, self.asked.instruction.client_id
 
 
-Arrived = dict[int, tuple[Assignment, ClientUpdate]]
-"""Updates in the buffer, by client."""
-
-
 class AsynchronousStrategy(TimedStrategy):
     """Flower strategy of all methods with buffered asynchronous aggregation.
 
@@ -94,7 +87,8 @@ class AsynchronousStrategy(TimedStrategy):
         self, *args: Any, clock: VirtualClock, buffer_size: int, staleness_exponent: float, **kwargs: Any
     ) -> None:
         super().__init__(*args, clock=clock, **kwargs)
-        self._buffer_size, self._exponent = buffer_size, staleness_exponent
+        self._buffer_size = buffer_size
+        self._stale = StaleUpdates(self.submodels, staleness_exponent, self._server.sends_weights)
         self._flights: dict[int, Flight] = {}
         self._versions: dict[int, ServerState] = {}  # by the round in which clients in flight were asked
         self._ended: list[Part] = []  # in this round
@@ -211,48 +205,16 @@ class AsynchronousStrategy(TimedStrategy):
         return found
 
     def _discounted(self, server_round: int, instruction: Assignment, update: ClientUpdate) -> Mapping[str, Tensor]:
-        """Return an update as one of the current model; integers as they are.
-
-        With weights, it is the current values plus the discounted difference from those that the client received. A
-        running variance falls no lower than the smaller of the client's and the current one, so never below 0.
-        """
+        """Return an update as one of the current model."""
         assert self.state is not None
-        staleness = server_round - instruction.server_round
-        if not staleness:
+        if not (staleness := server_round - instruction.server_round):
             return update.params
-        factor, sends_weights = (1.0 + staleness) ** -self._exponent, self._server.sends_weights
-        floats = {name: values.double() for name, values in update.params.items() if values.is_floating_point()}
-        now: Mapping[str, Tensor] = {}
-        then: Mapping[str, Tensor] = {}
-        if sends_weights or any(map(is_variance, floats)):
-            layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-            now, then = layout.slice(self.state.params), self._sent(instruction, update)
-        found: dict[str, Tensor] = {}
-        for name, values in floats.items():
-            found[name] = factor * (values - then[name] if sends_weights else values)
-            if is_variance(name):
-                own = values if sends_weights else then[name] + values
-                found[name] = torch.maximum(found[name], (own - now[name].double()).clamp(max=0.0))
-            if sends_weights:
-                found[name] += now[name].double()
-        return {**update.params, **{name: values.to(update.params[name].dtype) for name, values in found.items()}}
-
-    def _sent(self, instruction: Assignment, update: ClientUpdate) -> dict[str, Tensor]:
-        """Return the values that a client received of the units that it returns; float64."""
         version = self._versions[instruction.server_round]
-        held = self.submodels.layout(instruction.submodel)
-        layout = self.submodels.layout(SubModel(instruction.submodel.depth, update.widths))
-        found = {name: values.double() for name, values in layout.slice(version.params).items()}
-        for name, offset in offset_of(self.policy, instruction.client_id, version.memory).values.items():
-            if name in found and not held.is_whole:
-                part = offset
-                if name in layout.keeps:
-                    keeps = layout.keeps[name]
-                    outer = held.keeps.get(name)
-                    within = keeps if outer is None else [k.within(o) for k, o in zip(keeps, outer, strict=True)]
-                    part = slice_tensor(offset, tuple(within))
-                found[name] = found[name] + part
-        return found
+        return self._stale.discounted(staleness, instruction, update, self.state, version, self.policy)
+
+    def _sent(self, instruction: Assignment, update: ClientUpdate) -> Mapping[str, Tensor]:
+        """Return the values that a client received of the units that it returns."""
+        return self._stale.sent(instruction, update, self._versions[instruction.server_round], self.policy)
 
     # ---- state
     def _keep(self, now: float) -> None:

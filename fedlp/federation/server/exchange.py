@@ -40,11 +40,18 @@ class StreamingGrid(Protocol):
 
 
 class Postbox:
-    """Messages in flight, and received replies."""
+    """Messages in flight, and received replies.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-        self._puller = Puller(grid)
+    Parameters
+    ----------
+    waits : bool
+        Whether a :class:`StreamingGrid` answers within :meth:`send`; else its workers answer meanwhile.
+    """
+
+    def __init__(self, grid: Grid, waits: bool = True) -> None:
+        self._grid, self._streams = grid, grid if waits and isinstance(grid, StreamingGrid) else None
+        is_here = isinstance(grid, StreamingGrid)
+        self._pull: Callable[[list[str]], Iterable[Message]] = grid.pull_messages if is_here else Puller(grid).pull
         self._waiting: dict[str, Message] = {}
         self._answered: list[tuple[Message, Message]] = []
 
@@ -54,9 +61,9 @@ class Postbox:
         return bool(self._waiting)
 
     def send(self, messages: list[Message], timeout: float) -> None:
-        """Send messages; a :class:`StreamingGrid` answers within the call, up to ``timeout`` seconds a message."""
-        if isinstance(self._grid, StreamingGrid):
-            self._answered += zip(messages, self._grid.stream(messages, timeout), strict=True)
+        """Send messages; a :class:`StreamingGrid` may answer within the call, up to ``timeout`` seconds a message."""
+        if self._streams is not None:
+            self._answered += zip(messages, self._streams.stream(messages, timeout), strict=True)
             return
         for message_id, message in zip(self._grid.push_messages(messages) if messages else (), messages, strict=True):
             if message_id:
@@ -67,10 +74,14 @@ class Postbox:
     def collect(self) -> list[tuple[Message, Message]]:
         """Return the messages answered since the last call, each with its reply."""
         answered, self._answered = self._answered, []
-        for reply in self._puller.pull(list(self._waiting)) if self._waiting else ():
+        for reply in self._pull(list(self._waiting)) if self._waiting else ():
             if (message := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 answered.append((message, reply))
         return answered
+
+    def forget(self, message: Message) -> None:
+        """Read no reply to a message any more."""
+        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting is not message}
 
 
 def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:

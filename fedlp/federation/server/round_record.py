@@ -40,6 +40,7 @@ class RoundUnderWay:
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     privacy: dict[str, float] = field(default_factory=dict)
     clipped: dict[int, float] = field(default_factory=dict)
+    staleness: dict[int, int] = field(default_factory=dict)
     simulated: RoundTime | None = None
 
     def take_over(self, spent: RoundRecord) -> None:
@@ -72,6 +73,7 @@ class RoundUnderWay:
             phases=self.phases,
             privacy=self.privacy,
             clipped=self.clipped,
+            staleness=self.staleness,
             simulated=self.simulated,
         )
 

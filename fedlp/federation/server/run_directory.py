@@ -39,7 +39,7 @@ log = logging.getLogger("fedlp")
 
 _PACKAGES = ("fedlp", "flwr", "torch", "torchvision", "transformers", "hydra-core", "numpy")
 _RESULTS = ("manifest.json", "model.safetensors", "model-best.safetensors")
-_OPTIONAL = ("evaluations", "absent", "phases", "privacy", "clipped", "simulated")  # left out where empty
+_OPTIONAL = ("evaluations", "absent", "phases", "privacy", "clipped", "staleness", "simulated")  # left out where empty
 
 
 class RunDirectory:

@@ -32,6 +32,7 @@ def test_a_run_is_read_whole(write_run: WriteRun) -> None:
         "phases",
         "privacy",
         "clipped",
+        "staleness",
         "simulated",
     )  # not in the file where they are empty
     assert [{k: v for k, v in one.items() if v or k not in optional} for one in records] == lines
@@ -115,6 +116,10 @@ def _cut_line(path: Path) -> None:
         (_replace("rounds.jsonl", '{"server_round": 1', '7\n{"server_round": 1'), "line 2 is damaged: it holds int"),
         (_replace("rounds.jsonl", '"bytes_up": 5', '"bytes_up": -5'), "line 2: bytes_up is -5"),
         (_replace("rounds.jsonl", '"macs": 10', '"nothing": 10'), "line 2 is damaged: it has no macs"),
+        (
+            _replace("rounds.jsonl", '"macs": 10', '"staleness": {"3": -1}, "macs": 10'),
+            "not a count of steps by client",
+        ),
         (
             _replace("rounds.jsonl", '"conv3": 1.0', '"conv3": 1.5'),
             r"line 2: coverage of conv3 is 1\.5, not in \[0, 1\]",

@@ -130,12 +130,42 @@ def test_flowers_own_fedavg_runs_on_it(grid: LocalGrid) -> None:
     np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, 2 * mean), rtol=1e-6)
 
 
+def pull_all(grid: LocalGrid, ids: list[str]) -> list[Message]:
+    """Return the replies to pushed messages in the order in which they came."""
+    found: list[Message] = []
+    while len(found) < len(ids):
+        found += grid.pull_messages(ids)
+    return found
+
+
+def test_pushed_messages_are_answered_while_the_server_does_other_things(grid: LocalGrid) -> None:
+    ids = list(grid.push_messages(instructions(**{"slow-first": 1})))
+    (other,) = grid.stream([Message(RecordDict({"m": MetricRecord({"x": 1.5})}), 3, "query.echo")], timeout=60)
+    assert other.content["m"]["x"] == 1.5
+    found = pull_all(grid, ids)
+    assert sorted(reply.content["metrics"]["num-examples"] for reply in found) == [1, 2, 3, 4, 5, 6]
+    assert {reply.metadata.reply_to_message_id for reply in found} == {*ids}
+    assert list(grid.pull_messages(ids)) == []
+
+
+def test_pushed_messages_have_their_own_deadline_and_failures() -> None:
+    with LocalGrid(make_app, num_clients=6, num_workers=2, message_bytes=1 << 17) as grid:
+        sent = instructions(4, sleep=1, die=2)
+        slow = Message(sent[1].content, 2, "train", ttl=0.5)
+        ids = list(grid.push_messages([sent[0], slow, sent[2], sent[3]]))
+        found = {reply.metadata.reply_to_message_id: reply for reply in pull_all(grid, ids)}
+    assert [found[key].has_error() for key in ids] == [False, True, True, False]
+    assert found[ids[1]].error.reason == "no reply within 0.5 s"
+    assert "exit code 7" in str(found[ids[2]].error.reason)
+
+
 @pytest.mark.slow
 def test_spawned_workers_do_the_same() -> None:
     with LocalGrid(make_app, num_clients=6, num_workers=2, message_bytes=1 << 17, start="spawn") as grid:
         test_replies_come_in_order_whoever_is_slow(grid, 20_000)
         test_more_messages_than_slots_and_none_is_lost(grid)
         test_every_kind_of_record_survives_the_way(grid)
+        test_pushed_messages_are_answered_while_the_server_does_other_things(grid)
         test_a_client_that_raises_is_an_error_reply_of_one_line(grid)
         test_a_process_that_dies_is_replaced_and_only_its_client_fails(grid)
         test_a_client_that_is_silent_is_given_up(grid)
@@ -149,6 +179,7 @@ def test_clients_in_this_process_do_the_same() -> None:
         test_more_messages_than_slots_and_none_is_lost(grid)
         test_a_message_is_only_drawn_when_a_place_is_free(grid)
         test_every_kind_of_record_survives_the_way(grid)
+        test_pushed_messages_are_answered_while_the_server_does_other_things(grid)
         test_a_client_that_raises_is_an_error_reply_of_one_line(grid)
         test_a_message_beyond_the_slots_is_refused(grid)
         test_flowers_own_fedavg_runs_on_it(grid)

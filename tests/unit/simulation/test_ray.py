@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count as count_up
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,21 +98,31 @@ class FakeRay:
         return [{"NodeID": node.node_id, "Alive": node.node_id not in self.dead} for node in NODES]
 
 
+def messages_for(count: int, ttl: float = 100.0) -> list[Message]:
+    content = RecordDict({"about": ConfigRecord({"n": 1})})
+    return [Message(content, i + 1, TRAIN, group_id="1", ttl=ttl) for i in range(count)]
+
+
 def exchange(
     ray: FakeRay, count: int = 6, pins: bool = False, timeout: float = float("inf")
 ) -> tuple[RayPool, Iterator[Message]]:
     """Return a pool of three actors on two nodes, and the replies to one message for each client."""
+    pool, found = exchange_of(ray, count, pins)
+    return pool, found.stream(iter(messages_for(count)), timeout)
+
+
+def exchange_of(ray: FakeRay, count: int = 6, pins: bool = False) -> tuple[RayPool, RayExchange]:
+    """Return a pool of three actors on two nodes, and an exchange with them."""
     flower_compat.become_server()
     pool = RayPool(ray, place_actors(NODES, 3), 0.0, HandOver("module:app", {}), {}, count, None)
     pool.pins = pins
-    content = RecordDict({"about": ConfigRecord({"n": 1})})
-    messages = [Message(content, i + 1, TRAIN, group_id="1") for i in range(count)]
 
     def submit(worker: RayWorker, message: Message) -> object:
         about = {"node_id": message.metadata.dst_node_id}
         return worker.actor.answer.remote(encode_frame([(about, message.content)], LooseBuffers()), b"")
 
-    return pool, RayExchange(pool, iter(messages), submit, 2, timeout).replies()
+    numbers = count_up(1)
+    return pool, RayExchange(pool, lambda _: next(numbers), submit, 2)
 
 
 def clients_of(replies: list[Message]) -> list[int]:
@@ -191,6 +202,34 @@ def test_clients_with_states_stay_on_their_nodes() -> None:
         ("b", 4),
         ("a", 5),
     }
+
+
+def test_pushed_messages_are_answered_as_actors_give_replies() -> None:
+    ray = FakeRay(lambda node, client: "silence" if client == 0 else None)
+    _, exchange = exchange_of(ray)
+    numbers = exchange.push(messages_for(6, ttl=0.3))
+    found = exchange.pull(numbers, 0.0)
+    assert found
+    assert 0 not in clients_of(found)
+    (other,) = exchange.stream(iter(messages_for(2)[1:]), 100.0)
+    assert clients_of([other]) == [1]
+    while len(found) < 6:
+        found += exchange.pull(numbers, 0.05)
+    assert sorted(clients_of(found)) == [1, 2, 3, 4, 5]
+    assert [reply.error.reason for reply in found if reply.has_error()] == ["no reply within 0.3 s"]
+    assert exchange.pull(numbers, 0.0) == []
+
+
+def test_a_stream_that_is_given_up_leaves_pushed_messages() -> None:
+    _, exchange = exchange_of(FakeRay(lambda node, client: None))
+    numbers = exchange.push(messages_for(2))
+    stream = exchange.stream(iter(messages_for(20)), 100.0)
+    next(stream)
+    stream.close()
+    found = exchange.pull(numbers, 0.0)
+    while len(found) < 2:
+        found += exchange.pull(numbers, 0.0)
+    assert sorted(clients_of(found)) == [0, 1]
 
 
 def test_no_node_is_left() -> None:
