@@ -19,6 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -29,10 +33,30 @@ from fedlp.types import RoundRecord  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 COMMON = (
-    *("model=experiments.soak.parts:Linear", "dataset=experiments.soak.parts:examples", "strategy=fedavg"),
+    *("model=experiments.soak.run:Linear", "dataset=experiments.soak.run:examples", "strategy=fedavg"),
     *("local.lr=0.1", "eval_every=100", "checkpoint_every=50", "simulation.workers=1"),
 )
 SAMPLES = 20  # points of each leg
+
+
+class Linear(nn.Module):
+    """Logistic regression."""
+
+    def __init__(self, num_classes: int = 2, in_features: int = 8) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_features, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        return self.fc(x.flatten(1))
+
+
+def examples(count: int = 100_000, seed: int = 0):  # type: ignore[no-untyped-def]
+    """Two classes on both sides of a plane, with noise; the last 500 are the test set."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count + 500, 8)).astype(np.float32)
+    y = (x @ rng.normal(size=8) + 0.5 * rng.normal(size=count + 500) > 0).astype(np.int64)
+    return (x[:count], y[:count]), (x[count:], y[count:])
 
 
 def resident(pid: int | str) -> float:

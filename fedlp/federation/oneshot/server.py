@@ -129,7 +129,7 @@ class ClientPool:
         A cohort of one client is asked twice, about every other one of its examples and about the rest.
         """
         is_alone = self._secure is None and len(self.cohort) == 1
-        if is_alone and self._most_examples(self.cohort[0]) > 1:
+        if is_alone and self._most_examples(self.cohort[0], question.share) > 1:
             return [self.total(replace(question, half=half), parts, states) for half in (1, 2)]
         return self._add(question, parts, states, 2)
 
