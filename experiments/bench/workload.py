@@ -91,7 +91,6 @@ def run_fedlp(
     federation = Federation(config, data=data, parts=parts)
     out = Path("unused").absolute()
     runtime = federation.runtime(str(out / "clients"))
-    params = federation.initial_params()
     strategy = FedLPStrategy(
         federation.submodels,
         federation.policy,
@@ -101,7 +100,7 @@ def run_fedlp(
         observers=[lambda record, state: observe(record.wall_time_s)],
     )
     with open_grid(federation, out) as grid:
-        strategy.start(grid, messages.encode_params(params), num_rounds)
+        strategy.start(grid, messages.encode_params(federation.initial_params()), num_rounds)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -399,12 +399,12 @@ def _serve_rounds(
     keeper = RoundKeeper(directory, config, task_of(plan.info), ledger)
     is_over = state is not None and keeper.recall()
     strategy = _strategy(config, plan, directory, runtime, (keeper, *observers), ledger, state)
-    initial = messages.encode_params(plan.initial_params())
     if note := getattr(plan.policy, "note", ""):
         log.warning(note)
     try:
         if not is_over:
-            strategy.start(grid, initial, config.num_rounds, config.simulation.round_timeout_s)
+            timeout = config.simulation.round_timeout_s
+            strategy.start(grid, messages.encode_params(plan.initial_params()), config.num_rounds, timeout)
     except EvaluationError as error:
         raise EvaluationError(f"{error}; go on with: fedlp resume={directory.path}") from error
     assert strategy.state is not None

@@ -22,7 +22,7 @@ from fedlp.apps.federated_search import FederatedSearching
 from fedlp.apps.privacy_ledger import expected_privacy
 from fedlp.apps.resumption import load_state
 from fedlp.apps.round_keeping import check_trained
-from fedlp.config import FederatedPruneConfig, FederatedSearchConfig, RunConfig, from_yaml, to_plain
+from fedlp.config import FederatedPruneConfig, FederatedSearchConfig, RunConfig, from_yaml, to_plain, to_yaml
 from fedlp.data.device_data import OwnPlace
 from fedlp.data.examples import FederatedData
 from fedlp.data.partition_plot import plot_partition
@@ -86,16 +86,18 @@ def run_locally(cfg: str, out: Path, observers: Iterable[Observer] = ()) -> dict
     return federation_of(from_yaml(cfg)).run_locally(out, observers)
 
 
-def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+def run(cfg: str | RunConfig, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
     """Run on the config's engine with live progress; return the manifest.
 
     Parameters
     ----------
+    cfg : str or RunConfig
+        YAML, or the validated config.
     label : callable
         Returns the name of a run from its plain config.
     """
     refuse_unguarded()
-    config = from_yaml(cfg)
+    config = from_yaml(cfg) if isinstance(cfg, str) else cfg
     refuse_simulation(config)
     if config.simulation.address is None:  # else devices are those of the nodes
         _check_device(config.device)
@@ -113,7 +115,7 @@ def run(cfg: str, out: Path, label: Callable[[dict[str, Any]], str]) -> dict[str
     if config.simulation.engine == "flower":
         federation.say_whole_parts()  # the server's process has a log of its own
         workers = config.simulation.workers or count_cores()
-        run_on_flower(cfg, out, config.num_clients, workers, progress.show, seen=done)
+        run_on_flower(to_yaml(config), out, config.num_clients, workers, progress.show, seen=done)
         progress.close()
         manifest = directory.read_manifest()
         check_trained(manifest, out)

@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -29,6 +30,7 @@ from fedlp.progress import ERASE_REST
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _LONGEST_LINE = 2000
+_MODES = ("hydra.mode", "hydra.searchpath", "hydra/")  # overrides that may set the mode
 
 
 def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> None:
@@ -56,7 +58,8 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> No
     def compose_and_run() -> None:
         sys.argv[1:] = flags + prepare(config_name, overrides) + sweep_direction(overrides)
         try:
-            run()
+            with _composed_once(sys.argv[1:]):
+                run()
         except ValueError as error:  # what Hydra raises about some overrides and flags, before there is a job
             if codes and "No trials are completed" not in str(error):  # Optuna's words, after every job failed
                 raise
@@ -65,6 +68,18 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], float | None]) -> No
             raise ConfigError(_name_file(error) + explain(error, schema)) from error
 
     sys.exit(end(lambda: max(guard(compose_and_run, schema=schema), *codes, 0)))
+
+
+@contextmanager
+def _composed_once(words: Sequence[str]) -> Iterator[None]:
+    """Spare Hydra the composition by which it looks for a mode, where neither flag nor override can set one."""
+    original = Hydra.get_mode
+    if not any(word.startswith("-") or any(name in word for name in _MODES) for word in words):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = original  # type: ignore[method-assign]
 
 
 def _name_file(error: ValueError) -> str:

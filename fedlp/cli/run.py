@@ -66,12 +66,11 @@ def run_job(composed: DictConfig) -> float | None:
         print(f"{label(to_plain(config))}: {rounds}{clients}", flush=True)
     from fedlp.apps import runs as assembly
 
-    cfg = to_yaml(config)
     if config.dry_run:
-        _print_costs(assembly.dry_run(cfg, out), out)
+        _print_costs(assembly.dry_run(to_yaml(config), out), out)
         return None
     try:
-        manifest = assembly.run(cfg, out, label)
+        manifest = assembly.run(config, out, label)
     except KeyboardInterrupt:
         if (out / "config.yaml").is_file():
             with suppress(OSError):  # the terminal may be gone

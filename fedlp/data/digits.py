@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlp.data.examples import DataInfo, Examples, FederatedData
 from fedlp.data.reader import HeldOut, channel_values, held_out_rows
@@ -53,11 +57,25 @@ class Digits(HeldOut):
     def load(self, seed: int) -> FederatedData:
         """Return the digits, split by the seed; every class is held out in proportion."""
         import torch
-        from sklearn.datasets import load_digits
 
-        images, targets = load_digits(return_X_y=True)  # 0 to 16, float64
+        images, targets = _read_digits()
         pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, *_SHAPE)
         whole = Examples(torch.from_numpy(pixels), torch.from_numpy(targets.astype(np.int64)), None)
         held_out = held_out_rows(targets, self.test_fraction, generator(seed, Stream.DATA, 0))
         train, test = (whole.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return FederatedData(self.describe(), *self.limit(train, test, seed))
+
+
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return images, (n, 64) of 0 to 16, and classes, (n,), from scikit-learn's file: its import takes a second."""
+    package = find_spec("sklearn")
+    for folder in package.submodule_search_locations or () if package else ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            with gzip.open(path, "rt") as file:
+                table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    found: tuple[NDArray[np.float64], NDArray[np.int64]] = load_digits(return_X_y=True)
+    return found

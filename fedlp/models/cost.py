@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlp.models.forward import forward_logits, run_copy
@@ -29,9 +31,9 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
     """Return the multiply-accumulates of one example, forward and backward in training mode, by operator.
 
     Counted are matrix products and convolutions (their biases are free) and, at 4 per element, batch, group and layer
-    normalisation: the convention of thop, in which FedLP's CNN has 39.36 M. The passes run on shapes alone, so counting
-    takes negligible time; a model with value-dependent operators runs on a copy. Frozen parameters have no
-    gradient and cost none.
+    normalisation: the convention of thop, in which FedLP's CNN has 39.36 M. The passes run on shapes alone, those of
+    small models and of models with value-dependent operators on a copy. Frozen parameters have no gradient and cost
+    none.
 
     Parameters
     ----------
@@ -45,14 +47,48 @@ def count_macs(model: nn.Module, inputs: Tensor) -> Macs:
 
 
 def _count(model: nn.Module, batch: Tensor) -> Macs:
-    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    with _Counter() as counter:
         logits = forward_logits(model.train(), batch)
-        forward = counter.get_total_flops()
+        forward = counter.flops
         if logits.requires_grad:
             logits.sum().backward()  # type: ignore[no-untyped-call]
-        total = counter.get_total_flops()
     per_example = _FLOPS_PER_MAC * len(batch)
-    return Macs(forward / per_example, total / per_example)
+    return Macs(forward / per_example, counter.flops / per_example)
+
+
+class _Counter(TorchDispatchMode):
+    """Count of floating-point operations within a context, by the formulas of torch's FlopCounterMode and ours.
+
+    torch's own imports torch's compiler with the first operator, which takes a second.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self._formulas = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return whether the compiler, once imported, leaves this mode out."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Return the result of an operator, and count it."""
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return NotImplemented
+        if func._overloadpacket not in self._formulas and func.namespace != "prim":
+            with self:
+                if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return parts
+        result = func(*args, **kwargs)
+        if (formula := self._formulas.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def count_module_macs(model: nn.Module, inputs: Tensor) -> dict[str, float]:
@@ -77,7 +113,8 @@ def _count_within(model: nn.Module, batch: Tensor) -> dict[str, float]:
 def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
     norms = (
-        aten._native_batch_norm_legit,  # what native_batch_norm decomposes into
+        aten.native_batch_norm,
+        aten._native_batch_norm_legit,  # what it decomposes into on shapes
         aten.native_batch_norm_backward,
         aten.native_group_norm,
         aten.native_group_norm_backward,

@@ -54,7 +54,8 @@ def byte_scale(like: Tensor, p: float, source: torch.Generator | None = None) ->
     draws = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=source)
     kept = draws.view(torch.uint8)[:count] >= int(p * _LEVELS)
     scale = kept.to(like.dtype).mul_(1 / (1 - p))
-    return scale.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+    layout = torch.empty_like(like).stride()  # never written; on the meta device it would import SymPy
+    return scale.as_strided(like.shape, layout)
 
 
 class ByteDropout(nn.Module):

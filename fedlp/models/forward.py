@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fedlp.models.threads import one_thread
 
 _T = TypeVar("_T")
+_MOST_PARAMS, _MOST_MACS = 1 << 24, 1 << 34  # of a model whose passes take less time than importing torch's compiler
 _SHORT = 16  # tokens that show what a language model calls
 
 
@@ -48,7 +51,7 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
     """Yield copies of model and inputs with shapes but no values, in a context that can run them.
 
     Nothing is allocated or computed, and the model is not modified. On every device, the operators that
-    run are the same.
+    run are the same. The first use imports torch's compiler, which takes a second.
 
     Parameters
     ----------
@@ -56,6 +59,8 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
         "cpu" runs the operators of a CPU, whose attention keeps no matrix of weights; "meta" counts all that attention
         multiplies.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     mode = FakeTensorMode()
 
     def convert(tensor: Tensor) -> Tensor:
@@ -74,19 +79,41 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
         log.disabled = was_disabled
 
 
+def is_small(model: nn.Module, inputs: Tensor) -> bool:
+    """Return whether a pass of a model on one of its inputs takes less time than a first pass on shapes.
+
+    The bound on multiply-accumulates is of every parameter used at every place of the input.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())
+    places = math.prod(inputs.shape[2:]) if inputs.is_floating_point() else inputs.shape[-1]
+    return count <= _MOST_PARAMS and count * places <= _MOST_MACS
+
+
 def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T], device: str = "meta") -> _T:
     """Return ``run(model, inputs)`` of copies that have shapes but no values; of copies with values where it fails.
 
-    It fails where operators need values: those of a mixture of experts, say. torch's generators are left as they were.
-    ``device`` is that of :func:`shapes_only`.
+    It fails where operators need values: those of a mixture of experts, say. Small models on a CPU are copied with
+    values at once. torch's generators are left as they were. ``device`` is that of :func:`shapes_only`.
     """
+    if device == "meta" and _is_small_on_cpu(model, inputs):
+        return _run_values(model, inputs, run)
     try:
         with shapes_only(model, inputs, device) as (shapes, example):
             return run(shapes, example)
     except Exception:  # whatever operators raise that find no values
-        with torch.random.fork_rng(devices=[]):
-            place = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
-            return run(copy.deepcopy(model), inputs.to(place))
+        return _run_values(model, inputs, run)
+
+
+def _is_small_on_cpu(model: nn.Module, inputs: Tensor) -> bool:
+    places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    return places <= {"cpu"} and is_small(model, inputs)
+
+
+def _run_values(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T]) -> _T:
+    """Return ``run(model, inputs)`` of copies with values."""
+    place = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        return run(copy.deepcopy(model), inputs.to(place))
 
 
 def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
 from fedlp.models.blueprint import Blueprint, ModelTask, find_task
-from fedlp.models.forward import first_line, run_and_note, shapes_only, short_example
+from fedlp.models.forward import first_line, is_small, run_and_note, shapes_only, short_example
 from fedlp.models.layer_order import Layer, order_layers
 from fedlp.models.layers import find_frozen, freeze, owner_of
+from fedlp.models.threads import one_thread
 from fedlp.rng import Stream, generator, torch_seed
 
 
@@ -216,22 +217,30 @@ def _check_forward(
 ) -> list[str]:
     """Return the paths of the called modules of a forward pass, in order.
 
-    The pass runs on shapes; with value-dependent operators (e.g. mixture of experts), on a fresh model and one short
-    example instead.
+    The pass runs on shapes, that of a small classifier on a fresh model; with value-dependent operators (e.g. mixture
+    of experts), on a fresh model and one short example instead.
     """
     inputs = torch.empty((2, *input_shape), dtype=torch.int64 if task.reads_tokens else torch.float32, device="meta")
     try:
-        with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
-            width, called = run_and_note(shapes, example)
+        if not task.reads_tokens and is_small(model, inputs):
+            width, called = _run_fresh(blueprint, torch.zeros(inputs.shape))
+        else:
+            with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):
+                width, called = run_and_note(shapes, example)
     except Exception:  # whatever operators raise that find no values
         try:
-            with _seeded(0), torch.no_grad():
-                width, called = run_and_note(blueprint.build().eval(), short_example(input_shape, task.reads_tokens))
+            width, called = _run_fresh(blueprint, short_example(input_shape, task.reads_tokens))
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise _shape_error(blueprint, input_shape, error) from error
     if width < num_classes or (task.exact_outputs and width != num_classes):
         raise ConfigError(f"model {blueprint.name} has {width} outputs, but the data set has {num_classes} classes")
     return called
+
+
+def _run_fresh(blueprint: Blueprint, inputs: Tensor) -> tuple[int, list[str]]:
+    """Return the number of outputs of a fresh model, and the paths of the called modules."""
+    with _seeded(0), torch.no_grad(), one_thread():
+        return run_and_note(blueprint.build().eval(), inputs)
 
 
 def _tied_names(model: nn.Module) -> frozenset[str]:

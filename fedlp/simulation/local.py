@@ -30,7 +30,7 @@ from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
 
 
@@ -85,8 +85,7 @@ class LocalGrid(StreamedGrid):
         super().__init__(num_clients)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
-        is_small = message_bytes <= _SMALL_BYTES and cohort == 1
-        self._depth = (8 if is_small else 2) if num_workers else 1  # tasks a worker may have waiting
+        self._depth = _depth(message_bytes, num_workers, cohort)
         self._again: deque[Waiting] = deque()  # what a worker that ended had been given
         self._pushed: deque[Waiting] = deque()
         self._done: dict[int, Message] = {}  # by the number of the message
@@ -280,3 +279,10 @@ class LocalGrid(StreamedGrid):
         self._starter.await_ready(new)
         for task in list(old.tasks)[1:]:
             self._send(new, task.messages, task.timeout)
+
+
+def _depth(message_bytes: int, num_workers: int, cohort: int) -> int:
+    """Return the tasks that a worker may have waiting: one where memory for messages counts and another works on."""
+    if not num_workers or (message_bytes > _LARGE_BYTES and num_workers > 1):
+        return 1
+    return 8 if message_bytes <= _SMALL_BYTES and cohort == 1 else 2

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlp.federation.wire.packing import Reserve
 from fedlp.simulation.transport import aligned, split_buffers
 
 _LENGTHS = struct.Struct("<II")
@@ -38,6 +39,10 @@ class LooseBuffers:
     def write(self, buffers: Sequence[Any]) -> None:
         """Keep the buffers of a frame that is encoded."""
         self.written = tuple(buffers)
+
+    def begin(self) -> Reserve:
+        """Return what gives no memory: buffers travel as they are."""
+        return lambda size: None
 
     def read(self, lengths: Sequence[int]) -> list[memoryview]:
         """Return views of the received buffers."""

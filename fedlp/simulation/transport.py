@@ -12,10 +12,12 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlp.errors import FedLPError
 from fedlp.federation.flower_compat import make_array, make_record
+from fedlp.federation.wire.packing import Reserve
 
 INLINE_BYTES = 8192  # arrays up to this many bytes in all travel in the frame
 _ALIGNMENT = 64
@@ -33,6 +35,9 @@ class Memory(Protocol):
     def read(self, lengths: Sequence[int]) -> list[memoryview]:
         """Return the buffers of a frame that is decoded."""
 
+    def begin(self) -> Reserve:
+        """Return what gives memory for the buffers of the next frame that is encoded."""
+
 
 class Area:
     """Shared memory of one slot in one direction.
@@ -46,24 +51,58 @@ class Area:
     def __init__(self, memory: memoryview) -> None:
         self._view = memory
         self._holds: tuple[Any, ...] = ()
+        self._reserved: list[tuple[memoryview, int]] = []  # with their offsets
+        self._end = 0  # of what is reserved
+
+    def begin(self) -> Reserve:
+        """Return what gives memory for the buffers of the next frame, which are not written again in their places."""
+        self._reserved, self._end = [], 0
+        return self._reserve
+
+    def _reserve(self, size: int) -> memoryview | None:
+        self._holds, start = (), self._end
+        if start + aligned(size) > len(self._view):
+            return None
+        view = self._view[start : start + size]
+        self._reserved.append((view, start))
+        self._end += aligned(size)
+        return view
 
     def write(self, buffers: Sequence[Any]) -> None:
         """Write the buffers one after another, except a leading part that the area holds already."""
-        end = sum(aligned(len(buffer)) for buffer in buffers)
+        lengths = [len(buffer) for buffer in buffers]
+        end = sum(map(aligned, lengths))
         if end > len(self._view):
             raise FedLPError(f"a message of {end} bytes is larger than the engine's slots of {len(self._view)} bytes")
         offset, fresh = 0, False
+        if self._reserved:
+            buffers = self._settle(buffers)
         for i, buffer in enumerate(buffers):
             # Behind the first buffer that differs, offsets may have moved: write all of the rest.
             fresh = fresh or i >= len(self._holds) or buffer is not self._holds[i]
-            if fresh:
+            if fresh and buffer is not None:
                 self._view[offset : offset + len(buffer)] = buffer
-            offset += aligned(len(buffer))
+            offset += aligned(lengths[i])
         self._holds = tuple(buffers)
+
+    def _settle(self, buffers: Sequence[Any]) -> list[Any]:
+        """Return what is still to be written: None for a buffer that lies in its place, copies of others reserved."""
+        places = {(_address(view), len(view)): start for view, start in self._reserved}
+        self._reserved, self._end = [], 0
+        offset, found = 0, list[Any]()
+        for buffer in buffers:
+            start = places.get((_address(buffer), len(buffer)))
+            found.append(None if start == offset else buffer if start is None else bytes(buffer))
+            offset += aligned(len(buffer))
+        return found
 
     def read(self, lengths: Sequence[int]) -> list[memoryview]:
         """Return views of buffers of the given lengths."""
         return split_buffers(self._view, lengths)
+
+
+def _address(buffer: Any) -> int:
+    return np.frombuffer(buffer, np.uint8).ctypes.data if len(buffer) else 0
 
 
 def split_buffers(image: memoryview, lengths: Sequence[int]) -> list[memoryview]:

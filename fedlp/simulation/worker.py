@@ -20,6 +20,7 @@ from fedlp.errors import FedLPError
 from fedlp.federation import flower_compat
 from fedlp.federation.client.cohort_app import CohortApp, attempt
 from fedlp.federation.wire.messages import TRAIN
+from fedlp.federation.wire.packing import placed_in
 from fedlp.simulation.transport import Area, Item, Memory, decode_frame, encode_frame
 
 STOP = b"\xff"
@@ -58,7 +59,8 @@ class Node:
     def reply(self, frame: bytes, down: Memory, up: Memory) -> bytes:
         """Return the frame of the replies to a frame of messages, whose large arrays are in ``down`` and ``up``."""
         items = decode_frame(frame, down, flower_compat.make_array)
-        answers = _answer(self.app, [self._receive(about, content) for about, content in items])
+        with placed_in(up.begin()):
+            answers = _answer(self.app, [self._receive(about, content) for about, content in items])
         try:
             return encode_frame(answers, up)
         except FedLPError as failure:  # replies that are larger than their slot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,8 +18,10 @@ from fedlp.models import forward_logits
 from fedlp.models.layers import held_still
 from fedlp.tasks import task_of
 from fedlp.training.batches import augment_images, batch_sizes, draw_batches
-from fedlp.training.optimizers import Stepper, make_optimizer
+from fedlp.training.optimizers import SGD, Stepper, make_optimizer
 from fedlp.training.schedules import Moment, lr_factor, make_schedule
+
+_LARGE = 1 << 22  # trained numbers of a model whose gradients are not kept together
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +143,35 @@ class _Loop:
         per_epoch = len(batch_sizes(len(self.examples), config.batch_size))
         num_steps = config.epochs * -(-per_epoch // config.accumulation)
         rate = None if self.optimizer is None else self.optimizer.lr
-        for number, group in enumerate(self._groups(per_epoch)):
-            if self.optimizer is not None and rate is not None:
-                factor = lr_factor(self.schedule, self.moment, number / num_steps)
-                self.optimizer.lr = rate if factor == 1.0 else rate * factor
-            self._step(group)
+        with self._descending():
+            for number, group in enumerate(self._groups(per_epoch)):
+                if self.optimizer is not None and rate is not None:
+                    factor = lr_factor(self.schedule, self.moment, number / num_steps)
+                    self.optimizer.lr = rate if factor == 1.0 else rate * factor
+                self._step(group)
+        for parameter in self.trained:  # their memory is for the update
+            parameter.grad = None
         last, weights = torch.stack(self.losses[-per_epoch:]).tolist(), self.sizes[-per_epoch:]
         return TrainResult(sum(self.sizes), sum(map(operator.mul, last, weights)) / sum(weights))
+
+    @contextmanager
+    def _descending(self) -> Iterator[None]:
+        """Let each parameter of a large model move once its gradient is known, so that memory never holds all of them.
+
+        Only where a step does nothing else: then results are the same, bit for bit.
+        """
+        config, optimizer = self.config, self.optimizer
+        adjusts = self.nested or config.proximal or config.max_grad_norm is not None or config.accumulation > 1
+        is_large = sum(parameter.numel() for parameter in self.trained) >= _LARGE
+        if not (isinstance(optimizer, SGD) and optimizer.is_plain and is_large) or adjusts:
+            yield
+            return
+        hooks = [parameter.register_post_accumulate_grad_hook(optimizer.descend) for parameter in self.trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _groups(self, per_epoch: int) -> Iterator[list[Tensor]]:
         """Yield the batches of each step: ``accumulation`` of them, fewer at the end of a pass."""

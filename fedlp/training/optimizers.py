@@ -42,6 +42,18 @@ class SGD:
         self._parameters, self._momentum, self._weight_decay = params, momentum, weight_decay
         self._velocities: dict[Tensor, Tensor] = {}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step subtracts the gradient and does nothing else."""
+        return not (self._momentum or self._weight_decay)
+
+    @torch.no_grad()
+    def descend(self, parameter: Tensor) -> None:
+        """Move one parameter as a plain step does, and drop its gradient."""
+        assert parameter.grad is not None
+        parameter.add_(parameter.grad, alpha=-self.lr)
+        parameter.grad = None
+
     @torch.no_grad()
     def step(self) -> None:
         """Move every parameter that has a gradient."""
@@ -54,7 +66,52 @@ class SGD:
                 old = self._velocities.get(parameter)
                 new = steps[i].clone() if old is None else old.mul_(self._momentum).add_(steps[i])
                 self._velocities[parameter] = steps[i] = new
-        torch._foreach_add_(moved, steps, alpha=-self.lr)
+        if moved:
+            torch._foreach_add_(moved, steps, alpha=-self.lr)
+
+
+class Adam:
+    """Adam, or AdamW where weight decay is decoupled.
+
+    torch's on a CPU, bit for bit, without the import of torch's compiler and the work around a step.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+        decoupled: bool = False,
+    ) -> None:
+        self.lr = lr
+        self._parameters, self._betas, self._epsilon = params, betas, epsilon
+        self._weight_decay, self._decoupled = weight_decay, decoupled
+        self._moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._steps: dict[Tensor, int] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                self._move(parameter, parameter.grad)
+
+    def _move(self, parameter: Tensor, gradient: Tensor) -> None:
+        beta1, beta2 = self._betas
+        self._steps[parameter] = step = self._steps.get(parameter, 0) + 1
+        if parameter not in self._moments:
+            self._moments[parameter] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        first, second = self._moments[parameter]
+        if self._weight_decay and self._decoupled:
+            parameter.mul_(1 - self.lr * self._weight_decay)
+        elif self._weight_decay:
+            gradient = gradient.add(parameter, alpha=self._weight_decay)
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(self._epsilon)
+        parameter.addcdiv_(first, scale, value=-self.lr / (1 - beta1**step))
 
 
 @register("optimizer", "adam")
@@ -65,8 +122,11 @@ def adam(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
-) -> torch.optim.Optimizer:
+) -> Adam | torch.optim.Optimizer:
     """Adam; ``weight_decay`` is added to the gradient."""
+    _check_adam(beta1, beta2, epsilon)
+    if _is_on_cpu(params):
+        return Adam(params, lr, (beta1, beta2), epsilon, weight_decay)
     return torch.optim.Adam(params, lr=lr, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
 
 
@@ -78,9 +138,25 @@ def adamw(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
-) -> torch.optim.Optimizer:
+) -> Adam | torch.optim.Optimizer:
     """AdamW: Adam with decoupled ``weight_decay``."""
-    return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+    _check_adam(beta1, beta2, epsilon)
+    if not _is_on_cpu(params):
+        return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+    return Adam(params, lr, (beta1, beta2), epsilon, weight_decay, decoupled=True)
+
+
+def _check_adam(beta1: float, beta2: float, epsilon: float) -> None:
+    """Raise ValueError for an option out of range."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}={beta} is not in [0, 1)")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon} is below 0")
+
+
+def _is_on_cpu(params: Sequence[nn.Parameter]) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in params)
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: LocalConfig) -> Stepper:

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
+from fedlp.models.threads import one_thread
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run with one torch thread: on shared cores, more are slower and sums may come out in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+__all__ = ["count_cores", "one_thread"]
 
 
 def count_cores() -> int:

@@ -185,3 +185,15 @@ def test_help_needs_neither_torch_nor_flower() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"importing the command line imports {done.stderr}"
+
+
+def test_a_run_needs_no_compiler(tmp_path: Path) -> None:
+    """Clients train in the run's own process, so that what they import counts too."""
+    code = (
+        "import sys, fedlp; fedlp.run(['strategy=fedavg', 'model=fedlp_mlp', 'local=adam', 'num_rounds=1', "
+        "'num_clients=2', 'clients_per_round=2', 'dataset.max_train_examples=40', 'simulation.workers=0'], out='run'); "
+        "heavy = {'torch._dynamo', 'torch._inductor', 'sympy', 'sklearn', 'scipy', 'pandas', 'matplotlib', "
+        "'transformers', 'torchvision', 'ray'} & set(sys.modules); sys.exit(' '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"a run imports {done.stderr}"

@@ -6,7 +6,7 @@ the updates are kept as well (:class:`StoredUpdates`), and averaged once more wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,14 +77,13 @@ class ClippedAverage:
                 for one, norm in zip(found, norms, strict=True):
                     one[name] = norm, stack[0].numel()
         self._squares.extend(found)
-        for k, weight in enumerate(weights):
-            self._stored.add({name: stack[k] for name, stack in stacks.items()}, keeps, weight)
+        self._stored.add_stack(stacks, keeps, weights)
 
     @torch.no_grad()
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the average of the bounded updates, and its coverage; as :meth:`CoverageAverage.result`."""
-        trained = self._scales_of(lambda name: name in self._trainable)
-        others = self._scales_of(lambda name: name not in self._trainable)
+        trained = self._scales_of(self._trainable)
+        others = self._scales_of(self._params.keys() - self._trainable)
         self.scales = [min(pair) for pair in zip(trained, others, strict=True)]
         if any(scale < 1.0 for scale in self.scales):
             del self._average  # its sums, before there are others
@@ -97,9 +96,14 @@ class ClippedAverage:
         """Return whether each entry has an update; as :meth:`CoverageAverage.covered`."""
         return self._average.covered(name)
 
-    def _scales_of(self, is_compared: Callable[[str], bool]) -> list[float]:
+    def _scales_of(self, names: Collection[str]) -> list[float]:
         """Return the scale of each update, by the norms over some of the tensors."""
-        found = [{name: value for name, value in update.items() if is_compared(name)} for update in self._squares]
+        measured = set[str]().union(*self._squares)
+        if measured.isdisjoint(names):
+            return [1.0] * len(self._squares)
+        if measured <= set(names):
+            return clipping_scales(self._squares, self._multiple)
+        found = [{name: value for name, value in update.items() if name in names} for update in self._squares]
         return clipping_scales(found, self._multiple)
 
     def _scaled(

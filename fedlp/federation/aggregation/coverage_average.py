@@ -27,7 +27,7 @@ from fedlp.federation.aggregation.coverage import WHOLE, Denominator, Keeps, Reg
 from fedlp.federation.aggregation.pending_updates import Entry, HeldUpdate, Part, Segment
 
 GROUP = 64  # updates held back at most
-GROUP_BYTES = 1 << 28  # bytes of updates held back, but for the last one
+GROUP_BYTES = 1 << 25  # bytes of updates held back, but for the last one
 
 WeightedUpdate = tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]
 """Arguments of :meth:`CoverageAverage.add`: params, keeps, weight."""

@@ -57,9 +57,11 @@ def squared_norms(stack: Tensor, before: Tensor) -> list[float]:
     if before.numel() > _BLOCK:
         return [squared_norm(values, before) for values in stack]
     found: list[float] = []
-    for some in torch.split(stack.reshape(len(stack), -1), max(1, _BLOCK // before.numel())):
-        wide = torch.sub(some.to(torch.float64), before.reshape(-1).to(torch.float64)).numpy()
-        found += np.einsum("ki,ki->k", wide, wide).tolist()
+    old, rows = before.reshape(-1).to(torch.float64), max(1, _BLOCK // before.numel())
+    wide = torch.empty(min(rows, len(stack)), len(old), dtype=torch.float64)
+    for some in torch.split(stack.reshape(len(stack), -1), rows):
+        block = wide[: len(some)].copy_(some).sub_(old).numpy()
+        found += np.einsum("ki,ki->k", block, block).tolist()
     return found
 
 

@@ -1,10 +1,10 @@
-"""Updates of a round kept for a second pass: in memory up to a limit, the others in a temporary file."""
+"""Updates of a round kept for a second pass: in memory up to a limit, beyond it in a temporary file."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fedlp.errors import FedLPError, one_line
 from fedlp.federation.aggregation.coverage import Keeps
-from fedlp.federation.aggregation.coverage_average import GROUP_BYTES, WeightedUpdate
+from fedlp.federation.aggregation.coverage_average import WeightedUpdate
+
+MEMORY, LARGEST = 1 << 28, 1 << 24  # bytes of updates kept in memory, in all and each
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,35 @@ class _Filed:
     weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Updates of several clients, (clients, ...), that cover the same entries."""
+
+    stacks: Mapping[str, Tensor]
+    keeps: Mapping[str, Keeps]
+    weights: Sequence[float]
+
+    def each(self) -> Iterator[WeightedUpdate]:
+        """Yield the update of each client."""
+        for k, weight in enumerate(self.weights):
+            yield {name: stack[k] for name, stack in self.stacks.items()}, self.keeps, weight
+
+
 class StoredUpdates:
     """Updates in the order of their arrival.
 
     Parameters
     ----------
     memory : int
-        Bytes of updates kept in memory. Those beyond lie in an unnamed file of the folder for temporary files
-        (``TMPDIR``), readable by this process alone.
+        Bytes of updates kept in memory.
+    largest : int
+        Bytes of the largest update kept in memory. Larger ones, and those beyond ``memory``, lie in an unnamed file of
+        the folder for temporary files (``TMPDIR``), readable by this process alone.
     """
 
-    def __init__(self, memory: int = GROUP_BYTES) -> None:
-        self._left = memory
-        self._updates: list[WeightedUpdate | _Filed] = []
+    def __init__(self, memory: int = MEMORY, largest: int = LARGEST) -> None:
+        self._left, self._largest = memory, largest
+        self._updates: list[WeightedUpdate | _Filed | _Stack] = []
         self._file: IO[bytes] | None = None
 
     def add(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> None:
@@ -59,11 +77,10 @@ class StoredUpdates:
             If the file cannot be written.
         """
         size = sum(values.nbytes for values in params.values())
-        if size <= self._left:
+        if size <= min(self._left, self._largest):
             self._left -= size
             self._updates.append((params, keeps, weight))
             return
-        self._left = 0  # so that later ones follow in the file
         try:
             self._updates.append(self._write(params, keeps, weight))
         except OSError as error:
@@ -72,10 +89,26 @@ class StoredUpdates:
                 "set TMPDIR to a larger folder, or aggregator.max_norm=null in a new run"
             ) from error
 
+    def add_stack(self, stacks: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weights: Sequence[float]) -> None:
+        """Keep updates of several clients that cover the same entries: :meth:`add` of each in turn."""
+        size = sum(stack.nbytes for stack in stacks.values())
+        if weights and size <= min(self._left, self._largest * len(weights)):
+            self._left -= size
+            self._updates.append(_Stack(stacks, keeps, weights))
+            return
+        for update in _Stack(stacks, keeps, weights).each():
+            self.add(*update)
+
     def __iter__(self) -> Iterator[WeightedUpdate]:
         """Yield the updates; those of the file in memory of their own."""
         for update in self._updates:
-            yield self._read(update) if isinstance(update, _Filed) else update
+            match update:
+                case _Filed():
+                    yield self._read(update)
+                case _Stack():
+                    yield from update.each()
+                case _:
+                    yield update
 
     def _write(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> _Filed:
         if self._file is None:

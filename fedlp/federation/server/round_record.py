@@ -101,6 +101,10 @@ class Tally:
         total = sum(count for _, count in self.losses)
         return sum(loss * count for loss, count in self.losses) / total
 
+    def release(self) -> None:
+        """Free the memory of the updates, whose average has been taken."""
+        del self.average
+
     def scaled_down(self) -> dict[int, float]:
         """Return the clients whose updates the aggregator scaled down, sorted, with the factors, < 1."""
         scales: Sequence[float] = getattr(self.average, "scales", ())

@@ -108,7 +108,10 @@ def _add_updates(
 ) -> None:
     """Count in the updates at some positions of a stack; ``names`` are the encoded names of the tensors."""
     assigned = [one.instruction for one in parcel.clients]
-    weights = {k: collector.weight(stack.num_examples[k], assigned[k]) for k in positions}
+    counts = {stack.num_examples[k] for k in positions}  # of equal sub-models: they give weight and cost
+    weight_of = {count: collector.weight(count, assigned[0]) for count in counts}
+    macs_of = {count: collector.training_macs(assigned[0], count) for count in counts}
+    weights = {k: weight_of[stack.num_examples[k]] for k in positions}
     add_stack(collector.tally.average, stack.params, layout.keeps, weights)
     parameters = layout.num_params(), layout.num_params(assigned[0].uploads)
     widths = assigned[0].submodel.widths
@@ -118,8 +121,7 @@ def _add_updates(
         loss = stack.losses[k] if math.isfinite(stack.losses[k]) else None
         if (has_loss := loss is not None) not in sizes:
             sizes[has_loss] = messages.count_bytes(client_message(stack, k, names))
-        macs = collector.training_macs(instruction, count)
-        spent = parcel.bytes_down, sizes[has_loss], *parameters, macs
+        spent = parcel.bytes_down, sizes[has_loss], *parameters, macs_of[count]
         collector.record.costs.append(ClientCost(instruction.client_id, count, *spent, loss))
         metrics = {} if loss is None else {"train-loss": loss}
         collector.note(instruction, ClientReport(stack.server_round, instruction.client_id, count, metrics, widths))

@@ -117,6 +117,7 @@ class FedLPStrategy(EvaluatingStrategy):
             )
         if self.state is None:
             self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
+        del initial_arrays  # a model's memory
         self.summary()
         self._roster.join(grid, timeout)
         self.policy = self._budgets.meet_or_dismiss(self.policy)
@@ -126,7 +127,7 @@ class FedLPStrategy(EvaluatingStrategy):
         members, measured = self._roster.client_ids, self._measures_statistics
         warn_of_starved_layers(self.policy, self.submodels, self.state, members, measured)
         result = Result()
-        arrays = self._encode_model(self.state)
+        arrays = self._hold_once(self.state)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             started = time.monotonic()
             self.policy = self._budgets.welcome(self.policy, server_round, grid, timeout)
@@ -334,10 +335,18 @@ class FedLPStrategy(EvaluatingStrategy):
             replace(after, server_round=server_round, memory=memory),
             self._fail if self._private is None else None,  # suspicion would come from values without noise
         )
+        tally.release()
         self._note_privacy(server_round, before)
         if self.state.params is before.params:
             self._round.coverage = uncovered
-        return self._encode_model(self.state), MetricRecord(dict(self._round.metrics))
+        return self._hold_once(self.state), MetricRecord(dict(self._round.metrics))
+
+    def _hold_once(self, state: ServerState) -> ArrayRecord:
+        """Return the encoded model; the state's becomes a view of it, so that memory holds it once."""
+        arrays = self._encode_model(state)
+        views = messages.view_model(arrays, self.submodels)
+        self.state = replace(state, params={name: views[name] for name in state.params})
+        return arrays
 
     def _aggregate(self, server_round: int, tally: Tally) -> tuple[ServerState, dict[str, float]]:
         """Return the state with the new model and what policy and privacy remember, and each layer's coverage."""

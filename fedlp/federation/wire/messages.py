@@ -473,7 +473,13 @@ def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRec
 def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
     """Return the whole model's tensors, writable copies; ProtocolError if the record lacks them."""
     try:
-        tensors = read_tensors(RecordDict({PARAMS: params}), PARAMS, submodels.layout(SubModel()).signature())
+        tensors = view_model(params, submodels)
     except ValueError as error:
         raise ProtocolError(f"the initial model does not fit: {error}") from error
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def view_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the whole model's tensors, read-only views into the record; ValueError if it lacks them."""
+    content = make_record(RecordDict, {PARAMS: params})
+    return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -54,7 +55,38 @@ def npy_header(name: str, count: int) -> bytes:
     return buffer.getvalue()
 
 
-def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str, tuple[int, bytes]]:
+Reserve = Callable[[int], memoryview | None]
+"""Memory for the image of an array of a number of bytes; None where there is none."""
+
+_LEAST_PLACED = 1 << 16  # bytes of an image that is worth a place of its own
+_reserve: list[Reserve] = []  # of the message under way, if it is to lie somewhere
+
+
+@contextmanager
+def placed_in(reserve: Reserve) -> Iterator[None]:
+    """Let images lie in given memory for a while, where they would have to be copied to."""
+    _reserve.append(reserve)
+    try:
+        yield
+    finally:
+        _reserve.pop()
+
+
+def _place(size: int) -> memoryview | None:
+    return _reserve[-1](size) if _reserve and size >= _LEAST_PLACED else None
+
+
+def _join(header: bytes, parts: Sequence[NDArray[Any]]) -> Any:
+    """Return header and values as one image."""
+    image = _place(len(header) + sum(part.nbytes for part in parts))
+    if image is None:
+        return b"".join((header, *parts))  # one allocation, one copy: it reads the tensors' memory
+    image[: len(header)] = header
+    np.concatenate([part.reshape(-1) for part in parts], out=np.frombuffer(image[len(header) :], parts[0].dtype))
+    return image
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str, tuple[int, Any]]:
     """Return ``dtype name -> (count, image)`` of the tensors, concatenated in order.
 
     Parameters
@@ -76,11 +108,10 @@ def pack_tensors(tensors: Mapping[str, Tensor], coded: bool = False) -> dict[str
             values = values.view(torch.int16)
         counts[name] = counts.get(name, 0) + values.numel()
         parts.setdefault(name, []).append(values.numpy())
-    # One allocation, one copy: join reads the tensors' memory.
     return {
         name: (
             count,
-            _code(parts[name]) if coded and name in _BYTES else b"".join((npy_header(name, count), *parts[name])),
+            _code(parts[name]) if coded and name in _BYTES else _join(npy_header(name, count), parts[name]),
         )
         for name, count in counts.items()
     }
@@ -133,9 +164,10 @@ def pack_stacks(stacks: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
     for name, found in parts.items():
         count = sum(part.shape[1] for part in found)
         header = np.frombuffer(npy_header(name, count), dtype=np.uint8)
-        images[name] = rows = np.empty(
-            (len(found[0]), len(header) + count * _NUMPY_TYPE[name].itemsize), dtype=np.uint8
-        )
+        shape = len(found[0]), len(header) + count * _NUMPY_TYPE[name].itemsize
+        place = _place(math.prod(shape))
+        memory = np.empty(shape, dtype=np.uint8) if place is None else np.frombuffer(place, np.uint8).reshape(shape)
+        images[name] = rows = memory
         rows[:, : len(header)] = header
         np.concatenate(found, axis=1, out=rows[:, len(header) :].view(_NUMPY_TYPE[name]))
     return images

@@ -195,6 +195,17 @@ def test_updates_come_back_from_the_file_in_order() -> None:
             assert torch.equal(params[name], values + i)
 
 
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+@pytest.mark.parametrize("largest", [0, 1 << 20])
+def test_a_stack_comes_back_as_its_clients(memory: int, largest: int) -> None:
+    store, stack = StoredUpdates(memory, largest), torch.randn(3, 2, 4)
+    store.add({"w": torch.zeros(2, 4)}, {}, 9.0)
+    store.add_stack({"w": stack}, {}, [1.0, 2.0, 3.0])
+    found = list(store)
+    assert [weight for *_, weight in found] == [9.0, 1.0, 2.0, 3.0]
+    assert torch.equal(torch.stack([params["w"] for params, *_ in found[1:]]), stack)
+
+
 def test_a_file_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(FedLPError, match=r"do not fit into .*aggregator\.max_norm=null"):

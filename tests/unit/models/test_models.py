@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedlp.config import ModelConfig
 from fedlp.config.parts import read_part
 from fedlp.errors import ConfigError
-from fedlp.models import ModelSpec, describe_model, forward_logits, state_tensors
+from fedlp.models import ModelSpec, describe_model, forward, forward_logits, state_tensors
 from fedlp.models.blueprint import find_task
 from fedlp.models.cost import Macs, count_macs
 from fedlp.models.language import import_transformers, load_hf
@@ -286,6 +286,28 @@ def test_gradients_of_a_convolution_cost_as_much_as_the_convolution(groups: int)
     macs = count_macs(nn.Sequential(*layers), inputs)
     assert macs.forward == first + second
     assert macs.training == macs.forward + first + 2 * second  # the inputs need no gradient
+
+
+@pytest.mark.parametrize(
+    ("source", "fields"),
+    [
+        *(("linear", {}), ("fedlp_mlp", {"variant": "deep"}), ("fedlp_cnn", {}), ("small_cnn", {})),
+        *(("cifar_resnet", {"name": "resnet20"}), ("torchvision", {"name": "resnet18", "norm": "group"})),
+        ("torchvision", {"name": "mobilenet_v2"}),
+    ],
+)
+def test_small_models_run_on_values_and_are_described_as_on_shapes(
+    source: str, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe() -> tuple[Macs, ModelSpec]:
+        spec = classifier(source, CIFAR, **fields)
+        return count_macs(spec.build(0), spec.example_inputs(1)), spec
+
+    macs, spec = describe()
+    monkeypatch.setattr(forward, "_MOST_PARAMS", 0)
+    on_shapes, same = describe()
+    assert macs == on_shapes
+    assert (spec.sequence, spec.tensors) == (same.sequence, same.tensors)
 
 
 def test_macs_of_attention_and_norms() -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlp.config import LocalConfig
 from fedlp.data.examples import IGNORE_INDEX, DataInfo, Examples
 from fedlp.errors import ConfigError
 from fedlp.federation.budgets import optimizer_kind
+from fedlp.training import loop
 from fedlp.training.loop import check_loss, train_locally
-from fedlp.training.optimizers import make_optimizer
+from fedlp.training.optimizers import SGD, make_optimizer
 from fedlp.training.schedules import Moment, lr_factor, make_schedule
 
 INFO = DataInfo("toy", "classification", (6,), 3, None, None)
@@ -58,6 +59,28 @@ def test_a_proximal_term_is_its_gradient_and_holds_the_weights_near_the_start() 
             (loss + mu / 2 * penalty).backward()
             optimizer.step()
     assert distance(trained(replace(PLAIN, proximal=mu))[0], model) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", [(), ("0.weight",)])
+def test_gradients_of_a_large_model_are_not_kept_and_change_no_bit(
+    frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(PLAIN, momentum=0.0)
+    usual, loss = trained(config, frozen=frozen)
+    steps, descend = list[Tensor](), SGD.descend
+
+    def note(optimizer: SGD, parameter: Tensor) -> None:
+        steps.append(parameter)
+        descend(optimizer, parameter)
+
+    monkeypatch.setattr(loop, "_LARGE", 0)
+    monkeypatch.setattr(SGD, "descend", note)
+    large, same = trained(config, frozen=frozen)
+    assert distance(usual, large) == 0
+    assert loss == same
+    assert steps
+    assert all(parameter.grad is None for parameter in large.parameters())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in large.parameters())
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:
@@ -104,7 +127,7 @@ def test_an_optimizer_is_torchs(name: str) -> None:
     }
     reference = kinds[name](theirs.parameters(), lr=0.01, weight_decay=0.1)
     optimizer = make_optimizer(list(ours.parameters()), config)
-    for factor in (1.0, 0.5):
+    for factor in (1.0, 0.5, 0.25):
         optimizer.lr = 0.01 * factor
         for group in reference.param_groups:
             group["lr"] = 0.01 * factor
