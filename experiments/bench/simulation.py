@@ -1,7 +1,7 @@
 """Speed of a federated round: ``python experiments/bench/simulation.py [--quick] [--json FILE]``.
 
 Takes less than ten minutes on two free cores, of which it wants both. ``--engines FILE [REPEATS]`` adds the engines'
-whole runs alone to a report, as ``engines``.
+whole runs alone to a report, as ``engines``; ``--memory FILE`` measures its peak memory anew, alone.
 
 * Steady rounds of a CNN (CIFAR-10 shapes, 10 clients of 500 images, batches of 50, one epoch of SGD): fedlp's strategy,
   messages and client app on its local engine with two workers, and bare PyTorch in two processes, with fedlp's fast
@@ -143,9 +143,23 @@ def add_engines(path: Path, repeats: int) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+MEMORY_CASES = [("linear", 1000, 10), ("linear", 1000, 1000), ("resnet18", 50, 10), ("resnet18", 50, 50)]
+
+
+def add_memory(path: Path) -> None:
+    """Measure peak memory alone, and write it to a report."""
+    report = json.loads(path.read_text())
+    report["results"]["peak_memory"] = memory_table(MEMORY_CASES)
+    report["peak_memory_measured"] = describe_machine()
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--engines"]:
         add_engines(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 5)
+        return
+    if sys.argv[1:2] == ["--memory"]:
+        add_memory(Path(sys.argv[2]))
         return
     args = parse_args(__doc__.splitlines()[0])
     torch.set_num_threads(1)
@@ -163,9 +177,7 @@ def main() -> None:
         images = WORKLOADS[name].examples
         results[f"whole_runs_{name}"] = compare(f"whole runs of five rounds, {images} images a client", runs)
         results[f"whole_runs_{name}_rounds"] = compare("their rounds but the first", rounds)
-    results["peak_memory"] = memory_table([("linear", 1000, 10), ("linear", 1000, 1000)])
-    if not quick:
-        results["peak_memory"] += memory_table([("resnet18", 50, 10), ("resnet18", 50, 50)])
+    results["peak_memory"] = memory_table(MEMORY_CASES[:2] if quick else MEMORY_CASES)
     write_report(args.json, quick, results)
 
 

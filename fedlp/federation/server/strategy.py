@@ -116,8 +116,8 @@ class FedLPStrategy(EvaluatingStrategy):
                 "train_config and evaluate_config are not sent to clients; set options of the run instead"
             )
         if self.state is None:
-            self.state = ServerState(0, messages.decode_model(initial_arrays, self.submodels))
-        del initial_arrays  # a model's memory
+            self.state = ServerState(0, messages.view_model(initial_arrays, self.submodels))
+        del initial_arrays  # a model's memory, once the first encoding has its values
         self.summary()
         self._roster.join(grid, timeout)
         self.policy = self._budgets.meet_or_dismiss(self.policy)

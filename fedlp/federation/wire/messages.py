@@ -470,16 +470,10 @@ def encode_params(params: Mapping[str, Tensor], coded: bool = False) -> ArrayRec
     return make_record(ArrayRecord, arrays)
 
 
-def decode_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
-    """Return the whole model's tensors, writable copies; ProtocolError if the record lacks them."""
+def view_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
+    """Return the whole model's tensors, read-only views into the record; ProtocolError if it lacks them."""
+    content = make_record(RecordDict, {PARAMS: params})
     try:
-        tensors = view_model(params, submodels)
+        return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())
     except ValueError as error:
         raise ProtocolError(f"the initial model does not fit: {error}") from error
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def view_model(params: ArrayRecord, submodels: SubModels) -> dict[str, Tensor]:
-    """Return the whole model's tensors, read-only views into the record; ValueError if it lacks them."""
-    content = make_record(RecordDict, {PARAMS: params})
-    return read_tensors(content, PARAMS, submodels.layout(SubModel()).signature())
