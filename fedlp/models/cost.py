@@ -56,7 +56,7 @@ def _count(model: nn.Module, batch: Tensor) -> Macs:
     return Macs(forward / per_example, counter.flops / per_example)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count of floating-point operations within a context, by the formulas of torch's FlopCounterMode and ours.
 
     torch's own imports torch's compiler with the first operator, which takes a second.
@@ -65,7 +65,7 @@ class _Counter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._formulas = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
 

@@ -166,7 +166,8 @@ class _Loop:
         if not (isinstance(optimizer, SGD) and optimizer.is_plain and is_large) or adjusts:
             yield
             return
-        hooks = [parameter.register_post_accumulate_grad_hook(optimizer.descend) for parameter in self.trained]
+        move = optimizer.descend
+        hooks = [p.register_post_accumulate_grad_hook(move) for p in self.trained]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

@@ -76,7 +76,7 @@ def _place(size: int) -> memoryview | None:
     return _reserve[-1](size) if _reserve and size >= _LEAST_PLACED else None
 
 
-def _join(header: bytes, parts: Sequence[NDArray[Any]]) -> Any:
+def _join(header: bytes, parts: Sequence[Any]) -> Any:
     """Return header and values as one image."""
     image = _place(len(header) + sum(part.nbytes for part in parts))
     if image is None:

@@ -80,7 +80,7 @@ def find_bounds(stacks: Mapping[str, Tensor]) -> dict[str, Bounds]:
 
 
 def _rows_at_once(values: NDArray[Any]) -> int:
-    return max(1, _CACHED // values[0].nbytes)
+    return max(1, _CACHED // int(values[0].nbytes))
 
 
 def are_in_range(bounds: Mapping[str, Bounds], floats: frozenset[str], largest: float = LARGEST_VALUE) -> Flags:

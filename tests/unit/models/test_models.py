@@ -291,7 +291,7 @@ def test_gradients_of_a_convolution_cost_as_much_as_the_convolution(groups: int)
 @pytest.mark.parametrize(
     ("source", "fields"),
     [
-        *(("linear", {}), ("fedlp_mlp", {"variant": "deep"}), ("fedlp_cnn", {}), ("small_cnn", {})),
+        *(("fedlp_mlp", {}), ("fedlp_mlp", {"variant": "deep"}), ("fedlp_cnn", {}), ("small_cnn", {})),
         *(("cifar_resnet", {"name": "resnet20"}), ("torchvision", {"name": "resnet18", "norm": "group"})),
         ("torchvision", {"name": "mobilenet_v2"}),
     ],
