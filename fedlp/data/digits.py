@@ -58,7 +58,7 @@ class Digits(HeldOut):
         """Return the digits, split by the seed; every class is held out in proportion."""
         import torch
 
-        images, targets = _read_digits()
+        images, targets = read_digits()
         pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, *_SHAPE)
         whole = Examples(torch.from_numpy(pixels), torch.from_numpy(targets.astype(np.int64)), None)
         held_out = held_out_rows(targets, self.test_fraction, generator(seed, Stream.DATA, 0))
@@ -66,7 +66,7 @@ class Digits(HeldOut):
         return FederatedData(self.describe(), *self.limit(train, test, seed))
 
 
-def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return images, (n, 64) of 0 to 16, and classes, (n,), from scikit-learn's file: its import takes a second."""
     package = find_spec("sklearn")
     for folder in package.submodule_search_locations or () if package else ():

@@ -13,6 +13,7 @@ import torch
 
 from fedlp.config import DatasetConfig
 from fedlp.config.parts import read_part
+from fedlp.data import digits
 from fedlp.data.datasets import describe_dataset, load_dataset
 from fedlp.errors import ConfigError, DataError
 from fedlp.registry import lookup
@@ -90,6 +91,15 @@ def test_digits() -> None:
     assert float(everything.std(correction=0)) == pytest.approx(data.info.std[0], abs=5e-5)
     counts = torch.bincount(data.train.targets) * 0.25 - torch.bincount(data.test.targets)
     assert counts.abs().max() <= 2  # every class is held out in proportion
+
+
+def test_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+
+    own, theirs = digits.read_digits(), load_digits(return_X_y=True)
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)  # no such file, as in another version
+    for found in (own, digits.read_digits()):
+        assert all(np.array_equal(one, other) for one, other in zip(found, theirs, strict=True))
 
 
 def test_digits_split_follows_the_seed_alone() -> None:
