@@ -17,7 +17,6 @@ from fedlp.allocation.search.tree_nodes import Scalar
 from fedlp.apps.model_allocator import Allocator, rule_names
 from fedlp.apps.search_spaces import ChainSpace, FunctionSpace
 from fedlp.config import SearchSettings
-from fedlp.report.searching import draw_search
 from fedlp.rng import Stream, generator
 
 Plans = Sequence[Plan]
@@ -129,6 +128,8 @@ def write_search(report: Mapping[str, Any], out: Path, source: str) -> None:
     source : str
         Model and seed, for a comment.
     """
+    from fedlp.report.searching import draw_search  # matplotlib takes a second to load: not in every run
+
     winner = report["winner"]
     lines = [f"# Found by fedlp-search on {source}."]
     functions = {name: mode for name, mode in report["modes"].items() if "function" in mode}
