@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PRESENCE = "presence of "
+
+
+def presence(axis: str) -> str:
+    """Return the name, among the factors of a cost, of the smaller of an axis's units and 1: 0 without its branch."""
+    return f"{PRESENCE}{axis}"
+
+
 @dataclass(frozen=True, slots=True)
 class PrunableLayer:
     """Prunable layer: one width axis, and the layers that read it.
@@ -27,7 +35,7 @@ class PrunableLayer:
     name : str
         The width axis.
     num_units : int
-        Units it has now; at least one must stay.
+        Units it has now; at least ``least`` must stay.
     unit_size : int
         Columns per unit in the weights of the first reader.
     num_params : int
@@ -39,6 +47,8 @@ class PrunableLayer:
         the model. They compensate for removed units.
     depth : float
         Relative position in the network, in [0, 1]; layers of one transformer block share a depth.
+    least : int
+        Fewest units that may stay: 1, or 0 where the residual branch may be removed as a whole.
     """
 
     name: str
@@ -48,11 +58,12 @@ class PrunableLayer:
     coupled: tuple[str, ...]
     readers: tuple[str, ...]
     depth: float
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Kept indices of one axis: sorted, disjoint, non-empty half-open runs within ``[0, size)``."""
+    """Kept indices of one axis: sorted, disjoint, non-empty half-open runs within ``[0, size)``; none without runs."""
 
     size: int
     runs: tuple[tuple[int, int], ...]
@@ -71,8 +82,8 @@ class Keep:
 
     @classmethod
     def first(cls, count: int, size: int) -> Keep:
-        """Keep the first ``count`` indices."""
-        return cls(size, ((0, count),))
+        """Keep the first ``count`` indices; none for 0."""
+        return cls(size, ((0, count),) if count else ())
 
     @classmethod
     def window(cls, start: int, count: int, size: int) -> Keep:

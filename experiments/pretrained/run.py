@@ -15,7 +15,9 @@ of two learning rates for each method by seed 0:
    text that nobody else has, and where not? How far is it from FedAvg, if all could hold it (``fedavg``)?
 3. Which allocator, and does refitting anew every second or every round (``-refit-2``, ``-refit-1``) help over the
    constant offset? On three seeds this decides the default of ``refit_every``.
-4. With LoRA on a frozen base that travels once (``lora-...``): is a tier better off with adapters on a pruned base, a
+4. Do whole attentions and MLPs as units (``-depth``) help a tier, and what are tiers of 100, 50, 25 and 10 % then
+   (``low-``)?
+5. With LoRA on a frozen base that travels once (``lora-...``): is a tier better off with adapters on a pruned base, a
    sliced base, or with full training of what it holds, per byte?
 
 ``start-...`` are the models before any training.
@@ -82,6 +84,14 @@ ABLATIONS = {
     "plan-pruned-refit-2": [*PRUNED, "strategy.refit_every=2"],
     "plan-pruned-refit-1": [*PRUNED, "strategy.refit_every=1"],
 }
+LOW = [*PRUNED, "strategy.refit_every=2", "fleet.fractions=[1.0,0.5,0.25,0.1]"]
+DEPTH = {  # whole attentions and MLPs as units; the lowest of these tiers is out of reach without
+    "plan-pruned-refit-2-depth": [*PRUNED, "strategy.refit_every=2", "pruner.depth=true"],
+    "low-plan-pruned": LOW,
+    "low-plan-pruned-depth": [*LOW, "pruner.depth=true"],
+    "low-start-pruned-depth": [*LOW, "pruner.depth=true", *STILL],
+}
+EVERY = {**METHODS, **ABLATIONS, **DEPTH, **ADAPTERS}
 RATES = (0.001, 0.003)
 LORA_RATES = (0.003, 0.01)
 MODELS = {"stories260K": ["fleet.fractions=[1.0,0.75,0.55,0.42]", "local.batch_size=4", "local.accumulation=2"]}
@@ -94,7 +104,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, nargs="+", help="one text file per domain; four by default")
     parser.add_argument("--options", nargs="+", default=[], help="further overrides of every run: local.batch_size=4")
     parser.add_argument("--out", type=Path, default=HERE / "runs")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS, *ADAPTERS], default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(EVERY), default=list(METHODS))
     parser.add_argument("--correlation", type=float, default=1.0, help="of tier and domain, in [0, 1]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
@@ -130,7 +140,7 @@ def run_all(arguments: argparse.Namespace) -> int:
             ),
         ]
         for method in arguments.methods:
-            options = {**METHODS, **ABLATIONS, **ADAPTERS}[method]
+            options = EVERY[method]
             for rate in _rates(tuned, method, seed):
                 asked = [
                     *common,
@@ -147,11 +157,11 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 def _rates(group: Path, method: str, seed: int) -> Sequence[float]:
     """Return the learning rates to try: all of them at first, then the best by seed 0; variants take plan-pruned's."""
-    if method.startswith("start-"):
+    if method.startswith(("start-", "low-start-")):
         return [RATES[0]]
     if method in ADAPTERS:
         return LORA_RATES
-    asked = "plan-pruned" if method in ABLATIONS else method
+    asked = "plan-pruned" if method in {**ABLATIONS, **DEPTH} else method
     found = {rate: group / f"{asked}@{rate:g}/seed-0" for rate in RATES}
     if not all(map(is_finished, found.values())) or (seed == 0 and group.name.endswith("-1") and asked == method):
         return RATES

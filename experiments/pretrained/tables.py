@@ -26,7 +26,11 @@ def regenerate(results: Path, out: Path) -> None:
         group = file.name.removesuffix(".runs.jsonl.xz")
         methods = runs_by_method(results, group)
         ranked = {name: runs for name, runs in methods.items() if _cuts_ranks(runs)}
-        lines += ["", f"## {group}", "", *_table({name: methods[name] for name in methods.keys() - ranked.keys()})]
+        low = {name: runs for name, runs in methods.items() if name.startswith("low-")}
+        others = methods.keys() - ranked.keys() - low.keys()
+        lines += ["", f"## {group}", "", *_table({name: methods[name] for name in others})]
+        if low:
+            lines += ["", f"## {group}, lower tiers", "", *_table(low)]
         if ranked:
             lines += ["", f"## {group}, adapters of several ranks", ""]
             lines += ["Tiers are named by their share of the ranks; all hold the whole base.", "", *_table(ranked)]

@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from fedlp.apps import prune as oneshot
 from fedlp.apps.model_allocator import Allocator
 from fedlp.config import compose_prune
 from fedlp.models import forward_logits
+from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers
-from fedlp.pruning.costs.footprint import Footprint
+from fedlp.pruning.costs.footprint import Footprint, macs_footprint
 from fedlp.pruning.kernels.newton import newton_steps
 from fedlp.pruning.pruner import Calibration, Method, Pruner
 from fedlp.pruning.scores.flap import Flap
@@ -59,6 +60,7 @@ from experiments.slimgpt_table.peers import PEERS, prune_with_peer  # noqa: E402
 from experiments.slimgpt_table.tables import regenerate  # noqa: E402
 
 RATIOS = (0.2, 0.25, 0.33, 0.5)
+DEPTH_RATIOS = (0.33, 0.5, 0.7, 0.85)  # with attentions, MLPs and residual blocks as units; and without, beside them
 PEER_RATIOS = (0.3, 0.5)  # torch-pruning's criteria
 WINDOW, NUM_WINDOWS, NUM_TEST_WINDOWS = 128, 128, 64
 NUM_IMAGES, NUM_TEST_IMAGES = 512, 4000
@@ -98,6 +100,8 @@ METHODS: dict[str, tuple[Method, str]] = {  # name -> kernel, allocator
     "random": (Method(Random(), recovery="none"), "uniform"),
     "random, refitted": (Method(Random(), damping=DAMPING), "uniform"),
 }
+MACS, DEPTH = ", equal MACs", ", with depth"  # what a ratio is of, where not of parameters; whether branches may go
+DEPTH_METHODS = ("ours", f"ours{DEPTH}", f"ours{MACS}", f"ours{MACS}{DEPTH}")
 
 ONLY_LANGUAGE = {  # what classifiers are spared, for time
     *("ours, log depth", "ours, plain OBS", "SlimGPT, dp", "Wanda-sp, refitted", f"Wanda-sp, refitted{STEPPED}"),
@@ -115,6 +119,24 @@ class Case:
     data: Calibration
     tests: Mapping[str, tuple[Tensor, Tensor]]  # inputs, flat labels
     is_language: bool
+
+    @cached_property
+    def with_depth(self) -> Case:
+        """The case in which residual branches may lose all their units."""
+        spec = trace_widths(self.model, self.data.batches[0], depth=True)
+        return replace(self, spec=spec, layers=find_layers(self.model, spec, shared=not self.is_language))
+
+    def footprint(self, what: str) -> Footprint:
+        """Return the parameters, or the MACs, of the model."""
+        if what == MACS:
+            return macs_footprint(self.model, self.spec, self.data.batches[0])
+        return Footprint(self.model, self.spec)
+
+    def limit(self, what: str, ratio: float) -> float:
+        """Return the parameters or MACs that stay at a ratio, which is of those of prunable units."""
+        footprint = self.footprint(what)
+        whole = footprint.count({})
+        return whole - ratio * (whole - footprint.count({layer.name: 0 for layer in self.layers}))
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:
@@ -200,45 +222,65 @@ def log_probabilities(model: nn.Module, inputs: Tensor) -> Tensor:
 class Allocations:
     """Units kept by each allocator at each ratio; what they measure is measured once."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, what: str = "") -> None:
         measuring = Method(fisher=True, keeps_batch_norm=True, damping=DAMPING)
         pruner = Pruner(case.model, case.spec, case.layers, case.data, measuring)
-        self._allocator = Allocator(pruner, Footprint(case.model, case.spec).count)
-        self.limit = self._allocator.limit
+        self._allocator = Allocator(pruner, case.footprint(what).count)
 
-    def __call__(self, rule: str, ratio: float, num_added: int) -> dict[str, int]:
-        """Return the units kept of each layer, with room for ``num_added`` parameters that the method adds."""
-        return self._allocator.by_rule(rule, self._allocator.limit(ratio) - num_added)
+    def __call__(self, rule: str, limit: float) -> dict[str, int]:
+        """Return the units kept of each layer."""
+        return self._allocator.by_rule(rule, limit)
 
 
 def prune_all(case: Case, wanted: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
     """Yield one result per method and ratio."""
-    allocate = Allocations(case)
+    allocations: dict[str, Allocations] = {}
     for method, ratio in wanted:
+        name = method.removesuffix(DEPTH).removesuffix(MACS)
+        chosen, what = case.with_depth if method.endswith(DEPTH) else case, MACS if MACS in method else ""
+        limit = case.limit(what, ratio)
+        if (kind := method.removeprefix(name)) not in allocations:
+            allocations[kind] = Allocations(chosen, what)
+        allocate = allocations[kind]
         started = time.monotonic()
         if method == "dense":
             model, kept = case.model, {layer.name: layer.num_units for layer in case.layers}
         elif method in PEERS:
-            kept = allocate("uniform", ratio, 0)
+            kept = allocate("uniform", limit)
             model = prune_with_peer(method, case.model, kept, case.data)
         else:
-            kernel, rule = METHODS[method]
-            pruner = Pruner(case.model, case.spec, case.layers, case.data, kernel)
-            kept = allocate(rule, ratio, pruner.num_added_params())
+            kernel, rule = METHODS[name]
+            pruner = Pruner(chosen.model, chosen.spec, chosen.layers, chosen.data, kernel)
+            kept = allocate(rule, limit - (0 if what == MACS else pruner.num_added_params()))
             model = pruner.prune(kept).model
             if method.endswith(STEPPED):
                 newton_steps(model, [path for layer in case.layers for path in layer.readers], case.data, NEWTON_STEPS)
         seconds = time.monotonic() - started
         params = sum(parameter.numel() for parameter in model.parameters())
-        assert method == "dense" or params <= allocate.limit(ratio) + 1e-6
+        macs = count_macs(model, case.data.batches[0]).forward
+        assert method == "dense" or (macs if what == MACS else params) <= limit + 1e-6
         result = {"method": method, "ratio": ratio, "params": params, "seconds": round(seconds, 2), "kept": kept}
+        if method in DEPTH_METHODS and ratio in DEPTH_RATIOS:
+            result |= {"macs": macs, "forward_ms": forward_ms(model, case.data.batches[0])}
         yield result | {"metrics": evaluate(model, case)}
+
+
+@torch.no_grad()
+def forward_ms(model: nn.Module, inputs: Tensor, passes: int = 20) -> float:
+    """Return the milliseconds of the fastest of some forward passes, on one thread."""
+    seconds = []
+    for _ in range(passes):
+        started = time.perf_counter()
+        forward_logits(model, inputs)
+        seconds.append(time.perf_counter() - started)
+    return round(1e3 * min(seconds), 2)
 
 
 def wanted_results(model: str) -> list[tuple[str, float]]:
     """Return every method and ratio of one model and seed, the most telling first."""
     methods = [name for name in METHODS if model in TEXTS or name not in ONLY_LANGUAGE]
     wanted = [("dense", 0.0), *((method, ratio) for ratio in RATIOS for method in methods)]
+    wanted += [(method, ratio) for ratio in DEPTH_RATIOS for method in DEPTH_METHODS if (method, ratio) not in wanted]
     if model in RESNETS:
         few = ("ours", "ours, uniform", "SlimGPT", "magnitude")
         wanted += [(method, ratio) for ratio in PEER_RATIOS for method in PEERS]

@@ -109,7 +109,7 @@ class Federation:
             spec = describe_blueprint(blueprint, info.task, shape, info.num_classes, frozen, info.vocabulary)
         check_loss(config.local, info)
         check_metrics(config, task_of(info))
-        self.submodels = SubModels(spec)
+        self.submodels = SubModels(spec, config.pruner.depth)
         self._check(config)
         self.costs = Costs(self.submodels)
         self.strategy: Strategy = config.strategy.make()

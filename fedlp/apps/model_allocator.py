@@ -116,7 +116,8 @@ class Allocator:
         """Return the losses that eliminations predict, layer by layer; nothing else of a layer is kept."""
         collector, found = self._pruner.collector(None), dict[str, tuple[float, ...]]()
         for layer in self.layers:
-            found[layer.name] = self._pruner.removal_order(layer, collector.collect(layer), layer.num_units - 1).losses
+            most = layer.num_units - layer.least
+            found[layer.name] = self._pruner.removal_order(layer, collector.collect(layer), most).losses
         collector.close()
         return found
 

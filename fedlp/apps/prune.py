@@ -125,7 +125,7 @@ def load_subject(config: PruneConfig) -> Subject:
     if config.run is not None:
         load_run(model, Path(config.run) / "model.safetensors")
     data = replace(reader.load(config.seed), info=info)
-    widths = trace_widths(model, spec.example_inputs(1))
+    widths = trace_widths(model, spec.example_inputs(1), config.pruner.depth)
     if line := widths.whole_line():
         log.warning("%s", line)
     shared = config.pruner.shared and not spec.reads_tokens

@@ -88,7 +88,7 @@ def prune(
     spec = describe_blueprint(blueprint, info.task, info.input_shape, info.num_classes, ())
     with one_thread():
         dense = copy.deepcopy(model).eval()
-        widths = trace_widths(dense, spec.example_inputs(1))
+        widths = trace_widths(dense, spec.example_inputs(1), config.pruner.depth)
         layers = find_layers(dense, widths, config.pruner.shared and not spec.reads_tokens)
         subject = Subject(spec, dense, info, FederatedData(info, read, read), widths, layers)
         calibration = draw_calibration(config, subject)

@@ -146,11 +146,12 @@ def check_pooled_calibration(config: RunConfig) -> None:
             f"strategy.calibrate_on=clients does not go with privacy={config.privacy.name}: clients send sums over "
             "their inputs, which privacy=secagg alone protects"
         )
-    if config.adapter.name != "none":
-        raise ConfigError(
-            "strategy.calibrate_on=clients does not go with adapter=lora; set strategy.calibrate_on=server (and "
-            "dataset.server, if the data are on devices), or strategy.submodels=slices"
-        )
+    for option, is_set in (("adapter=lora", config.adapter.name != "none"), ("pruner.depth=true", config.pruner.depth)):
+        if is_set:
+            raise ConfigError(
+                f"strategy.calibrate_on=clients does not go with {option}; set strategy.calibrate_on=server (and "
+                "dataset.server, if the data are on devices), or strategy.submodels=slices"
+            )
 
 
 def check_adapters(config: RunConfig) -> None:

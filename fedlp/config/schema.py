@@ -160,6 +160,7 @@ class PrunerConfig(PartConfig):
     )
     keeps_batch_norm: bool = False  # classifiers: shift batch norms by recovery's bias; else re-estimate them
     shared: bool = True  # classifiers: also channels with several readers: squeeze-and-excitation, residual streams
+    depth: bool = False  # also whole residual branches: attentions, MLPs, blocks of a ResNet with one inner width
 
 
 @dataclass

@@ -51,9 +51,10 @@ def unread_with(config: object) -> dict[str, str]:
     """Return the options that the other choices of a config do not read, each with a choice that would."""
     match config:
         case FederatedPruneConfig():
-            return _pruner_alone(config.pruner, True)
+            return {**_pruner_alone(config.pruner, True), **_named(("pruner.depth", False, _CENTRAL))}
         case FederatedSearchConfig():
-            return dict.fromkeys(_UNREAD_IN_SEARCH, "fedlp-search without federated=true")
+            unread = dict.fromkeys(_UNREAD_IN_SEARCH, "fedlp-search without federated=true")
+            return {**unread, **_named(("pruner.depth", False, _CENTRAL))}
         case RunConfig():
             return {**_pruner_of_run(config), **_groups_of_run(config)}
         case PruneConfig():
@@ -65,7 +66,7 @@ def unread_with(config: object) -> dict[str, str]:
                 **{f"finetune.{name}": f"finetune={_who_reads(name, _FINETUNE)}" for name in options},
             }
         case SearchConfig():
-            return _pruner_alone(config.pruner, False)
+            return {**_pruner_alone(config.pruner, False), **_named(("pruner.depth", False, _CENTRAL))}
     return {}
 
 
@@ -105,10 +106,11 @@ def _pruner_of_run(config: RunConfig) -> dict[str, str]:
         ("pruner.damping", solves or fits, "pruner=obs or slimgpt, or strategy.submodels=pruned"),
         ("pruner.keeps_batch_norm", False, _ONESHOT),
         ("pruner.shared", False, _ONESHOT),
+        ("pruner.depth", False, "strategy.submodels=pruned"),
     )
 
 
-_ONESHOT = "fedlp-prune"
+_ONESHOT, _CENTRAL = "fedlp-prune", "fedlp-prune without federated=true, or fedlp with strategy.submodels=pruned"
 
 
 def _solves(pruner: PrunerConfig) -> bool:

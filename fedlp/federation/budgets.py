@@ -76,7 +76,8 @@ def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> F
     for name, (_, per_row) in costs.items():
         if per_row:
             axis = spec.dims[name][0].axis if name in spec.dims else None
-            footprint.add(axis, per_row * len(parameters[name]) / (1 if axis is None else spec.axes[axis]))
+            per_unit = per_row * len(parameters[name]) / (1 if axis is None else spec.axes[axis])
+            footprint.add(axis, per_unit, spec.branch_of.get(name))
     return footprint
 
 

@@ -34,7 +34,7 @@ class SubModelLayout:
     Attributes
     ----------
     names : tuple of str
-        Tensors of messages; personal tensors are excluded.
+        Tensors of messages; personal tensors and those of absent branches are excluded.
     keeps : mapping from tensor name to one Keep per dimension
         Kept indices of sliced tensors only.
     """
@@ -91,10 +91,16 @@ class SubModelLayout:
 
 
 class SubModels:
-    """All sub-models of one global model; layouts are cached, up to 256 MiB."""
+    """All sub-models of one global model; layouts are cached, up to 256 MiB.
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
+    Parameters
+    ----------
+    depth : bool
+        Whether a sub-model may lack residual branches.
+    """
+
+    def __init__(self, spec: ModelSpec, depth: bool = False) -> None:
+        self.spec, self._depth = spec, depth
         self.names = tuple(spec.tensors)
         self.name_set = frozenset(self.names)
         self._uncut: dict[int | None, SubModelLayout] = {}  # by depth
@@ -103,7 +109,7 @@ class SubModels:
     @cached_property
     def widths(self) -> WidthSpec:
         """Width axes, found by tracing the model once."""
-        return trace_widths(self._measured, self.spec.example_inputs(1))
+        return trace_widths(self._measured, self.spec.example_inputs(1), self._depth)
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
@@ -166,6 +172,8 @@ class SubModels:
         keeps: dict[str, tuple[Keep, ...]] = {}
         if any(not keep.is_full for _, keep in widths):
             chosen = dict(widths)
+            absent = self.widths.absent(chosen)
+            names = tuple(name for name in names if name not in absent)
             for name in names:
                 found = tensor_keeps(self.widths, name, self.spec.tensors[name].shape, chosen)
                 if not all(keep.is_full for keep in found):

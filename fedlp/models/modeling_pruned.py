@@ -4,8 +4,11 @@ This file travels with the weights, beside their ``config.json``, and needs torc
 for any class ``X`` of transformers whose architecture is among ``LAYOUTS``, builds a model as ``X`` does and then
 resizes it block by block. The config's ``pruned_blocks`` has one entry per block:
 
-* ``attention_heads``, ``key_value_heads``, ``head_dim``, ``intermediate_size``: its sizes;
+* ``attention_heads``, ``key_value_heads``, ``head_dim``, ``intermediate_size``: its sizes; without heads or neurons the
+  block has no attention or no MLP, nor the norm before it, and adds a bias in its place, or nothing;
 * ``attention_output_bias``, ``mlp_output_bias``: whether the last layer of its attention and of its MLP has a bias.
+
+Longer than other files: it travels alone.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -34,6 +38,9 @@ class Layout(NamedTuple):
         Name of ``intermediate_size`` in the config.
     reads_config : bool
         Whether the attention reads its number of heads from the config at run time.
+    norms : tuple of str
+        Names in the block of the norms before the attention and before the MLP, where each has its own and the block
+        adds the outputs of both to a residual stream: either may then be absent. Empty elsewhere.
     """
 
     blocks: str
@@ -41,6 +48,7 @@ class Layout(NamedTuple):
     layers: Mapping[str, str]
     neurons: str = "intermediate_size"
     reads_config: bool = False
+    norms: tuple[str, ...] = ()
 
 
 _ATTENTION = {"q_proj": "qh", "k_proj": "kh", "v_proj": "kh"}
@@ -58,15 +66,23 @@ def _neox(blocks: str, attention: str, fused: str, neurons: str) -> Layout:
 
 
 _LLAMA = _llama()
+_RESIDUAL_LLAMA = _LLAMA._replace(norms=("input_layernorm", "post_attention_layernorm"))
 _GATES = {"gate_up_proj": "gh", "down_proj": "hn"}
 _UNGATED = _llama({"up_proj": "nh", "down_proj": "hn"})
-_GPT2 = Layout("h", "attn", {"attn.c_attn": "fh", "attn.c_proj": "hq", "mlp.c_fc": "nh", "mlp.c_proj": "hn"}, "n_inner")
+_GPT2 = Layout(
+    "h",
+    "attn",
+    {"attn.c_attn": "fh", "attn.c_proj": "hq", "mlp.c_fc": "nh", "mlp.c_proj": "hn"},
+    "n_inner",
+    norms=("ln_1", "ln_2"),
+)
 _OPT = Layout(
     "decoder.layers",
     "self_attn",
     {f"self_attn.{name}": letters for name, letters in (_ATTENTION | {"out_proj": "hq"}).items()}
     | {"fc1": "nh", "fc2": "hn"},
     "ffn_dim",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
 )
 _BERT = Layout(
     "encoder.layer",
@@ -87,6 +103,7 @@ _LLAMA_LIKE = (
 )
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(_LLAMA_LIKE, _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _RESIDUAL_LLAMA),
     **dict.fromkeys(("arcee", "nemotron", "apertus"), _UNGATED),
     **dict.fromkeys(("glm", "glm4"), _llama(_GATES)),
     "starcoder2": _llama({"c_fc": "nh", "c_proj": "hn"}),
@@ -108,6 +125,108 @@ OUTPUT_BIASES = {"hq": "attention_output_bias", "hn": "mlp_output_bias"}
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size")
 
 
+class NoUnits(nn.Module):
+    """Layer without outputs.
+
+    Attributes
+    ----------
+    weight : (0, inputs)
+        Not a parameter.
+    """
+
+    bias = None
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, 0
+
+    @property
+    def weight(self) -> Tensor:
+        """Empty weight, for its shape."""
+        return torch.empty(0, self.in_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (..., inputs) to (..., 0)."""
+        return inputs.new_empty((*inputs.shape[:-1], 0))
+
+
+class Constant(nn.Module):
+    """Layer without inputs: its bias, or zeros, at every position.
+
+    Attributes
+    ----------
+    weight : (outputs, 0)
+        Not a parameter.
+    """
+
+    def __init__(self, outputs: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = 0, outputs, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """Empty weight, for its shape."""
+        return torch.empty(self.out_features, 0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (..., any) to (..., outputs), without memory of its own."""
+        values = inputs.new_zeros(self.out_features) if self.bias is None else self.bias
+        return values.expand(*inputs.shape[:-1], self.out_features)
+
+
+class NoAttention(nn.Module):
+    """Attention without heads: the bias of its output layer, or zeros.
+
+    It keeps the count of tokens in a cache of keys and values, since models read that of their first block.
+    """
+
+    def __init__(self, attention: Any, output: str) -> None:
+        super().__init__()
+        self.head_dim, self.layer_idx, self._output = head_dim_of(attention), attention.layer_idx, output
+        for name, layer in attention.named_children():
+            if isinstance(layer, NoUnits | Constant):
+                self.add_module(name, layer)
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:
+        """Map (batch, tokens, hidden) to the same shape, and None for the attention's weights."""
+        if past_key_values is not None:
+            empty = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
+            past_key_values.update(empty, empty, self.layer_idx)
+        return self.get_submodule(self._output)(hidden_states), None
+
+
+def drop_branches(model: nn.Module) -> None:
+    """Replace the attentions without heads and MLPs without neurons of a model, and the norms before them."""
+    config: Any = model.config
+    for block in model.get_submodule(path_of_blocks(model)).children():
+        _drop_empty(block, LAYOUTS[config.model_type])
+
+
+def _drop_empty(block: Any, layout: Layout) -> None:
+    for letters, norm in zip(OUTPUT_BIASES, layout.norms, strict=False):
+        output = next(name for name, both in layout.layers.items() if both == letters)
+        if block.get_submodule(output).weight.numel() or isinstance(block.get_submodule(norm), nn.Identity):
+            continue
+        prefix = f"{layout.attention}."
+        is_attention = output.startswith(prefix)
+        for name, both in layout.layers.items():
+            layer: Any = block.get_submodule(name)
+            if both == letters:
+                block.set_submodule(name, Constant(layer_shape(layer)[0], layer.bias))
+            elif name.startswith(prefix) == is_attention:
+                block.set_submodule(name, NoUnits(layer_shape(layer)[1]))
+        if is_attention:
+            attention = block.get_submodule(layout.attention)
+            block.set_submodule(layout.attention, NoAttention(attention, output.removeprefix(prefix)))
+        block.set_submodule(norm, nn.Identity())
+
+
+def layer_shape(layer: Any) -> tuple[int, int]:
+    """Return the outputs and inputs of a layer."""
+    first, second = layer.weight.shape
+    return (second, first) if isinstance(layer, Conv1D) else (first, second)
+
+
 def path_of_blocks(model: nn.Module) -> str:
     """Return the path of a model's list of blocks."""
     config: Any = model.config
@@ -125,9 +244,7 @@ def layer_sizes(block: nn.Module, layout: Layout) -> dict[str, int]:
     """Return the size behind each letter of a layout in one block."""
     sizes: dict[str, int] = {}
     for name, letters in layout.layers.items():
-        layer: Any = block.get_submodule(name)
-        shape = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-        sizes |= zip(letters, shape, strict=True)
+        sizes |= zip(letters, layer_shape(block.get_submodule(name)), strict=True)
     return sizes
 
 
@@ -161,6 +278,7 @@ class _PrunedBlocks(nn.Module):
         blocks = self.get_submodule(path_of_blocks(self)).children()
         for block, widths in zip(blocks, config.pruned_blocks, strict=True):
             _replace_layers(block, layout, config.hidden_size, widths)
+            _drop_empty(block, layout)
             match_attention(block.get_submodule(layout.attention), layout, config, widths)
             if hasattr(block, "mlp") and hasattr(block.mlp, "intermediate_size"):
                 block.mlp.intermediate_size = widths["intermediate_size"]
@@ -178,7 +296,12 @@ def _replace_layers(block: nn.Module, layout: Layout, hidden: int, widths: Mappi
     for name, letters in layout.layers.items():
         outputs, inputs = sizes[letters[0]], sizes[letters[1]]
         old: Any = block.get_submodule(name)
-        if isinstance(old, Conv1D):
+        if not outputs:
+            block.set_submodule(name, NoUnits(inputs))
+        elif not inputs:
+            constant = nn.Parameter(torch.zeros(outputs)) if widths[OUTPUT_BIASES[letters]] else None
+            block.set_submodule(name, Constant(outputs, constant))
+        elif isinstance(old, Conv1D):
             block.set_submodule(name, Conv1D(outputs, inputs))
         else:
             bias = widths[OUTPUT_BIASES[letters]] if letters in OUTPUT_BIASES else old.bias is not None
@@ -187,8 +310,11 @@ def _replace_layers(block: nn.Module, layout: Layout, hidden: int, widths: Mappi
 
 
 def match_attention(attention: Any, layout: Layout, config: Any, widths: Mapping[str, Any]) -> None:
-    """Set the sizes that an attention keeps as attributes."""
+    """Set the sizes that an attention keeps as attributes; one without heads keeps the size of a head alone."""
     heads, keys, head_dim = (widths[name] for name in ("attention_heads", "key_value_heads", "head_dim"))
+    if not heads:
+        attention.head_dim = head_dim
+        return
     if getattr(config, "scale_attn_weights", True) and hasattr(attention, "scaling"):
         attention.scaling *= (head_dim_of(attention) / head_dim) ** 0.5
     sizes = {

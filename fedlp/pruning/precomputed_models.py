@@ -52,14 +52,17 @@ def divergence_curves(layers: Sequence[PrunableLayer], measure: Measure) -> dict
         counts = points[layer.name] = [0]
         for level in _LEVELS:
             counts.append(max(counts[-1] + (level < 1), round(level * (layer.num_units - 1))))
+        if not layer.least:
+            points[layer.name] = [*(count for count in counts if count < layer.num_units), layer.num_units]
     removals = [(layer, count) for layer in layers for count in points[layer.name][1:]]
     measured = iter(measure([{**units, layer.name: layer.num_units - count} for layer, count in removals]))
     found = {}
     for layer in layers:
         values = [0.0]
-        for _ in _LEVELS:
+        for _ in points[layer.name][1:]:
             values.append(max(values[-1], next(measured)))
-        found[layer.name] = np.interp(np.arange(1, layer.num_units), points[layer.name], values).tolist()
+        removed = np.arange(1, layer.num_units - layer.least + 1)
+        found[layer.name] = np.interp(removed, points[layer.name], values).tolist()
     return found
 
 
@@ -84,7 +87,7 @@ class PrecomputedModel:
         self._parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}
         for layer in self.layers:
             self.readers[layer.name] = collector.collect(layer)
-            found = pruner.removal_order(layer, self.readers[layer.name], layer.num_units - 1)
+            found = pruner.removal_order(layer, self.readers[layer.name], layer.num_units - layer.least)
             self._orders[layer.name] = torch.tensor(found.order)
             self.losses[layer.name] = found.losses
         collector.close()
@@ -97,10 +100,11 @@ class PrecomputedModel:
         Parameters
         ----------
         kept : mapping from layer name to int
-            Units that stay; rounded to one of 32 widths per layer.
+            Units that stay; rounded to one of 32 widths per layer, 0 aside.
         """
         for layer in self.layers:
-            self._take_on(layer, width_of_level(layer, width_level(layer, kept[layer.name])))
+            width = width_of_level(layer, width_level(layer, kept[layer.name]))
+            self._take_on(layer, width if kept[layer.name] or layer.least else 0)
         batches = self._batches[:num_batches]
         return mean_divergence(self._dense[:num_batches], predictions(self._model, batches))
 

@@ -140,7 +140,7 @@ class Pruner:
         Parameters
         ----------
         kept : mapping from layer name to int
-            Units that stay, in [1, num_units].
+            Units that stay, in [least, num_units].
         progress : callable
             Called with the report of each layer when it is done.
 
@@ -152,7 +152,7 @@ class Pruner:
             If the calibration data are too few for a layer or give non-finite values; names it.
         """
         for layer in self.layers:
-            if not 1 <= kept[layer.name] <= layer.num_units:
+            if not layer.least <= kept[layer.name] <= layer.num_units:
                 raise AllocationError(f"layer {layer.name}: cannot keep {kept[layer.name]} of {layer.num_units} units")
         collector = self._collector()
         widths: dict[str, Keep] = {}

@@ -33,6 +33,9 @@ REFUSED = [
     (compose, (*PLAN, "pruner.keeps_batch_norm=true"), "fedlp-prune"),
     (compose, (*PLAN, "pruner.shared=true"), "fedlp-prune"),
     (compose, (*PRUNED, "pruner.shared=true"), "fedlp-prune"),
+    (compose, (*PLAN, "pruner.depth=true"), "strategy.submodels=pruned"),
+    (compose, (*FEDERATED, "pruner.depth=true"), "fedlp-prune without federated=true"),
+    (compose_search, ("pruner.depth=true",), "fedlp-prune without federated=true"),
     (compose, (*PRUNED, "pruner=random", "pruner.fisher=true"), "pruner=obs or slimgpt"),
     (compose, (*FEDERATED, "pruner=wanda", "pruner.fisher=true"), "pruner=obs or slimgpt"),
     (compose, ("adapter.rank=4",), "adapter=lora"),
@@ -56,6 +59,8 @@ ACCEPTED = [
     (compose, (*PLAN, "pruner=obs", "pruner.fisher=true", "pruner.damping=0.1")),
     (compose, (*PLAN, "strategy.compensate=true", "strategy.unit_selection=client", "pruner.recovery=bias")),
     (compose, (*PRUNED, "pruner.correction=0.5", "pruner.recovery=least_squares")),
+    (compose, (*PRUNED, "pruner.depth=true")),
+    (compose_prune, (*PRUNE, "pruner.depth=true")),
     (compose, (*PLAN, "model=resnet18", "model.pretrained=true", "pruner.correction=0.5")),  # pruned by itself
     (compose, (*FEDERATED, "pruner.shared=true", "pruner.keeps_batch_norm=true")),
     (compose, ("adapter=lora", "adapter.rank=4")),

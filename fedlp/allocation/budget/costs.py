@@ -1,7 +1,8 @@
 """Costs of kept units under every constraint of a client, for many choices at once.
 
 Parameters, MACs, training memory and uploads are polynomials in the units kept with coefficients >= 0, so that each
-rises with every unit. Seconds are a rising function of MACs measured on the device: a limit on them is one on MACs.
+rises with every unit; what goes with the last unit of an axis counts with the axis's presence, the smaller of its units
+and 1. Seconds are a rising function of MACs measured on the device: a limit on them is one on MACs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlp.errors import AllocationError
-from fedlp.types import Budget, PrunableLayer
+from fedlp.types import Budget, PrunableLayer, presence
 
 Array = NDArray[np.float64]
-Terms = Mapping[tuple[str, ...], float]  # coefficient of the product of the units kept of some axes; () is constant
+Terms = Mapping[tuple[str, ...], float]  # coefficient of the product of units or presences of axes; () is constant
 
 COSTS = ("params", "macs", "memory_bytes", "upload_bytes")  # columns of every array of costs and limits
 _MACS = COSTS.index("macs")
@@ -84,8 +85,8 @@ class CostModel:
     layers : tuple of str
         Their names, in the order of the last axis of units.
     factors : (terms, degree)
-        Indices of the layers whose units each term multiplies; ``len(layers)`` stands for 1, and is last. Terms of more
-        layers come first.
+        Indices of the layers whose units each term multiplies; ``len(layers)`` stands for 1, and is last, ``len(layers)
+        + 1 + i`` for the presence of layer i. Terms of more layers come first.
     coefficients : (len(COSTS), terms)
     latency : LatencyTable or None
         Of clients that have none of their own.
@@ -96,9 +97,11 @@ class CostModel:
     coefficients: Array
     latency: LatencyTable | None = None
     _degrees: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _has_presences: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_degrees", (self.factors < len(self.layers)).sum(axis=0))
+        object.__setattr__(self, "_degrees", (self.factors != len(self.layers)).sum(axis=0))
+        object.__setattr__(self, "_has_presences", bool((self.factors > len(self.layers)).any()))
 
     def evaluate(self, kept: Array) -> Array:
         """Return the costs, (..., len(COSTS)), of (fractional) units kept, (..., layers)."""
@@ -132,6 +135,8 @@ class CostModel:
 
     def _monomials(self, kept: Array) -> Array:
         extended = np.concatenate([kept, np.ones((len(kept), 1))], axis=1)
+        if self._has_presences:
+            extended = np.concatenate([extended, np.minimum(kept, 1.0)], axis=1)
         found = extended.take(self.factors[:, 0], axis=1)
         for column, count in zip(self.factors.T[1:], self._degrees[1:], strict=True):
             found[:, :count] *= extended.take(column[:count], axis=1)
@@ -191,6 +196,7 @@ def make_costs(
     )
     names = tuple(layer.name for layer in layers)
     index = {name: i for i, name in enumerate(names)}
+    index |= {presence(name): len(names) + 1 + i for i, name in enumerate(names)}
     keys = {key for source in sources for _, terms in source for key in terms}
     for axis in sorted({axis for key in keys for axis in key} - index.keys()):
         raise AllocationError(f"the costs name {axis}, which is not one of the {len(names)} prunable layers")
@@ -202,7 +208,7 @@ def make_costs(
     coefficients = np.array(
         [[sum(times * terms.get(key, 0.0) for times, terms in source) for key in ordered] for source in sources]
     )
-    falling = np.argwhere((coefficients < 0) & (factors[:, 0] < len(names)))
+    falling = np.argwhere((coefficients < 0) & (factors[:, 0] != len(names)))
     for cost, row in falling[:1]:
         raise AllocationError(f"{COSTS[cost]} would fall as {' and '.join(ordered[row])} grow; costs must rise")
     return CostModel(names, factors, coefficients, latency)

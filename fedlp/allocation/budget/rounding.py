@@ -17,7 +17,7 @@ from fedlp.allocation.budget.filling import Kept, fill_units
 from fedlp.errors import AllocationError
 from fedlp.types import PrunableLayer
 
-Bounds = Mapping[str, tuple[float, float]]  # least and highest sparsity; from 0 to all units but one if absent
+Bounds = Mapping[str, tuple[float, float]]  # least and highest sparsity; from 0 to all units but the fewest if absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Range:
         """Return the most units in range that do not exceed the wanted number: a multiple, or all, if possible."""
         count = min(max(math.floor(wanted), self.least), self.most)
         lower = count // self.multiple * self.multiple
-        return lower if lower >= self.least and count < self.units else count
+        return lower if lower >= max(self.least, min(1, count)) and count < self.units else count
 
 
 def make_ranges(layers: Sequence[PrunableLayer], bounds: Bounds | None = None, multiple: int = 1) -> dict[str, Range]:
@@ -66,8 +66,8 @@ def make_ranges(layers: Sequence[PrunableLayer], bounds: Bounds | None = None, m
         low, high = (bounds or {}).get(layer.name, (0.0, 1.0))
         if not 0 <= low <= high <= 1:
             raise AllocationError(f"layer {layer.name} may be pruned from {low} to {high}; give 0 <= low <= high <= 1")
-        most = max(1, math.floor((1.0 - low) * units + 1e-9))
-        least = min(most, max(1, math.ceil((1.0 - high) * units - 1e-9)))
+        most = max(layer.least, math.floor((1.0 - low) * units + 1e-9))
+        least = min(most, max(layer.least, math.ceil((1.0 - high) * units - 1e-9)))
         has_one = most == units or most // multiple * multiple >= least
         own = multiple if units >= 2 * multiple and has_one else 1
         found[layer.name] = Range(units, least, most, own, layer.num_params / units)

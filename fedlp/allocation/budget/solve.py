@@ -2,7 +2,7 @@ r"""Solution of a budget: whole units from a shape over layers.
 
 The sparsity of layer i is :math:`s_i = \operatorname{clip}(\mu + a z_i, 0, 1 - 1/n_i)`: a rule gives the shape z, and
 :math:`\mu` is the least that meets the budget, found by bisection as every cost falls with it. At least one unit of
-every layer stays.
+every layer stays, or none (:math:`s_i \le 1`) where its residual branch may go as a whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def solve_budget(
         if not -float("inf") < shape[layer.name] < float("inf"):
             raise AllocationError(f"layer {layer.name}: its score is {shape[layer.name]}; scores must be finite")
     check_reachable(layers, cost, limit)
-    ceilings = {layer.name: 1.0 - 1.0 / layer.num_units for layer in layers}
+    ceilings = {layer.name: 1.0 - layer.least / layer.num_units for layer in layers}
     units = {layer.name: layer.num_units for layer in layers}
 
     def sparsity(mu: float) -> dict[str, float]:
@@ -66,11 +66,12 @@ def solve_budget(
 
 
 def check_reachable(layers: Sequence[PrunableLayer], cost: Cost, limit: float) -> None:
-    """Raise AllocationError if one unit per layer exceeds the limit."""
-    least = cost({layer.name: 1.0 for layer in layers})
+    """Raise AllocationError if the fewest units of each layer exceed the limit."""
+    least = cost({layer.name: float(layer.least) for layer in layers})
     if least > limit:
+        units = "one unit" if all(layer.least for layer in layers) else "the fewest units"
         raise AllocationError(
-            f"the target of {limit:,.0f} is out of reach: with one unit in each of the {len(layers)} prunable layers "
+            f"the target of {limit:,.0f} is out of reach: with {units} in each of the {len(layers)} prunable layers "
             f"the model still has {least:,.0f}; choose at least that"
         )
 
@@ -84,7 +85,7 @@ def round_units(
     """
     wanted = {layer.name: (1.0 - sparsity[layer.name]) * layer.num_units for layer in layers}
     units = {layer.name: layer.num_units for layer in layers}
-    kept = {name: max(1, int(value + 1e-9)) for name, value in wanted.items()}
+    kept = {layer.name: max(layer.least, int(wanted[layer.name] + 1e-9)) for layer in layers}
     nearest = sorted(layers, key=lambda layer: kept[layer.name] - wanted[layer.name])
     smallest = sorted(layers, key=lambda layer: layer.num_params / layer.num_units)
     order = chain(nearest, cycle(smallest))

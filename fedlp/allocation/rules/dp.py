@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,9 @@ def allocate_by_curves(
     Parameters
     ----------
     curves : mapping from layer name to sequence of float
-        :math:`\ell_i` after one, two, ... units removed (at most num_units - 1); comparable between layers.
+        :math:`\ell_i` after one, two, ... units removed (at most all but the fewest); comparable between layers.
     """
+    layers = [replace(x, least=max(x.least, x.num_units - len(curves[x.name]))) for x in layers]
     check_reachable(layers, cost, limit)
     losses = {name: np.concatenate(([0.0], curve)) for name, curve in curves.items()}
     kept = {layer.name: layer.num_units for layer in layers}
@@ -87,8 +88,8 @@ def _meet_limit(
 
 
 def _unit_price(layer: PrunableLayer, kept: Mapping[str, int], cost: Cost) -> float:
-    fewer = {**kept, layer.name: kept[layer.name] - 0.5}
-    return 2.0 * (cost(kept) - cost(fewer))
+    units = kept[layer.name] or 0.5
+    return 2.0 * (cost({**kept, layer.name: units}) - cost({**kept, layer.name: units - 0.5}))
 
 
 def _cheapest(

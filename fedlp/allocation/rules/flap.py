@@ -33,14 +33,15 @@ def allocate_pooled(
     """Return the units kept of each layer by a global ranking of standardised scores, lowest pruned first (FLAP).
 
     Scores are standardised layer by layer; units go from the lowest on until the limit is met, and at least one of each
-    layer stays.
+    layer stays, or none where its residual branch may go as a whole.
     """
     check_reachable(layers, cost, limit)
     rows: list[tuple[float, str]] = []
     for layer in layers:
         values = np.asarray(scores[layer.name], dtype=np.float64)
         spread = values.std() or 1.0
-        rows += [(score, layer.name) for score in np.sort((values - values.mean()) / spread)[: layer.num_units - 1]]
+        standard = np.sort((values - values.mean()) / spread)
+        rows += [(score, layer.name) for score in standard[: layer.num_units - layer.least]]
     rows.sort()
     low, high = 0, len(rows)
 

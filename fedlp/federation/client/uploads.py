@@ -21,6 +21,7 @@ from fedlp.models.adapters import has_adapters, merge_adapters
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.magnitude import Magnitude
+from fedlp.pruning.tracing.units import is_reader
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
@@ -160,7 +161,8 @@ class Uploads:
         data = self._calibration(instruction, examples)
         if not data.num_examples:
             return {}, 0.0
-        norms = measure_input_norms(model, list(self._submodels.reader_columns), data.batches)
+        present = [path for path in self._submodels.reader_columns if is_reader(model.get_submodule(path))]
+        norms = measure_input_norms(model, present, data.batches)
         return norms, self._costs.macs(instruction.submodel).forward * data.num_examples
 
     def _choose(
@@ -206,7 +208,8 @@ class Uploads:
 
     def _layers(self, spec: WidthSpec) -> list[PrunableLayer]:
         """Return the prunable layers of a client's sub-model."""
-        return [replace(layer, num_units=spec.axes[layer.name]) for layer in self._submodels.layers]
+        found = [replace(layer, num_units=spec.axes[layer.name]) for layer in self._submodels.layers]
+        return [layer for layer in found if layer.num_units]
 
     def _calibration(self, instruction: TrainInstruction, examples: Examples) -> Calibration:
         wanted, key = self._settings.calibration, (instruction.server_round, instruction.client_id)

@@ -162,10 +162,10 @@ class PlanPolicy:
     def _uploads(self, server_round: int, client_id: int, submodel: SubModel) -> frozenset[str]:
         """Return the uploaded tensors: a layer draw, without the statistics of batch norms if these are static."""
         submodels, batch_norm, rate = self.context.submodels, self.context.batch_norm, self._rate(client_id)
-        uploads = submodels.layout(submodel).name_set
+        uploads = held = submodels.layout(submodel).name_set
         if rate < 1.0:
-            layers = submodels.spec.layers
-            uploads = sample_uploads(self.context.seed, server_round, client_id, layers, rate, self.options.upload_unit)
+            layers, unit = submodels.spec.layers, self.options.upload_unit
+            uploads = sample_uploads(self.context.seed, server_round, client_id, layers, rate, unit) & held
         narrow = batch_norm == "whole" and submodel.widths and self._somebody_is_whole
         if narrow or batch_norm == "static":
             uploads -= submodels.statistics  # a narrow model's are not a wide one's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -17,7 +17,7 @@ from fedlp.allocation.rules.dp import allocate_by_curves
 from fedlp.allocation.rules.uniform import Uniform
 from fedlp.federation.strategies.plan_evidence import round_evidence
 from fedlp.federation.strategies.policy import Memory, PolicyContext
-from fedlp.types import Budget
+from fedlp.types import Budget, PrunableLayer
 
 Counts = Mapping[str, int]
 
@@ -45,7 +45,7 @@ class PlanSolver:
         whole = {layer.name: layer.num_units for layer in self._layers}
         if not limits_what_is_held(budget):
             return whole
-        return self._fit(replace(budget, upload_bytes=None), whole, client_id, "allocator", evidence)
+        return self._fit(replace(budget, upload_bytes=None), whole, client_id, "allocator", evidence, True)
 
     def counts(
         self,
@@ -69,7 +69,7 @@ class PlanSolver:
         whole = {layer.name: layer.num_units for layer in self._layers}
         held: Counts = whole if given is None else given
         if given is None and limits_what_is_held(budget):
-            held = self._solve(replace(budget, upload_bytes=None), whole, client_id)
+            held = self._solve(replace(budget, upload_bytes=None), whole, client_id, drops=True)
         upload_bytes = None if budget is None else budget.upload_bytes
         if not sparsity and upload_bytes is None:
             return held, held
@@ -87,37 +87,51 @@ class PlanSolver:
         row = np.array([[kept[name] for name in self._costs.layers]], dtype=np.float64)
         return float(self._costs.evaluate(row)[0, COSTS.index("params")])
 
-    def _solve(self, budget: Budget, most: Counts, client_id: int, spread: str = "allocator") -> Counts:
+    def _solve(
+        self, budget: Budget, most: Counts, client_id: int, spread: str = "allocator", drops: bool = False
+    ) -> Counts:
         """Return the units within a budget, at most ``most``."""
-        key = budget, tuple(most.values()), spread
+        key = budget, tuple(most.values()), spread, drops
         if key not in self._solved:
-            self._solved[key] = self._fit(budget, most, client_id, spread)
+            self._solved[key] = self._fit(budget, most, client_id, spread, drops=drops)
         return self._solved[key]
 
     def _fit(
-        self, budget: Budget, most: Counts, client_id: int, spread: str, evidence: Evidence | None = None
+        self,
+        budget: Budget,
+        most: Counts,
+        client_id: int,
+        spread: str,
+        evidence: Evidence | None = None,
+        drops: bool = False,
     ) -> Counts:
-        layers, costs = self._layers, self._costs
+        """Return the units within a budget, at most ``most``; none of a branch only if it ``drops`` branches."""
+        costs = self._costs
+        layers = [x if drops else replace(x, least=min(1, most[x.name])) for x in self._layers]
         limits = costs.limits(budget, None)
         bounds = {x.name: (1.0 - most[x.name] / x.num_units, 1.0) for x in layers}
         sparsity = {x.name: 1.0 - most[x.name] / x.num_units for x in layers}
 
         def load(kept: Mapping[str, float]) -> float:
-            row = np.array([[min(kept[name], most[name]) for name in costs.layers]], dtype=np.float64)
+            row = np.array([[min(kept.get(name, 0), most[name]) for name in costs.layers]], dtype=np.float64)
             return float((costs.evaluate(row)[0] / limits).max())
 
         if load(most) <= 1.0:
             return most
-        least = dict.fromkeys(costs.layers, 1)
+        least = {x.name: x.least for x in layers}
         if load(least) <= 1.0:  # else the rounding says what is out of reach
-            found = self._by_work(load, most) if spread == "macs" else self._by_rule(load, most, evidence)
-            sparsity = {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in layers}
+            held = [x for x in layers if most[x.name]]
+            by_rule = spread != "macs"
+            found = self._by_rule(held, load, most, evidence) if by_rule else self._by_work(held, load, most)
+            sparsity |= {x.name: 1.0 - min(found[x.name], most[x.name]) / x.num_units for x in held}
         return round_client(
             layers, sparsity, costs, budget, client_id=client_id, bounds=bounds, multiple=self._multiple
         )
 
-    def _by_rule(self, load: Cost, most: Counts, given: Evidence | None) -> Mapping[str, int]:
-        """Return the units kept by the allocation rule; uniform until its evidence has arrived."""
+    def _by_rule(
+        self, held: Sequence[PrunableLayer], load: Cost, most: Counts, given: Evidence | None
+    ) -> Mapping[str, int]:
+        """Return the units kept of the held layers by the allocation rule; uniform until its evidence has arrived."""
         rule, (memory, params) = self._context.allocator, self._seen
         whole, none = load(most), load(dict.fromkeys(most, 0))
         sparsity = min(max((whole - 1.0) / (whole - none), 0.0), 1.0)
@@ -127,11 +141,13 @@ class PlanSolver:
             evidence = given.at(sparsity)
         needs = needs_of(rule)
         if not all(evidence.has(need) for need in needs):
-            return Uniform()(self._layers, evidence, load, 1.0)
-        layers = evidence.layers if needs & {"unit_scores", "error_curves"} else self._layers
-        return rule(layers, evidence, load, 1.0)
+            return Uniform()(held, evidence, load, 1.0)
+        if needs & {"unit_scores", "error_curves"}:
+            scored = {x.name: x.num_units for x in evidence.layers}
+            held = [replace(x, num_units=scored[x.name]) for x in held]
+        return rule(held, evidence, load, 1.0)
 
-    def _by_work(self, load: Cost, most: Counts) -> Counts:
+    def _by_work(self, layers: Sequence[PrunableLayer], load: Cost, most: Counts) -> Counts:
         r"""Return the units that maximise :math:`\sum_l m_l \log f_l` within the budget, to about a per cent.
 
         :math:`m_l` are the MACs of a layer, :math:`f_l` the fraction of its weights that is sent. Where weights are
@@ -142,7 +158,7 @@ class PlanSolver:
         without = row * (1.0 - np.eye(row.size))  # the layers that one axis takes part in, all units of it gone
         work = self._costs.evaluate(row)[:, macs] - self._costs.evaluate(without)[:, macs]
         by_name = dict(zip(self._costs.layers, work.tolist(), strict=True))
-        held = [replace(x, num_units=most[x.name]) for x in self._layers]
+        held = [replace(x, num_units=most[x.name]) for x in layers]
         left = {x.name: np.arange(x.num_units - 1, 0, -1) / x.num_units for x in held}
         curves = {x.name: (-by_name[x.name] * np.log(left[x.name])).tolist() for x in held}
         return allocate_by_curves(held, curves, load, 1.0)

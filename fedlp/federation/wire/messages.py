@@ -265,10 +265,11 @@ def encode_update(update: ClientUpdate, submodels: SubModels, coded: bool = Fals
         },
     )
     if update.scores:
-        flat = torch.cat([update.scores[layer.name].flatten() for layer in submodels.layers])
+        scored = [layer.name for layer in submodels.layers if layer.name in update.scores]  # not absent branches
+        flat = torch.cat([update.scores[name].flatten() for name in scored])
         content[SCORES] = encode_params({SCORES: flat.to(torch.bfloat16)})
     if update.input_norms:
-        norms = [update.input_norms[path] for path in submodels.reader_columns]
+        norms = [update.input_norms[path] for path in submodels.reader_columns if path in update.input_norms]
         means = torch.cat([(item.total / item.count).to(torch.float32) for item in norms])
         counts = torch.tensor([item.count for item in norms], dtype=torch.int64)
         content[INPUT_NORMS] = encode_params({"means": means, "counts": counts})
@@ -385,11 +386,11 @@ def _decode_scores(content: RecordDict, assigned: Assignment, submodels: SubMode
 
 def _decode_norms(content: RecordDict, assigned: Assignment, submodels: SubModels, who: str) -> dict[str, InputNorms]:
     """Return the input norms of the columns that a client holds, by module path."""
-    held, sizes = assigned.submodel.widths, []
+    held, by_path = assigned.submodel.widths, dict[str, int]()
     for layer in submodels.layers:
-        count = held[layer.name].count if layer.name in held else layer.num_units
-        sizes += [submodels.reader_columns[path] // layer.num_units * count for path in layer.readers]
-    paths = list(submodels.reader_columns)
+        if count := held[layer.name].count if layer.name in held else layer.num_units:
+            by_path |= {path: submodels.reader_columns[path] // layer.num_units * count for path in layer.readers}
+    paths, sizes = list(by_path), list(by_path.values())
     signature = [("means", (sum(sizes),), torch.float32), ("counts", (len(paths),), torch.int64)]
     try:
         found = read_tensors(content, INPUT_NORMS, signature)

@@ -20,8 +20,8 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
     """Return the bytes saved by autograd for one training example, up to the loss: a polynomial in the units kept.
 
     Measured once on the whole model, on shapes alone. The saved input of a layer that reads an axis scales with
-    that axis; anything else with the axis on which the last layer before it wrote. Storage that is kept twice counts
-    once, and weights do not count.
+    that axis; anything else with the axis on which the last layer before it wrote, or else with the presence of the
+    branch that it is saved in. Storage that is kept twice counts once, and weights do not count.
 
     Parameters
     ----------
@@ -31,18 +31,20 @@ def activation_footprint(model: nn.Module, spec: WidthSpec, inputs: Tensor) -> F
     example = inputs[:1].repeat(_BATCH, *[1] * (inputs.dim() - 1))  # a copy: an expanded storage is too small
     found = run_copy(model, example, lambda copied, batch: _kept_storage(copied, batch, spec), "cpu")
     footprint = Footprint(model, spec, {})
-    for axis, size in found:
-        footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]))
+    for axis, branch, size in found:
+        footprint.add(axis, size / _BATCH / (1 if axis is None else spec.axes[axis]), branch)
     return footprint
 
 
-def _kept_storage(model: nn.Module, batch: Tensor, spec: WidthSpec) -> list[tuple[str | None, float]]:
-    """Return the axis and the bytes of each storage that a training step of a model keeps."""
+def _kept_storage(model: nn.Module, batch: Tensor, spec: WidthSpec) -> list[tuple[str | None, str | None, float]]:
+    """Return the axis, the branch and the bytes of each storage that a training step of a model keeps."""
     tensors = named_tensors(model)
     names = {id(tensor): name for name, tensor in tensors.items()}
     own = {_storage(tensor) for tensor in tensors.values()}
     sizes: dict[int, float] = {}
     axes: dict[int, str | None] = {}
+    branches: dict[int, str | None] = {}
+    within: list[str | None] = [None]  # last is the branch that is running
     held: list[Tensor] = []  # so that no storage takes another's place
     reading: list[str | None] = []
     written: list[str | None] = [None]
@@ -53,6 +55,7 @@ def _kept_storage(model: nn.Module, batch: Tensor, spec: WidthSpec) -> list[tupl
             held.append(tensor)
             sizes[key] = float(tensor.untyped_storage().nbytes())
             axes[key] = reading[-1] if reading else axes.get(key, written[-1])
+            branches.setdefault(key, within[-1])
         return tensor
 
     def leave(writes: str | None) -> None:
@@ -63,10 +66,15 @@ def _kept_storage(model: nn.Module, batch: Tensor, spec: WidthSpec) -> list[tupl
         reads, writes = _axes(module, spec, names[id(module.weight)])
         module.register_forward_pre_hook(lambda *_, axis=reads: reading.append(axis))
         module.register_forward_hook(lambda *_, axis=writes: leave(axis))
+        branch, ends = spec.branch_of.get(names[id(module.weight)]), is_reader(module) and reads in spec.branches
+        if branch is not None:
+            module.register_forward_pre_hook(lambda *_, branch=branch: within.append(branch))
+        if ends:
+            module.register_forward_hook(lambda *_: within.append(None))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = forward_logits(model.train(), batch)
         logits.flatten(0, -2).log_softmax(dim=-1)
-    return [(axes[key], size) for key, size in sizes.items()]
+    return [(axes[key], branches[key], size) for key, size in sizes.items()]
 
 
 def _weighs(module: nn.Module, names: Mapping[int, str]) -> bool:

@@ -15,6 +15,7 @@ from fedlp.pruning.tracing.swin import is_swin
 from fedlp.pruning.tracing.units import is_reader, is_transposed
 from fedlp.pruning.tracing.vision_transformer import is_vision_transformer
 from fedlp.pruning.tracing.widths import WidthSpec
+from fedlp.types import PRESENCE, presence
 
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "self")
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
@@ -25,7 +26,8 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 class Footprint:
     """Parameters and multiply-accumulates of a model as its widths change: a polynomial in the units kept.
 
-    Every weight counts with the product of the units kept along its axes; weights on no axis are constant.
+    Every weight counts with the product of the units kept along its axes; weights on no axis are constant, unless they
+    go with the last unit of a branch: then they count with its *presence*, the smaller of its units and 1.
     """
 
     def __init__(self, model: nn.Module, spec: WidthSpec, positions: Mapping[str, float] | None = None) -> None:
@@ -38,24 +40,28 @@ class Footprint:
                 continue
             axes = tuple(sorted(dim.axis for dim in spec.dims.get(name, ()) if dim.axis is not None))
             share = times * tensor.numel() / math.prod(spec.axes[axis] for axis in axes)
+            branch = spec.branch_of.get(name)
+            axes = axes if branch is None or branch in axes else (*axes, presence(branch))
             self._terms[axes] = self._terms.get(axes, 0.0) + share
 
-    def add(self, axis: str | None, per_unit: float) -> None:
-        """Add a cost that is constant (None) or proportional to one axis's units."""
+    def add(self, axis: str | None, per_unit: float, branch: str | None = None) -> None:
+        """Add a cost that is constant (None) or proportional to one axis's units, while a branch is present."""
         key = () if axis is None else (axis,)
+        key = key if branch is None or branch == axis else (*key, presence(branch))
         self._terms[key] = self._terms.get(key, 0.0) + per_unit
 
     def count(self, kept: Mapping[str, float]) -> float:
         """Return the cost for units kept of each axis; absent axes stay whole."""
-        units = {**self._spec.axes, **kept}
+        units: dict[str, float] = {**self._spec.axes, **kept}
+        units |= {presence(axis): min(units[axis], 1.0) for axis in self._spec.branches}
         return sum(share * math.prod(units[axis] for axis in axes) for axes, share in self._terms.items())
 
     def terms(self, axes: Collection[str]) -> dict[tuple[str, ...], float]:
         """Return the coefficient of every product of some axes' units; all other axes stay whole."""
         found: dict[tuple[str, ...], float] = {}
         for key, share in self._terms.items():
-            kept = tuple(axis for axis in key if axis in axes)
-            whole = math.prod(self._spec.axes[axis] for axis in key if axis not in axes)
+            kept = tuple(axis for axis in key if axis.removeprefix(PRESENCE) in axes)
+            whole = math.prod(self._spec.axes.get(axis, 1) for axis in key if axis not in kept)
             found[kept] = found.get(kept, 0.0) + share * whole
         return found
 

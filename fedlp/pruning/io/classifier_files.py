@@ -144,8 +144,8 @@ def _read_widths(path: Path, spec: WidthSpec) -> dict[str, Keep]:
                 f"{path} is of another model: axis {axis} has {sizes.get(axis, 'no')} units there, "
                 f"{spec.axes.get(axis, 'no')} in the model"
             )
-        if not widths[axis].count:
-            raise CheckpointError(f"{path} keeps no unit of axis {axis}")
+        if not widths[axis].count and axis not in spec.branches:
+            raise CheckpointError(f"{path} keeps no unit of axis {axis}; trace the model's axes with depth=True")
     return widths
 
 

@@ -17,7 +17,8 @@ model = {auto}.from_pretrained("."{trust})
 _OWN_CODE = (
     "Its blocks differ in width, which no config of transformers' own class describes: `modeling_pruned.py` builds it, "
     "a short file that needs torch and transformers only, and `trust_remote_code=True` runs it. `pruned_blocks` in "
-    "`config.json` has the sizes of every block (`per_layer_config` too, in transformers' own form)."
+    "`config.json` has the sizes of every block (`per_layer_config` too, in transformers' own form); without heads or "
+    "neurons a block has no attention or MLP."
 )
 _NATIVE = "Its config describes it: no code of fedlp is needed."
 

@@ -121,7 +121,7 @@ def _describe(model: nn.Module) -> tuple[Any, Any]:
     neurons = {block["intermediate_size"] for block in blocks}
     if hasattr(config, layout.neurons):
         # Where all agree, one too many: the native class is to refuse the weights, not to leave out the biases.
-        setattr(config, layout.neurons, max(neurons) + (len(neurons) == 1))
+        setattr(config, layout.neurons, max(1, *neurons) + (len(neurons) == 1))
     _write_layers(config, blocks, layout)
     if not _builds(getattr(template, name), config, model, blocks):
         raise ConfigError(f"this {native.__name__} cannot be exported: more than its heads and neurons is unusual")
@@ -182,7 +182,7 @@ def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
 
     They fill the hidden size, if possible, and are no fewer than any block's, if possible.
     """
-    queries = max(block["attention_heads"] // block["key_value_heads"] for block in blocks)
+    queries = max(block["attention_heads"] // max(block["key_value_heads"], 1) for block in blocks) or 1
     widest = _widest(blocks, "key_value_heads")
     if widest == 1 and queries > 1:  # multi-query attention, whose blocks may differ in queries
         valid = [(heads, 1) for heads in range(queries, hidden + 1) if hidden % heads == 0]
@@ -192,7 +192,7 @@ def _valid_heads(blocks: Blocks, hidden: int) -> tuple[int, int]:
 
 
 def _widest(blocks: Blocks, size: str) -> int:
-    return max(block[size] for block in blocks)
+    return max(1, *(block[size] for block in blocks))
 
 
 def _builds(model_class: Any, config: Any, model: nn.Module, blocks: Blocks) -> bool:

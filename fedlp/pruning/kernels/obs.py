@@ -136,7 +136,7 @@ def eliminate(
         order += first.units[chosen].tolist()
         steps.append(count)
         losses.append(loss)
-        if max(state.used for state in states) >= block:
+        if max(state.used for state in states) >= block and not bool(removed.all()):
             kept = (~removed).nonzero().flatten()
             for state in states:
                 state.flush(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ Cut = Callable[[nn.Module, WidthSpec, Mapping[str, Keep]], nn.Module]
 def without_broken_axes(model: nn.Module, spec: WidthSpec, inputs: Tensor, cut: Cut) -> WidthSpec:
     """Return the axes along which a model can be cut; the others stay whole, with the error of its forward pass.
 
+    Branches without which it fails keep a unit.
+
     Parameters
     ----------
     model : nn.Module
@@ -35,18 +38,34 @@ def without_broken_axes(model: nn.Module, spec: WidthSpec, inputs: Tensor, cut: 
         return _fault(model, spec, axes, inputs, cut)
 
     if not spec.axes or not fault(spec.axes):
-        return spec
+        return _without_broken_branches(model, spec, inputs, cut)
     found = spec.pinned(
         {axis: f"the model cut along it fails: {line}" for axis in spec.axes if (line := fault([axis]))}
     )
     line = fault(found.axes)
-    return found.pinned(dict.fromkeys(found.axes, f"the model cut along them fails: {line}")) if line else found
+    if line:
+        return found.pinned(dict.fromkeys(found.axes, f"the model cut along them fails: {line}"))
+    return _without_broken_branches(model, found, inputs, cut)
 
 
-def _fault(model: nn.Module, spec: WidthSpec, axes: Iterable[str], inputs: Tensor, cut: Cut) -> str:
+def _without_broken_branches(model: nn.Module, spec: WidthSpec, inputs: Tensor, cut: Cut) -> WidthSpec:
+    """Return the spec with the branches without which a model runs, alone and all at once."""
+
+    def fault(axes: Iterable[str]) -> str:
+        return _fault(model, spec, axes, inputs, cut, empty=True)
+
+    if not spec.branches or not fault(spec.branches):
+        return spec
+    left = {axis: names for axis, names in spec.branches.items() if not fault([axis])}
+    return replace(spec, branches={} if fault(left) else left)
+
+
+def _fault(
+    model: nn.Module, spec: WidthSpec, axes: Iterable[str], inputs: Tensor, cut: Cut, empty: bool = False
+) -> str:
     """Return the first line of what goes wrong in a forward pass of a cut model; nothing where nothing does."""
     sizes = {axis: spec.axes[axis] for axis in axes}
-    counts = [max(1, int(_FRACTIONS[i % 2] * size)) for i, size in enumerate(sizes.values())]
+    counts = [0 if empty else max(1, int(_FRACTIONS[i % 2] * size)) for i, size in enumerate(sizes.values())]
     widths = {axis: Keep.first(count, size) for (axis, size), count in zip(sizes.items(), counts, strict=True)}
     batch = inputs[:1].expand(_BATCH, *inputs.shape[1:])
     whole = run_copy(model, batch, _output_shape)

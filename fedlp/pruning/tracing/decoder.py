@@ -8,6 +8,9 @@
 * ``BLOCK.mlp``: one intermediate neuron is a unit.
 * ``ranks``, alone, where only adapters are cut: one rank of all adapters is a unit.
 
+Without units of its own an attention or MLP is a branch that a block can do without, where its output is added to a
+residual stream after a norm of its own: with it go the norm and all its tensors but the output's bias.
+
 ``BLOCK`` is ``model.layers.N``, ``transformer.h.N`` of GPT-2, ``bert.encoder.layer.N`` of BERT. A part without a rule
 stays whole, and pins the axis that it may depend on: a norm over all heads pins its attention.
 """
@@ -74,7 +77,8 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
     axes = {HIDDEN: streams.size} if streams is not None else {}
     dims = dict(streams.dims) if streams is not None else {}
     for block in blocks:
-        axes |= {block.attention: block.queries if block.is_multi_query else block.heads, block.mlp: block.neurons}
+        sizes = {block.attention: block.queries if block.is_multi_query else block.heads, block.mlp: block.neurons}
+        axes |= {axis: size for axis, size in sizes.items() if size}
         letters = _letters(block, hidden=streams is not None)
         for name, (outputs, inputs) in layout.layers.items():
             path = f"{block.path}.{name}"
@@ -85,8 +89,33 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
     unknown = {name: tensor for name, tensor in names.items() if name not in dims}
     pinned = {axis: reason for axis, reason in _pinned(model, blocks, unknown) if axis in axes}
     found = {name: dims.get(name, (WHOLE,) * tensor.ndim) for name, tensor in names.items()}
-    cut = {name: tuple(WHOLE if dim.axis in pinned else dim for dim in each) for name, each in found.items()}
-    return WidthSpec({axis: size for axis, size in axes.items() if axis not in pinned}, cut, pinned)
+    branches = dict(_branches(model, blocks, found)) if adds_to_stream(model) else {}
+    return WidthSpec(axes, found, branches=branches).pinned(pinned)
+
+
+def _branches(
+    model: nn.Module, blocks: list[Block], dims: Mapping[str, tuple[Dim, ...]]
+) -> Iterator[tuple[str, frozenset[str]]]:
+    """Yield the axis of each attention and MLP, and the tensors off the axis that are of no use without its units."""
+    layout = _layout(model)
+    outputs = [name for letters in _template().OUTPUT_BIASES for name, both in layout.layers.items() if both == letters]
+    for block in blocks:
+        prefix = f"{layout.attention}."
+        for axis, output, norm in zip((block.attention, block.mlp), outputs, layout.norms, strict=False):
+            parts = [name for name in layout.layers if name.startswith(prefix) == output.startswith(prefix)]
+            if axis == block.attention:
+                parts.append(layout.attention)
+            owners = tuple(f"{block.path}.{name}." for name in (norm, *parts))
+            yield (
+                axis,
+                frozenset(
+                    name
+                    for name, each in dims.items()
+                    if name.startswith(owners)
+                    and name != f"{block.path}.{output}.bias"
+                    and all(dim.axis != axis for dim in each)
+                ),
+            )
 
 
 def _letters(block: Block, hidden: bool) -> dict[str, Dim]:
@@ -154,6 +183,7 @@ def match_decoder(model: nn.Module) -> None:
     A config that can hold the size of a head gets the exact sizes if blocks agree, those of the widest block if
     they do not. Any other is changed only if it can describe the model exactly.
     """
+    _template().drop_branches(model)
     layout, blocks, streams = _layout(model), _blocks(model), stream_dims(model)
     module: Any
     for module in model.modules():
@@ -216,7 +246,7 @@ def _blocks(model: nn.Module) -> list[Block]:
                 attention=f"{block}.{layout.attention}",
                 mlp=f"{block}.mlp",
                 heads=heads,
-                queries=sizes["attention_heads"] // heads,
+                queries=sizes["attention_heads"] // max(heads, 1),
                 head_dim=sizes["head_dim"],
                 neurons=sizes["intermediate_size"],
             )
@@ -226,7 +256,7 @@ def _blocks(model: nn.Module) -> list[Block]:
 
 def _write_config(model: nn.Module, blocks: list[Block]) -> None:
     config, layout, streams = _config(model), _layout(model), stream_dims(model)
-    heads, neurons = max(block.heads for block in blocks), max(block.neurons for block in blocks)
+    heads, neurons = (max(1, *(getattr(block, name) for block in blocks)) for name in ("heads", "neurons"))
     sizes = {layout.neurons: neurons, "num_kv_heads": heads}
     if streams is not None:
         sizes |= {"hidden_size": streams.size, "word_embed_proj_dim": streams.embedding}
@@ -236,7 +266,7 @@ def _write_config(model: nn.Module, blocks: list[Block]) -> None:
     for name, size in sizes.items():
         if hasattr(config, name):
             setattr(config, name, size)
-    config.num_attention_heads = max(block.heads * block.queries for block in blocks)
+    config.num_attention_heads = max(1, *(block.heads * block.queries for block in blocks))
 
 
 def _holds_head_dim(model: nn.Module) -> bool:

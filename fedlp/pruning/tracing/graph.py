@@ -12,6 +12,7 @@ shapes however narrow the rest is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from fedlp.models.forward import first_line, run_copy
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing import slicing
+from fedlp.pruning.tracing.residual_branches import residual_branches
 from fedlp.pruning.tracing.rules import FREE, AxisRules, Dims, target_name
 from fedlp.pruning.tracing.slicing import WidthSpec
 from fedlp.pruning.tracing.symbolic import trace_modules
@@ -57,7 +59,8 @@ def _find_axes(copied: nn.Module, example: Tensor, model: nn.Module) -> WidthSpe
         name: tuple(rules.table.named(dim) for dim in rules.tensor_dims.get(name, (WHOLE,) * tensor.ndim))
         for name, tensor in named_tensors(model).items()
     }
-    return WidthSpec(rules.table.final_sizes(), dims, {**finder.whole, **rules.table.reasons()})
+    spec = WidthSpec(rules.table.final_sizes(), dims, {**finder.whole, **rules.table.reasons()})
+    return replace(spec, branches=residual_branches(graph, copied, spec))
 
 
 class _AxisFinder(fx.Interpreter):

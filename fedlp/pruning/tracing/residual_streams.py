@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,8 @@ def stream_dims(model: nn.Module) -> Stream | None:
         for name, both in layout.items()
         for kind, part in zip(("weight", "bias"), both.split(), strict=False)
     }
-    first = next(iter(table.norms))
-    size = len(model.get_parameter(f"{table.blocks}.{blocks[0][0]}.{first}.weight"))
+    template: Any = importlib.import_module("fedlp.models.modeling_pruned")  # imports transformers
+    size: int = template.layer_sizes(blocks[0][1], template.LAYOUTS[config.model_type])["h"]
     embedding = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     return Stream(size, embedding, dims, projects == (embedding != size))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -69,17 +70,35 @@ class WidthSpec:
     dims : mapping from tensor name to one Dim per dimension
     whole : mapping from part of the model to reason
         Parts that stay whole, since no rule covers them.
+    branches : mapping from axis name to tensor names
+        Axes that may lose all units, since a residual connection bypasses their *branch*: the layers between it and the
+        addition. With the last unit go the tensors along the axis and these, such as those of the branch's norm; the
+        bias of its last layer stays.
     """
 
     axes: Mapping[str, int]
     dims: Mapping[str, tuple[Dim, ...]]
     whole: Mapping[str, str] = field(default_factory=dict)
+    branches: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def pinned(self, reasons: Mapping[str, str]) -> WidthSpec:
         """Return the spec in which some axes stay whole, and why."""
         dims = {name: tuple(WHOLE if dim.axis in reasons else dim for dim in each) for name, each in self.dims.items()}
         axes = {axis: size for axis, size in self.axes.items() if axis not in reasons}
-        return WidthSpec(axes, dims, {**self.whole, **reasons})
+        branches = {axis: names for axis, names in self.branches.items() if axis in axes}
+        return WidthSpec(axes, dims, {**self.whole, **reasons}, branches)
+
+    @cached_property
+    def branch_of(self) -> Mapping[str, str]:
+        """Axis of a branch by tensor that goes with its last unit."""
+        found = {name: axis for axis, names in self.branches.items() for name in names}
+        along = [(name, dim.axis) for name, dims in self.dims.items() for dim in dims if dim.axis in self.branches]
+        return {**found, **{name: axis for name, axis in along if axis is not None}}
+
+    def absent(self, widths: Mapping[str, Keep]) -> frozenset[str]:
+        """Return the tensors of the branches without units."""
+        gone = {axis for axis, keep in widths.items() if not keep.count}
+        return frozenset(name for name, axis in self.branch_of.items() if axis in gone) if gone else frozenset()
 
     def whole_line(self) -> str:
         """Return :meth:`describe_whole` as one line; empty where nothing stays whole."""
@@ -120,7 +139,7 @@ def tensor_keeps(spec: WidthSpec, name: str, shape: Sequence[int], widths: Mappi
     Raises
     ------
     ConfigError
-        If a Keep is not of its axis's size, or empty.
+        If a Keep is not of its axis's size, or empty and no branch's.
     """
     dims = spec.dims.get(name, (WHOLE,) * len(shape))
     return tuple(_dim_keep(spec, dim, size, widths) for dim, size in zip(dims, shape, strict=True))
@@ -133,7 +152,7 @@ def _dim_keep(spec: WidthSpec, dim: Dim, size: int, widths: Mapping[str, Keep]) 
     keep = widths[axis]
     if keep.size != spec.axes[axis]:
         raise ConfigError(f"axis {axis} has {spec.axes[axis]} units, but the choice is one of {keep.size}")
-    if not keep.count:
+    if not keep.count and axis not in spec.branches:
         raise ConfigError(f"axis {axis} would keep none of its {keep.size} units; keep at least one")
     return dim.keep(keep)
 
@@ -146,13 +165,13 @@ def slice_tensor(tensor: Tensor, keeps: Sequence[Keep]) -> Tensor:
     source = tensor.detach()
     part = source
     for dim, keep in enumerate(keeps):
-        if len(keep.runs) == 1:
-            start, stop = keep.runs[0]
+        if len(keep.runs) <= 1:
+            start, stop = keep.runs[0] if keep.runs else (0, 0)
             part = part.narrow(dim, start, stop - start)
     for dim, keep in enumerate(keeps):
         if len(keep.runs) > _MAX_PIECES:
             part = part.index_select(dim, torch.from_numpy(keep.indices()).to(part.device))
-        elif len(keep.runs) != 1:
+        elif len(keep.runs) > 1:
             part = torch.cat([part.narrow(dim, start, stop - start) for start, stop in keep.runs], dim)
     shares = part.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
     return part.clone(memory_format=torch.contiguous_format) if shares else part.contiguous()

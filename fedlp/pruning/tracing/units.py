@@ -66,6 +66,7 @@ def prunable_layers(model: nn.Module, spec: WidthSpec, shared: bool = False) -> 
             coupled=tuple(name for name, dims in spec.dims.items() if any(dim.axis == axis for dim in dims)),
             readers=tuple(path for path, _ in readers[axis]),
             depth=depth,
+            least=int(axis not in spec.branches),
         )
         for axis, depth in zip(chosen, depths, strict=True)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fedlp.errors import ConfigError
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.tracing.cut_check import without_broken_axes
 from fedlp.pruning.tracing.decoder import decoder_widths, is_language_model, match_decoder
+from fedlp.pruning.tracing.empty_layers import drop_empty_layers
 from fedlp.pruning.tracing.graph import trace_classifier
 from fedlp.pruning.tracing.slicing import Dim, WidthSpec, slice_tensor, tensor_keeps
 from fedlp.pruning.tracing.swin import is_swin, match_heads, swin_widths
@@ -25,7 +27,7 @@ from fedlp.types import Keep
 __all__ = ["Dim", "WidthSpec", "cut_in_place", "cut_model", "slice_tensor", "tensor_keeps", "trace_widths"]
 
 
-def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
+def trace_widths(model: nn.Module, inputs: Tensor, depth: bool = False) -> WidthSpec:
     """Return the width axes of a classifier (traced), or of a vision transformer or a language model (by rule).
 
     A part of a classifier that no rule covers stays whole, and so does an axis along which the cut model fails.
@@ -36,6 +38,8 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
         The whole model; not touched.
     inputs : (batch, ...)
         Only their shape matters.
+    depth : bool
+        Whether residual branches may lose all their units; else ``branches`` of the spec is empty.
 
     Raises
     ------
@@ -43,12 +47,15 @@ def trace_widths(model: nn.Module, inputs: Tensor) -> WidthSpec:
         If the model is a language model of an architecture without rules; names it.
     """
     if is_language_model(model):
-        return decoder_widths(model)
-    if is_vision_transformer(model):
-        return vit_widths(model)
-    if is_swin(model):
-        return swin_widths(model)
-    return without_broken_axes(model, trace_classifier(model, inputs), inputs, cut_model)
+        spec = decoder_widths(model)
+    elif is_vision_transformer(model):
+        spec = vit_widths(model)
+    elif is_swin(model):
+        spec = swin_widths(model)
+    else:
+        found = trace_classifier(model, inputs)
+        spec = without_broken_axes(model, found if depth else replace(found, branches={}), inputs, cut_model)
+    return spec if depth else replace(spec, branches={})
 
 
 def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> nn.Module:
@@ -72,7 +79,7 @@ def cut_model(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) -> 
     Raises
     ------
     ConfigError
-        If an axis does not exist, or a Keep is empty or not of its axis's size.
+        If an axis does not exist, or a Keep is not of its axis's size, or empty and no branch's.
     """
     unknown = next((axis for axis in widths if axis not in spec.axes), None)
     if unknown is not None:
@@ -94,7 +101,7 @@ def cut_in_place(model: nn.Module, spec: WidthSpec, widths: Mapping[str, Keep]) 
 
 
 def _match(cut: nn.Module) -> nn.Module:
-    """Set the size attributes of all modules of a cut model; return it."""
+    """Set the size attributes of all modules of a cut model, and drop branches without units; return it."""
     for module in cut.modules():
         _match_sizes(module)
     if is_language_model(cut):
@@ -103,6 +110,8 @@ def _match(cut: nn.Module) -> nn.Module:
         replace_attention(cut)
     elif is_swin(cut):
         match_heads(cut)
+    else:
+        drop_empty_layers(cut)
     return cut
 
 
