@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -33,7 +32,7 @@ from experiments.per_byte.run import DIRICHLET, TIERS, WIDTHS  # noqa: E402
 from experiments.per_byte.tables import regenerate  # noqa: E402
 from experiments.runs import collect, is_finished  # noqa: E402
 from fedlp.apps.federate import Federation  # noqa: E402
-from fedlp.config import compose, to_plain  # noqa: E402
+from fedlp.config import compose, to_plain, to_yaml  # noqa: E402
 from fedlp.federation.client.runtime import load_tensors  # noqa: E402
 from fedlp.federation.fleet import fleet_kinds  # noqa: E402
 from fedlp.federation.sampling import sample_cohort  # noqa: E402
@@ -172,15 +171,13 @@ def run(out: Path, overrides: list[str]) -> None:
     """Run one seed, from its start."""
     plan = Federation(compose(overrides))
     directory = RunDirectory(out)
-    config = to_plain(plan.config)
-    config["strategy"] = {"name": "fiarse"}
-    directory.begin(yaml.safe_dump(config, sort_keys=False))
+    directory.begin(to_yaml(plan.config))
     rounds = Rounds(plan, directory.clients)
     for server_round in range(1, plan.config.num_rounds + 1):
         record = rounds.run_round(server_round)
         directory.append_round(record)
         print(server_round, record.metrics, f"{record.bytes_up / 1e6:.2f} MB up", flush=True)
-    directory.finish(ServerState(server_round, rounds.params), config, {})
+    directory.finish(ServerState(server_round, rounds.params), to_plain(plan.config), {})
 
 
 def main() -> None:

@@ -119,10 +119,10 @@ def test_a_round_is_trained_and_sent_in_stacks(tmp_path: Path, monkeypatch: pyte
     kinds: list[tuple[str, int]] = []
     send = LocalGrid._send
 
-    def spy(grid: LocalGrid, worker: object, numbered: list[tuple[int, Message]]) -> None:
+    def spy(grid: LocalGrid, worker: object, numbered: list[tuple[int, Message]], *rest: object) -> None:
         found = [(x.metadata.message_type, count_clients(x.content)) for _, x in numbered]
         kinds.extend(one for one in found if one[0].startswith("train"))
-        send(grid, worker, numbered)  # type: ignore[arg-type]
+        send(grid, worker, numbered, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalGrid, "_send", spy)
     run(tmp_path, *TINY, "num_clients=12", "clients_per_round=12", "num_rounds=1", "strategy=fedavg", BATCHED)
