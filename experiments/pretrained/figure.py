@@ -16,8 +16,8 @@ CURVES = {  # at most five, by the name of the method's folder
     "heterofl": "HeteroFL",
     "only-capable": "only devices that hold it train",
     "plan-slices": "FedLP-Plan, slices",
-    "plan-pruned": "FedLP-Plan, pruned once",
-    "plan-pruned-refit-2": "FedLP-Plan, pruned every 2nd round",
+    "plan-pruned-refit-2": "FedLP-Plan, pruned",
+    "plan-pruned-refit-2-depth": "FedLP-Plan, pruned, depth too",
 }
 
 
