@@ -121,6 +121,7 @@ def test_a_refit_prunes_base_and_adapters_together() -> None:
         torch.testing.assert_close(tensor, wanted[name] + difference[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
 def test_exports_load_in_transformers_and_peft(once: Once, tmp_path: Path) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")

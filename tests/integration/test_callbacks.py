@@ -44,6 +44,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "watching", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own")
 def test_a_callback_of_ones_own_ends_a_run(call: Call, once: Once, tmp_path: Path) -> None:
     code, _, errors = call(*TINY, "num_rounds=4", "callbacks=[watching:stop_at]", "hydra.run.dir=run")

@@ -61,6 +61,7 @@ def test_a_tenth_of_the_memory_is_within_reach() -> None:
         off.policy.assign(1, smallest, {}, params)
 
 
+@pytest.mark.slow
 def test_what_nobody_holds_stays_and_what_some_hold_is_theirs(once: Once) -> None:
     overrides = (*DEPTH, f"fleet.fractions=[{LOWEST}]")
     done = once(*overrides)

@@ -30,6 +30,7 @@ def context(**settings: str) -> Context:
     return Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=dict(settings))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_clients_that_are_told_its_config(
     stopped: Path, once: Once, monkeypatch: pytest.MonkeyPatch
 ) -> None:

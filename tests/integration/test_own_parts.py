@@ -131,6 +131,7 @@ def test_pruning_with_an_allocator_and_a_score_of_ones_own(elsewhere: Path) -> N
     assert report["params_after"] < 0.8 * report["params_before"]
 
 
+@pytest.mark.slow
 def test_names_of_an_installed_package(elsewhere: Path) -> None:
     env = install(elsewhere)
     shutil.rmtree(elsewhere / "other_package")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class SquaredNorm:
         return view.sum_coupled({name: weight * weight for name, weight in view.parameters.items()}) ** self.sign
 
 
+@pytest.mark.slow
 def test_it_chooses_units_in_a_round(once: Once) -> None:
     own = once(*IN_ROUNDS, f"pruner={HERE}:SquaredNorm")
     assert own.model == once(*IN_ROUNDS, "pruner=magnitude").model

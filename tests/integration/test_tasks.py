@@ -234,6 +234,7 @@ def test_data_and_a_task_of_ones_own_need_one_file(call: Call, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_options_of_local_training_reach_the_clients(once: Once) -> None:
     base = (*SMALL, "model=linear", "dataset.max_train_examples=80", "strategy=fedavg", "local.batch_size=5")
     base = (*base, "num_rounds=2", "eval_every=1")

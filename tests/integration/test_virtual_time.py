@@ -46,6 +46,7 @@ def test_with_equal_devices_the_model_is_the_one_without_a_clock(rounds: str, on
     assert {time["staleness"] for line in done.rounds for time in line["simulated"]["clients"]} == {0}
 
 
+@pytest.mark.slow
 def test_without_deadline_slow_devices_change_time_alone(once: Once) -> None:
     done, plain = once(*MANY), once(*MANY[:-1])
     assert done.model == plain.model

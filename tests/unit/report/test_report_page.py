@@ -277,7 +277,7 @@ def test_damaged_budgets_are_named(write_run: WriteRun, tmp_path: Path, budgets:
         write_report([run], tmp_path / "out")
 
 
-@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)])
 def test_plots_for_papers_are_vectors(write_run: WriteRun, tmp_path: Path, kind: str, start: bytes) -> None:
     run = write_run()
     for out in ("one", "two"):
