@@ -130,8 +130,10 @@ def unpack(about: Mapping[str, Any], arrays: Arrays) -> Packed:
 
 # ---- parts of one's own
 def _own_parts(config: RunConfig) -> list[tuple[str, str, Any]]:
+    """Return the user's own parts of a config but for callbacks and trackers, which stay with the server."""
     config = replace(config, callbacks=[], tracker=TrackerConfig())
-    return registry.own_parts(_texts(to_plain(config)))
+    found = registry.own_parts(_texts(to_plain(config)))
+    return [one for one in found if one[0] not in ("callback", "tracker")]  # of the same name as another part
 
 
 def _texts(value: Any) -> Iterator[str]:

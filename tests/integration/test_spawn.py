@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import fedlp
+from fedlp import registry
 from fedlp.errors import ConfigError, FedLPError
 from fedlp.simulation import shared_blocks
 from fedlp.simulation.local import LocalGrid
@@ -275,6 +276,7 @@ def test_a_session_that_workers_cannot_import(tmp_path: Path) -> None:
 
 # ---- what is refused, in one line
 def test_parts_that_have_no_name(tmp_path: Path) -> None:
+    registry.name_of("callback", lambda record, state: False)  # of an earlier run, and of the same name
     options = {"rounds": 1, "strategy": "fedavg", "simulation": {"start": "spawn", "workers": 2}, "out": tmp_path}
     with pytest.raises(ConfigError, match=r"partition _lambda_.* cannot be imported by another process") as found:
         fedlp.simulate(two_layers, examples(0, 40), clients=4, partition=lambda train: np.arange(36) % 4, **options)
