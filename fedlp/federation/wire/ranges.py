@@ -74,9 +74,18 @@ def find_bounds(stacks: Mapping[str, Tensor]) -> dict[str, Bounds]:
             values = np.zeros((len(stack), 1))
         blocks = [values[lo : lo + step] for step in [_rows_at_once(values)] for lo in range(0, len(values), step)]
         bounds = [(block.min(axis=1), block.max(axis=1)) for block in blocks]  # the second pass reads from the cache
-        low, high = (np.concatenate(part).astype(np.float64) for part in zip(*bounds, strict=True))
+        low, high = (_as_floats(np.concatenate(part)) for part in zip(*bounds, strict=True))
         found[name] = low, high
     return found
+
+
+def _as_floats(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return numbers as float64; integers beyond ``MOST_STEPS``, which would be rounded into range, as infinite."""
+    floats = values.astype(np.float64)
+    if values.dtype.kind == "i":
+        floats[values > MOST_STEPS] = np.inf
+        floats[values < -MOST_STEPS] = -np.inf
+    return floats
 
 
 def _rows_at_once(values: NDArray[Any]) -> int:

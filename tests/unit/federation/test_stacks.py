@@ -156,3 +156,8 @@ def test_a_stack_is_averaged_as_its_clients_bit_for_bit(weights: list[float]) ->
     assert all(torch.equal(found[name], wanted[name]) for name in params)
     with pytest.raises(ValueError, match="weight"):
         stacked.add_stack(batches[0], {}, [0.0] * CLIENTS)
+
+
+def test_a_count_that_float64_would_round_into_range_is_out_of_it() -> None:
+    params = {"bn.num_batches_tracked": torch.tensor([[2**53 + 1], [2**53]])}
+    assert are_in_range(find_bounds(params), frozenset()).tolist() == [False, True]
