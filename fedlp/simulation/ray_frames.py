@@ -41,7 +41,7 @@ class LooseBuffers:
         self.written = tuple(buffers)
 
     def begin(self) -> Reserve:
-        """Return what gives no memory: buffers travel as they are."""
+        """Return an allocator without memory: buffers travel as they are."""
         return lambda size: None
 
     def read(self, lengths: Sequence[int]) -> list[memoryview]:

@@ -63,7 +63,7 @@ class StreamedGrid(Grid):
 
     @staticmethod
     def _item(message: Message) -> Item:
-        """Return what travels for a numbered message."""
+        """Return the frame of a numbered message."""
         about = {
             "message_id": message.metadata.message_id,
             "node_id": message.metadata.dst_node_id,

@@ -36,7 +36,7 @@ class Memory(Protocol):
         """Return the buffers of a frame that is decoded."""
 
     def begin(self) -> Reserve:
-        """Return what gives memory for the buffers of the next frame that is encoded."""
+        """Return the allocator of buffers of the next encoded frame."""
 
 
 class Area:
@@ -55,7 +55,7 @@ class Area:
         self._end = 0  # of what is reserved
 
     def begin(self) -> Reserve:
-        """Return what gives memory for the buffers of the next frame, which are not written again in their places."""
+        """Return the allocator of buffers of the next frame; buffers in their places are not written again."""
         self._reserved, self._end = [], 0
         return self._reserve
 
@@ -86,7 +86,7 @@ class Area:
         self._holds = tuple(buffers)
 
     def _settle(self, buffers: Sequence[Any]) -> list[Any]:
-        """Return what is still to be written: None for a buffer that lies in its place, copies of others reserved."""
+        """Return the buffers still to be written: None for one in its place, a copy of one in reserved memory."""
         places = {(_address(view), len(view)): start for view, start in self._reserved}
         self._reserved, self._end = [], 0
         offset, found = 0, list[Any]()
