@@ -22,12 +22,13 @@ from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import read_metrics
-from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.frozen_tensors import EncodedDownlink
 from fedlp.federation.server.stacked_exchange import are_sound
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import evaluation_messages, messages, stacks
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -182,8 +183,8 @@ def instruction() -> Target:
     config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
     submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
     params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
-    download, still = NormalFloat4(), submodels.spec.frozen
-    downlink = FrozenDownlink(submodels, download, 0)
+    download, still = Download(NormalFloat4()), submodels.spec.frozen
+    downlink = EncodedDownlink(submodels, download, 0)
     held = {axis: Keep.first(size // 2, size) for axis, size in submodels.widths.axes.items()}
     layout = submodels.layout(SubModel(widths=held))
     assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
