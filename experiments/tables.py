@@ -38,18 +38,19 @@ def budget_table(runs: Mapping[str, Sequence[Run]], metric: str, budgets: Budget
     round that had sent, or computed, no more in all.
     """
     scale = 100 if metric == "accuracy" else 1
-    rows = [_row(name, [_curve(run, metric, scale) for run in runs[name]], budgets, scale) for name in sorted(runs)]
-    head = ["method", "seeds", "end", "uplink, MB", "client TMACs"]
+    rows = [_row(name, runs[name], metric, budgets, scale) for name in sorted(runs)]
+    head = ["method", "seeds", "end", "uplink, MB", "downlink, MB", "client TMACs"]
     head += [*(f"at {mb} MB" for mb in budgets.up), *(f"at {tera} TMACs" for tera in budgets.macs)]
     ordered = sorted(rows, key=lambda row: -row[0] if metric == "accuracy" else row[0])
     return [line(head), line(["---"] * len(head)), *(line(cells) for _, cells in ordered)]
 
 
-def _row(name: str, curves: Sequence[Curve], budgets: Budgets, scale: float) -> tuple[float, list[str]]:
-    digits = 1 if scale == 100 else 2
+def _row(name: str, runs: Sequence[Run], metric: str, budgets: Budgets, scale: float) -> tuple[float, list[str]]:
+    digits, curves = 1 if scale == 100 else 2, [_curve(run, metric, scale) for run in runs]
     final = [values[-1] for values, *_ in curves]
     cells = [name, str(len(curves)), spread(final, digits)]
     cells += [f"{np.mean([sent[-1] for _, sent, _ in curves]):.1f}"]
+    cells += [f"{np.mean([sum(one.bytes_down for one in run.rounds) for run in runs]) / 1e6:.1f}"]
     cells += [f"{np.mean([spent[-1] for *_, spent in curves]):.2f}"]
     for budget, which in [*((mb, 1) for mb in budgets.up), *((tera, 2) for tera in budgets.macs)]:
         reached = [[a for a, cost in zip(one[0], one[which], strict=True) if cost <= budget] for one in curves]

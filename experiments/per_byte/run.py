@@ -30,6 +30,7 @@ FOUR, TWO = "upload=int4", "upload=int2"  # bits a weight
 CODED = [TWO, "upload.entropy_coding=true"]  # about 1.2
 MOMENTUM = ["server_optimizer=momentum", "server_optimizer.momentum=0.5"]
 COARSE = [*CODED, "upload.coarseness=4"]  # about 0.5
+DOWN8, DOWN4 = (["download.tensors=all", f"download=block{bits}"] for bits in (8, 4))  # bits a weight on its way down
 HEAD = "model.frozen=[fc*]"  # the linear layers keep their first values, and only convolutions travel
 CAPABLE = ["num_clients=25", "dataset.max_train_examples=5000", "fleet.fractions=[1.0]"]  # of a mixed fleet, no others
 WIDTHS = [*BYTES, "strategy.widths=[1.0,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1]"]
@@ -48,6 +49,7 @@ FULL = {
     "fedavg-int8": ["strategy=fedavg", *BYTES],
     "fedavg-int8-momentum": ["strategy=fedavg", *BYTES, *MOMENTUM],
     "fedavg-int4": ["strategy=fedavg", *BYTES, FOUR],
+    "fedavg-int4-down4": ["strategy=fedavg", *BYTES, FOUR, *DOWN4],
     "fedavg-int2": ["strategy=fedavg", *BYTES, TWO],
     "fedavg-int2-coded": ["strategy=fedavg", *BYTES, *CODED],
     "fedavg-int2-coded-4": ["strategy=fedavg", *BYTES, *COARSE],
@@ -60,6 +62,8 @@ FULL = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
+    "ours-int4-down8": [*OURS, FOUR, *DOWN8],
+    "ours-int4-down4": [*OURS, FOUR, *DOWN4],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-momentum": [*OURS, *CODED, *MOMENTUM],
@@ -86,9 +90,12 @@ MIXED = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "heterofl-frozen-head-int4": ["strategy=heterofl", *WIDTHS, FOUR, HEAD],
     "heterofl-int2": ["strategy=heterofl", *WIDTHS, TWO],
+    "heterofl-down4": ["strategy=heterofl", *WIDTHS, *DOWN4],
     "heterofl-int2-coded": ["strategy=heterofl", *WIDTHS, *CODED],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
+    "ours-int4-down8": [*OURS, FOUR, *DOWN8],
+    "ours-int4-down4": [*OURS, FOUR, *DOWN4],
     "ours-int2": [*OURS, TWO],
     "ours-int2-coded": [*OURS, *CODED],
     "ours-int2-coded-momentum": [*OURS, *CODED, *MOMENTUM],

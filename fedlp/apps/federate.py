@@ -25,7 +25,7 @@ from fedlp.apps.privacy_check import check_privacy
 from fedlp.apps.privacy_ledger import PrivacyLedger, make_central_privacy, make_ledger
 from fedlp.apps.resumption import check_fits, load_state
 from fedlp.apps.round_keeping import RoundKeeper, check_metrics, check_trained
-from fedlp.apps.run_settings import client_evaluation_settings, client_settings, round_settings
+from fedlp.apps.run_settings import client_evaluation_settings, client_settings, make_download, round_settings
 from fedlp.apps.secagg_check import check_secagg, check_secure_calibration
 from fedlp.apps.strategy_kind import check_rounds, make_strategy
 from fedlp.apps.submodel_pruning import (
@@ -51,7 +51,7 @@ from fedlp.federation.fleet import fleet_kinds, tier_names
 from fedlp.federation.oneshot import costs as oneshot_costs
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.server.checkpoint import ServerState
-from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.frozen_tensors import EncodedDownlink
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.server.strategy import FedLPStrategy, Observer
 from fedlp.federation.strategies.policy import Policy, PolicyContext, Strategy, client_options
@@ -251,7 +251,7 @@ class Federation:
         config = self.config
         cases = self.policy.cases(range(config.num_clients))
         upload, params = config.upload, self.initial_params()
-        downlink = FrozenDownlink(self.submodels, config.download.make(), config.seed)
+        downlink = EncodedDownlink(self.submodels, make_download(config), config.seed)
         return expected_costs(cases, self.submodels, self.costs, params, upload.make(), upload.entropy_coding, downlink)
 
     def runtime(self, state_dir: str, own: OwnPlace | None = None) -> ClientRuntime:
@@ -446,7 +446,7 @@ def _strategy(
         plan.policy,
         round_settings(config),
         encoding=config.upload.make(),
-        download=config.download.make(),
+        download=make_download(config),
         aggregator=make_aggregator(config),
         server_optimizer=config.server_optimizer.make(),
         evaluate=runtime.evaluate,

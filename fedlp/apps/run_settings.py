@@ -12,6 +12,7 @@ from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, 
 from fedlp.federation.server.round_settings import RoundSettings
 from fedlp.federation.strategies.policy import ClientOptions
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.downloads import Download
 from fedlp.tasks import task_of
 from fedlp.training.calibration_data import make_method
 
@@ -40,6 +41,11 @@ def round_settings(config: RunConfig) -> RoundSettings:
     )
 
 
+def make_download(config: RunConfig) -> Download:
+    """Return the encoding of downloads."""
+    return Download(config.download.make(), config.download.tensors == "all")
+
+
 def client_settings(config: RunConfig, options: ClientOptions, pooled: OneShotSettings | None) -> ClientSettings:
     """Return the settings of clients."""
     return ClientSettings(
@@ -50,7 +56,7 @@ def client_settings(config: RunConfig, options: ClientOptions, pooled: OneShotSe
         eval_batch_size=config.eval_batch_size,
         personal_steps=config.evaluation.personal_steps,
         encoding=config.upload.make(),
-        download=config.download.make(),
+        download=make_download(config),
         sends_deltas=config.upload.values == "deltas",
         error_feedback=config.upload.error_feedback,
         entropy_coding=config.upload.entropy_coding,

@@ -106,7 +106,7 @@ class UploadConfig(PartConfig):
 
 @dataclass
 class DownloadConfig(PartConfig):
-    """Encoding of frozen tensors, which a client receives once; options are those of the part.
+    """Encoding of downloads: of frozen tensors, which a client receives once, or of all; options are those of the part.
 
     Clients train against the decoded values, and tiers are evaluated with them; the server's model keeps its own.
     """
@@ -114,6 +114,11 @@ class DownloadConfig(PartConfig):
     kind: ClassVar[str] = "encoding"
 
     name: str = "float32"
+    tensors: str = "frozen"  # "frozen", or "all": trained ones too, in every round; needs upload.values=deltas
+
+    def __post_init__(self) -> None:
+        if self.tensors not in ("frozen", "all"):
+            raise ConfigError(f"download.tensors={self.tensors} is not allowed: it must be one of frozen, all")
 
 
 @dataclass

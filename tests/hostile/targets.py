@@ -22,12 +22,13 @@ from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.secagg.shamir import SHARE_BYTES
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import read_metrics
-from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.frozen_tensors import EncodedDownlink
 from fedlp.federation.server.stacked_exchange import are_sound
 from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import evaluation_messages, messages, stacks
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -177,13 +178,13 @@ class Updates:
         return Target("statistics", honest, decode)
 
 
-def instruction() -> Target:
-    """Return the server's instruction with encoded frozen tensors, as a client reads it."""
+def instruction(covers_trained: bool) -> Target:
+    """Return the server's instruction with encoded frozen tensors, or all encoded, as a client reads it."""
     config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
     submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
     params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
-    download, still = NormalFloat4(), submodels.spec.frozen
-    downlink = FrozenDownlink(submodels, download, 0)
+    download, still = Download(NormalFloat4(), covers_trained), submodels.spec.frozen
+    downlink = EncodedDownlink(submodels, download, 0)
     held = {axis: Keep.first(size // 2, size) for axis, size in submodels.widths.axes.items()}
     layout = submodels.layout(SubModel(widths=held))
     assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
@@ -191,13 +192,14 @@ def instruction() -> Target:
     def decode(content: RecordDict) -> None:
         found = messages.decode_instruction(content, submodels, download=download)
         frozen = {name: x for name, x in found.params.items() if name in still}
-        in_range(frozen, LARGEST_VALUE)
+        in_range(found.params if covers_trained else frozen, LARGEST_VALUE)
         assert bool(found.held) or found.params.keys() == submodels.layout(found.submodel).name_set
         if found.frozen:
             assert digest_tensors(frozen) == content[messages.INSTRUCTION]["digest"]
 
     honest = messages.encode_instruction(assigned, downlink.encode(layout, layout.slice(params)), submodels)
-    return Target("instruction with frozen tensors", honest, decode, named="the server's ")
+    name = "instruction, all encoded" if covers_trained else "instruction with frozen tensors"
+    return Target(name, honest, decode, named="the server's ")
 
 
 def moments(name: str, parts: list[Part], dtype: torch.dtype) -> Target:
@@ -326,7 +328,8 @@ def all_targets() -> Iterator[Target]:
     yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
     yield updates.stack()
     yield updates.statistics()
-    yield instruction()
+    yield instruction(covers_trained=False)
+    yield instruction(covers_trained=True)
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)
     cross = [Part("r.target_total", (3,)), Part("r.cross", (3, 6))]

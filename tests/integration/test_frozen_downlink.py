@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedlp.apps.federate import Federation
+from fedlp.apps.run_settings import make_download
 from fedlp.config import compose
 from fedlp.errors import ConfigError
 from fedlp.federation.server import strategy
-from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.frozen_tensors import EncodedDownlink
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.types import SubModel
 from tests.integration.running import TINY, Finished, run
@@ -97,7 +98,7 @@ NF4 = ("download=nf4", "download.block_size=16")
 def decoded_model(done: Finished) -> dict[str, torch.Tensor]:
     """Return the run's model with the frozen tensors that its clients trained against."""
     federation = Federation(done.config)
-    downlink = FrozenDownlink(federation.submodels, done.config.download.make(), done.config.seed)
+    downlink = EncodedDownlink(federation.submodels, make_download(done.config), done.config.seed)
     layout = federation.submodels.layout(SubModel())
     return downlink.decoded(layout, federation.initial_params())
 

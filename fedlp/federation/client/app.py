@@ -103,7 +103,7 @@ class _Answers:
         settings = runtime.settings
         if not settings.batched or settings.secagg is not None or settings.privacy.name == "local_dp":
             raise DataError("an instruction to several clients is for batched cohorts of the local engine")
-        instruction, client_ids = decode_instructions(message.content, runtime.submodels)
+        instruction, client_ids = decode_instructions(message.content, runtime.submodels, settings.download)
         stack = runtime.train_stack(instruction, client_ids)
         return make_reply(encode_updates(stack, runtime.submodels), message)
 

@@ -67,7 +67,7 @@ class ClientRuntime:
         self.shards = shards
         self.test = test
         self._memory = ClientMemory(submodels, settings.seed, store)
-        self._frozen_tensors = FrozenTensors(submodels, settings.download, frozen)
+        self._frozen_tensors = FrozenTensors(submodels, settings.download.encoding, frozen)
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)

@@ -8,6 +8,7 @@ from fedlp.config import CalibrationConfig, LocalConfig, PrivacyConfig
 from fedlp.federation.oneshot.settings import OneShotSettings
 from fedlp.federation.secagg.settings import SecAggSettings
 from fedlp.federation.strategies.policy import ClientOptions
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.pruning.reader_layers import Method
@@ -33,8 +34,8 @@ class ClientSettings:
         Local steps before an evaluation on the client's own test examples, >= 0.
     encoding : Encoding
         Encoding of uploads.
-    download : Encoding
-        Encoding of frozen tensors, which are sent once.
+    download : Download
+        Encoding of downloads.
     sends_deltas, error_feedback, entropy_coding : bool
         Whether updates are differences, whether the encoding's error is added to the next upload, and whether single
         bytes travel as Huffman codes.
@@ -61,7 +62,7 @@ class ClientSettings:
     eval_batch_size: int = 500
     personal_steps: int = 0
     encoding: Encoding = field(default_factory=Float32)
-    download: Encoding = field(default_factory=Float32)
+    download: Download = field(default_factory=Download)
     sends_deltas: bool = False
     error_feedback: bool = False
     entropy_coding: bool = False

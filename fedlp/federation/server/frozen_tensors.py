@@ -1,4 +1,4 @@
-"""Downlink of frozen tensors: sent to a client once, encoded; later instructions name their digest.
+"""Encoded downlink; frozen tensors are sent to a client once, and later instructions name their digest.
 
 The server's state, hence every checkpoint, holds the digest of the frozen tensors that each client
 has confirmed by a good update. As long as the client's sub-model has the same frozen tensors, its instructions leave
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.digests import digest_tensors
-from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.rng import Stream, torch_seed
 
@@ -51,24 +51,28 @@ def note_holders(
     return found
 
 
-class FrozenDownlink:
-    """Encoding of frozen tensors for clients; equal values always give equal bytes.
+class EncodedDownlink:
+    """Encoding of values for clients; equal values always give equal bytes.
 
     Parameters
     ----------
-    encoding : Encoding
-        Encoding of frozen tensors; others are sent as they are.
+    download : Download
+        Encoding, and which tensors it is for; others are sent as they are.
     seed : int
         Seed of stochastic rounding, >= 0.
     """
 
-    def __init__(self, submodels: SubModels, encoding: Encoding, seed: int) -> None:
-        self._frozen, self._encoding = submodels.spec.frozen, encoding
+    def __init__(self, submodels: SubModels, download: Download, seed: int) -> None:
+        self._frozen, self._encoding = submodels.spec.frozen, download.encoding
+        self._encodes_trained = download.covers_trained and not download.is_plain
         self._seed = torch_seed(seed, Stream.DOWNLOAD)
         self._digests: dict[bytes, bytes] = {}  # of decoded values, by the digest of those before
 
     def encodes(self, layout: SubModelLayout) -> bool:
-        """Return whether a sub-model has frozen tensors that change by their encoding."""
+        """Return whether a sub-model has tensors that change by their encoding."""
+        return self._encodes_trained or self._encodes_frozen(layout)
+
+    def _encodes_frozen(self, layout: SubModelLayout) -> bool:
         return not is_plain(self._encoding) and not self._frozen.isdisjoint(layout.name_set)
 
     def digest(self, layout: SubModelLayout, values: Mapping[str, Tensor]) -> bytes:
@@ -77,38 +81,38 @@ class FrozenDownlink:
         if not still:
             return b""
         before = digest_tensors(still)
-        if not self.encodes(layout):
+        if not self._encodes_frozen(layout):
             return before
         if before not in self._digests:
             self._digests = dict(list(self._digests.items())[-_KNOWN:])
-            self._digests[before] = digest_tensors(self._decode(layout, self._encode(still)))
+            self._digests[before] = digest_tensors(self._decoded(layout, still))
         return self._digests[before]
 
     def encode(self, layout: SubModelLayout, values: Mapping[str, Tensor], held: bool = False) -> messages.Sent:
         """Return the encoded values of a sub-model, without frozen ones where the client holds them."""
-        others = {name: tensor for name, tensor in values.items() if name not in self._frozen}
-        if held:
-            return messages.Sent(messages.encode_params(others))
-        if not self.encodes(layout):
-            return messages.Sent(messages.encode_params(values))
+        is_split = held or self._encodes_frozen(layout)
+        others = {name: x for name, x in values.items() if name not in self._frozen} if is_split else values
+        params = messages.encode_params(self._encode(others) if self._encodes_trained else others)
+        if held or not is_split:
+            return messages.Sent(params)
         frozen = messages.encode_params(self._encode(self._still(values)))
-        return messages.Sent(messages.encode_params(others), frozen, self.digest(layout, values))
+        return messages.Sent(params, frozen, self.digest(layout, values))
 
     def decoded(self, layout: SubModelLayout, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the values as a client holds them."""
         if not self.encodes(layout):
             return values
-        return {**values, **self._decode(layout, self._encode(self._still(values)))}
+        return {**values, **self._decoded(layout, values if self._encodes_trained else self._still(values))}
 
     def _still(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in values.items() if name in self._frozen}
 
-    def _encode(self, still: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._encoding.encode(still, torch.Generator().manual_seed(self._seed))
+    def _encode(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._encoding.encode(values, torch.Generator().manual_seed(self._seed))
 
-    def _decode(self, layout: SubModelLayout, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        signature = layout.signature(layout.name_set & self._frozen)
-        return self._encoding.decode(encoded, signature, "the server's model")
+    def _decoded(self, layout: SubModelLayout, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        signature = layout.signature(frozenset(values))
+        return self._encoding.decode(self._encode(values), signature, "the server's model")
 
 
 _KNOWN = 255  # digests kept

@@ -19,7 +19,7 @@ from fedlp.federation.server.central_privacy import CentralPrivacy
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.client_evaluation import ClientEvaluationSettings, ClientEvaluator
 from fedlp.federation.server.device_budgets import DeviceBudgets
-from fedlp.federation.server.frozen_tensors import FrozenDownlink
+from fedlp.federation.server.frozen_tensors import EncodedDownlink
 from fedlp.federation.server.roster import Roster
 from fedlp.federation.server.round_record import RoundUnderWay
 from fedlp.federation.server.round_settings import RoundSettings
@@ -27,6 +27,7 @@ from fedlp.federation.server.server_step import ServerStep
 from fedlp.federation.strategies.policy import Policy, offset_of
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.tasks import Sums
@@ -64,7 +65,7 @@ class StrategyState(Strategy):
         settings: RoundSettings,
         *,
         encoding: Encoding | None = None,
-        download: Encoding | None = None,
+        download: Download | None = None,
         aggregator: Aggregator | None = None,
         server_optimizer: ServerOptimizer | None = None,
         evaluate: Evaluate | None = None,
@@ -82,7 +83,7 @@ class StrategyState(Strategy):
         self.submodels, self.policy, self.settings, self.state = submodels, policy, settings, state
         self._costs = Costs(submodels)
         self._encoding: Encoding = encoding or Float32()
-        self._downlink = FrozenDownlink(submodels, download or Float32(), settings.seed)
+        self._downlink = EncodedDownlink(submodels, download or Download(), settings.seed)
         self._server = ServerStep(
             submodels.spec,
             aggregator or CoverageAverageRule(),
@@ -113,7 +114,7 @@ class StrategyState(Strategy):
         return values
 
     def _held_values(self, layout: SubModelLayout, client_id: int) -> dict[str, Tensor]:
-        """Return the values that a client works with: those it receives, frozen ones decoded."""
+        """Return the values that a client works with: those it receives, decoded."""
         return self._downlink.decoded(layout, self._received(layout, client_id))
 
     def _encoded_values(self, layout: SubModelLayout, client_id: int, whole: ArrayRecord) -> messages.Sent:

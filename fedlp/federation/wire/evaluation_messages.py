@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlp.errors import ProtocolError, printable
 from fedlp.federation.submodels import SubModels
-from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.messages import (
     INSTRUCTION,
     METRICS,
@@ -95,7 +95,7 @@ def encode_evaluation_request(request: EvaluationRequest, sent: Sent, submodels:
 
 
 def decode_evaluation_request(
-    content: RecordDict, submodels: SubModels, download: Encoding | None = None
+    content: RecordDict, submodels: SubModels, download: Download | None = None
 ) -> EvaluationRequest:
     """Return the request of a message; ProtocolError if malformed; ``download`` as of :func:`decode_submodel`."""
     try:
@@ -178,7 +178,7 @@ def encode_submodel(sent: Sent, submodel: SubModel, submodels: SubModels) -> Rec
 
 
 def decode_submodel(
-    content: RecordDict, submodels: SubModels, download: Encoding | None = None
+    content: RecordDict, submodels: SubModels, download: Download | None = None
 ) -> tuple[SubModel, dict[str, Tensor]]:
     """Return a sub-model and its tensors; ``download`` as of :func:`~fedlp.federation.wire.messages.read_values`."""
     submodel = read_submodel(read_config(content, INSTRUCTION), submodels) if INSTRUCTION in content else SubModel()

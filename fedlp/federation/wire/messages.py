@@ -1,10 +1,10 @@
 """Instructions, updates and profiles to Flower records and back; record keys that other messages share.
 
 Down: ``params`` (arrays), ``instruction`` (round, client, sub-model, uploads), and ``frozen`` (arrays) where frozen
-tensors are encoded. Up: ``params``, ``update``, ``metrics``, and ``scores`` on request, unless a client has too few
-examples for them. Only the kept slices of the requested tensors are sent; index sets are runs or bitmaps, whichever is
-shorter. Decoders check everything against the assignment and raise :class:`ProtocolError` naming the client and the
-fault.
+tensors are encoded; ``params`` are as :class:`~fedlp.federation.wire.downloads.Download` has it. Up: ``params``,
+``update``, ``metrics``, and ``scores`` on request, unless a client has too few examples for them. Only the kept slices
+of the requested tensors are sent; index sets are runs or bitmaps, whichever is shorter. Decoders check everything
+against the assignment and raise :class:`ProtocolError` naming the client and the fault.
 
 Longer than other files: an update is checked against its instruction, and shares its keys.
 """
@@ -24,6 +24,7 @@ from fedlp.errors import ProtocolError, printable
 from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -164,7 +165,7 @@ Known = dict[tuple[object, ...], dict[str, Tensor]]
 
 
 def decode_instruction(
-    content: RecordDict, submodels: SubModels, known: Known | None = None, download: Encoding | None = None
+    content: RecordDict, submodels: SubModels, known: Known | None = None, download: Download | None = None
 ) -> TrainInstruction:
     """Return the instruction of a message, its tensors as read-only views into the message.
 
@@ -172,8 +173,8 @@ def decode_instruction(
     ----------
     known : dict, optional
         Tensors of other messages, which messages of the same bytes share; filled here.
-    download : Encoding, optional
-        Encoding of frozen tensors; as they are if absent.
+    download : Download, optional
+        Encoding of downloads; all tensors as they are if absent.
 
     Raises
     ------
@@ -189,11 +190,12 @@ def decode_instruction(
         submodel = read_submodel(record, submodels)
         layout = submodels.layout(submodel)
         held = read_bytes(record, "held") if "held" in record else b""
-        encoded, frozen = _read_frozen(content, layout, download)
+        written = download or Download()
+        encoded, frozen = _read_frozen(content, layout, written)
         if encoded and digest_tensors(frozen) != read_bytes(record, "digest"):
             raise ProtocolError("the server's instruction: its frozen tensors are not those of their digest")
         names = layout.name_set - submodels.spec.frozen if held or encoded else None
-        params = _read_shared(content, layout, names, {} if known is None else known)
+        params = _read_shared(content, layout, names, {} if known is None else known, written)
         return TrainInstruction(
             server_round=read_integer(record, "server-round"),
             client_id=client_id,
@@ -211,35 +213,30 @@ def decode_instruction(
 
 
 def _read_frozen(
-    content: RecordDict, layout: SubModelLayout, download: Encoding | None
+    content: RecordDict, layout: SubModelLayout, download: Download
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a message's encoded frozen tensors, and the decoded ones; empty where they came as they are."""
     if FROZEN not in content:
         return {}, {}
-    written, who = download or Float32(), "the server's message"
-    signature = layout.signature(layout.name_set & layout.spec.frozen)
-    encoded = read_tensors(content, FROZEN, written.signature(signature))
-    check_values(encoded, who)
-    frozen = written.decode(encoded, signature, who)
-    check_values(frozen, who)
-    return encoded, frozen
+    return download.read(content, FROZEN, layout.signature(layout.name_set & layout.spec.frozen))
 
 
-def read_values(content: RecordDict, layout: SubModelLayout, download: Encoding | None) -> dict[str, Tensor]:
-    """Return all tensors of a sub-model, frozen ones decoded."""
-    _, frozen = _read_frozen(content, layout, download)
+def read_values(content: RecordDict, layout: SubModelLayout, download: Download | None) -> dict[str, Tensor]:
+    """Return all tensors of a sub-model, decoded."""
+    written = download or Download()
+    _, frozen = _read_frozen(content, layout, written)
     names = layout.name_set - frozen.keys() if frozen else None
-    return {**read_tensors(content, PARAMS, layout.signature(names)), **frozen}
+    return {**written.read_trained(content, PARAMS, layout.signature(names)), **frozen}
 
 
 def _read_shared(
-    content: RecordDict, layout: SubModelLayout, names: frozenset[str] | None, known: Known
+    content: RecordDict, layout: SubModelLayout, names: frozenset[str] | None, known: Known, download: Download
 ) -> dict[str, Tensor]:
     arrays = content[PARAMS]
     data = [id(array.data) for array in arrays.values()] if isinstance(arrays, ArrayRecord) else []
     key = id(layout), names, *data
     if key not in known:
-        known[key] = read_tensors(content, PARAMS, layout.signature(names))
+        known[key] = download.read_trained(content, PARAMS, layout.signature(names))
     return known[key]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedlp.errors import ProtocolError
 from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.downloads import Download
 from fedlp.federation.wire.index_sets import encode_names
 from fedlp.federation.wire.messages import INSTRUCTION, METRICS, PARAMS, UPDATE, decode_instruction
 from fedlp.federation.wire.packing import Signature, pack_stacks, unpack_stacks
@@ -71,15 +72,17 @@ def count_clients(content: RecordDict) -> int:
     return len(record.get(_IDS, "1")) if isinstance(record, ConfigRecord) else 1  # type: ignore[arg-type]
 
 
-def decode_instructions(content: RecordDict, submodels: SubModels) -> tuple[TrainInstruction, list[int]]:
-    """Return the instruction of the first client, and the ids of all.
+def decode_instructions(
+    content: RecordDict, submodels: SubModels, download: Download | None = None
+) -> tuple[TrainInstruction, list[int]]:
+    """Return the instruction of the first client, and the ids of all; ``download`` as of ``decode_instruction``.
 
     Raises
     ------
     ProtocolError
         Where a record is missing or malformed.
     """
-    instruction = decode_instruction(content, submodels)
+    instruction = decode_instruction(content, submodels, download=download)
     found = read_config(content, INSTRUCTION).get(_IDS)
     if not isinstance(found, list) or not found or not all(type(item) is int for item in found):
         raise ProtocolError("the server's instruction to several clients cannot be read: it has no list of client ids")
