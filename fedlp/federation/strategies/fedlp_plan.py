@@ -45,6 +45,8 @@ class FedLPPlan:
         Whether the sent weights compensate for the units left out; needs unit_selection=client.
     refresh_every : int
         Rounds between fresh measurements of units and inputs, >= 1.
+    measured_by : "all" or "whole"
+        Clients that make these measurements: all of the round, or those of them that hold the whole model.
     warmup_rounds : int
         First rounds in which clients send all held units, >= 0.
     ramp_rounds : int
@@ -80,6 +82,7 @@ class FedLPPlan:
     criterion: str = "weights"
     compensate: bool = False
     refresh_every: int = 10
+    measured_by: str = "all"
     warmup_rounds: int = 0
     ramp_rounds: int = 0
     ramp_from: float = 0.0
@@ -108,6 +111,7 @@ class FedLPPlan:
             ("spread", self.spread, ("allocator", "macs")),
             ("unit_selection", self.unit_selection, ("client", "server", "random")),
             ("criterion", self.criterion, ("weights", "update")),
+            ("measured_by", self.measured_by, ("all", "whole")),
             ("submodels", self.submodels or "slices", ("pruned", "slices")),
             ("calibrate_on", self.calibrate_on or "server", ("server", "clients")),
         ):
@@ -151,7 +155,10 @@ class FedLPPlan:
         rates = client_rates(self.layer_preserving_rate, context.num_clients)
         if not context.submodels.layers:
             return _whole_models(context, rates, self.upload_unit)
-        return PlanPolicy(context, self, context.layer_costs(), rates)
+        found = PlanPolicy(context, self, context.layer_costs(), rates)
+        if self.measured_by == "whole" and not found.somebody_is_whole:
+            raise ConfigError("strategy.measured_by=whole needs a client whose budget holds the whole model")
+        return found
 
     def _prunes(self, context: PolicyContext) -> bool:
         """Return whether sub-models are pruned where the option leaves it open."""

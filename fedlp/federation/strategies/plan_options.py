@@ -29,6 +29,10 @@ class PlanOptions(Protocol):
         """Rounds between fresh measurements."""
 
     @property
+    def measured_by(self) -> str:
+        """Clients that measure units and inputs: all, or those that hold the whole model."""
+
+    @property
     def warmup_rounds(self) -> int:
         """First rounds without sparsity."""
 

@@ -140,7 +140,8 @@ class PlanPolicy:
             if chooses
             else {x.name: Keep.from_indices(np.sort(ranked[x.name][: sent[x.name]]), x.num_units) for x in pruned}
         )
-        evidence = self._evidence if fresh else frozenset[str]()
+        measures = fresh and not (widths and options.measured_by == "whole")
+        evidence = self._evidence if measures else frozenset[str]()
         uploads = self._uploads(server_round, client_id, submodel)
         return Assignment(server_round, client_id, submodel, uploads, kept, returned, evidence)
 
@@ -166,7 +167,7 @@ class PlanPolicy:
         if rate < 1.0:
             layers, unit = submodels.spec.layers, self.options.upload_unit
             uploads = sample_uploads(self.context.seed, server_round, client_id, layers, rate, unit) & held
-        narrow = batch_norm == "whole" and submodel.widths and self._somebody_is_whole
+        narrow = batch_norm == "whole" and submodel.widths and self.somebody_is_whole
         if narrow or batch_norm == "static":
             uploads -= submodels.statistics  # a narrow model's are not a wide one's
         return uploads
@@ -196,7 +197,8 @@ class PlanPolicy:
         return PlanPolicy(self.context, replace(self.options, regrow=0.0), self.costs, self.rates)  # type: ignore[type-var]
 
     @cached_property
-    def _somebody_is_whole(self) -> bool:
+    def somebody_is_whole(self) -> bool:
+        """Whether some client holds all units."""
         return any(not held.widths for held, _ in self._kinds)
 
     @cached_property
@@ -211,7 +213,7 @@ class PlanPolicy:
             return given
         if self.pruned is not None:
             return 1.0
-        return 0.0 if self._somebody_is_limited and self._somebody_is_whole else 1.0
+        return 0.0 if self._somebody_is_limited and self.somebody_is_whole else 1.0
 
     @cached_property
     def _kinds(self) -> list[tuple[SubModel, SubModel]]:

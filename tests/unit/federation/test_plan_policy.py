@@ -12,7 +12,7 @@ import torch
 
 from fedlp.apps import runs as assembly
 from fedlp.config import compose, to_yaml
-from fedlp.errors import AllocationError, ProtocolError
+from fedlp.errors import AllocationError, ConfigError, ProtocolError
 from fedlp.federation.strategies.plan_policy import PlanPolicy
 from fedlp.federation.strategies.policy import Answer
 from fedlp.federation.wire import messages
@@ -185,6 +185,21 @@ def test_nobody_scores_units_where_nothing_depends_on_it() -> None:
     assert evidence_of(unlimited("strategy.spread=macs", "strategy.regrow=0.5")) == {"unit_scores"}
     assert evidence_of(policy("strategy.spread=macs")) == {"unit_scores"}, "what clients hold depends on it"
     assert not evidence_of(policy("strategy.spread=macs", "fleet.fractions=[1.0]")), "all hold all"
+
+
+def test_only_clients_that_hold_everything_measure_where_asked() -> None:
+    everybody, whole = policy(), policy("strategy.measured_by=whole")
+    for client_id in range(6):
+        asked, other = (found.assign(1, client_id, {}) for found in (whole, everybody))
+        assert other.evidence == {"unit_scores"}
+        assert asked.evidence == (frozenset() if asked.submodel.widths else {"unit_scores"})
+        assert replace(asked, evidence=other.evidence) == other
+    assert {bool(whole.assign(1, client_id, {}).evidence) for client_id in range(6)} == {True, False}
+
+
+def test_measurements_by_whole_clients_need_one() -> None:
+    with pytest.raises(ConfigError, match="measured_by=whole needs a client whose budget holds the whole model"):
+        policy("strategy.measured_by=whole", "fleet.fractions=[0.5,0.3]")
 
 
 def test_a_client_keeps_its_units_and_widens_only_when_its_plan_does() -> None:
