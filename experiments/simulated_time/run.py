@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from experiments.runs import collect, is_finished  # noqa: E402
-from experiments.simulated_time.tables import METHODS, MODES, regenerate  # noqa: E402
+from experiments.simulated_time.tables import MODES, regenerate  # noqa: E402
 from fedlp.apps import runs  # noqa: E402
 from fedlp.config import compose, to_yaml  # noqa: E402
 
@@ -34,10 +34,15 @@ COMMON = [
     *("local=adam", "local.lr=0.001", "local.batch_size=16", "aggregator.batch_norm=static", "checkpoint_every=100"),
     *("simulation.workers=1",),
 ]
+DOWN = ["download=block8", "download.tensors=all"]
 METHOD = {
     "fedavg": ["strategy=fedavg", "fleet.only_whole=true", *BYTES],
     "heterofl": ["strategy=heterofl", *BYTES],
     "plan": ["strategy=fedlp_plan"],
+    "plan-whole": ["strategy=fedlp_plan", "strategy.measured_by=whole"],
+    "fedavg-down8": ["strategy=fedavg", "fleet.only_whole=true", *BYTES, *DOWN],
+    "heterofl-down8": ["strategy=heterofl", *BYTES, *DOWN],
+    "plan-whole-down8": ["strategy=fedlp_plan", "strategy.measured_by=whole", *DOWN],
 }
 MODE = {
     "synchronous": ["num_rounds=12"],
@@ -49,7 +54,7 @@ MODE = {
 def main() -> None:
     out = HERE / "runs" / "mixed"
     for seed in range(3):
-        for method in METHODS:
+        for method in METHOD:
             for mode in MODES:
                 folder = out / f"{method}-{mode}" / f"seed-{seed}"
                 if is_finished(folder):

@@ -12,6 +12,12 @@ from fedlp.report import Group, Run
 from fedlp.report.simulated import class_uses
 
 METHODS = {"fedavg": "FedAvg", "heterofl": "HeteroFL", "plan": "FedLP-Plan"}
+VARIANTS = {
+    "plan-whole": "FedLP-Plan, scores of whole clients",
+    "fedavg-down8": "FedAvg, 8 bits down",
+    "heterofl-down8": "HeteroFL, 8 bits down",
+    "plan-whole-down8": "FedLP-Plan, scores of whole clients, 8 bits down",
+}
 MODES = {"synchronous": "synchronous", "deadline": "deadline of 1 s", "asynchronous": "asynchronous"}
 LEVELS = (50, 80, 90, 95)
 _SHOWN = ("synchronous", "asynchronous")
@@ -42,15 +48,16 @@ def regenerate(results: Path, out: Path) -> None:
 
 def _times(runs: dict[str, list[Run]]) -> list[str]:
     head = ["method", "rounds", "accuracy at the end, %", *(f"s to {level} %" for level in LEVELS)]
-    head += ["s in all", "MB up", "energy, J", "late"]
+    head += ["s in all", "MB up", "MB down", "energy, J", "late"]
     rows = [line(head), line(["---"] * len(head))]
-    for method, name in METHODS.items():
+    for method, name in {**METHODS, **VARIANTS}.items():
         for mode, kind in MODES.items():
             found = runs[f"{method}-{mode}"]
             cells = [name, kind, spread([100 * run.rounds[-1].metrics["accuracy"] for run in found])]
             cells += [_reached([seconds_to(run, level) for run in found]) for level in LEVELS]
             cells += [spread([sum(_seconds(run)) for run in found])]
             cells += [f"{np.mean([sum(one.bytes_up for one in run.rounds) / 1e6 for run in found]):.1f}"]
+            cells += [f"{np.mean([sum(one.bytes_down for one in run.rounds) / 1e6 for run in found]):.1f}"]
             uses = class_uses(Group(name, tuple(found)))
             cells += [f"{sum(use.energy_j or 0.0 for use in uses):.0f}"]
             late = [sum(failure.reason == "late" for one in run.rounds for failure in one.failures) for run in found]
