@@ -106,8 +106,14 @@ def output_dir() -> Path:
 
 def announce(composed: DictConfig, source: str | None = None) -> None:
     """Print the first line of a command: what is loading (``source``, else data and model), and its folder."""
-    names = [str(OmegaConf.select(composed, f"{group}.name", default="?")) for group in ("dataset", "model")]
-    print(f"{job_header()}loading {source or ' and '.join(names)}  -> {output_dir()}", flush=True)
+    source = source or " and ".join(_name_of(composed, group) for group in ("dataset", "model"))
+    print(f"{job_header()}loading {source}  -> {output_dir()}", flush=True)
+
+
+def _name_of(composed: DictConfig, group: str) -> str:
+    """Return the chosen part of a group, and the last part of the path that it reads."""
+    name, path = (OmegaConf.select(composed, f"{group}.{field}") for field in ("name", "path"))
+    return f"{name or '?'} ({Path(str(path)).name})" if path else f"{name or '?'}"
 
 
 def set_up_logging() -> None:

@@ -133,9 +133,9 @@ def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
     ("main", "arguments", "loads"),
     [
         ("main", TINY, "digits and fedlp_mlp"),
-        ("prune_main", ("model.path=lm", "sparsity=0.3"), "topics and hf"),
+        ("prune_main", ("model.path=models/lm", "sparsity=0.3"), "topics and hf (lm)"),
         ("prune_main", ("run=trained", "sparsity=0.3"), "the run in trained"),
-        ("search_main", ("model.path=lm",), "topics and hf"),
+        ("search_main", ("model.path=lm",), "topics and hf (lm)"),
         ("profile_main", ("model=small_cnn", "dataset=digits"), "digits and small_cnn"),
     ],
 )
