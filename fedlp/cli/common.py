@@ -19,11 +19,11 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlp.cli.output import close_output
-from fedlp.cli.sweeps import sweep_direction
+from fedlp.cli.sweeps import job_header, sweep_direction
 from fedlp.config import RunConfig, config_dir, explain, prepare, register_schema, schema_of
 from fedlp.errors import ConfigError, FedLPError, printable
 from fedlp.progress import ERASE_REST
@@ -104,14 +104,42 @@ def output_dir() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def announce(composed: DictConfig, source: str | None = None) -> None:
+    """Print the first line of a command: what is loading (``source``, else data and model), and its folder."""
+    source = source or " and ".join(_name_of(composed, group) for group in ("dataset", "model"))
+    print(f"{job_header()}loading {source}  -> {output_dir()}", flush=True)
+
+
+def _name_of(composed: DictConfig, group: str) -> str:
+    """Return the chosen part of a group, and the last part of the path that it reads."""
+    name, path = (OmegaConf.select(composed, f"{group}.{field}") for field in ("name", "path"))
+    return f"{name or '?'} ({Path(str(path)).name})" if path else f"{name or '?'}"
+
+
 def set_up_logging() -> None:
-    """Direct fedlp's warnings to stderr, prefixed by the program's name."""
+    """Direct fedlp's warnings to stderr, prefixed by the program's name, each text once."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("fedlp: %(message)s"))
+    handler.addFilter(_Once())
     logger = logging.getLogger("fedlp")
     logger.handlers, logger.propagate = [handler], False
     logger.disabled = False  # Hydra disables all loggers it finds before every job of a sweep
     logger.setLevel(logging.WARNING)
+
+
+class _Once(logging.Filter):
+    """Filter of messages that were told before, such as of every candidate of a search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the text is new."""
+        text = record.getMessage()
+        is_new = text not in self._told
+        self._told.add(text)
+        return is_new
 
 
 class _Printable(logging.Formatter):

@@ -12,9 +12,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from fedlp.cli.common import output_dir, set_up_logging
+from fedlp.cli.common import announce, output_dir, set_up_logging
 from fedlp.cli.sweeps import job_header, job_name
 from fedlp.config import (
     FederatedSearchConfig,
@@ -96,8 +96,7 @@ def _announce(composed: DictConfig) -> None:
     if resume := composed.get("resume"):
         print(f"going on with the run in {resume}", flush=True)
     elif not (output_dir() / "manifest.json").is_file():
-        names = [str(OmegaConf.select(composed, f"{group}.name", default="?")) for group in ("dataset", "model")]
-        print(f"{job_header()}loading {' and '.join(names)}  -> {output_dir()}", flush=True)
+        announce(composed)
 
 
 def _print_result(manifest: Mapping[str, Any], out: Path) -> None:

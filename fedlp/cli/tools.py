@@ -5,12 +5,14 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedlp.cli.common import output_dir, set_up_logging
+from fedlp.cli.common import announce, output_dir, set_up_logging
 from fedlp.config import ProfileConfig, PruneConfig, SearchConfig, from_omegaconf, refuse_unread, with_absolute_paths
 
 
 def prune_job(composed: DictConfig) -> None:
     """Prune one model."""
+    run = composed.get("run")
+    announce(composed, None if run is None else f"the run in {run}")  # the next line imports torch, which takes seconds
     config = with_absolute_paths(from_omegaconf(composed, PruneConfig))
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
@@ -28,6 +30,7 @@ def prune_job(composed: DictConfig) -> None:
 
 def search_job(composed: DictConfig) -> None:
     """Search for an allocation function."""
+    announce(composed)
     config = with_absolute_paths(from_omegaconf(composed, SearchConfig))
     refuse_unread(config, HydraConfig.get().overrides.task)
     out = output_dir()
@@ -42,6 +45,7 @@ def search_job(composed: DictConfig) -> None:
 
 def profile_job(composed: DictConfig) -> None:
     """Measure this device."""
+    announce(composed)
     config = with_absolute_paths(from_omegaconf(composed, ProfileConfig))
     out = output_dir()
     set_up_logging()

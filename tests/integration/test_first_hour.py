@@ -129,21 +129,33 @@ def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_the_first_line_comes_before_heavy_imports(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("main", "arguments", "loads"),
+    [
+        ("main", TINY, "digits and fedlp_mlp"),
+        ("prune_main", ("model.path=models/lm", "sparsity=0.3"), "topics and hf (lm)"),
+        ("prune_main", ("run=trained", "sparsity=0.3"), "the run in trained"),
+        ("search_main", ("model.path=lm",), "topics and hf (lm)"),
+        ("profile_main", ("model=small_cnn", "dataset=digits"), "digits and small_cnn"),
+    ],
+)
+def test_the_first_line_comes_before_heavy_imports(
+    main: str, arguments: tuple[str, ...], loads: str, tmp_path: Path
+) -> None:
     code = (
-        "import sys; from fedlp import cli; from fedlp.cli import run as job\n"
+        "import sys; from fedlp import cli; from fedlp.cli import run, tools\n"
         "heavy = {'torch', 'flwr', 'transformers', 'datasets', 'fedlp.apps'}\n"
-        "announce = job._announce\n"
-        "def stop(composed):\n"
-        "    announce(composed); raise SystemExit(' '.join(sorted(heavy & set(sys.modules))) or 0)\n"
-        "job._announce = stop\ncli.main()"
+        "announce = run.announce\n"
+        "def stop(*arguments):\n"
+        "    announce(*arguments); raise SystemExit(' '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+        f"run.announce = tools.announce = stop\ncli.{main}()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *TINY, "hydra.run.dir=run"],
+        [sys.executable, "-c", code, *arguments, "hydra.run.dir=run"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, f"imported before: {done.stderr}"
-    assert done.stdout == f"loading digits and fedlp_mlp  -> {tmp_path}/run\n"
+    assert done.stdout == f"loading {loads}  -> {tmp_path}/run\n"

@@ -72,3 +72,12 @@ def test_negative_variances_are_refused() -> None:
     content = evaluation_messages.encode_statistics(values, 3)
     with pytest.raises(ProtocolError, match=r"client 4: .* holds negative variances"):
         evaluation_messages.decode_statistics(content, ClientProfile(4, 9), SubModel(), plan.submodels)
+
+
+@pytest.mark.parametrize(("chosen", "words"), [("auto", ", and is what is"), ("average", "; the whole one is")])
+def test_where_nobody_holds_the_whole_model_it_says_what_is_evaluated(
+    chosen: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow = (*TINY_CNN, "strategy=heterofl", "strategy.widths=[0.5]", "num_rounds=1")
+    run(tmp_path, *narrow, f"aggregator.batch_norm={chosen}")
+    assert f"no client holds the whole model: the largest sub-model has 25 % of it{words} evaluated" in caplog.text

@@ -15,3 +15,12 @@ def test_a_logged_message_is_one_printable_line(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0] == "fedlp: client 3 failed: ?[2Jgone"
+
+
+def test_a_message_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("fedlp.pruning")
+    for _ in range(2):  # jobs of a sweep
+        set_up_logging()
+        for count in (1, 1, 2):
+            logger.warning("few vectors: %d", count)
+    assert capsys.readouterr().err.splitlines() == ["fedlp: few vectors: 1", "fedlp: few vectors: 2"] * 2

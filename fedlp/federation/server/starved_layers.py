@@ -40,5 +40,5 @@ def _warn_of_narrow_clients(layouts: set[SubModelLayout], submodels: SubModels, 
     """Warn that no client holds the whole model."""
     if layouts and not any(layout.is_whole for layout in layouts):
         most = max(layout.num_params() for layout in layouts) / submodels.spec.num_params
-        measured = ", and is what is evaluated" if evaluates_largest else ""
+        measured = ", and is what is evaluated" if evaluates_largest else "; the whole one is evaluated all the same"
         log.warning("no client holds the whole model: the largest sub-model has %.0f %% of it%s", 100 * most, measured)
