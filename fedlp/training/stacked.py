@@ -252,9 +252,7 @@ class _Stack:
         batch = self._batch(step, members, rows)
         generators = [self._generators[k] for k in members] if self._generators else []
         with draw_from(generators, self._order.counts[members, step].tolist()):
-            found, gradients = stacked_gradients(
-                self._model, self._way.chain, self._info, trained, moving, still, batch
-            )
+            found, gradients = stacked_gradients(self._model, self._way, self._info, trained, moving, still, batch)
         losses[at] = found
         for x, gradient in zip(self._trained.values(), gradients, strict=True):
             if whole or gradient is None:

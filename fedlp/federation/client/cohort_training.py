@@ -16,6 +16,7 @@ from fedlp.rng import Stream, generator, generators
 from fedlp.tasks import task_of
 from fedlp.training.schedules import Moment
 from fedlp.training.stacked import train_stacked
+from fedlp.training.stacked_adapters import find_adapters
 from fedlp.training.stacked_chain import find_chain
 from fedlp.training.stacked_cohort import Trained, Trainee, Way
 from fedlp.training.stacked_pass import find_obstacle
@@ -117,4 +118,4 @@ class CohortTrainer:
         if find_obstacle(model, self._info, local, frozen, pads=False):
             return Way(stacks=False)
         pads = not find_obstacle(model, self._info, local, frozen, pads=True)
-        return Way(pads=pads, chain=find_chain(model))
+        return Way(pads=pads, chain=find_chain(model), adapters=find_adapters(model, frozen))
