@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.adapter_stacks import apply_stack, stack_of
 from fedlp.models.blueprint import Blueprint
-from fedlp.models.dropout import drop_stack
 
 PARTS = ("lora_a", "lora_b")
 
@@ -68,9 +67,6 @@ class LoraOptions:
                 raise ConfigError(f"adapter.{name}={getattr(self, name)} is not allowed: it must be {allowed}")
 
 
-_stacks: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # A and B of several clients, of the pass under way
-
-
 class LoraLinear(nn.Linear):
     """Linear layer with an adapter; shares the layer's parameters."""
 
@@ -86,18 +82,10 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the sum of the layer's and the adapter's output."""
-        if self in _stacks:
-            return super().forward(input) + self.scale * self._stacked(input, *_stacks[self])
+        if (stack := stack_of(self)) is not None:
+            return apply_stack(self, input, stack, self.scale, self.dropout if self.training else 0.0)
         dropped = F.dropout(input, self.dropout, self.training)
         return super().forward(input) + self.scale * F.linear(F.linear(dropped, self.lora_a), self.lora_b)
-
-    def _stacked(self, input: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the outputs of several clients' adapters, (clients * n, ..., out)."""
-        stack = input.reshape(len(b), len(input) // len(b), *input.shape[1:])
-        if self.dropout and self.training:
-            stack = drop_stack(stack, self.dropout)
-        flat = stack.flatten(1, -2)
-        return flat.bmm(a.mT).bmm(b.mT).reshape(*input.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -168,24 +156,6 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
     for path, module in found.items():
         _replace(model, path, LoraLinear(module, options))
     return model
-
-
-@contextmanager
-def stacked_adapters(stacks: Mapping[LoraLinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let layers apply adapters of several clients within a context, each to its client's examples.
-
-    Inputs hold the examples of all clients, (clients * n, ..., in), those of a client one after another.
-
-    Parameters
-    ----------
-    stacks : mapping from layer to (A, B)
-        (clients, r, in) and (clients, out, r).
-    """
-    _stacks.update(stacks)
-    try:
-        yield
-    finally:
-        _stacks.clear()
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:

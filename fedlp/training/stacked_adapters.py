@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlp.data.examples import DataInfo
 from fedlp.models import state_tensors
-from fedlp.models.adapters import PARTS, adapted_layers, stacked_adapters
+from fedlp.models.adapter_stacks import stacked_adapters
+from fedlp.models.adapters import PARTS, adapted_layers
 from fedlp.tasks import task_of
 
 Adapters = tuple[str, ...]
