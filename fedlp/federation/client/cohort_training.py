@@ -113,7 +113,7 @@ class CohortTrainer:
 
     def _find_way(self, model: nn.Module, frozen: frozenset[str]) -> Way:
         local = self._settings.local
-        if self._settings.batched == "auto" and not pays(model):
+        if self._settings.batched == "auto" and not pays(model, local.batch_size * self._info.input_shape[0]):
             return Way(stacks=False)
         if find_obstacle(model, self._info, local, frozen, pads=False):
             return Way(stacks=False)
