@@ -148,7 +148,8 @@ def adapter_ratio(folder: Path, case: tuple[str, int, int], repeats: int) -> dic
     values = {name: tensor.clone() for name, tensor in federation.initial_params().items()}
     _, window, batch_size = case
     num_params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    clients = adapter_stack_size(4 * num_params, COHORT, window * batch_size)
+    base_bytes = sum(tensor.nbytes for tensor in values.values()) - 4 * num_params
+    clients = adapter_stack_size(4 * num_params, COHORT, window * batch_size, base_bytes)
     steps = np.arange(2 * batch_size)
     examples = [federation.data.train.select(i * len(steps) + steps) for i in range(max(clients, ALONE))]
     way = Way(adapters=find_adapters(model))

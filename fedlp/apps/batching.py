@@ -36,9 +36,10 @@ def cohort_size(config: RunConfig, submodels: SubModels, info: DataInfo) -> int:
         level = logging.INFO if batched == "auto" else logging.WARNING
         log.log(level, "clients train one by one, although simulation.batched=%s: %s", str(batched).lower(), obstacle)
         return 1
-    kept = submodels.spec.frozen if find_adapters(model) else frozenset[str]()
-    tensors = [tensor for name, tensor in submodels.spec.tensors.items() if name not in kept]
-    num_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-    if kept:
-        return adapter_stack_size(num_bytes, config.clients_per_round, places)
-    return stack_size(num_bytes, config.clients_per_round)
+    frozen = submodels.spec.frozen if find_adapters(model) else frozenset[str]()
+    sizes = {name: math.prod(x.shape) * x.dtype.itemsize for name, x in submodels.spec.tensors.items()}
+    base_bytes = sum(sizes[name] for name in frozen)
+    num_bytes, num_clients = sum(sizes.values()) - base_bytes, config.clients_per_round
+    if frozen:
+        return adapter_stack_size(num_bytes, num_clients, places, base_bytes)
+    return stack_size(num_bytes, num_clients)

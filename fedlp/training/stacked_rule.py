@@ -20,6 +20,7 @@ MOST_ADAPTED = 1 << 27
 _STACK_BYTES = 1 << 24  # of the parameters of one stack
 _MOST_CLIENTS = 64
 _MOST_PLACES = 1 << 11  # tokens of a pass of a base: beyond it activations leave the cache
+_BASE_BYTES = 1 << 28
 _LEAST_STACKS = 4  # of a round, so that workers share them
 
 
@@ -50,7 +51,7 @@ def stack_size(num_bytes: int, num_clients: int) -> int:
     return max(1, min(_MOST_CLIENTS, _STACK_BYTES // max(num_bytes, 1), -(-num_clients // _LEAST_STACKS)))
 
 
-def adapter_stack_size(num_bytes: int, num_clients: int, places: int) -> int:
+def adapter_stack_size(num_bytes: int, num_clients: int, places: int, base_bytes: int) -> int:
     """Return how many clients train adapters of one base together at most.
 
     Parameters
@@ -61,5 +62,8 @@ def adapter_stack_size(num_bytes: int, num_clients: int, places: int) -> int:
         Clients of a round.
     places : int
         Tokens of a client's batch: activations of all clients of a stack are in memory at once.
+    base_bytes : int
+        Of the base, for which the messages of a stack have room each.
     """
-    return max(1, min(stack_size(num_bytes, num_clients), _MOST_PLACES // max(places, 1)))
+    most = min(_MOST_PLACES // max(places, 1), _BASE_BYTES // max(base_bytes, 1))
+    return max(1, min(stack_size(num_bytes, num_clients), most))
