@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from fedlp.data.examples import DataInfo
 from fedlp.models import state_tensors
-from fedlp.models.adapter_stacks import stacked_adapters
+from fedlp.models.adapter_stacks import Pair, stacked_adapters
 from fedlp.models.adapters import PARTS, adapted_layers
 from fedlp.tasks import task_of
 
@@ -57,7 +57,7 @@ def adapted_outputs(
     """
     clients, device = len(raw), next(iter(trained.values())).device
     layers = adapted_layers(model)
-    stacks = {
+    stacks: dict[nn.Module, Pair] = {
         layers[path]: (
             _stack_of(f"{path}.{PARTS[0]}", trained, still, clients),
             _stack_of(f"{path}.{PARTS[1]}", trained, still, clients),
@@ -70,7 +70,7 @@ def adapted_outputs(
     with stacked_adapters(stacks):
         found = functional_call(model, base, (inputs,))
     outputs: Tensor = found if isinstance(found, Tensor) else found.logits
-    return outputs.unflatten(0, raw.shape[:2])
+    return outputs.reshape(*raw.shape[:2], *outputs.shape[1:])
 
 
 def shares_base(adapters: Adapters, still: Mapping[str, tuple[Tensor, int | None]]) -> bool:

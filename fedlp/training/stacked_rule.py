@@ -14,12 +14,16 @@ of a client alone was 0.6 to 0.7 at 126,000 numbers, 0.75 to 0.9 at 159,000, nea
 busy machine. ``experiments/bench/cohorts.py`` measures it again.
 """
 
-MOST_ADAPTED = 1 << 27
-"""Parameters times tokens of a batch of a model whose adapters' stack pays on a CPU: beyond it arithmetic is all."""
+MOST_PLACES, MOST_WORK = 1 << 8, 1 << 28
+"""Tokens of a batch, and tokens times parameters, of a model whose adapters' stack pays on a CPU.
+
+What a pass costs beside arithmetic is shared. Processor time over that of a client alone was 0.3 to 0.5 at 64 tokens,
+0.5 at 128, 0.64 at 256, 0.7 to 0.8 at 512 (260 thousand parameters), and 0.35 at 32, 0.5 at 64 (3.3 million).
+"""
 
 _STACK_BYTES = 1 << 24  # of the parameters of one stack
 _MOST_CLIENTS = 64
-_MOST_PLACES = 1 << 11  # tokens of a pass of a base: beyond it activations leave the cache
+_PASS_PLACES = 1 << 11  # tokens of a pass of a base: beyond it activations leave the cache
 _BASE_BYTES = 1 << 28
 _LEAST_STACKS = 4  # of a round, so that workers share them
 
@@ -33,7 +37,7 @@ def pays(model: nn.Module, places: int) -> bool:
         Tokens of a batch, of a model that reads tokens.
     """
     if find_adapters(model):
-        return sum(parameter.numel() for parameter in model.parameters()) * places <= MOST_ADAPTED
+        return places <= MOST_PLACES and sum(x.numel() for x in model.parameters()) * places <= MOST_WORK
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return count <= MOST_PARAMS
 
@@ -65,5 +69,5 @@ def adapter_stack_size(num_bytes: int, num_clients: int, places: int, base_bytes
     base_bytes : int
         Of the base, for which the messages of a stack have room each.
     """
-    most = min(_MOST_PLACES // max(places, 1), _BASE_BYTES // max(base_bytes, 1))
+    most = min(_PASS_PLACES // max(places, 1), _BASE_BYTES // max(base_bytes, 1))
     return max(1, min(stack_size(num_bytes, num_clients), most))

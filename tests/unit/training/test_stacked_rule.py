@@ -18,7 +18,8 @@ def test_plain_models_pay_by_their_size_and_adapters_by_their_work() -> None:
     assert pays(nn.Linear(300, 400), places=1 << 20)
     assert not pays(nn.Linear(400, 400), places=1)
     assert pays(adapted(400), places=64)
-    assert not pays(adapted(400), places=1024)
+    assert not pays(adapted(400), places=512)
+    assert not pays(adapted(1200), places=256)
 
 
 def test_a_stack_is_bounded_by_memory_and_leaves_work_for_all_workers() -> None:
