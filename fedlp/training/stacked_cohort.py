@@ -115,7 +115,7 @@ def as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
     own: dict[str, Tensor] = {}
     for name, x in state_tensors(model).items():
         values = [trainee.values.get(name, x) for trainee in trainees]
-        if all(value is values[0] or torch.equal(value, values[0]) for value in values):
+        if all(_are_equal(value, values[0]) for value in values):
             shared[name] = values[0]
         else:
             own[name] = torch.stack([value.to(x) for value in values])
@@ -124,6 +124,12 @@ def as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
     masks = {name: torch.stack([trainee.masks[name] for trainee in trainees]) for name in trainees[0].masks}
     rngs = [trainee.rng for trainee in trainees]
     return Cohort(shared, own, joined, [len(one) for one in examples], rngs, masks)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _join(examples: Sequence[Examples]) -> Examples:
