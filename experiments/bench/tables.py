@@ -35,6 +35,8 @@ HEADS = {
         "stacked / one by one",
         "quartiles",
     ],
+    "cohorts, adapters": ["model", "trained numbers", "clients in a stack", "stacked / one by one", "quartiles"],
+    "cohorts, rounds of adapters": ["model", "batched / one by one, time", "quartiles", "processor seconds"],
     "peers": [
         *("workload", "clients a round", "simulator", "a round / fedlp's with one worker", "quartiles"),
         *("round, ms", "start, s", "peak memory, MB"),
@@ -55,6 +57,8 @@ def regenerate(results: Path, out: Path) -> None:
         file = results / f"{title.partition(',')[0]}.json"
         report = json.loads(file.read_text())
         rows = ROWS[title](report["results"])
+        if not rows:
+            continue
         about = report.get("peak_memory_measured", report) if title == "simulation, peak memory" else report
         lines += ["", f"## {title}", "", f"Commit `{about['commit'][:7]}`, {about['machine']['cores']} cores.", ""]
         lines += [line(head), line(["---"] * len(head)), *map(line, rows)]
@@ -122,13 +126,24 @@ def _cohorts(results: Mapping[str, Any]) -> Rows:
         ratio = {key: 1 / over[other] for key, other in {"median": "median", "q1": "q3", "q3": "q1"}.items()}
         return [case, f"{ratio['median']:.2f}", _quartiles(ratio), f"{found['processor_ratio']:.2f}"]
 
-    return [row(case, found) for case, found in results.items() if case != "training"]
+    return [row(case, found) for case, found in results.items() if "ratio_over_fedlp" in found]
 
 
-def _cohorts_alone(results: Mapping[str, Any]) -> Rows:
+def _cohorts_alone(results: Mapping[str, Any], part: str = "training") -> Rows:
     return [
         [name, str(one["params"]), str(one["clients"]), f"{one['ratio']['median']:.2f}", _quartiles(one["ratio"])]
-        for name, one in results["training"].items()
+        for name, one in results.get(part, {}).items()
+    ]
+
+
+def _cohorts_adapters(results: Mapping[str, Any]) -> Rows:
+    return _cohorts_alone(results, "adapters")
+
+
+def _cohorts_adapter_rounds(results: Mapping[str, Any]) -> Rows:
+    return [
+        [name, f"{one['ratio']['median']:.2f}", _quartiles(one["ratio"]), f"{one['processor_ratio']:.2f}"]
+        for name, one in results.get("adapter_rounds", {}).items()
     ]
 
 
@@ -205,7 +220,8 @@ ROWS = dict(
     zip(
         HEADS,
         (
-            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone, _peers),
+            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
+            *(_cohorts_adapters, _cohorts_adapter_rounds, _peers),
             *(_encoding, _aggregation, _aggregation_memory, _growth, _growth_parts, _growth_aggregation),
         ),
         strict=True,

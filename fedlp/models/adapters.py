@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlp.errors import ConfigError
+from fedlp.models.adapter_stacks import apply_stack, stack_of
 from fedlp.models.blueprint import Blueprint
 
 PARTS = ("lora_a", "lora_b")
@@ -81,6 +82,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the sum of the layer's and the adapter's output."""
+        if (stack := stack_of(self)) is not None:
+            return apply_stack(self, input, stack, self.scale, self.dropout if self.training else 0.0)
         dropped = F.dropout(input, self.dropout, self.training)
         return super().forward(input) + self.scale * F.linear(F.linear(dropped, self.lora_a), self.lora_b)
 
@@ -153,6 +156,11 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
     for path, module in found.items():
         _replace(model, path, LoraLinear(module, options))
     return model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the layers with adapters, by path."""
+    return dict(_adapted(model))
 
 
 def has_adapters(model: nn.Module) -> bool:

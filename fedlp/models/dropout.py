@@ -48,6 +48,24 @@ class _DropoutByClient(torch.autograd.Function):
         return stack * scale, 0
 
 
+def drop_stack(stack: Tensor, p: float) -> Tensor:
+    """Return torch's dropout of the inputs of several clients, (clients, n, ...), each from its own generator.
+
+    Numbers are those that ``F.dropout`` would draw for a client alone, on a CPU; padded rows keep their values.
+
+    Raises
+    ------
+    RuntimeError
+        If there are not as many generators.
+    """
+    if len(stack) != len(_stacked):
+        raise RuntimeError("dropout of a stack has no streams to draw from")
+    scale = torch.ones_like(stack)
+    for own, (source, rows) in zip(scale, _stacked, strict=True):
+        own[:rows].bernoulli_(1 - p, generator=source).div_(1 - p)
+    return stack * scale
+
+
 def byte_scale(like: Tensor, p: float, source: torch.Generator | None = None) -> Tensor:
     """Return 0 with probability ``p``, else ``1 / (1 - p)``, in the shape and layout of a tensor on the CPU."""
     count = like.numel()

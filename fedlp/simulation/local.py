@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
-from fedlp.federation.wire.stacks import count_clients
+from fedlp.federation.wire.stacks import TRAIN_COHORT, count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
@@ -31,6 +31,7 @@ from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
+_LENT_BYTES, _MOST_LENT = 1 << 27, 64  # replies of a worker that are read where they lie: bytes, and number
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
 
 
@@ -89,8 +90,10 @@ class LocalGrid(StreamedGrid):
         self._again: deque[Waiting] = deque()  # what a worker that ended had been given
         self._pushed: deque[Waiting] = deque()
         self._done: dict[int, Message] = {}  # by the number of the message
-        duty = Duty(self._depth, capacity, load_app, run_config or {}, num_clients)
-        self._starter = make_starter(start_method(start), num_workers, duty)
+        method = start_method(start)
+        spare = min(_LENT_BYTES // capacity, _MOST_LENT) if self.stacks and method != "spawn" else 0
+        duty = Duty(self._depth + spare, capacity, load_app, run_config or {}, num_clients)
+        self._starter = make_starter(method, num_workers, duty)
         self._selector = self._starter.selector()
         gc.freeze()  # memory stays shared with the workers until a garbage collection writes into it, here or there
         self._workers: list[Worker] = []
@@ -245,8 +248,10 @@ class LocalGrid(StreamedGrid):
                 self._settle(task, lambda message: Message(Error(CRASHED, reason), reply_to=message))
             self._replace(i)
             return
-        items = decode_frame(frame[1:], worker.slots[frame[0]][1], copy_array)
         task = worker.tasks.popleft()
+        is_stack = task.messages[0][1].metadata.message_type == TRAIN_COHORT
+        wrap = worker.lend(frame[0], self._depth) if is_stack else None
+        items = decode_frame(frame[1:], worker.slots[frame[0]][1], wrap or copy_array)
         if worker.tasks:
             worker.tasks[0].since = time.monotonic()
         for (number, message), (about, content) in zip(task.messages, items, strict=True):

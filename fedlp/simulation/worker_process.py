@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import Message
+import numpy as np
+from flwr.app import Array, Message
 from flwr.clientapp import ClientApp
 
+from fedlp.federation.flower_compat import make_array
 from fedlp.simulation.shared_blocks import Block
-from fedlp.simulation.transport import Area
+from fedlp.simulation.transport import Area, WrapBuffer
 from fedlp.simulation.worker import Node, RunSettings
 
 Numbered = list[tuple[int, Message]]
@@ -90,6 +93,8 @@ class Worker:
     connection : Connection, or what has its methods
     block : Block or None
         Shared memory of the slots of a spawned worker.
+    lent : dict from int to list of weak references
+        Slots whose replies are in use, and the owners of their arrays.
     """
 
     process: Process
@@ -97,11 +102,37 @@ class Worker:
     slots: list[tuple[Area, Area]]
     tasks: deque[Task] = field(default_factory=deque)
     block: Block | None = None
+    lent: dict[int, list[weakref.ref[Any]]] = field(default_factory=dict)
 
     def free_slot(self) -> int | None:
         """Return a free slot."""
-        used = {task.slot for task in self.tasks}
+        used = {task.slot for task in self.tasks} | self._lent_slots()
         return next((slot for slot in range(len(self.slots)) if slot not in used), None)
+
+    def lend(self, slot: int, num_tasks: int) -> WrapBuffer | None:
+        """Return how to make arrays of a reply without a copy; None where too few slots would be left.
+
+        The slot is free again once nothing refers to these arrays any more.
+
+        Parameters
+        ----------
+        num_tasks : int
+            Slots that must be left.
+        """
+        if len(self.slots) - len(self._lent_slots()) <= num_tasks:
+            return None
+        references = self.lent[slot] = list[weakref.ref[Any]]()
+
+        def wrap(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+            holder = np.frombuffer(data, np.uint8)  # every view of its memory keeps it
+            references.append(weakref.ref(holder))
+            return make_array(dtype, shape, stype, holder.data)
+
+        return wrap
+
+    def _lent_slots(self) -> set[int]:
+        self.lent = {slot: found for slot, found in self.lent.items() if any(one() is not None for one in found)}
+        return set(self.lent)
 
     def end(self) -> None:
         """Wait for the end of the process, and release what was its own."""

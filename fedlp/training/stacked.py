@@ -1,14 +1,14 @@
 """Local training of several clients at once: their parameters are stacked, and one pass serves all of them.
 
 Clients of one architecture and one set of options train together by ``torch.func.vmap``, those of fully connected
-networks by batched products: each has its own weights, its own batches in its own order, its own optimizer state,
-gradient norm, dropout and running statistics. A client that has fewer steps than others leaves the stack when it is
-done; a batch that is smaller than others' is padded with rows of weight 0 where the task's loss is a mean over
-examples, and computed apart where it is not.
+networks by batched products, adapters of one base by one pass of it: each has its own weights, its own batches in its
+own order, its own optimizer state, gradient norm, dropout and running statistics. A client that has fewer steps than
+others leaves the stack when it is done; a batch that is smaller than others' is padded with rows of weight 0 where the
+task's loss is a mean over examples, and computed apart where it is not.
 
-A client's result does not depend on the other clients, not in a bit (but for the last bits of batch norms), and agrees
-with that of training alone up to rounding: 1e-5 of a tensor's largest entry after a few steps.
-``stacked_pass.find_obstacle`` compares both for each architecture before its first use.
+A client's result does not depend on the other clients, not in a bit (but for the last bits of batch norms and of
+adapters of one base), and agrees with that of training alone up to rounding: 1e-5 of a tensor's largest entry after a
+few steps. ``stacked_pass.find_obstacle`` compares both for each architecture before its first use.
 """
 
 from __future__ import annotations
@@ -252,9 +252,7 @@ class _Stack:
         batch = self._batch(step, members, rows)
         generators = [self._generators[k] for k in members] if self._generators else []
         with draw_from(generators, self._order.counts[members, step].tolist()):
-            found, gradients = stacked_gradients(
-                self._model, self._way.chain, self._info, trained, moving, still, batch
-            )
+            found, gradients = stacked_gradients(self._model, self._way, self._info, trained, moving, still, batch)
         losses[at] = found
         for x, gradient in zip(self._trained.values(), gradients, strict=True):
             if whole or gradient is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedlp.data.examples import Examples
 from fedlp.models import state_tensors
 from fedlp.training.loop import TrainResult
+from fedlp.training.stacked_adapters import Adapters
 from fedlp.training.stacked_chain import Chain
 
 Trained = tuple[TrainResult, dict[str, Tensor]]
@@ -98,20 +99,23 @@ class Way:
         Whether smaller batches may be padded; see ``stacked_pass``.
     chain : Chain
         The layers of a fully connected network; else empty.
+    adapters : Adapters
+        The adapted layers where nothing but adapters is trained; else empty.
     """
 
     stacks: bool = True
     pads: bool = False
     chain: Chain = ()
+    adapters: Adapters = ()
 
 
 def as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
-    """Return clients as a cohort; values are shared where all clients have the same tensor."""
+    """Return clients as a cohort; values are shared where those of all clients are equal."""
     shared: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
     for name, x in state_tensors(model).items():
         values = [trainee.values.get(name, x) for trainee in trainees]
-        if all(value is values[0] for value in values):
+        if all(_are_equal(value, values[0]) for value in values):
             shared[name] = values[0]
         else:
             own[name] = torch.stack([value.to(x) for value in values])
@@ -120,6 +124,12 @@ def as_cohort(model: nn.Module, trainees: Sequence[Trainee]) -> Cohort:
     masks = {name: torch.stack([trainee.masks[name] for trainee in trainees]) for name in trainees[0].masks}
     rngs = [trainee.rng for trainee in trainees]
     return Cohort(shared, own, joined, [len(one) for one in examples], rngs, masks)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _join(examples: Sequence[Examples]) -> Examples:

@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from fedlp.config import LocalConfig
 from fedlp.data.examples import DataInfo, Examples
 from fedlp.models import forward_logits, state_tensors
+from fedlp.models.adapters import LoraLinear
 from fedlp.models.dropout import ByteDropout, draw_from
 from fedlp.models.forward import first_line
 from fedlp.models.layers import held_still
@@ -20,7 +21,9 @@ from fedlp.rng import Stream, generator
 from fedlp.tasks import Task, task_of
 from fedlp.tasks.causal_lm import CausalLM
 from fedlp.training.loop import seed_torch
+from fedlp.training.stacked_adapters import adapted_outputs, find_adapters, shares_base
 from fedlp.training.stacked_chain import Chain, ChainPass, descend, find_chain, gradient_of
+from fedlp.training.stacked_cohort import Way
 from fedlp.training.stacked_linear import StackedLinears
 
 Still = tuple[Tensor, int | None]
@@ -54,7 +57,7 @@ class StackedBatch:
 
 def stacked_gradients(
     model: nn.Module,
-    chain: Chain,
+    way: Way,
     info: DataInfo,
     trained: Mapping[str, Tensor],
     moving: Mapping[str, Tensor],
@@ -67,17 +70,21 @@ def stacked_gradients(
     ----------
     model : nn.Module
         Architecture, in training mode; its own values serve where no tensor is given.
-    chain : Chain
-        The model's layers where it is fully connected; else empty.
+    way : Way
+        How clients of the model train together.
     trained, moving : mapping from name to Tensor
         Parameters and buffers of all clients, (clients, ...); a pass writes into the latter, as batch norms do.
     """
-    if chain:
-        losses, links = _chain_losses(chain, info, trained, still, batch)
+    if way.chain:
+        losses, links = _chain_losses(way.chain, info, trained, still, batch)
         found = {name: gradient_of(first, second) for name, first, second in links}
         return losses, [found.get(name) for name in trained]
     leaves = {name: x.detach().requires_grad_() for name, x in trained.items()}
-    losses = _losses(info, _vmapped_outputs(model, info, leaves, moving, still, batch), batch)
+    if way.adapters and shares_base(way.adapters, still):
+        outputs = adapted_outputs(model, way.adapters, info, leaves, still, batch.raw)
+    else:
+        outputs = _vmapped_outputs(model, info, leaves, moving, still, batch)
+    losses = _losses(info, outputs, batch)
     return losses.detach(), list(torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True))
 
 
@@ -149,13 +156,18 @@ def _losses(info: DataInfo, outputs: Tensor, batch: StackedBatch) -> Tensor:
         by_row = task.row_losses(outputs.flatten(0, 1), batch.raw.flatten(0, 1), batch.targets.flatten(0, 1))
         losses = by_row.reshape(batch.raw.shape[:2])
         return losses.mean(dim=1) if batch.weights is None else (losses * batch.weights).sum(dim=1)
+    if batch.raw.dtype == torch.int64:  # of tokens, a client's outputs are many
+        return torch.stack([task.loss(*one) for one in zip(outputs.unbind(), batch.raw, batch.targets, strict=True)])
     losses = vmap(task.loss)(outputs, batch.raw, batch.targets)
     return losses
 
 
 def draws(model: nn.Module) -> bool:
     """Return whether a model has dropout of ours; that of others cannot be drawn from each client's own stream."""
-    return any(isinstance(module, ByteDropout) for module in model.modules())
+    return any(
+        isinstance(module, ByteDropout) or (isinstance(module, LoraLinear) and module.dropout > 0)
+        for module in model.modules()
+    )
 
 
 def find_obstacle(model: nn.Module, info: DataInfo, config: LocalConfig, frozen: frozenset[str], pads: bool) -> str:
@@ -218,8 +230,8 @@ def _compare(model: nn.Module, trained: set[int], info: DataInfo, pads: bool) ->
     weights = torch.tensor([[1 / n] * n + [0.0] * (rows - n) for n in counts], device=device) if pads else None
     generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]
     with draw_from(generators, counts):
-        batch, chain = StackedBatch(raw, targets, weights), find_chain(model)
-        _, found = stacked_gradients(model, chain, info, stacks, moving, still, batch)
+        batch, way = StackedBatch(raw, targets, weights), Way(chain=find_chain(model), adapters=find_adapters(model))
+        _, found = stacked_gradients(model, way, info, stacks, moving, still, batch)
     for k, part in enumerate(parts):
         seed_torch(k + 1, device)
         wanted = _alone(model, [parameters[name] for name in names], task, info, part)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
+from torch import Tensor
 
 from fedlp.apps.federate import Federation
 from fedlp.config import compose
@@ -15,6 +16,7 @@ from fedlp.federation.client import cohort_training
 from fedlp.federation.client.runtime import ClientRuntime
 from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.local import LocalGrid
+from fedlp.training import stacked_pass
 from fedlp.types import ClientUpdate, TrainInstruction
 from tests.integration.running import TINY, Finished, run
 from tests.integration.test_round import Once
@@ -44,6 +46,20 @@ OPTIONS = {
     "balanced classes": ("task=classification", "task.class_weights=balanced"),
     "batches of one": ("local.batch_size=1",),
 }
+
+LORA = (
+    *("model=llama_tiny", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=48", "adapter=lora"),
+    *("dataset=topics", "dataset.sequence_length=16", "dataset.max_train_examples=128", "dataset.max_test_examples=8"),
+    *("num_clients=8", "clients_per_round=8", "num_rounds=2", "local.batch_size=8", "local.lr=0.1", "adapter.rank=4"),
+    *("simulation.workers=2", "strategy=fedavg"),
+)
+ADAPTED = (
+    ("adapter.dropout=0.25", "local.momentum=0.9"),
+    ("adapter.freeze_a=true", "local.max_grad_norm=0.05"),
+    ("strategy=fedlp_homo", "local.skip_backward=true", *UNEQUAL[:2]),
+    ("upload=int8", "upload.values=deltas"),
+    ("strategy=heterofl", *FLEET),
+)
 
 
 def assert_alike(one: Finished, other: Finished) -> None:
@@ -79,6 +95,28 @@ def test_strategies_agree(strategy: str, once: Once) -> None:
 def test_options_agree(option: str, once: Once) -> None:
     case = (*TINY, *UNEQUAL, *OPTIONS[option])
     assert_alike(once(*case), once(*case, BATCHED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ADAPTED, ids=str)
+def test_adapters_agree(options: tuple[str, ...], once: Once) -> None:
+    assert_alike(once(*LORA, *options), once(*LORA, *options, BATCHED))
+
+
+def test_clients_share_a_pass_of_the_base_that_each_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second round clients read the base from files of their own."""
+    stacks: list[int] = []
+    outputs = stacked_pass.adapted_outputs
+
+    def spy(model: object, adapters: object, info: object, trained: object, still: object, raw: Tensor) -> Tensor:
+        stacks.append(len(raw))
+        return outputs(model, adapters, info, trained, still, raw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stacked_pass, "adapted_outputs", spy)
+    run(tmp_path, *LORA, "simulation.batched=auto", "simulation.workers=0", "partition.name=iid")
+    training = stacks[2:]  # without the trials of the server and of the clients' side
+    assert len(training) == 2 * 4 * 2
+    assert set(training) == {2}
 
 
 def test_workers_change_no_bit(tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.federation.aggregation.coverage_average import CoverageAverage
-from fedlp.federation.aggregation.norm_bounds import Squares, clipping_scales, squared_norm, squared_norms
+from fedlp.federation.aggregation.norm_bounds import (
+    Squares,
+    StackSquares,
+    are_surely_within,
+    clipping_scales,
+    estimate_squares,
+    squared_norm,
+)
 from fedlp.federation.aggregation.stored_updates import StoredUpdates
 from fedlp.pruning.tracing.widths import slice_tensor
 
@@ -51,37 +58,41 @@ class ClippedAverage:
         self._average = CoverageAverage(params)
         self._stored = stored or StoredUpdates()
         self._squares: list[Squares] = []
+        self._estimates: list[StackSquares] = []  # of the updates that came in stacks
+        self._count = 0
         self.scales: list[float] = []
 
     @torch.no_grad()
     def add(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weight: float) -> None:
         """Count in one client's update; as :meth:`CoverageAverage.add`."""
         self._average.add(params, keeps, weight)
-        self._squares.append(
-            {
-                name: (squared_norm(values, self._before(name, keeps)), values.numel())
-                for name, values in params.items()
-                if values.is_floating_point() and values.numel()
-            }
-        )
+        self._squares.append(self._squares_of(params, keeps))
+        self._count += 1
         self._stored.add(params, keeps, weight)
 
     @torch.no_grad()
     def add_stack(self, stacks: Mapping[str, Tensor], keeps: Mapping[str, Keeps], weights: Sequence[float]) -> None:
         """Count in updates of several clients; as :meth:`CoverageAverage.add_stack`."""
         self._average.add_stack(stacks, keeps, weights)
-        found: list[dict[str, tuple[float, int]]] = [{} for _ in weights]
-        for name, stack in stacks.items():
-            if stack.is_floating_point() and stack[0].numel():
-                norms = squared_norms(stack, self._before(name, keeps))
-                for one, norm in zip(found, norms, strict=True):
-                    one[name] = norm, stack[0].numel()
-        self._squares.extend(found)
+        self._estimates.append(
+            {
+                name: (estimate_squares(stack, self._before(name, keeps)), stack[0].numel())
+                for name, stack in stacks.items()
+                if stack.is_floating_point() and stack[0].numel()
+            }
+        )
+        self._count += len(weights)
         self._stored.add_stack(stacks, keeps, weights)
 
     @torch.no_grad()
     def result(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the average of the bounded updates, and its coverage; as :meth:`CoverageAverage.result`."""
+        if self._are_all_within():
+            self.scales = [1.0] * self._count
+            return self._average.result()
+        if self._estimates:
+            self._squares = [self._squares_of(params, keeps) for params, keeps, _ in self._stored]
+            self._estimates = []
         trained = self._scales_of(self._trainable)
         others = self._scales_of(self._params.keys() - self._trainable)
         self.scales = [min(pair) for pair in zip(trained, others, strict=True)]
@@ -95,6 +106,21 @@ class ClippedAverage:
     def covered(self, name: str) -> bool | Tensor:
         """Return whether each entry has an update; as :meth:`CoverageAverage.covered`."""
         return self._average.covered(name)
+
+    def _are_all_within(self) -> bool:
+        """Return whether estimates alone show that no update is beyond its bound; only where all came in stacks."""
+        if self._squares:
+            return False
+        kinds = self._trainable, self._params.keys() - self._trainable
+        return all(are_surely_within(self._estimates, names, self._multiple) for names in kinds)
+
+    def _squares_of(self, params: Mapping[str, Tensor], keeps: Mapping[str, Keeps]) -> Squares:
+        """Return the squared norms of an update's differences."""
+        return {
+            name: (squared_norm(values, self._before(name, keeps)), values.numel())
+            for name, values in params.items()
+            if values.is_floating_point() and values.numel()
+        }
 
     def _scales_of(self, names: Collection[str]) -> list[float]:
         """Return the scale of each update, by the norms over some of the tensors."""

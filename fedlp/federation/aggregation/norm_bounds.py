@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlp.errors import ConfigError
@@ -37,8 +38,15 @@ _DEVIATIONS, _PER_MAD = 3.0, 1.4826  # of a normal distribution's median absolut
 _LARGEST_EXPONENT = 700.0
 _BLOCK = 1 << 18  # numbers that are widened at a time
 
+_ESTIMATED = 1 << 15  # numbers whose squares are added in float32: their sum is off by less than a thousandth
+_LEAST = 1e-25  # of a sum of squares that is no victim of underflow
+_MARGIN = 0.98  # of a bound, within which estimates are sure to be
+
 Squares = Mapping[str, tuple[float, int]]
 """Sum of the squared differences of one update, and their number, by tensor."""
+
+StackSquares = Mapping[str, tuple[NDArray[np.float64], int]]
+"""Estimated sums of the squared differences of several updates, (clients,), and their number in each, by tensor."""
 
 
 def squared_norm(values: Tensor, before: Tensor) -> float:
@@ -63,6 +71,47 @@ def squared_norms(stack: Tensor, before: Tensor) -> list[float]:
         block = wide[: len(some)].copy_(some).sub_(old).numpy()
         found += np.einsum("ki,ki->k", block, block).tolist()
     return found
+
+
+def estimate_squares(stack: Tensor, before: Tensor) -> NDArray[np.float64]:
+    """Return estimates of :func:`squared_norms`, (clients,), to a thousandth and several times as fast.
+
+    Numbers that float32 cannot square are not finite; small ones, and those of other dtypes, are exact.
+    """
+    if stack.dtype != torch.float32 or before.dtype != torch.float32:
+        return np.array(squared_norms(stack, before))
+    rows, old = stack.reshape(len(stack), -1).numpy(), before.reshape(-1).numpy()
+    found, wide = np.zeros(len(rows)), np.empty(_ESTIMATED, dtype=np.float32)
+    for lo in range(0, len(old), _ESTIMATED):
+        part = old[lo : lo + _ESTIMATED]
+        at_once = _ESTIMATED // len(part)
+        for first in range(0, len(rows), at_once):
+            some = rows[first : first + at_once, lo : lo + _ESTIMATED]
+            block = wide[: some.size].reshape(some.shape)
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.subtract(some, part, out=block)
+                found[first : first + at_once] += np.einsum("ki,ki->k", block, block)
+    return found if bool((found >= _LEAST).all()) else np.array(squared_norms(stack, before))
+
+
+def are_surely_within(stacks: Sequence[StackSquares], names: Collection[str], multiple: float) -> bool:
+    """Return whether :func:`clipping_scales` is 1 for all updates, whatever estimates of their squares hide.
+
+    False where the stacks are of different tensors, which nothing is said about.
+
+    Parameters
+    ----------
+    names : collection of str
+        Tensors whose norms are compared.
+    """
+    counts = [{name: count for name, (_, count) in stack.items() if name in names} for stack in stacks]
+    if not counts or any(count != counts[0] for count in counts):
+        return False
+    if not counts[0] or sum(len(next(iter(stack.values()))[0]) for stack in stacks) < MIN_HOLDERS:
+        return True
+    totals = np.stack([np.concatenate([stack[name][0] for stack in stacks]) for name in counts[0]])
+    medians = np.sort(totals, axis=1)[:, (totals.shape[1] - 1) // 2]  # of one number of entries, so of means as well
+    return bool((totals.sum(axis=0) <= _MARGIN * multiple**2 * medians.sum()).all())
 
 
 def check_multiples(**bounds: float | None) -> None:

@@ -16,6 +16,7 @@ from fedlp.rng import Stream, generator, generators
 from fedlp.tasks import task_of
 from fedlp.training.schedules import Moment
 from fedlp.training.stacked import train_stacked
+from fedlp.training.stacked_adapters import find_adapters
 from fedlp.training.stacked_chain import find_chain
 from fedlp.training.stacked_cohort import Trained, Trainee, Way
 from fedlp.training.stacked_pass import find_obstacle
@@ -112,9 +113,9 @@ class CohortTrainer:
 
     def _find_way(self, model: nn.Module, frozen: frozenset[str]) -> Way:
         local = self._settings.local
-        if self._settings.batched == "auto" and not pays(model):
+        if self._settings.batched == "auto" and not pays(model, local.batch_size * self._info.input_shape[0]):
             return Way(stacks=False)
         if find_obstacle(model, self._info, local, frozen, pads=False):
             return Way(stacks=False)
         pads = not find_obstacle(model, self._info, local, frozen, pads=True)
-        return Way(pads=pads, chain=find_chain(model))
+        return Way(pads=pads, chain=find_chain(model), adapters=find_adapters(model, frozen))

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import ConfigError, FedLPError
+from fedlp.federation.aggregation import clipped_average
 from fedlp.federation.aggregation.aggregator import CoverageAverageRule
 from fedlp.federation.aggregation.clipped_average import ClippedAverage
 from fedlp.federation.aggregation.coverage import Keeps
 from fedlp.federation.aggregation.coverage_average import WeightedUpdate, coverage_average
-from fedlp.federation.aggregation.norm_bounds import MIN_HOLDERS, clipping_scales, squared_norm
+from fedlp.federation.aggregation.norm_bounds import (
+    MIN_HOLDERS,
+    are_surely_within,
+    clipping_scales,
+    estimate_squares,
+    squared_norm,
+    squared_norms,
+)
 from fedlp.federation.aggregation.stored_updates import StoredUpdates
 from fedlp.types import Keep
 from tests.reference import robust
@@ -86,6 +94,59 @@ def test_a_stack_is_averaged_as_its_clients(hostile: int) -> None:
         torch.testing.assert_close(together.result()[0][name], values, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(together.scales, alone.scales, rtol=1e-12)
     assert sum(scale < 1.0 for scale in together.scales) == hostile
+
+
+@pytest.mark.parametrize("hostile", [0, 2])
+def test_stacks_of_single_precision_are_averaged_as_their_clients_bit_for_bit(hostile: int) -> None:
+    old = {name: values.to(torch.float32) for name, values in OLD.items()}
+    given = [update(i, 10.0 if i < hostile else 0.1, WHOLE) for i in range(12)]
+    alone, together = (ClippedAverage(old, 3.0, ["a", "b"]) for _ in range(2))
+    stacks = {name: torch.stack([p[name].to(torch.float32) for p, *_ in given]) for name in SHAPES}
+    for k, (*_, weight) in enumerate(given):
+        alone.add({name: stack[k] for name, stack in stacks.items()}, {}, weight)
+    for part in (slice(0, 5), slice(5, 12)):
+        weights = [weight for *_, weight in given[part]]
+        together.add_stack({name: stack[part] for name, stack in stacks.items()}, {}, weights)
+    found, wanted = together.result()[0], alone.result()[0]
+    assert all(torch.equal(found[name], wanted[name]) for name in SHAPES)
+    assert together.scales == alone.scales
+    assert sum(scale < 1.0 for scale in together.scales) == hostile
+
+
+def test_norms_well_within_the_bound_are_only_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Tensor) -> float:
+        raise AssertionError
+
+    monkeypatch.setattr(clipped_average, "squared_norm", refuse)
+    old = {"w": torch.randn(300, generator=GEN)}
+    average = ClippedAverage(old, 3.0)
+    average.add_stack({"w": old["w"] + torch.randn(8, 300, generator=GEN)}, {}, [1.0] * 8)
+    average.result()
+    assert average.scales == [1.0] * 8
+    average.add_stack({"w": (old["w"] + 2.995 * torch.ones(1, 300))}, {}, [1.0])  # too near for an estimate
+    with pytest.raises(AssertionError):
+        average.result()
+
+
+@pytest.mark.parametrize("numel", [1, 300, 1 << 15, (1 << 15) + 7, 100_001])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e15])
+def test_estimates_are_off_by_less_than_a_thousandth(numel: int, size: float) -> None:
+    before = torch.zeros(numel)
+    stack = size * torch.randn(3, numel, generator=GEN)
+    np.testing.assert_allclose(estimate_squares(stack, before), squared_norms(stack, before), rtol=1e-3)
+
+
+def test_estimates_of_what_is_no_number_are_within_no_bound() -> None:
+    before = torch.zeros(4)
+    for bad in (float("nan"), float("inf"), 1e30):
+        stack = torch.ones(6, 4)
+        stack[2, 1] = bad
+        found = {"w": (estimate_squares(stack, before), 4)}
+        assert not are_surely_within([found], ["w"], 3.0)
+    good = {"w": (estimate_squares(torch.ones(6, 4), before), 4)}
+    assert are_surely_within([good], ["w"], 3.0)
+    assert are_surely_within([good], [], 3.0)
+    assert not are_surely_within([good, {"v": good["w"]}], ["v", "w"], 3.0)
 
 
 def test_nobody_beyond_the_bound_changes_no_bit() -> None:
