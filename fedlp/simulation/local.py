@@ -13,7 +13,7 @@ import gc
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -29,6 +29,7 @@ from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
+from fedlp.types import ClientProfile
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
@@ -60,6 +61,8 @@ class LocalGrid(StreamedGrid):
         Whether the app answers messages for several clients.
     start : str
         How workers start: "fork", "spawn", or "auto" for what fits the system.
+    profiles : callable, optional
+        Returns the profiles of all clients, by partition; without it, nodes are asked.
 
     Raises
     ------
@@ -79,10 +82,11 @@ class LocalGrid(StreamedGrid):
         cohort: int = 1,
         stacks: bool = False,
         start: str = "auto",
+        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
     ) -> None:
         refuse_unguarded()
         keep_freed_memory()  # of one update for the next
-        super().__init__(num_clients)
+        super().__init__(num_clients, profiles)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
         self._depth = _depth(message_bytes, num_workers, cohort)
