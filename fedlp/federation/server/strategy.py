@@ -282,6 +282,7 @@ class FedLPStrategy(EvaluatingStrategy):
         collector = self._collector(server_round)
         for reply in replies:
             collector.collect(*self._round.assigned.popleft(), reply)
+            del reply  # and its memory, before the next one's
         return self._conclude(server_round, collector.tally, self._num_good())
 
     def _collector(self, server_round: int) -> UpdateCollector:
