@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +12,12 @@ from fedlp.apps.packed_federation import find_obstacle, pack
 from fedlp.config import RunConfig, to_yaml
 from fedlp.data.examples import DataInfo
 from fedlp.errors import ConfigError
+from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.submodels import SubModels
 from fedlp.simulation.local import LocalGrid
 from fedlp.simulation.parcel import HandOver
 from fedlp.simulation.streamed_grid import StreamedGrid
+from fedlp.types import ClientProfile
 
 
 class GridFederation(LocalFederation, Protocol):
@@ -57,6 +60,7 @@ def open_grid(federation: GridFederation, out: Path) -> StreamedGrid:
         cohort=cohort_size(config, federation.submodels, federation.info),
         stacks=sends_stacks(config),
         start=config.simulation.start,
+        profiles=_profiles_of(federation, out),
     )
 
 
@@ -81,11 +85,22 @@ def _on_ray(federation: GridFederation, out: Path) -> StreamedGrid:
         message_bytes=_message_bytes(federation),
         run_config=_run_config(config, out),
         state_dir=out if federation.keeps_states else None,
+        profiles=_profiles_of(federation, out),
     )
 
 
 def _message_bytes(federation: GridFederation) -> int:
     return federation.message_bytes() + 4096 * len(federation.submodels.spec.tensors)
+
+
+def _profiles_of(federation: GridFederation, out: Path) -> Callable[[], list[ClientProfile]]:
+    """Return the maker of the profiles that the clients of a run would send, from the data of this process."""
+
+    def profiles() -> list[ClientProfile]:
+        runtime = federation.runtime(str(RunDirectory(out).clients))
+        return [runtime.profile(client_id) for client_id in range(federation.config.num_clients)]
+
+    return profiles
 
 
 def _run_config(config: RunConfig, out: Path) -> dict[str, bool | float | int | str]:

@@ -5,22 +5,70 @@ Cohorts are drawn over partition ids, which are stable, never over node ids, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from typing import overload
 
 from fedlp.models import Layer
 from fedlp.rng import Stream, generator
 
 
 def sample_cohort(
-    seed: int, server_round: int, client_ids: Sequence[int], count: int, stream: Stream = Stream.COHORT, draw: int = 0
+    seed: int,
+    server_round: int,
+    client_ids: Sequence[int],
+    count: int,
+    stream: Stream = Stream.COHORT,
+    draw: int = 0,
+    is_sorted: bool = False,
 ) -> tuple[int, ...]:
-    """Return ``count`` distinct clients, uniformly, sorted; ``draw`` numbers the draws of one round."""
-    ordered = sorted(client_ids)
+    """Return ``count`` distinct clients, uniformly, sorted.
+
+    Parameters
+    ----------
+    draw : int
+        Number of the draw among those of one round.
+    is_sorted : bool
+        Whether ``client_ids`` are: then a small cohort takes no pass over them.
+    """
+    ordered = client_ids if is_sorted else sorted(client_ids)
     if count >= len(ordered):
         return tuple(ordered)
     key = (server_round, draw) if draw else (server_round,)
     chosen = generator(seed, stream, *key).choice(len(ordered), size=count, replace=False)
     return tuple(sorted(ordered[i] for i in chosen))
+
+
+class Without(Sequence[int]):
+    """Sorted ids but for a few, in no memory of their own.
+
+    Parameters
+    ----------
+    client_ids : sequence of int
+        Sorted and distinct; not to be modified.
+    left_out : collection of int
+        Ids that are left out; others than of ``client_ids`` have no effect.
+    """
+
+    def __init__(self, client_ids: Sequence[int], left_out: Collection[int]) -> None:
+        self._ids = client_ids
+        found = ((bisect_left(client_ids, one), one) for one in sorted(left_out))
+        self._gaps = [at for at, one in found if at < len(client_ids) and client_ids[at] == one]  # their positions
+
+    def __len__(self) -> int:
+        return len(self._ids) - len(self._gaps)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        at = range(len(self))[index]
+        for gap in self._gaps:
+            at += gap <= at
+        return self._ids[at]
 
 
 def sample_uploads(

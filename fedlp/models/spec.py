@@ -12,10 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedlp.errors import ConfigError
 from fedlp.models.blueprint import Blueprint, ModelTask, find_task
@@ -202,11 +204,22 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _Unfilled(TorchFunctionMode):
+    """Tensors without memory are not filled with draws: torch would import its compiler for that."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _build_shapes(build: Callable[[], nn.Module]) -> nn.Module:
     """Return a model for its shapes: without memory, unless its constructor reads tensor values."""
     with _seeded(0):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 return build()
         except NotImplementedError:  # what reading a meta tensor raises
             return build()

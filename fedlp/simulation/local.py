@@ -13,7 +13,7 @@ import gc
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -27,8 +27,9 @@ from fedlp.federation.wire.stacks import TRAIN_COHORT, count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
-from fedlp.simulation.worker import STOP, keep_freed_memory
+from fedlp.simulation.worker import STOP, keep_freed_memory, release_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
+from fedlp.types import ClientProfile
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
 _LENT_BYTES, _MOST_LENT = 1 << 27, 64  # replies of a worker that are read where they lie: bytes, and number
@@ -61,6 +62,8 @@ class LocalGrid(StreamedGrid):
         Whether the app answers messages for several clients.
     start : str
         How workers start: "fork", "spawn", or "auto" for what fits the system.
+    profiles : callable, optional
+        Returns the profiles of all clients, by partition; without it, nodes are asked.
 
     Raises
     ------
@@ -80,13 +83,18 @@ class LocalGrid(StreamedGrid):
         cohort: int = 1,
         stacks: bool = False,
         start: str = "auto",
+        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
     ) -> None:
         refuse_unguarded()
         keep_freed_memory()  # of one update for the next
-        super().__init__(num_clients)
+        release_freed_memory()  # of models that were built to be looked at
+        super().__init__(num_clients, profiles)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
         self._depth = _depth(message_bytes, num_workers, cohort)
+        at_work = max(1, num_workers) * self._depth
+        ahead = 1 if message_bytes > _LARGE_BYTES else at_work  # replies that may wait for an earlier one
+        self._window = (at_work + ahead) * (1 if self.stacks else cohort)
         self._again: deque[Waiting] = deque()  # what a worker that ended had been given
         self._pushed: deque[Waiting] = deque()
         self._done: dict[int, Message] = {}  # by the number of the message
@@ -136,7 +144,7 @@ class LocalGrid(StreamedGrid):
             Deadline of a worker for one message; it is then replaced and the reply is an error.
         """
         source = self._together(messages)
-        window = 2 * len(self._workers) * self._depth * (1 if self.stacks else self.cohort)  # sent and not yet yielded
+        window = self._window  # of messages sent, whose replies are not yet yielded
         order: deque[int] = deque()
         exhausted = False
         while True:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from fedlp.simulation.streamed_grid import PULL_S, StreamedGrid
 from fedlp.simulation.transport import encode_frame
 from fedlp.simulation.worker import RunSettings, keep_freed_memory
 from fedlp.training.threads import count_cores
+from fedlp.types import ClientProfile
 
 log = logging.getLogger("fedlp")
 
@@ -51,6 +52,8 @@ class RayGrid(StreamedGrid):
         Content of ``Context.run_config``.
     state_dir : Path, optional
         Folder under which clients keep states from round to round; none do if absent.
+    profiles : callable, optional
+        Returns the profiles of all clients, by partition; without it, nodes are asked.
 
     Raises
     ------
@@ -71,9 +74,10 @@ class RayGrid(StreamedGrid):
         message_bytes: int,
         run_config: RunSettings | None = None,
         state_dir: Path | None = None,
+        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
     ) -> None:
         keep_freed_memory()  # of one update for the next
-        super().__init__(num_clients)
+        super().__init__(num_clients, profiles)
         self._depth = 8 if message_bytes <= _SMALL_BYTES else 2  # messages an actor may have waiting
         count = most_workers if settings.workers is None else min(settings.workers, most_workers)
         self._stack = ExitStack()

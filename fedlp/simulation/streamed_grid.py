@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedlp.federation import flower_compat
 from fedlp.simulation.transport import Item
+from fedlp.types import ClientProfile
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 PULL_S = 0.05  # that a pull waits for a reply
@@ -26,13 +27,15 @@ class StreamedGrid(Grid):
     ----------
     num_clients : int
         Nodes; node ``i + 1`` is the client of partition ``i``.
+    profiles : callable, optional
+        Returns the profiles of all clients, by partition; without it, nodes are asked.
     """
 
     holds_test_set = True
 
-    def __init__(self, num_clients: int) -> None:
+    def __init__(self, num_clients: int, profiles: Callable[[], Sequence[ClientProfile]] | None = None) -> None:
         flower_compat.become_server()
-        self._num_clients = num_clients
+        self._num_clients, self._profiles = num_clients, profiles
         self._stamped = 0
 
     @abstractmethod
@@ -89,6 +92,10 @@ class StreamedGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes."""
         return range(1, self._num_clients + 1)
+
+    def profiles(self) -> Mapping[int, ClientProfile]:
+        """Return the profiles of all nodes, by node; none where nodes must be asked."""
+        return {} if self._profiles is None else dict(enumerate(self._profiles(), start=1))
 
     @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

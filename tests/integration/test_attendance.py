@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedlp.apps.runs import federation_of
 from fedlp.config import compose
 from fedlp.errors import ConfigError
+from fedlp.federation.wire.messages import CAPABILITIES
 from fedlp.report import load_run
+from fedlp.simulation.local import LocalGrid
 from tests.integration.running import TINY, Finished, run
 
 MANY = (*TINY, "strategy=fedavg", "num_clients=8", "clients_per_round=4", "num_rounds=4")
@@ -111,3 +114,24 @@ def test_clients_without_data_are_counted(once: Callable[..., Finished]) -> None
 def test_wrong_options_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         federation_of(compose(overrides))
+
+
+def test_the_local_engine_knows_the_profiles_that_its_clients_would_send(
+    tmp_path: Path, once: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (*MANY, "dataset.client_test_fraction=0.3", "evaluation=both")
+    known, sent = once(*own), list[str]()
+    number = LocalGrid._number
+
+    def count(self: LocalGrid, message: Message) -> int:
+        sent.append(message.metadata.message_type)
+        return number(self, message)
+
+    monkeypatch.setattr(LocalGrid, "_number", count)
+    run(tmp_path / "again", *own)
+    assert sent
+    assert CAPABILITIES not in sent
+    monkeypatch.setattr(LocalGrid, "profiles", lambda self: {})
+    asked = run(tmp_path / "asked", *own)
+    assert sent.count(CAPABILITIES) == 8
+    assert (asked.model, asked.untimed) == (known.model, known.untimed)

@@ -36,9 +36,8 @@ WeightedUpdate = tuple[Mapping[str, Tensor], Mapping[str, Keeps], float]
 class CoverageAverage:
     """Streaming, entry-wise weighted average over the clients that returned an entry.
 
-    For full updates and whole-number weights, this is ``numpy.average`` of the float64 stack,
-    bit for bit. (From 8 updates on, numpy adds fractional weights, and tensors of one entry, pairwise: there the last
-    bits of a float64 may differ.)
+    For full updates and whole-number weights, this is ``numpy.average`` of the float64 stack, bit for bit. (From 8
+    updates on, numpy adds fractional weights, and tensors of one entry, pairwise: there the last bits may differ.)
 
     Parameters
     ----------
@@ -47,8 +46,8 @@ class CoverageAverage:
     block : int
         Numbers summed at a time, >= 1.
     group, group_bytes : int
-        Updates, and bytes of updates, held back before they are added, >= 1. Memory is bounded by
-        ``group_bytes``, one more update and a float64 copy of the model, for any number of updates.
+        Updates, and bytes of updates, held back before they are added, >= 1. Memory is bounded by ``group_bytes``, one
+        more update and a float64 copy of the model, for any number of updates.
     """
 
     def __init__(
@@ -78,8 +77,7 @@ class CoverageAverage:
             Returned values: any subset of the global names. Not modified, held until the group is
             complete: the caller must not write into this memory, or must pass a copy.
         keeps : mapping from tensor name to one Keep per dimension
-            Global indices that a returned tensor covers; the whole tensor if the name is absent. May have names
-            that were not returned.
+            Global indices that a returned tensor covers, whole if absent; may have names that were not returned.
         weight : float
             Weight of the client, finite and > 0; usually its number of examples.
 
@@ -187,11 +185,10 @@ class CoverageAverage:
         """Return uninitialised tensors like the global ones, those of a dtype in one buffer."""
         found = {}
         for dtype, group in groupby(self._names, key=lambda name: self._params[name].dtype):
-            names = list(group)
-            shapes = [self._params[name].shape for name in names]
-            sizes = [shape.numel() for shape in shapes]
+            shapes = {name: self._params[name].shape for name in group}
+            sizes = [shape.numel() for shape in shapes.values()]
             flats = torch.split(empty(sum(sizes), dtype), sizes)
-            found.update({name: flat.view(shape) for name, flat, shape in zip(names, flats, shapes, strict=True)})
+            found.update({name: flat.view(shapes[name]) for name, flat in zip(shapes, flats, strict=True)})
         return {name: found[name] for name in self._params}
 
     # --------------------------------------------------------------------------------------------------------- the sums
@@ -211,7 +208,7 @@ class CoverageAverage:
         """Write the average of the rows ``[lo, hi)`` into ``out``; return the number of covered entries."""
         out = segment.rows(out, lo, hi)
         if isinstance(denominator, float):
-            write_average(self._sum(segment, lo, hi).div_(denominator), out)
+            write_average(self._sum(segment, lo, hi, denominator), out)
             return out.numel()
         weights, kinds = denominator.rows(lo, hi)
         mask = weights > 0.0 if kinds is None else (weights > 0.0)[kinds]
@@ -229,13 +226,16 @@ class CoverageAverage:
             torch.where(mask, out, old.reshape(hi - lo, -1), out=out)
         return covered * (out.numel() // mask.numel())
 
-    def _sum(self, segment: Segment, lo: int, hi: int) -> Tensor:
-        """Return the sums of some rows, with the updates held back, in scratch."""
+    def _sum(self, segment: Segment, lo: int, hi: int, over: float = 1.0) -> Tensor:
+        """Return the sums of some rows, with the updates held back, over a number; in scratch."""
         total = self._total.resize_(hi - lo, *segment.shape[1:])
         if self._sums is not None and segment.is_summed:
-            total.copy_(segment.rows(self._sums[segment.start :], lo, hi))
+            sums = segment.rows(self._sums[segment.start :], lo, hi)
+            if not segment.parts:
+                return torch.div(sums, over, out=total)
+            total.copy_(sums)
         self._accumulate(segment, lo, total)
-        return total
+        return total if over == 1.0 else total.div_(over)
 
     def _accumulate(self, segment: Segment, lo: int, total: Tensor) -> None:
         """Add the updates held back to ``total``, the sums of rows from ``lo`` on."""

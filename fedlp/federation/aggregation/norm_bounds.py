@@ -51,13 +51,21 @@ StackSquares = Mapping[str, tuple[NDArray[np.float64], int]]
 
 def squared_norm(values: Tensor, before: Tensor) -> float:
     """Return the sum of squared differences of two tensors of one shape; float64, in the same order on any machine."""
-    one, two = values.reshape(-1), before.reshape(-1)
-    wide = torch.empty(min(_BLOCK, one.numel()), dtype=torch.float64)
+    one, two = _as_array(values), _as_array(before)
+    wide = np.empty(min(_BLOCK, len(one)))
     total = 0.0
-    for left, right in zip(torch.split(one, _BLOCK), torch.split(two, _BLOCK), strict=True):
-        block = wide[: left.numel()].copy_(left).sub_(right).numpy()
+    for lo in range(0, len(one), _BLOCK):
+        left = one[lo : lo + _BLOCK]
+        block = np.subtract(left, two[lo : lo + _BLOCK], out=wide[: len(left)], dtype=np.float64)  # one pass, not two
         total += float(np.einsum("i,i->", block, block))  # no BLAS, whose order of sums depends on its threads
     return total
+
+
+def _as_array(values: Tensor) -> NDArray[np.floating]:
+    """Return the numbers of a tensor in a row; of a dtype that NumPy does not have in float32, without rounding."""
+    flat = values.detach().reshape(-1)
+    found: NDArray[np.floating] = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
+    return found
 
 
 def squared_norms(stack: Tensor, before: Tensor) -> list[float]:

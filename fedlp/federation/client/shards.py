@@ -45,11 +45,12 @@ class Shards:
 
     def size(self, client_id: int) -> int:
         """Return the number of a client's training examples; DataError if there is no such client."""
-        return len(self._split(client_id)[0])
+        return len(self._part(client_id)) - self.test_size(client_id)
 
     def test_size(self, client_id: int) -> int:
         """Return the number of a client's test examples; DataError where there is no such client."""
-        return len(self._split(client_id)[1])
+        part = self._part(client_id)
+        return len(self._split(client_id)[1]) if self._test_fraction and len(part) else 0
 
     def of(self, client_id: int) -> Examples:
         """Return a client's training examples."""
@@ -78,11 +79,7 @@ class Shards:
 
     def _split_part(self, client_id: int) -> tuple[Indices, Indices]:
         """Return the indices of a client's training and test examples, in their order."""
-        if client_id not in self._parts:
-            raise DataError(
-                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
-            )
-        part = self._parts[client_id]
+        part = self._part(client_id)
         if not self._test_fraction or len(part) < 2:
             return part, part[:0]
         targets = self._examples.targets
@@ -91,3 +88,11 @@ class Shards:
         rng = generator(self._seed, Stream.CLIENT_TEST, client_id)
         held_out = held_out_rows(strata, self._test_fraction, rng)
         return part[~held_out], part[held_out]
+
+    def _part(self, client_id: int) -> Indices:
+        """Return the indices of all examples of a client."""
+        if client_id not in self._parts:
+            raise DataError(
+                f"there is no client {client_id}: num_clients={len(self._parts)}; give it another partition-id"
+            )
+        return self._parts[client_id]

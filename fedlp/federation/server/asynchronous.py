@@ -31,7 +31,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.sampling import Without, sample_cohort
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import exchange
 from fedlp.federation.server.flights import pack_flights, unpack_flights
@@ -151,11 +151,11 @@ class AsynchronousStrategy(TimedStrategy):
         assert self.state is not None
         busy = {*self._flights, *(part.client_id for part in self._ended)}
         busy |= {failure.client_id for failure in self._round.failures}
-        candidates = [i for i in self._present_at(now, server_round) if self._takes_part(i) and i not in busy]
+        candidates = Without(self._candidates(self._present_at(now, server_round)), busy)
         free = self.settings.clients_per_round - len(self._flights)
         if free <= 0 or not candidates:
             return
-        cohort = sample_cohort(self.settings.seed, server_round, candidates, free, draw=self._draws)
+        cohort = sample_cohort(self.settings.seed, server_round, candidates, free, draw=self._draws, is_sorted=True)
         self._draws += 1
         self._versions[server_round] = self.state
         self._send(server_round, dict.fromkeys(cohort, now), arrays)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlp.errors import DataError, one_line
-from fedlp.rng import Stream, generator
+from fedlp.rng import Stream, generator, generators
 
 Stretches = Mapping[int, tuple[tuple[float, float], ...]]
 """First and last round, or second, of each stretch of availability, by client id."""
@@ -45,13 +45,16 @@ class Availability:
     stretches: Stretches | None = None
     seconds: Stretches | None = None
 
-    def present(self, server_round: int, client_ids: Iterable[int]) -> list[int]:
-        """Return the available ones of some clients in a round, in their order."""
+    def present(self, server_round: int, client_ids: Sequence[int]) -> Sequence[int]:
+        """Return the available ones of some clients in a round, in their order; the very sequence if all always are."""
         if self.stretches is None and self.probability >= 1:
-            return list(client_ids)
-        return [client_id for client_id in client_ids if self._is_there(server_round, client_id)]
+            return client_ids
+        if self.stretches is None:
+            draws = generators(self.seed, Stream.AVAILABILITY, server_round, last=client_ids)
+            return [i for i, rng in zip(client_ids, draws, strict=True) if rng.random() < self.probability]
+        return [i for i in client_ids if any(a <= server_round <= b for a, b in self.stretches.get(i, ()))]
 
-    def present_at(self, now: float, server_round: int, client_ids: Iterable[int]) -> list[int]:
+    def present_at(self, now: float, server_round: int, client_ids: Sequence[int]) -> Sequence[int]:
         """Return the available ones of some clients at a second of the virtual clock, in their order."""
         if self.seconds is None:
             return self.present(server_round, client_ids)
@@ -71,13 +74,6 @@ class Availability:
         """Return the first second after ``now`` at which a stretch begins; infinity if none does."""
         begins = (first for stretches in (self.seconds or {}).values() for first, _ in stretches if first > now)
         return min(begins, default=math.inf)
-
-    def _is_there(self, server_round: int, client_id: int) -> bool:
-        if self.stretches is not None:
-            return any(first <= server_round <= last for first, last in self.stretches.get(client_id, ()))
-        if self.probability >= 1:
-            return True
-        return bool(generator(self.seed, Stream.AVAILABILITY, server_round, client_id).random() < self.probability)
 
 
 def make_availability(

@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedlp.federation.sampling import sample_cohort
+from fedlp.federation.sampling import Without, sample_cohort
 from fedlp.federation.server.checkpoint import ServerState
 from fedlp.federation.server.exchange import GONE
 from fedlp.federation.server.open_exchange import OpenExchange
@@ -136,10 +136,10 @@ class BufferedStrategy(FedLPStrategy):
             return
         busy = {*self._ended, *(flight.instruction.client_id for flight in self._flights.values())}
         busy |= {failure.client_id for failure in self._round.failures}
-        candidates = [i for i in self._present(server_round) if self._takes_part(i) and i not in busy]
+        candidates = Without(self._candidates(self._present(server_round)), busy)
         if not candidates:
             return
-        cohort = sample_cohort(self.settings.seed, server_round, candidates, free, draw=self._draws)
+        cohort = sample_cohort(self.settings.seed, server_round, candidates, free, draw=self._draws, is_sorted=True)
         self._draws += 1
         self._asked += cohort
         self._versions[server_round] = self.state

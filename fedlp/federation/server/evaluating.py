@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedlp.errors import AllocationError, EvaluationError, FedLPError, ProtocolError
 from fedlp.federation.server.batch_norm_statistics import Statistics, merge_statistics, pool_statistics
 from fedlp.federation.server.client_evaluation import PREFIX, Asked
-from fedlp.federation.server.exchange import exchange, exchange_again, reason_of
+from fedlp.federation.server.exchange import exchange, exchange_again, node_ids, reason_of
 from fedlp.federation.server.state_check import find_fault
 from fedlp.federation.server.strategy_state import StrategyState
 from fedlp.federation.submodels import SubModelLayout
@@ -193,7 +193,7 @@ class EvaluatingStrategy(StrategyState):
         """Yield requests for metrics of ranges of the test set, if the grid's nodes hold it; else none."""
         assert self.state is not None
         if getattr(grid, "holds_test_set", False):
-            values, nodes = self._evaluated_values(), list(grid.get_node_ids())
+            values, nodes = self._evaluated_values(), node_ids(grid)
             record = arrays if values is None else messages.encode_params(values)
             for i, (start, stop) in enumerate(self._ranges()):
                 content = evaluation_messages.encode_range(record, start, stop, self._evaluated, self.submodels)

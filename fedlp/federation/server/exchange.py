@@ -179,7 +179,7 @@ def exchange_again(grid: Grid, messages: Iterable[Message], timeout: float) -> I
     timeout : float
         Deadline of each attempt.
     """
-    sent, nodes = list(messages), list(grid.get_node_ids())
+    sent, nodes = list(messages), node_ids(grid)
     replies = list(exchange(grid, sent, timeout))
     for attempt in range(1, _ATTEMPTS):
         failed = [number for number, reply in enumerate(replies) if reply.has_error()]
@@ -190,6 +190,12 @@ def exchange_again(grid: Grid, messages: Iterable[Message], timeout: float) -> I
         for number, reply in zip(failed, exchange(grid, [sent[number] for number in failed], timeout), strict=True):
             replies[number] = reply
     yield from replies
+
+
+def node_ids(grid: Grid) -> Sequence[int]:
+    """Return the nodes of a grid; a range as it is, which costs nothing to keep, compare and search."""
+    found = grid.get_node_ids()
+    return found if isinstance(found, range) else list(found)
 
 
 def _address(message: Message, node_id: int) -> Message:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlp.errors import FedLPError, ProtocolError
-from fedlp.federation.server.exchange import Postbox, reason_of
+from fedlp.federation.server.exchange import Postbox, node_ids, reason_of
 from fedlp.federation.wire import messages
 from fedlp.types import Budget, ClientProfile
 
@@ -18,6 +19,14 @@ log = logging.getLogger("fedlp")
 
 _POLL_S = 0.5
 _MOST_NAMES = 10
+
+
+@runtime_checkable
+class KnowingGrid(Protocol):
+    """Grid that holds its clients' data, and may know their profiles without a message to each."""
+
+    def profiles(self) -> Mapping[int, ClientProfile]:
+        """Return the profiles of nodes that need not be asked, by node."""
 
 
 class Roster:
@@ -42,7 +51,7 @@ class Roster:
         self._failed: set[int] = set()  # nodes that cannot say who they are, or cannot take part
         self._rivals: dict[int, ClientProfile] = {}  # nodes that say they are a client which another node is
         self._postbox: Postbox | None = None
-        self._there: list[int] = []  # nodes at the last refresh
+        self._there: Sequence[int] = ()  # nodes at the last refresh
         self._sorted: tuple[list[int], list[int]] | None = None  # clients with and without examples, if still right
 
     @property
@@ -132,15 +141,18 @@ class Roster:
         """
         if self._postbox is None:
             self._postbox = Postbox(grid)
-        there = list(grid.get_node_ids())
+        there = node_ids(grid)
         if there == self._there and not self._rivals and not self._postbox.is_waiting:
             return  # so that a round of a large federation costs next to nothing here
         self._there = there
         self._forget_all_but({*there, *self._nodes.values()})
         new = [node for node in there if node not in self._asked]
         self._asked.update(new)
-        self._postbox.send([Message(RecordDict(), node, messages.CAPABILITIES, ttl=timeout) for node in new], timeout)
-        for node, profile in [*self._rivals.items(), *self._answers(self._postbox)]:
+        known = grid.profiles() if new and isinstance(grid, KnowingGrid) else {}
+        told = {node: known[node] for node in new if node in known}
+        asked = [Message(RecordDict(), node, messages.CAPABILITIES, ttl=timeout) for node in new if node not in told]
+        self._postbox.send(asked, timeout)
+        for node, profile in [*self._rivals.items(), *told.items(), *self._answers(self._postbox)]:
             client_id = profile.client_id
             holder = self._nodes.get(client_id, node)
             if holder == node or holder not in there:

@@ -27,7 +27,10 @@ def warn_of_starved_layers(
     layouts = set()
     for client_id in client_ids:
         with suppress(AllocationError):  # said in every round in which the client would take part
-            layouts.add(submodels.layout(policy.assign(1, client_id, state.memory, state.params).submodel))
+            layout = submodels.layout(policy.assign(1, client_id, state.memory, state.params).submodel)
+            if layout.is_whole:
+                return  # which trains every layer
+            layouts.add(layout)
     _warn_of_narrow_clients(layouts, submodels, evaluates_largest)
     returned = {name for layout in layouts for name in layout.names}
     starved = [layer.name for layer in submodels.spec.layers if returned.isdisjoint(layer.tensors)]

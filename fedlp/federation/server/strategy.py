@@ -70,7 +70,7 @@ class FedLPStrategy(EvaluatingStrategy):
     fit : callable, optional
         Returns the policy that meets devices' own budgets; without it, ``policy`` holds for all.
     takes_part : callable, optional
-        Returns whether a client may be sampled; all may if absent.
+        Returns whether a client may be sampled; all may if absent. Read again when clients join or the policy changes.
     calibration : ClientCalibration, optional
         Asks clients for calibration sums before rounds; its costs count in the round.
     central_privacy : CentralPrivacy, optional
@@ -190,11 +190,11 @@ class FedLPStrategy(EvaluatingStrategy):
         """Open the record of a round; return its cohort."""
         settings, present = self.settings, self._present(server_round)
         wanted = settings.clients_per_round + settings.extra_clients
-        candidates = [client_id for client_id in present if self._takes_part(client_id)]
+        candidates = self._candidates(present)
         if self._private is not None:
             cohort = self._private.cohort(server_round, candidates)
         else:
-            cohort = sample_cohort(settings.seed, server_round, candidates, wanted)
+            cohort = sample_cohort(settings.seed, server_round, candidates, wanted, is_sorted=True)
         self._open_record(server_round, cohort, present)
         return cohort
 
@@ -282,6 +282,7 @@ class FedLPStrategy(EvaluatingStrategy):
         collector = self._collector(server_round)
         for reply in replies:
             collector.collect(*self._round.assigned.popleft(), reply)
+            del reply  # and its memory, before the next one's
         return self._conclude(server_round, collector.tally, self._num_good())
 
     def _collector(self, server_round: int) -> UpdateCollector:

@@ -100,6 +100,7 @@ class StrategyState(Strategy):
         self._roster = Roster(settings.num_clients, settings.min_clients)
         self._budgets = DeviceBudgets(self._roster, fit)
         self._round = RoundUnderWay(0, ())
+        self._found: tuple[Sequence[int], Policy, Sequence[int]] = (), policy, ()  # present, policy, candidates
         self._evaluated, self._like = SubModel(), 0  # the sub-model that is evaluated, and a client that holds it
         self._evaluates_sent = False  # whether the whole model is evaluated as clients receive it
 
@@ -130,9 +131,16 @@ class StrategyState(Strategy):
             return None
         return self._held_values(layout, self._like)
 
-    def _present(self, server_round: int) -> list[int]:
-        """Return the clients that are available in a round and have data, sorted."""
+    def _present(self, server_round: int) -> Sequence[int]:
+        """Return the clients that are available in a round and have data, sorted. Not to be modified."""
         return self.settings.availability.present(server_round, self._roster.client_ids)
+
+    def _candidates(self, present: Sequence[int]) -> Sequence[int]:
+        """Return the present clients that may be sampled; found anew where they, or the policy, are other objects."""
+        was, policy, _ = self._found
+        if was is not present or policy is not self.policy:
+            self._found = present, self.policy, [i for i in present if self._takes_part(i)]
+        return self._found[2]
 
     def _fail(self, client_id: int, reason: str, error: FedLPError) -> None:
         """Count and name a failed client."""

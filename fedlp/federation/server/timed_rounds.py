@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,11 +77,11 @@ class TimedStrategy(FedLPStrategy):
         assert self.state is not None
         return float(self.state.clock["now"]) if "now" in self.state.clock else 0.0
 
-    def _present(self, server_round: int) -> list[int]:
+    def _present(self, server_round: int) -> Sequence[int]:
         """Return the clients that are available now and have data, sorted."""
         return self._present_at(self.now, server_round)
 
-    def _present_at(self, now: float, server_round: int) -> list[int]:
+    def _present_at(self, now: float, server_round: int) -> Sequence[int]:
         return self.settings.availability.present_at(now, server_round, self._roster.client_ids)
 
     # ---- a round

@@ -14,6 +14,7 @@ from fedlp.federation import flower_compat
 from fedlp.federation.server import exchange
 from fedlp.federation.server.availability import Availability, draw_dropouts, make_availability, read_trace
 from fedlp.federation.server.exchange import exchange_first
+from fedlp.rng import Stream, generator
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -68,7 +69,9 @@ def test_a_probability_is_met_and_depends_on_round_and_client_alone() -> None:
     assert all(35 < count < 85 for count in counts)
     assert there.present(3, [7, 8, 9]) == [one for one in there.present(3, range(200)) if one in (7, 8, 9)]
     assert there.present(1, range(200)) != there.present(2, range(200))
-    assert Availability().present(1, range(5)) == [0, 1, 2, 3, 4]
+    draws = [generator(there.seed, Stream.AVAILABILITY, 1, i).random() for i in range(200)]
+    assert there.present(1, range(200)) == [i for i, draw in enumerate(draws) if draw < there.probability]
+    assert Availability().present(1, range(5)) == range(5)
 
 
 def test_dropouts_are_drawn_by_round_and_client() -> None:

@@ -278,3 +278,13 @@ def test_a_file_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_bounds_out_of_range(option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"aggregator.{option}="):
         CoverageAverageRule(**{option: value})
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("count", [1, 7, (1 << 18) + 5])
+def test_a_squared_norm_is_that_of_differences_in_float64_block_by_block(dtypes: tuple[str, str], count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    one, two = (torch.randn(count, generator=generator).to(getattr(torch, dtype)) for dtype in dtypes)
+    blocks = [part.numpy() for part in torch.split(one.double() - two.double(), 1 << 18)]
+    assert squared_norm(one, two) == sum(float(np.einsum("i,i->", block, block)) for block in blocks)
+    assert squared_norm(one[:0], two[:0]) == 0.0

@@ -220,3 +220,22 @@ def test_clients_without_examples_are_named_once_and_not_sampled(caplog: pytest.
     grid.empty = {7}
     with pytest.raises(FedLPError, match="none of the 1 clients has examples; give them data"):
         who.join(grid, LONG)
+
+
+class Knowing(Network):
+    """Nodes of which the grid knows some without asking."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, 1 + len(self.clients))
+
+    def profiles(self) -> dict[int, ClientProfile]:
+        return {1: ClientProfile(0, 4), 3: ClientProfile(2, 0)}
+
+
+def test_nodes_whose_profiles_the_grid_knows_are_not_asked() -> None:
+    grid, who = Knowing(n1=0, n2=1, n3=2), Roster(3)
+    who.join(grid, LONG)
+    assert grid.asked == [2]
+    assert (joined(who), who.idle_ids) == ({0: 1, 1: 2}, [2])
+    assert who.profile(0).num_examples == 4
+    assert list(who.refresh(grid, LONG)) == []

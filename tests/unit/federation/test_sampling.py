@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fedlp.federation.sampling import depth_probabilities, sample_cohort, sample_level, sample_uploads
+from fedlp.federation.sampling import Without, depth_probabilities, sample_cohort, sample_level, sample_uploads
 from fedlp.models import Layer
 from fedlp.rng import Stream, generator, torch_seed
 
@@ -33,6 +35,37 @@ def test_a_cohort_is_distinct_sorted_and_uniform() -> None:
 
 def test_a_cohort_does_not_depend_on_the_order_of_the_clients() -> None:
     assert sample_cohort(1, 2, [5, 3, 9, 1], 2) == sample_cohort(1, 2, [1, 3, 5, 9], 2)
+
+
+class Watched(list[int]):
+    """Ids that tell how many of them were looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a pass over all ids")
+
+
+def test_a_small_cohort_of_many_sorted_clients_takes_no_pass_over_them() -> None:
+    ids = range(0, 300_000, 3)
+    watched = Watched(ids)
+    assert sample_cohort(5, 9, watched, 10, is_sorted=True) == sample_cohort(5, 9, list(ids), 10)
+    assert watched.looks == 10
+
+
+def test_ids_without_some_are_those_of_a_filtered_list() -> None:
+    ids, left_out = list(range(0, 40, 2)), [38, 4, 6, 7, 0, 99]
+    found = [client_id for client_id in ids if client_id not in left_out]
+    without = Without(ids, left_out)
+    assert list(without) == found
+    assert (len(without), without[-1], without[3:5], 36 in without) == (len(found), found[-1], found[3:5], True)
+    assert sample_cohort(1, 2, without, 3, is_sorted=True) == sample_cohort(1, 2, found, 3)
+    assert sample_cohort(1, 2, without, 99, is_sorted=True) == tuple(found)
+    assert not Without([1, 2], [2, 1])
 
 
 def test_everybody_takes_part_where_no_more_are_asked_for() -> None:

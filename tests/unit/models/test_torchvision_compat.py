@@ -41,3 +41,16 @@ def test_what_keeps_transformers_from_importing_is_said(monkeypatch: pytest.Monk
     assert "Could not import module 'LlamaConfig'" in note
     assert "pip uninstall torchvision" in note
     assert "\n" not in note
+
+
+def test_a_classifier_is_described_without_torchs_compiler_which_torchvision_finds_once_it_asks() -> None:
+    script = (
+        "import sys; from fedlp.config import compose; from fedlp.models import describe_model; "
+        "spec = describe_model(compose(['model=resnet18']).model, (3, 32, 32), 10, 'classification'); "
+        "spec.build(0); assert 'torch._dynamo' not in sys.modules; "
+        "from torchvision.ops import roi_align; "
+        "assert sys.modules['torchvision.ops.roi_align'].is_compile_supported('meta') is False; "
+        "import torch._dynamo; assert callable(torch._dynamo.disable)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -34,6 +34,8 @@ def make_app() -> ClientApp:
             time.sleep(30)
         if "slow-first" in what:
             time.sleep(0.2 if client == 0 else 0.0)
+        if "sleep-first" in what:
+            time.sleep(1.0 if client == 0 else 0.0)
         arrays = message.content.array_records["arrays"]
         out = {key: Array(array.numpy() + client) for key, array in arrays.items()}
         metrics = MetricRecord({"num-examples": client + 1, "pid": os.getpid()})
@@ -88,6 +90,22 @@ def test_a_message_is_only_drawn_when_a_place_is_free(grid: LocalGrid) -> None:
     assert drawn < 100
     list(stream)
     assert drawn == 240
+
+
+def test_of_large_messages_one_reply_at_most_waits_for_an_earlier_one() -> None:
+    drawn = 0
+
+    def source() -> Iterator[Message]:
+        nonlocal drawn
+        for message in instructions(5, **{"sleep-first": 1}):
+            drawn += 1
+            yield message
+
+    with LocalGrid(make_app, num_clients=6, num_workers=2, message_bytes=1 << 25) as grid:
+        stream = grid.stream(source(), timeout=60)
+        next(stream)
+        assert drawn == 3
+        assert len(list(stream)) == 4
 
 
 def test_every_kind_of_record_survives_the_way(grid: LocalGrid) -> None:
