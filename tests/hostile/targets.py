@@ -28,6 +28,7 @@ from fedlp.federation.server.state_check import RoundGuard
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import evaluation_messages, messages, stacks
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -177,8 +178,8 @@ class Updates:
         return Target("statistics", honest, decode)
 
 
-def instruction() -> Target:
-    """Return the server's instruction with encoded frozen tensors, as a client reads it."""
+def instruction(stays_encoded: bool = False) -> Target:
+    """Return the server's instruction with encoded frozen tensors, as a client reads it that decodes them, or not."""
     config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
     submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
     params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
@@ -189,15 +190,20 @@ def instruction() -> Target:
     assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
 
     def decode(content: RecordDict) -> None:
-        found = messages.decode_instruction(content, submodels, download=download)
+        found = messages.decode_instruction(content, submodels, None, download, stays_encoded)
+        layout = submodels.layout(found.submodel)
         frozen = {name: x for name, x in found.params.items() if name in still}
+        if found.frozen and stays_encoded:
+            assert not frozen
+            frozen = dict(EncodedTensors(download, found.frozen, messages.frozen_signature(layout)).decode())
         in_range(frozen, LARGEST_VALUE)
-        assert bool(found.held) or found.params.keys() == submodels.layout(found.submodel).name_set
+        assert bool(found.held) or found.params.keys() | frozen.keys() == layout.name_set
         if found.frozen:
             assert digest_tensors(frozen) == content[messages.INSTRUCTION]["digest"]
 
     honest = messages.encode_instruction(assigned, downlink.encode(layout, layout.slice(params)), submodels)
-    return Target("instruction with frozen tensors", honest, decode, named="the server's ")
+    name = "instruction with frozen tensors" + ", which stay encoded" * stays_encoded
+    return Target(name, honest, decode, named="the server's ")
 
 
 def moments(name: str, parts: list[Part], dtype: torch.dtype) -> Target:
@@ -327,6 +333,7 @@ def all_targets() -> Iterator[Target]:
     yield updates.stack()
     yield updates.statistics()
     yield instruction()
+    yield instruction(stays_encoded=True)
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)
     cross = [Part("r.target_total", (3,)), Part("r.cross", (3, 6))]
