@@ -227,6 +227,8 @@ class Assignment:
     evidence : frozenset of str
         Measurements that the client also sends: "unit_scores" (saliency of the units that it holds), "input_norms"
         (mean squares of the inputs of the modules that read them).
+    least : mapping from axis name to int
+        Number of first units of an axis of ``kept`` that the client may send instead; empty where it may not.
     """
 
     server_round: int
@@ -236,6 +238,7 @@ class Assignment:
     kept: Mapping[str, int] = field(default_factory=dict)
     returned: Mapping[str, Keep] = field(default_factory=dict)
     evidence: frozenset[str] = frozenset()
+    least: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +425,8 @@ class EvaluationRequest:
         Shared tensors of the sub-model, sliced.
     measures_statistics : bool
         Whether batch norm statistics are measured on the client's training examples first.
+    frozen : mapping from name to Tensor
+        Encoded frozen tensors that ``params`` leaves out.
     """
 
     server_round: int
@@ -429,6 +434,7 @@ class EvaluationRequest:
     submodel: SubModel
     params: Mapping[str, Tensor]
     measures_statistics: bool = False
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

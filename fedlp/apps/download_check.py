@@ -1,12 +1,32 @@
-"""Check of the encoding of downloads before a run: it must have tensors to encode, and must not thin them out."""
+"""Checks of the encoding of downloads before a run: of trained and frozen tensors, and of a base that stays encoded."""
 
 from __future__ import annotations
 
 from fedlp.config import RunConfig
 from fedlp.errors import ConfigError
+from fedlp.federation.strategies.policy import Policy
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.topk import TopK
+
+
+def check_base(config: RunConfig, policy: Policy) -> None:
+    """Raise ConfigError, with the remedy, if clients hold an encoded base that they must read as values."""
+    if config.adapter.name == "none" or config.adapter.base != "encoded":
+        return
+    what, cases = "adapter.base=encoded", policy.cases(range(config.num_clients))
+    if is_plain(config.download.make()):
+        raise ConfigError(f"{what} keeps the base as it was sent, in float32; choose download=nf4, block8 or another")
+    if any(case.submodel.nested_levels for case in cases):
+        raise ConfigError(
+            f"{what} does not go with strategy={config.strategy.name}, which slices the base at every step; choose "
+            "fedavg, heterofl or fedlp_plan"
+        )
+    if getattr(policy, "scores_on_clients", False):
+        raise ConfigError(
+            f"{what} does not go with scores of units that clients measure on the whole weights; set "
+            "strategy.submodels=pruned or strategy.unit_selection=random"
+        )
 
 
 def check_download(config: RunConfig, submodels: SubModels) -> None:

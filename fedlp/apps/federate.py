@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator
+from fedlp.apps.adapter_aggregation import check_adapter_aggregation, make_aggregator, with_self_pruning
 from fedlp.apps.client_budgets import client_budgets, holders_of_all, kept_apart
-from fedlp.apps.download_check import check_download
+from fedlp.apps.download_check import check_base, check_download
 from fedlp.apps.engines import open_grid
 from fedlp.apps.evaluation_check import check_evaluation, refuse_simulation
 from fedlp.apps.pooled_submodels import PooledSubModelPruner, pooled_method, pooled_settings
@@ -121,6 +121,7 @@ class Federation:
         self._capable: set[int] = set()  # clients whose budgets hold the whole model
         self.policy = self.fit({})
         check_secagg(config, self.policy)
+        check_base(config, self.policy)
         check_adapter_aggregation(config, self.policy)
         if self.pooled is not None:
             check_secure_calibration(config, len(self._capable), self.pooled.method.shrinks)
@@ -199,13 +200,18 @@ class Federation:
         method = make_method(config.pruner)
         return CalibratedPruner(self.submodels, method, config.allocator.make(), calibration, config.device)
 
+    @property
+    def base_encoding(self) -> Encoding | None:
+        """Encoding in which clients hold the base of adapters; None for float32."""
+        return self.config.download.make() if self.config.adapter.base == "encoded" else None
+
     def fit(self, brought: Mapping[int, Budget]) -> Policy:
         """Return the policy that meets every client's budget: its device's own, else its fleet's."""
         config, submodels = self.config, self.submodels
         encoding: Encoding = config.upload.make()
 
         def cost(submodel: SubModel) -> dict[str, float]:
-            return submodel_costs(submodel, submodels, self.costs, config.local)
+            return submodel_costs(submodel, submodels, self.costs, config.local, self.base_encoding)
 
         def whole() -> Mapping[str, float]:
             return cost(SubModel())
@@ -223,13 +229,13 @@ class Federation:
             submodels=submodels,
             budgets=tuple(budgets),
             fit=lambda offers: fit_submodels(taking_part, offers, cost, config.strategy.name),
-            layer_costs=lambda: layer_costs(submodels, config.local, encoding),
+            layer_costs=lambda: layer_costs(submodels, config.local, encoding, self.base_encoding),
             allocator=config.allocator.make(),
             batch_norm=config.aggregator.batch_norm,
             scores_units=bool(make_method(config.pruner).score.needs),
             is_pretrained=submodels.spec.blueprint.is_pretrained,
         )
-        return self._with_batch_norm(context)
+        return with_self_pruning(config, self._with_batch_norm(context), submodels)
 
     def takes_part(self, client_id: int) -> bool:
         """Return whether a client may be sampled."""
@@ -325,7 +331,7 @@ class Federation:
             return policy.assign(state.server_round, client_id, state.memory, state.params).submodel
 
         def cost(submodel: SubModel) -> Mapping[str, float]:
-            return submodel_costs(submodel, self.submodels, self.costs, config.local)
+            return submodel_costs(submodel, self.submodels, self.costs, config.local, self.base_encoding)
 
         if config.evaluation.tiers:
             found["tiers"] = describe_tiers(tiers, held, cost, lines, lines[-1]["metrics"] if lines else {})

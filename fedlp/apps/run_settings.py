@@ -57,6 +57,8 @@ def client_settings(config: RunConfig, options: ClientOptions, pooled: OneShotSe
         personal_steps=config.evaluation.personal_steps,
         encoding=config.upload.make(),
         download=make_download(config),
+        encoded_base=config.adapter.base == "encoded",
+        rank_penalty=config.adapter.rank_penalty,
         sends_deltas=config.upload.values == "deltas",
         error_feedback=config.upload.error_feedback,
         entropy_coding=config.upload.entropy_coding,

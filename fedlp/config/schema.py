@@ -216,6 +216,12 @@ class AdapterConfig:
     dropout: float = 0.0  # dropout probability of adapters' inputs, in [0, 1)
     freeze_a: bool = False  # whether B alone is trained (FFA-LoRA)
     cut: str = "widths"  # what sub-models cut: "widths" of the model, or "ranks" of the adapters on the whole base
+    base: str = "float32"  # what clients hold the frozen base in: "float32", or "encoded": as download=nf4 (block4,
+    # block8, int8, bfloat16, ...) sent it, widened to float32 a layer at a time (QLoRA)
+    self_pruning: bool = False  # whether clients cut their last ranks (HETLoRA); with cut=ranks
+    rank_decay: float = 0.99  # gamma: share of a client's ranks that a cut leaves, rounded down, in (0, 1)
+    rank_penalty: float = 0.01  # lambda: weight in the loss of the norms of the ranks that may be cut, >= 0
+    min_rank: int = 1  # fewest ranks that cuts leave, >= 1
 
 
 @dataclass

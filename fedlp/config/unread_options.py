@@ -134,6 +134,11 @@ def _groups_of_run(config: RunConfig) -> dict[str, str]:
     return _named(
         *((f"adapter.{name}", adapter, "adapter=lora") for name in vars(config.adapter) if name != "name"),
         *(
+            (f"adapter.{name}", config.adapter.self_pruning, "adapter.self_pruning=true")
+            for name in ("rank_decay", "rank_penalty", "min_rank")
+            if adapter
+        ),
+        *(
             (f"privacy.{name}", name in privacy, f"privacy={_who_reads(name, _PRIVACY)}")
             for name in vars(config.privacy).keys() - {"name"}
         ),

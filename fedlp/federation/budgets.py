@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from fedlp.allocation.budget.costs import CostModel, LatencyTable, given_limits, make_costs
 from fedlp.config import LocalConfig
 from fedlp.errors import AllocationError, ConfigError, DataError, one_line
 from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.encoded_tensors import widened_entries
 from fedlp.federation.wire.encodings import Encoding, encoded_bytes
 from fedlp.federation.wire.ranges import LARGEST_COST, read_number, show
 from fedlp.models.adapters import has_adapters
+from fedlp.models.encoded_base import WIDENING_BYTES, encodable
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.costs.activations import activation_footprint
 from fedlp.pruning.costs.footprint import Footprint, macs_footprint
@@ -31,8 +34,16 @@ _COPIES = {"sgd": 2, "momentum": 3, "adam": 4}  # of the weights: themselves, gr
 _RECEIVED = 1  # the received message, held to the end of the round
 
 
-def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig) -> dict[str, float]:
-    """Return a client's costs of one sub-model: parameters, forward MACs, bytes in training and of an upload."""
+def submodel_costs(
+    submodel: SubModel, submodels: SubModels, costs: Costs, local: LocalConfig, base: Encoding | None = None
+) -> dict[str, float]:
+    """Return a client's costs of one sub-model: parameters, forward MACs, bytes in training and of an upload.
+
+    Parameters
+    ----------
+    base : Encoding, optional
+        Encoding in which frozen weights are held; float32 if absent.
+    """
     layout = submodels.layout(submodel)
     params = layout.num_params()
     frozen = sum(math.prod(shape) for name, shape, _ in layout.signature() if name in submodels.spec.frozen)
@@ -42,17 +53,37 @@ def submodel_costs(submodel: SubModel, submodels: SubModels, costs: Costs, local
     if has_adapters(model):
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = activation_footprint(model, WidthSpec({}, {}), submodels.spec.example_inputs(1)).count({})
+    encoded, in_base = 0.0, 0
+    if base is not None:
+        shapes = base_shapes(model, submodels)
+        signature = base.signature(tuple((name, shape, torch.float32) for name, shape in shapes.items()))
+        encoded = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in signature) + _widening(base, shapes)
+        in_base = sum(map(math.prod, shapes.values()))
     return {
         "params": float(params + frozen),
         "macs": costs.macs(submodel).forward,
-        "memory_bytes": float(_BYTES * ((1 + _RECEIVED) * held + (_COPIES[optimizer] - 1) * trained))
+        "memory_bytes": float(_BYTES * ((1 + _RECEIVED) * (held - in_base) + (_COPIES[optimizer] - 1) * trained))
+        + encoded
         + local.batch_size * activations,
         "upload_bytes": float(_BYTES * params),
     }
 
 
-def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) -> CostModel:
-    """Return the client's cost model over units of the prunable layers."""
+def base_shapes(model: nn.Module, submodels: SubModels) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the frozen weights of a model that can stay encoded."""
+    tensors = named_tensors(model)
+    return {name: tuple(tensors[name].shape) for name in sorted(encodable(model, submodels.spec.frozen))}
+
+
+def _widening(base: Encoding, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Return the bytes of the rows of the largest weight that are widened at once."""
+    return WIDENING_BYTES * max((widened_entries(base, *shape) for shape in shapes.values()), default=0)
+
+
+def layer_costs(
+    submodels: SubModels, local: LocalConfig, encoding: Encoding, base: Encoding | None = None
+) -> CostModel:
+    """Return the client's cost model over units of the prunable layers; ``base`` as of :func:`submodel_costs`."""
     trained = {name: 1.0 for name, info in submodels.spec.tensors.items() if info.trainable}
     model, inputs, axes = submodels.skeleton(), submodels.spec.example_inputs(1), [x.name for x in submodels.layers]
     return make_costs(
@@ -65,7 +96,23 @@ def layer_costs(submodels: SubModels, local: LocalConfig, encoding: Encoding) ->
         upload_footprint(model, submodels.widths, encoding).terms(axes),
         trained=Footprint(model, submodels.widths, trained).terms(axes) if has_adapters(model) else None,
         received=_RECEIVED,
+        held_bytes=None if base is None else _held_footprint(model, submodels, base).terms(axes),
     )
+
+
+def _held_footprint(model: nn.Module, submodels: SubModels, base: Encoding) -> Footprint:
+    """Return the bytes of weights, and of the received ones, where frozen weights stay encoded; rounded up."""
+    spec, shapes, tensors = submodels.widths, base_shapes(model, submodels), named_tensors(model)
+    encoded = {name: tensors[name] for name in shapes}
+    plain = {name: float(_BYTES * (1 + _RECEIVED)) for name in tensors if name not in shapes}
+    costs = {name: encoded_bytes(shape, torch.float32, base) for name, shape in shapes.items()}
+    footprint = Footprint(model, spec, plain | {name: per_entry for name, (per_entry, _) in costs.items()})
+    _add_rows(footprint, encoded, costs, spec)
+    footprint.add(None, _LAST_BLOCK * len(shapes) + _widening(base, shapes))
+    return footprint
+
+
+_LAST_BLOCK = 4  # most bytes by which a last block that is not full exceeds its entries' share
 
 
 def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> Footprint:
@@ -73,12 +120,19 @@ def upload_footprint(model: nn.Module, spec: WidthSpec, encoding: Encoding) -> F
     parameters = {name: tensor for name, tensor in named_tensors(model).items() if tensor.requires_grad}
     costs = {name: encoded_bytes(tensor.shape, tensor.dtype, encoding) for name, tensor in parameters.items()}
     footprint = Footprint(model, spec, {name: per_entry for name, (per_entry, _) in costs.items()})
+    _add_rows(footprint, parameters, costs, spec)
+    return footprint
+
+
+def _add_rows(
+    footprint: Footprint, tensors: Mapping[str, Tensor], costs: Mapping[str, tuple[float, float]], spec: WidthSpec
+) -> None:
+    """Add the bytes of rows, beside those of their entries."""
     for name, (_, per_row) in costs.items():
         if per_row:
             axis = spec.dims[name][0].axis if name in spec.dims else None
-            per_unit = per_row * len(parameters[name]) / (1 if axis is None else spec.axes[axis])
+            per_unit = per_row * len(tensors[name]) / (1 if axis is None else spec.axes[axis])
             footprint.add(axis, per_unit, spec.branch_of.get(name))
-    return footprint
 
 
 def optimizer_kind(local: LocalConfig) -> str:

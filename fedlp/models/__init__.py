@@ -74,7 +74,9 @@ def describe_model(
 def lora_options(adapter: AdapterConfig) -> LoraOptions:
     """Return the options of a config's adapters; ConfigError for one out of range."""
     targets = tuple(adapter.targets)
-    return LoraOptions(adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a, adapter.cut)
+    return LoraOptions(
+        adapter.rank, adapter.alpha, targets, adapter.dropout, adapter.freeze_a, adapter.cut, adapter.base
+    )
 
 
 def adapted(blueprint: Blueprint, adapter: AdapterConfig | None) -> Blueprint:

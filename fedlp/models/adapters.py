@@ -46,6 +46,8 @@ class LoraOptions:
         Whether A keeps its first values (FFA-LoRA, Sun et al., ICLR 2024).
     cut : "widths" or "ranks"
         What sub-models cut: widths of the model and its adapters, or ranks of all adapters alike, on the whole base.
+    base : "float32" or "encoded"
+        What clients hold the base in: float32, or as it was sent, widened a few rows at a time.
     """
 
     rank: int = 8
@@ -54,6 +56,7 @@ class LoraOptions:
     dropout: float = 0.0
     freeze_a: bool = False
     cut: str = "widths"
+    base: str = "float32"
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -62,6 +65,7 @@ class LoraOptions:
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("targets", bool(self.targets), "at least one name or pattern"),
             ("cut", self.cut in ("widths", "ranks"), "widths or ranks"),
+            ("base", self.base in ("float32", "encoded"), "float32 or encoded"),
         ):
             if not holds:
                 raise ConfigError(f"adapter.{name}={getattr(self, name)} is not allowed: it must be {allowed}")
@@ -85,7 +89,11 @@ class LoraLinear(nn.Linear):
         if (stack := stack_of(self)) is not None:
             return apply_stack(self, input, stack, self.scale, self.dropout if self.training else 0.0)
         dropped = F.dropout(input, self.dropout, self.training)
-        return super().forward(input) + self.scale * F.linear(F.linear(dropped, self.lora_a), self.lora_b)
+        return self.base(input) + self.scale * F.linear(F.linear(dropped, self.lora_a), self.lora_b)
+
+    def base(self, input: Tensor) -> Tensor:
+        """Return the output without the adapter's."""
+        return F.linear(input, self.weight, self.bias)
 
     @torch.no_grad()
     def product(self) -> Tensor:

@@ -40,7 +40,8 @@ class Layout(NamedTuple):
         Whether the attention reads its number of heads from the config at run time.
     norms : tuple of str
         Names in the block of the norms before the attention and before the MLP, where each has its own and the block
-        adds the outputs of both to a residual stream: either may then be absent. Empty elsewhere.
+        adds the outputs of both to a residual stream: either may then be absent. Empty names where norms follow the
+        sums instead, and stay; empty elsewhere.
     """
 
     blocks: str
@@ -95,6 +96,7 @@ _BERT = Layout(
         "intermediate.dense": "nh",
         "output.dense": "hn",
     },
+    norms=("", ""),
 )
 _LLAMA_LIKE = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ministral", "ministral3", "seed_oss", "helium"),
@@ -182,7 +184,7 @@ class NoAttention(nn.Module):
 
     def __init__(self, attention: Any, output: str) -> None:
         super().__init__()
-        self.head_dim, self.layer_idx, self._output = head_dim_of(attention), attention.layer_idx, output
+        self.head_dim, self.layer_idx, self._output = head_dim_of(attention), attention.layer_idx, output  # "": not its
         for name, layer in attention.named_children():
             if isinstance(layer, NoUnits | Constant):
                 self.add_module(name, layer)
@@ -192,7 +194,7 @@ class NoAttention(nn.Module):
         if past_key_values is not None:
             empty = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
             past_key_values.update(empty, empty, self.layer_idx)
-        return self.get_submodule(self._output)(hidden_states), None
+        return self.get_submodule(self._output)(hidden_states) if self._output else hidden_states, None
 
 
 def drop_branches(model: nn.Module) -> None:
@@ -205,20 +207,25 @@ def drop_branches(model: nn.Module) -> None:
 def _drop_empty(block: Any, layout: Layout) -> None:
     for letters, norm in zip(OUTPUT_BIASES, layout.norms, strict=False):
         output = next(name for name, both in layout.layers.items() if both == letters)
-        if block.get_submodule(output).weight.numel() or isinstance(block.get_submodule(norm), nn.Identity):
+        if block.get_submodule(output).weight.numel() or (norm and isinstance(block.get_submodule(norm), nn.Identity)):
             continue
-        prefix = f"{layout.attention}."
-        is_attention = output.startswith(prefix)
+        prefix, is_attention = f"{layout.attention}.", is_of_attention(letters)
         for name, both in layout.layers.items():
             layer: Any = block.get_submodule(name)
             if both == letters:
                 block.set_submodule(name, Constant(layer_shape(layer)[0], layer.bias))
-            elif name.startswith(prefix) == is_attention:
+            elif is_of_attention(both) == is_attention:
                 block.set_submodule(name, NoUnits(layer_shape(layer)[1]))
-        if is_attention:
-            attention = block.get_submodule(layout.attention)
-            block.set_submodule(layout.attention, NoAttention(attention, output.removeprefix(prefix)))
-        block.set_submodule(norm, nn.Identity())
+        if is_attention and not isinstance(attention := block.get_submodule(layout.attention), NoAttention):
+            own = output.removeprefix(prefix) if output.startswith(prefix) else ""
+            block.set_submodule(layout.attention, NoAttention(attention, own))
+        if norm:
+            block.set_submodule(norm, nn.Identity())
+
+
+def is_of_attention(letters: str) -> bool:
+    """Return whether a layer is an attention's, by the letters of its sizes; else it is an MLP's."""
+    return not set(letters).isdisjoint("qkfi")
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedlp.config import compose, from_yaml, to_yaml
+from fedlp.config import compose, compose_federated_search, from_yaml, to_yaml
 from fedlp.config.resuming import resumed_config
 from fedlp.errors import ConfigError, FedLPError
 from fedlp.federation.flower_compat import is_simulated
@@ -71,8 +71,8 @@ def read_settings(context: Context) -> tuple[str, Path]:
     """Return the config (YAML) and the run directory from a Flower run config.
 
     ``cfg`` holds a whole composed config; where it is empty, ``overrides``, quoted as in a shell, are composed with the
-    config tree, as on the command line. ``out`` is where the server writes; a run that goes on (``resume=``) stays
-    where it is.
+    config tree, as on the command line of ``fedlp``, or of ``fedlp-search`` where that is their first word. ``out`` is
+    where the server writes; a run that goes on (``resume=``) stays where it is.
 
     Raises
     ------
@@ -84,6 +84,8 @@ def read_settings(context: Context) -> tuple[str, Path]:
     if settings["cfg"]:
         return settings["cfg"], out
     overrides = _split(settings["overrides"])
+    if overrides[:1] == ["fedlp-search"]:
+        return to_yaml(compose_federated_search(overrides[1:])), out
     config = compose(overrides)
     if config.resume is not None:
         folder = Path(config.resume).absolute()

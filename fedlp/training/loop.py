@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +20,9 @@ from fedlp.tasks import task_of
 from fedlp.training.batches import augment_images, batch_sizes, draw_batches
 from fedlp.training.optimizers import SGD, Stepper, make_optimizer
 from fedlp.training.schedules import Moment, lr_factor, make_schedule
+
+Penalty = Callable[[nn.Module], Tensor]
+"""Term that a step adds to the loss of its batches, from the model's parameters."""
 
 _LARGE = 1 << 22  # trained numbers of a model whose gradients are not kept together
 
@@ -51,6 +54,7 @@ def train_locally(
     nested: Sequence[StepModel] = (),
     frozen: Collection[str] = (),
     moment: Moment = Moment(),  # noqa: B008 # frozen
+    penalty: Penalty | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on one client's examples.
 
@@ -67,6 +71,8 @@ def train_locally(
         names that the model does not have.
     moment : Moment
         The round, which schedules of the learning rate depend on.
+    penalty : callable, optional
+        Term added to the loss of every step; the reported loss is without it.
 
     Returns
     -------
@@ -74,7 +80,7 @@ def train_locally(
         The loss is the mean over the last epoch's batches, weighted by their sizes.
     """
     with held_still(model, frozenset(frozen)) as trained:
-        return _Loop(model, trained, examples, info, config, rng, nested, moment).run()
+        return _Loop(model, trained, examples, info, config, rng, nested, moment, penalty).run()
 
 
 def check_loss(config: LocalConfig, info: DataInfo) -> None:
@@ -120,6 +126,7 @@ class _Loop:
     rng: np.random.Generator
     nested: Sequence[StepModel]
     moment: Moment
+    penalty: Penalty | None = None
     losses: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
@@ -200,6 +207,8 @@ class _Loop:
             loss = self._loss(stepped, raw, self.examples.targets.index_select(0, index))
             if self.optimizer is not None:
                 share = loss if not counts else loss * (counts[number] / max(1, sum(counts)))
+                if self.penalty is not None and number == 0:
+                    share = share + self.penalty(stepped)
                 share.backward()  # type: ignore[no-untyped-call]
             self.losses.append(loss.detach())
             self.sizes.append(len(index))

@@ -29,6 +29,7 @@ from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire import evaluation_messages, messages, stacks
 from fedlp.federation.wire.digests import digest_tensors
 from fedlp.federation.wire.downloads import Download
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.blockwise import NormalFloat4
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -178,8 +179,8 @@ class Updates:
         return Target("statistics", honest, decode)
 
 
-def instruction(covers_trained: bool) -> Target:
-    """Return the server's instruction with encoded frozen tensors, or all encoded, as a client reads it."""
+def instruction(covers_trained: bool = False, stays_encoded: bool = False) -> Target:
+    """Return the server's instruction with encoded tensors, as a client reads it that decodes frozen ones, or not."""
     config = compose(("model=fedlp_cnn", "model.frozen=[fc*]")).model
     submodels = SubModels(describe_model(config, (1, 8, 8), 10, "classification"))
     params = {name: tensor.detach() for name, tensor in state_tensors(submodels.spec.build(0)).items()}
@@ -190,15 +191,20 @@ def instruction(covers_trained: bool) -> Target:
     assigned = Assignment(3, 4, SubModel(widths=held), layout.name_set - still)
 
     def decode(content: RecordDict) -> None:
-        found = messages.decode_instruction(content, submodels, download=download)
+        found = messages.decode_instruction(content, submodels, None, download, stays_encoded)
+        layout = submodels.layout(found.submodel)
         frozen = {name: x for name, x in found.params.items() if name in still}
-        in_range(found.params if covers_trained else frozen, LARGEST_VALUE)
-        assert bool(found.held) or found.params.keys() == submodels.layout(found.submodel).name_set
+        if found.frozen and stays_encoded:
+            assert not frozen
+            frozen = dict(EncodedTensors(download.encoding, found.frozen, messages.frozen_signature(layout)).decode())
+        in_range({**found.params, **frozen} if covers_trained else frozen, LARGEST_VALUE)
+        assert bool(found.held) or found.params.keys() | frozen.keys() == layout.name_set
         if found.frozen:
             assert digest_tensors(frozen) == content[messages.INSTRUCTION]["digest"]
 
     honest = messages.encode_instruction(assigned, downlink.encode(layout, layout.slice(params)), submodels)
     name = "instruction, all encoded" if covers_trained else "instruction with frozen tensors"
+    name += ", which stay encoded" * stays_encoded
     return Target(name, honest, decode, named="the server's ")
 
 
@@ -328,8 +334,9 @@ def all_targets() -> Iterator[Target]:
     yield updates.target("update of the largest entries", widths=False, encoding=TopK(), coded=True)
     yield updates.stack()
     yield updates.statistics()
-    yield instruction(covers_trained=False)
+    yield instruction()
     yield instruction(covers_trained=True)
+    yield instruction(stays_encoded=True)
     gram = Part("r.gram", (6, 6), True, False, "r.total", 8)
     diagonal = Part("r.diagonal", (6,), False, True, "r.total", 8)
     cross = [Part("r.target_total", (3,)), Part("r.cross", (3, 6))]

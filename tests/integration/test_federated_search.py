@@ -206,6 +206,15 @@ def test_the_command_says_what_was_found(sharp_model: Path, tmp_path: Path, call
 
 
 @pytest.mark.slow
+def test_on_ray_the_same_is_found(done: Searched, sharp_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    found = search(tmp_path / "ray", sharp_model, "simulation=ray")
+    assert found.failures == []
+    assert found.untimed == done.untimed
+    assert (found.path / "winner.yaml").read_bytes() == (done.path / "winner.yaml").read_bytes()
+
+
+@pytest.mark.slow
 def test_secure_sums_find_the_same(sharp_model: Path, tmp_path: Path) -> None:
     few = ("search.evaluations=4", "search.modes=[evolution]", "pruner.damping=0.01")
     plain, secure = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.superlink.grid import InMemoryGrid
 
 from fedlp.apps import runs as assembly
+from fedlp.config import compose_federated_search, from_yaml
 from fedlp.errors import ConfigError
 from fedlp.simulation.flower_apps import check_size, read_settings
 from fedlp.simulation.local import LocalGrid
@@ -45,6 +47,12 @@ def test_a_stopped_run_goes_on_with_clients_that_are_told_its_config(
         assembly.server_app(grid, context(overrides="resume=run num_rounds=4 simulation.workers=1"))
     whole = once(*CASE, "num_rounds=4", "simulation.workers=1")
     assert_same(read(stopped), whole)
+
+
+def test_a_search_is_that_of_its_command() -> None:
+    words = ("federated=true", "model=hf", "model.path=folder", "num_clients=7")
+    cfg, folder = read_settings(context(overrides=shlex.join(("fedlp-search", *words)), out="/out"))
+    assert (from_yaml(cfg), folder) == (compose_federated_search(words), Path("/out"))
 
 
 @pytest.mark.parametrize("out", ["", "run", "{run}", "./run/../run"])

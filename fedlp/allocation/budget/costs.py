@@ -163,6 +163,7 @@ def make_costs(
     latency: LatencyTable | None = None,
     trained: Terms | None = None,
     received: int = 0,
+    held_bytes: Terms | None = None,
 ) -> CostModel:
     """Return the costs of a model from its footprints.
 
@@ -182,13 +183,17 @@ def make_costs(
         Parameters with gradients and optimizer state; all if absent.
     received : int
         Further copies of all parameters: the message that a client holds during training.
+    held_bytes : Terms, optional
+        Bytes of weights and received message where they are not four of each parameter; with ``trained``.
     """
     weight_bytes = _BYTES * _COPIES[optimizer]
     sources: tuple[list[tuple[float, Terms]], ...] = (
         [(1.0, params)],
         [(1.0, macs)],
         [
-            (received * _BYTES + (_BYTES if trained is not None else weight_bytes), params),
+            (received * _BYTES + (_BYTES if trained is not None else weight_bytes), params)
+            if held_bytes is None
+            else (1.0, held_bytes),
             (weight_bytes - _BYTES, trained or {}),
             (float(batch_size), activation_bytes),
         ],

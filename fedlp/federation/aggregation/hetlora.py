@@ -10,8 +10,8 @@ their holders.
 
 *Deviations*: norms are those of a layer, not of all; they multiply the weights w of the examples (the paper's are
 equal: ``aggregator.weighting=equal``). Ranks that no client of a round holds keep their values: zeros in A and B at
-once would never be trained again. Rank self-pruning, by which clients lower their ranks, is not done: ranks are the
-fleet's.
+once would never be trained again. Rank self-pruning, by which clients lower their ranks, is an option of adapters
+(``adapter.self_pruning=true``, :mod:`fedlp.models.adapter_ranks`); without it ranks are the fleet's.
 """
 
 from __future__ import annotations

@@ -167,7 +167,9 @@ class _Answers:
         """Return the evaluation sums on the client's own test examples."""
         runtime = self._runtime(message, context)
         download = runtime.settings.download
-        request = evaluation_messages.decode_evaluation_request(message.content, runtime.submodels, download)
+        request = evaluation_messages.decode_evaluation_request(
+            message.content, runtime.submodels, download, runtime.settings.encoded_base
+        )
         if request.client_id != client_id_of(context):
             raise DataError(f"client {client_id_of(context)} was sent the evaluation of {request.client_id}")
         if runtime.settings.secagg is not None:
@@ -245,7 +247,10 @@ def read_instruction(
     runtime: ClientRuntime, message: Message, context: Context, known: messages.Known | None = None
 ) -> TrainInstruction:
     """Return a message's instruction; DataError if it is another client's. ``known`` as of ``decode_instruction``."""
-    instruction = messages.decode_instruction(message.content, runtime.submodels, known, runtime.settings.download)
+    settings = runtime.settings
+    instruction = messages.decode_instruction(
+        message.content, runtime.submodels, known, settings.download, settings.encoded_base
+    )
     if instruction.client_id != client_id_of(context):
         raise DataError(f"client {client_id_of(context)} was sent the instruction of {instruction.client_id}")
     return instruction

@@ -12,6 +12,7 @@ from fedlp.data.examples import DataInfo, Examples
 from fedlp.federation.client.cohort_app import attempt
 from fedlp.federation.client.ordered_dropout import NestedWidth
 from fedlp.federation.client.settings import ClientSettings
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.rng import Stream, generator, generators
 from fedlp.tasks import task_of
 from fedlp.training.schedules import Moment
@@ -40,6 +41,8 @@ class Prepared:
         Parameters that are not trained.
     masks : mapping from name to Tensor
         Factors of gradients.
+    base : EncodedTensors or None
+        Frozen tensors that stay encoded.
     """
 
     instruction: TrainInstruction
@@ -50,6 +53,7 @@ class Prepared:
     nested: Sequence[NestedWidth]
     frozen: frozenset[str]
     masks: Mapping[str, Tensor]
+    base: EncodedTensors | None = None
 
     def rng(self, seed: int) -> np.random.Generator:
         """Return the generator of the client's training, from its start."""
@@ -69,7 +73,7 @@ class CohortTrainer:
             return {}
         groups: dict[tuple[int, frozenset[str], int], list[Prepared]] = {}
         for one in cohort:
-            if not one.nested and self.has_plain_loss(one.examples):
+            if not one.nested and one.base is None and not one.instruction.least and self.has_plain_loss(one.examples):
                 key = id(one.model), one.frozen, one.instruction.server_round
                 groups.setdefault(key, []).append(one)
         found: dict[int, Trained] = {}

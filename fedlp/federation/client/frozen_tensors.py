@@ -11,7 +11,9 @@ from fedlp.errors import DataError, ProtocolError
 from fedlp.federation.client.store import ClientStore
 from fedlp.federation.submodels import SubModels
 from fedlp.federation.wire.digests import digest_tensors
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.encodings import Encoding
+from fedlp.federation.wire.messages import frozen_signature
 from fedlp.types import SubModel, TrainInstruction
 
 
@@ -24,13 +26,18 @@ class FrozenTensors:
         Encoding in which they are sent and kept.
     store : ClientStore or None
         Store on disk; None keeps none.
+    stays_encoded : bool
+        Whether they are held encoded in memory, too.
     """
 
-    def __init__(self, submodels: SubModels, download: Encoding, store: ClientStore | None) -> None:
+    def __init__(
+        self, submodels: SubModels, download: Encoding, store: ClientStore | None, stays_encoded: bool = False
+    ) -> None:
         self._submodels, self._download, self._store = submodels, download, store
+        self._stays_encoded = stays_encoded
 
     def complete(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Return the instruction with stored frozen tensors; received ones are stored.
+        """Return the instruction with stored frozen tensors, encoded if they stay so; received ones are stored.
 
         Raises
         ------
@@ -45,19 +52,25 @@ class FrozenTensors:
                 self._store.save(client_id, server_round, received)
             return instruction
         kept = {} if self._store is None else self._store.load(client_id, before_round=server_round)
-        found = self._decode(instruction.submodel, kept)
-        if digest_tensors(found) != instruction.held:
+        values, digest = self._read(self.encoded(instruction.submodel, kept))
+        if digest != instruction.held:
             raise DataError(f"client {client_id} has lost the frozen tensors that it was sent; it needs them again")
-        return replace(instruction, params={**instruction.params, **found}, held=b"")
+        if self._stays_encoded:
+            return replace(instruction, frozen=kept, held=b"")
+        return replace(instruction, params={**instruction.params, **values}, held=b"")
 
-    def _decode(self, submodel: SubModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values of kept tensors; empty if they are not those of the sub-model."""
-        layout = self._submodels.layout(submodel)
-        signature = layout.signature(layout.name_set & self._submodels.spec.frozen)
-        wanted = {name: (shape, dtype) for name, shape, dtype in self._download.signature(signature)}
-        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} != wanted:
-            return {}
+    def encoded(self, submodel: SubModel, tensors: Mapping[str, Tensor]) -> EncodedTensors:
+        """Return the encoded frozen tensors of a sub-model."""
+        return EncodedTensors(self._download, tensors, frozen_signature(self._submodels.layout(submodel)))
+
+    def _read(self, kept: EncodedTensors) -> tuple[dict[str, Tensor], bytes]:
+        """Return the values of kept tensors, none if they stay encoded, and their digest; b"" if they have none."""
         try:
-            return self._download.decode(kept, signature, "the client's store")
+            if not kept.is_whole:
+                return {}, b""
+            if self._stays_encoded:
+                return {}, kept.digest()
+            values = dict(kept.decode())
+            return values, digest_tensors(values)
         except ProtocolError:  # what no digest can be of
-            return {}
+            return {}, b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, lru_cache
 
 import torch
@@ -23,10 +24,12 @@ from fedlp.federation.client.store import ClientStore
 from fedlp.federation.client.uploads import Uploads
 from fedlp.federation.oneshot.client import PoolingClient
 from fedlp.federation.submodels import SubModels
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.stacks import StackedUpdate
 from fedlp.models import leading_layers, state_tensors
+from fedlp.models.encoded_base import encodable, encode_base, hold_base
 from fedlp.models.layers import masked_gradients
-from fedlp.models.unallocated import allocate
+from fedlp.models.unallocated import allocate, without_parameters
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import cut_in_place, cut_model
 from fedlp.rng import Stream, generator
@@ -67,7 +70,7 @@ class ClientRuntime:
         self.shards = shards
         self.test = test
         self._memory = ClientMemory(submodels, settings.seed, store)
-        self._frozen_tensors = FrozenTensors(submodels, settings.download.encoding, frozen)
+        self._frozen_tensors = FrozenTensors(submodels, settings.download.encoding, frozen, settings.encoded_base)
         self.device = torch.device(settings.device)
         self._uploads = Uploads(settings, info, submodels)
         self._skeleton = lru_cache(maxsize=16)(self._build_skeleton)
@@ -120,7 +123,8 @@ class ClientRuntime:
         frozen = frozenset(self._frozen(instruction))
         way = self._trainer.way(model, frozen)
         examples, lengths = self.shards.joined(client_ids)
-        asks_more = submodel.nested_levels or instruction.held or not self._uploads.is_plain(instruction)
+        has_base = bool(instruction.held or instruction.frozen)
+        asks_more = submodel.nested_levels or has_base or not self._uploads.is_plain(instruction)
         if not way.stacks or asks_more or not self._trainer.has_plain_loss(examples):
             raise DataError("these clients train one by one")
         heads = [self._memory.head(submodel, client_id, instruction.server_round) for client_id in client_ids]
@@ -138,7 +142,7 @@ class ClientRuntime:
     def _prepare(self, instruction: TrainInstruction) -> Prepared:
         """Return all that a client's training needs."""
         instruction = self._frozen_tensors.complete(instruction)
-        model, state = self._shaped(instruction.submodel)
+        model, state = self._shaped(instruction.submodel, self.settings.encoded_base)
         personal = self._memory.head(instruction.submodel, instruction.client_id, instruction.server_round)
         return Prepared(
             instruction=instruction,
@@ -149,11 +153,17 @@ class ClientRuntime:
             nested=self._nested(instruction.submodel, model),
             frozen=frozenset(self._frozen(instruction)),
             masks=self._uploads.gradient_masks(instruction, model),
+            base=self._base(instruction.submodel, instruction.frozen),
         )
+
+    def _base(self, submodel: SubModel, frozen: Mapping[str, Tensor]) -> EncodedTensors | None:
+        """Return the frozen tensors that stay encoded; None if there are none."""
+        return self._frozen_tensors.encoded(submodel, frozen) if self.settings.encoded_base and frozen else None
 
     def _train_alone(self, prepared: Prepared) -> tuple[TrainResult, Mapping[str, Tensor]]:
         """Train one client's sub-model in place."""
         load_tensors(prepared.state, prepared.values)
+        self._hold(prepared.model, prepared.state, prepared.base)
         model, instruction = prepared.model, prepared.instruction
         with masked_gradients(model, prepared.masks):
             result = train_locally(
@@ -165,6 +175,7 @@ class ClientRuntime:
                 prepared.nested,
                 prepared.frozen,
                 Moment(instruction.server_round, self.settings.num_rounds),
+                self._uploads.penalty(instruction),
             )
         return result, prepared.state
 
@@ -205,8 +216,9 @@ class ClientRuntime:
         """Return the evaluation sums of a client's sub-model on its own test examples, and their number."""
         client_id, settings = request.client_id, self.settings
         test, own = self.shards.test_of(client_id), self.shards.of(client_id)
-        model, state = self._shaped(request.submodel)
+        model, state = self._shaped(request.submodel, self.settings.encoded_base)
         load_tensors(state, request.params)
+        self._hold(model, state, self._base(request.submodel, request.frozen))
         load_tensors(state, self._memory.head(request.submodel, client_id, request.server_round + 1))
         if request.measures_statistics:
             examples = whole_examples(own, self.info)
@@ -225,19 +237,27 @@ class ClientRuntime:
         names = [name for name in params if name in self.submodels.statistics and state[name].is_floating_point()]
         return ClientUpdate(0, client_id, len(examples), {}, params={name: state[name] for name in names})
 
-    def _shaped(self, submodel: SubModel) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """Return a model of a sub-model's shapes, and its live tensors."""
+    def _hold(self, model: nn.Module, state: Mapping[str, Tensor], base: EncodedTensors | None) -> None:
+        """Give a model its frozen tensors: encoded weights as they are, all others decoded."""
+        if base is not None:
+            held = hold_base(model, lambda name: base.weight(name, self.device))
+            for name, tensor in base.decode(left=held):
+                state[name].copy_(tensor)
+
+    def _shaped(self, submodel: SubModel, encoded: bool = False) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Return a model of a sub-model's shapes, and its live tensors, without the base if that stays encoded."""
         counts = tuple((axis, keep.count, keep.size) for axis, keep in sorted(submodel.widths.items()))
-        return self._skeleton(submodel.depth, counts)
+        return self._skeleton(submodel.depth, counts, encoded)
 
     # ---- sub-models
     def _build_skeleton(
-        self, depth: int | None, counts: tuple[tuple[str, int, int], ...]
+        self, depth: int | None, counts: tuple[tuple[str, int, int], ...], encoded: bool
     ) -> tuple[nn.Module, Mapping[str, Tensor]]:
         """Return a model of the sub-model's shapes and its live tensors; shapes depend on numbers of units alone."""
         if depth is not None:
-            model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
-        elif counts and self.submodels.is_language:
+            with without_parameters() if encoded else nullcontext():
+                model = self.submodels.spec.build_depth(depth, self.settings.seed, client_id=0)
+        elif (counts or encoded) and self.submodels.is_language:
             model = self.submodels.shapes()  # a device may not have the memory for the whole model
         else:
             model = self.submodels.skeleton()
@@ -247,7 +267,10 @@ class ClientRuntime:
             )  # as in a cut model, attentions call their last layer
         if counts:
             widths = {axis: Keep.first(count, size) for axis, count, size in counts}
-            model = allocate(cut_model(model, self.submodels.widths, widths))
+            model = cut_model(model, self.submodels.widths, widths)
+        if encoded:
+            model = encode_base(model, encodable(model, self.submodels.spec.frozen))
+        model = allocate(model)
         model = model.to(self.device)
         return model, state_tensors(model)
 

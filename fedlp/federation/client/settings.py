@@ -36,6 +36,10 @@ class ClientSettings:
         Encoding of uploads.
     download : Download
         Encoding of downloads.
+    encoded_base : bool
+        Whether frozen weights stay as they were sent while adapters are trained.
+    rank_penalty : float
+        Weight in the loss of the norms of ranks that a client may cut, >= 0.
     sends_deltas, error_feedback, entropy_coding : bool
         Whether updates are differences, whether the encoding's error is added to the next upload, and whether single
         bytes travel as Huffman codes.
@@ -63,6 +67,8 @@ class ClientSettings:
     personal_steps: int = 0
     encoding: Encoding = field(default_factory=Float32)
     download: Download = field(default_factory=Download)
+    encoded_base: bool = False
+    rank_penalty: float = 0.0
     sends_deltas: bool = False
     error_feedback: bool = False
     entropy_coding: bool = False

@@ -44,7 +44,7 @@ class ClientStore:
         data = seal_tensors(tensors)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / f"round-{server_round:06d}.safetensors", data)
+            write_atomically(folder / f"round-{server_round:06d}.safetensors", *data)
         except OSError as error:
             raise DataError(
                 f"make room: client {client_id} cannot save what it needs in later rounds ({one_line(error)})"

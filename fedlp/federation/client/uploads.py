@@ -17,6 +17,7 @@ from fedlp.federation.costs import Costs
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.models import state_tensors
+from fedlp.models.adapter_ranks import tail_norm
 from fedlp.models.adapters import has_adapters, merge_adapters
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
@@ -25,6 +26,7 @@ from fedlp.pruning.tracing.units import is_reader
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
 from fedlp.rng import Stream, generator, torch_seed
 from fedlp.training.calibration_data import batch_calibration, whole_examples
+from fedlp.training.loop import Penalty
 from fedlp.types import Assignment, InputNorms, Keep, PrunableLayer, TrainInstruction
 
 MIN_SCORED = 2  # examples without which a client does not score
@@ -81,6 +83,13 @@ class Uploads:
                 masks[name] = torch.zeros_like(parameter)
         return masks
 
+    def penalty(self, instruction: TrainInstruction) -> Penalty | None:
+        """Return the penalty on ranks that the client may cut; None without any."""
+        weight, starts = self._settings.rank_penalty, list(instruction.least.values())
+        if not (starts and weight):
+            return None
+        return lambda model: weight * tail_norm(dict(model.named_parameters()), starts[0])
+
     def _spec(self, instruction: TrainInstruction) -> WidthSpec:
         """Return the axes of a client's sub-model."""
         if not (instruction.kept or instruction.returned or instruction.evidence):
@@ -110,12 +119,16 @@ class Uploads:
             Residual of the client's earlier uploads, in global shapes; may be empty.
         """
         layout = self._submodels.layout(instruction.submodel)
-        trained = {name: tensor for name, tensor in state_tensors(model).items() if name in layout.name_set}
+        received = layout.name_set & instruction.params.keys()  # frozen tensors that stay encoded are not among them
+        trained = {name: tensor for name, tensor in state_tensors(model).items() if name in received}
         updates = _differences(trained, instruction.params)
         if self._settings.error_feedback:
             updates = add_residual(updates, residual, layout.keeps)
         spec = self._spec(instruction)
-        scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
+        if instruction.least:
+            scores, chosen, macs = dict[str, Tensor](), self._cut(instruction, trained), 0.0
+        else:
+            scores, chosen, macs = self._choose(instruction, model, updates, spec, examples)
         local = self._returned(instruction) | chosen
         if chosen and self._options.compensate and len(whole_examples(examples, self._info)) >= MIN_SCORED:
             trained |= self._compensate(instruction, model, local, spec, examples)
@@ -128,6 +141,16 @@ class Uploads:
         left = self._keep_residual(layout, updates, values, keeps, encoded, residual)
         norms, norms_macs = self._measure_input_norms(instruction, model, examples)
         return Upload(encoded, _global_units(instruction, chosen), scores, norms, left, macs + norms_macs)
+
+    @staticmethod
+    def _cut(instruction: TrainInstruction, trained: Mapping[str, Tensor]) -> dict[str, Keep]:
+        """Return the ranks of adapters that are left: without the tail, where its norm fell."""
+        found = {}
+        for axis, count in instruction.kept.items():
+            start = instruction.least[axis]
+            fell = float(tail_norm(trained, start)) < float(tail_norm(instruction.params, start))
+            found[axis] = Keep.first(start if fell else count, count)
+        return found
 
     def _encode(self, instruction: TrainInstruction, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return encoded values."""

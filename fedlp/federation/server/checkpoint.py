@@ -126,8 +126,8 @@ def discard_checkpoint(folder: Path, server_round: int) -> None:
     path.replace(path.with_name(f"{path.name}.discarded"))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably, even through a power cut.
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of some parts atomically and durably, even through a power cut.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -192,6 +192,11 @@ class PlanPolicy:
             found.add("input_norms")
         return frozenset(found)
 
+    @property
+    def scores_on_clients(self) -> bool:
+        """Whether clients measure the saliency of units."""
+        return self.options.unit_selection == "client" or "unit_scores" in self._evidence
+
     def settled(self) -> PlanPolicy:
         """Return the policy without regrowth: the best-scored units are held."""
         return PlanPolicy(self.context, replace(self.options, regrow=0.0), self.costs, self.rates)  # type: ignore[type-var]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from torch import Tensor
 
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -14,7 +15,7 @@ from fedlp.federation.wire.packing import Signature
 from fedlp.federation.wire.ranges import check_values
 from fedlp.federation.wire.record_access import read_tensors
 
-_WHO = "the server's message"
+SERVER = "the server's message"
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,24 @@ class Download:
         """Whether all tensors are sent as they are."""
         return is_plain(self.encoding)
 
-    def read(self, content: RecordDict, key: str, signature: Signature) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the encoded tensors of a record, and the decoded ones of ``signature``.
+    def read(self, content: RecordDict, key: str, signature: Signature) -> EncodedTensors:
+        """Return the tensors of ``signature`` as a record has them; their values are not checked yet.
 
         Raises
         ------
         KeyError, ValueError
             If the record is missing or malformed.
         ProtocolError
-            If a value is not finite or out of range.
+            If an encoded number is not finite or out of range.
         """
         encoded = read_tensors(content, key, self.encoding.signature(signature))
-        check_values(encoded, _WHO)
-        values = self.encoding.decode(encoded, signature, _WHO)
-        check_values(values, _WHO)
-        return encoded, values
+        check_values(encoded, SERVER)
+        return EncodedTensors(self.encoding, encoded, signature)
 
     def read_trained(self, content: RecordDict, key: str, signature: Signature) -> dict[str, Tensor]:
-        """Return the tensors of a record that are not sent once, decoded."""
-        return self.read(content, key, signature)[1] if self.covers_trained else read_tensors(content, key, signature)
+        """Return the tensors of a record that are not sent once, decoded; errors as of :meth:`read`."""
+        if not self.covers_trained:
+            return read_tensors(content, key, signature)
+        found = dict(self.read(content, key, signature).decode())
+        check_values(found, SERVER)
+        return found

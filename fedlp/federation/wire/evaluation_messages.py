@@ -95,17 +95,19 @@ def encode_evaluation_request(request: EvaluationRequest, sent: Sent, submodels:
 
 
 def decode_evaluation_request(
-    content: RecordDict, submodels: SubModels, download: Download | None = None
+    content: RecordDict, submodels: SubModels, download: Download | None = None, stays_encoded: bool = False
 ) -> EvaluationRequest:
-    """Return the request of a message; ProtocolError if malformed; ``download`` as of :func:`decode_submodel`."""
+    """Return the request of a message; ProtocolError if malformed; options as of ``decode_instruction``."""
     try:
         record = read_config(content, INSTRUCTION)
         submodel = read_submodel(record, submodels)
+        params, frozen = read_values(content, submodels.layout(submodel), download, stays_encoded)
         return EvaluationRequest(
             server_round=read_integer(record, "server-round"),
             client_id=read_integer(record, "client-id"),
             submodel=submodel,
-            params=read_values(content, submodels.layout(submodel), download),
+            params=params,
+            frozen=frozen,
             measures_statistics=bool(record.get("measures-statistics", False)),
         )
     except (KeyError, ValueError, TypeError) as error:
@@ -182,7 +184,7 @@ def decode_submodel(
 ) -> tuple[SubModel, dict[str, Tensor]]:
     """Return a sub-model and its tensors; ``download`` as of :func:`~fedlp.federation.wire.messages.read_values`."""
     submodel = read_submodel(read_config(content, INSTRUCTION), submodels) if INSTRUCTION in content else SubModel()
-    return submodel, read_values(content, submodels.layout(submodel), download)
+    return submodel, read_values(content, submodels.layout(submodel), download)[0]
 
 
 def encode_statistics(params: Mapping[str, Tensor], num_examples: int) -> RecordDict:

@@ -24,7 +24,8 @@ from fedlp.errors import ProtocolError, printable
 from fedlp.federation.flower_compat import make_array, make_record
 from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire.digests import digest_tensors
-from fedlp.federation.wire.downloads import Download
+from fedlp.federation.wire.downloads import SERVER, Download
+from fedlp.federation.wire.encoded_tensors import EncodedTensors
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.federation.wire.encodings.base import is_plain
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -36,7 +37,7 @@ from fedlp.federation.wire.index_sets import (
     encode_names,
     encode_widths,
 )
-from fedlp.federation.wire.packing import pack_tensors
+from fedlp.federation.wire.packing import Signature, pack_tensors
 from fedlp.federation.wire.ranges import (
     LARGEST_COST,
     LARGEST_METRIC,
@@ -129,6 +130,8 @@ def encode_instruction(
     write_submodel(record, instruction.submodel, submodels)
     if instruction.kept:
         record["kept"] = encode_counts(instruction.kept, tuple(submodels.widths.axes))
+    if instruction.least:
+        record["least"] = encode_counts(instruction.least, tuple(submodels.widths.axes))
     if instruction.returned:
         record["returned"] = encode_widths(instruction.returned, tuple(submodels.widths.axes))
     for name in sorted(instruction.evidence):
@@ -165,7 +168,11 @@ Known = dict[tuple[object, ...], dict[str, Tensor]]
 
 
 def decode_instruction(
-    content: RecordDict, submodels: SubModels, known: Known | None = None, download: Download | None = None
+    content: RecordDict,
+    submodels: SubModels,
+    known: Known | None = None,
+    download: Download | None = None,
+    stays_encoded: bool = False,
 ) -> TrainInstruction:
     """Return the instruction of a message, its tensors as read-only views into the message.
 
@@ -175,6 +182,8 @@ def decode_instruction(
         Tensors of other messages, which messages of the same bytes share; filled here.
     download : Download, optional
         Encoding of downloads; all tensors as they are if absent.
+    stays_encoded : bool
+        Whether ``params`` leaves out frozen tensors that came encoded; they are checked all the same.
 
     Raises
     ------
@@ -191,9 +200,13 @@ def decode_instruction(
         layout = submodels.layout(submodel)
         held = read_bytes(record, "held") if "held" in record else b""
         written = download or Download()
-        encoded, frozen = _read_frozen(content, layout, written)
-        if encoded and digest_tensors(frozen) != read_bytes(record, "digest"):
-            raise ProtocolError("the server's instruction: its frozen tensors are not those of their digest")
+        sent = _read_frozen(content, layout, written)
+        frozen = _check_frozen(sent, stays_encoded)
+        encoded: Mapping[str, Tensor] = {}
+        if sent is not None:
+            encoded = sent.encoded
+            if (digest_tensors(frozen) if frozen else sent.digest()) != read_bytes(record, "digest"):
+                raise ProtocolError("the server's instruction: its frozen tensors are not those of their digest")
         names = layout.name_set - submodels.spec.frozen if held or encoded else None
         params = _read_shared(content, layout, names, {} if known is None else known, written)
         return TrainInstruction(
@@ -207,26 +220,45 @@ def decode_instruction(
             kept=decode_counts(read_bytes(record, "kept"), tuple(submodels.widths.axes)) if "kept" in record else {},
             returned=returned,
             evidence=frozenset(name for name, key in _EVIDENCE.items() if record.get(key, False)),
+            least=decode_counts(read_bytes(record, "least"), tuple(submodels.widths.axes)) if "least" in record else {},
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"the server's instruction cannot be read: {say_why(error)}") from error
 
 
-def _read_frozen(
-    content: RecordDict, layout: SubModelLayout, download: Download
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a message's encoded frozen tensors, and the decoded ones; empty where they came as they are."""
+def _read_frozen(content: RecordDict, layout: SubModelLayout, download: Download) -> EncodedTensors | None:
+    """Return a message's encoded frozen tensors; None where they came as they are."""
     if FROZEN not in content:
-        return {}, {}
-    return download.read(content, FROZEN, layout.signature(layout.name_set & layout.spec.frozen))
+        return None
+    return download.read(content, FROZEN, frozen_signature(layout))
 
 
-def read_values(content: RecordDict, layout: SubModelLayout, download: Download | None) -> dict[str, Tensor]:
-    """Return all tensors of a sub-model, decoded."""
+def _check_frozen(sent: EncodedTensors | None, stays_encoded: bool) -> dict[str, Tensor]:
+    """Return the values of encoded tensors, unless they stay so; ProtocolError for values out of range."""
+    if sent is None:
+        return {}
+    if stays_encoded:
+        sent.check(SERVER)
+        return {}
+    found = dict(sent.decode())
+    check_values(found, SERVER)
+    return found
+
+
+def frozen_signature(layout: SubModelLayout) -> Signature:
+    """Return name, shape and dtype of the frozen tensors of a sub-model."""
+    return layout.signature(layout.name_set & layout.spec.frozen)
+
+
+def read_values(
+    content: RecordDict, layout: SubModelLayout, download: Download | None, stays_encoded: bool = False
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """Return the tensors of a sub-model, and encoded frozen ones that are to stay so, which the former lack."""
     written = download or Download()
-    _, frozen = _read_frozen(content, layout, written)
-    names = layout.name_set - frozen.keys() if frozen else None
-    return {**written.read_trained(content, PARAMS, layout.signature(names)), **frozen}
+    sent = _read_frozen(content, layout, written)
+    names = layout.name_set if sent is None else layout.name_set - layout.spec.frozen
+    params = written.read_trained(content, PARAMS, layout.signature(names)) | _check_frozen(sent, stays_encoded)
+    return params, sent.encoded if sent is not None and stays_encoded else {}
 
 
 def _read_shared(
@@ -357,7 +389,7 @@ def _check_widths(sent: Mapping[str, Keep], assigned: Assignment, who: str) -> d
         raise ProtocolError(f"{who}: the update chooses units of {wrong[0]} {was}")
     for axis, keep in sent.items():
         outer = held.get(axis, Keep.full(keep.size))
-        if keep.count != assigned.kept[axis]:
+        if keep.count != assigned.kept[axis] and keep != Keep.first(assigned.least.get(axis, -1), keep.size):
             raise ProtocolError(f"{who}: {keep.count} units of {axis} came, {assigned.kept[axis]} were asked for")
         try:
             keep.within(outer)

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fedlp.pruning.tracing.empty_layers import EmptyLayer
+
+
+class EmptyAttention(nn.Module):
+    """Self-attention without heads: the bias of its output layer, or zeros, at every token.
+
+    Parameters
+    ----------
+    attention : nn.MultiheadAttention or HeadAttention
+        Cut to no heads; the bias is shared, not copied.
+    """
+
+    num_heads = 0
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.head_dim: int = attention.head_dim
+        self.out_proj = EmptyLayer(attention.out_proj)
+
+    def forward(self, inputs: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        """Map (batch, tokens, embed_dim) to the same shape, and None for the attention's weights."""
+        return self.out_proj(inputs), None
 
 
 class HeadAttention(nn.Module):

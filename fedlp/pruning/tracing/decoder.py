@@ -89,7 +89,8 @@ def decoder_widths(model: nn.Module) -> WidthSpec:
     unknown = {name: tensor for name, tensor in names.items() if name not in dims}
     pinned = {axis: reason for axis, reason in _pinned(model, blocks, unknown) if axis in axes}
     found = {name: dims.get(name, (WHOLE,) * tensor.ndim) for name, tensor in names.items()}
-    branches = dict(_branches(model, blocks, found)) if adds_to_stream(model) else {}
+    norms_follow = layout.norms == ("", "")  # the sums, and stay
+    branches = dict(_branches(model, blocks, found)) if adds_to_stream(model) or norms_follow else {}
     return WidthSpec(axes, found, branches=branches).pinned(pinned)
 
 
@@ -100,12 +101,12 @@ def _branches(
     layout = _layout(model)
     outputs = [name for letters in _template().OUTPUT_BIASES for name, both in layout.layers.items() if both == letters]
     for block in blocks:
-        prefix = f"{layout.attention}."
         for axis, output, norm in zip((block.attention, block.mlp), outputs, layout.norms, strict=False):
-            parts = [name for name in layout.layers if name.startswith(prefix) == output.startswith(prefix)]
-            if axis == block.attention:
+            is_attention = axis == block.attention
+            parts = [x for x, both in layout.layers.items() if _template().is_of_attention(both) == is_attention]
+            if is_attention:
                 parts.append(layout.attention)
-            owners = tuple(f"{block.path}.{name}." for name in (norm, *parts))
+            owners = tuple(f"{block.path}.{name}." for name in (norm, *parts) if name)
             yield (
                 axis,
                 frozenset(

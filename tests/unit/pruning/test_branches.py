@@ -15,7 +15,7 @@ from fedlp.allocation.evidence import Evidence
 from fedlp.config import ModelConfig
 from fedlp.errors import AllocationError, ConfigError
 from fedlp.federation.submodels import SubModels
-from fedlp.models import describe_model, forward_logits, state_tensors
+from fedlp.models import describe_model, ensure_operators, forward_logits, state_tensors
 from fedlp.models.cost import count_macs
 from fedlp.models.language import import_transformers
 from fedlp.pruning.costs.activations import activation_footprint
@@ -50,7 +50,8 @@ CLASSIFIERS = {
     "resnet18": ModelConfig(name="resnet18", source="torchvision"),
     "mobilenet_v2": ModelConfig(name="mobilenet_v2", source="torchvision"),
 }
-MODELS = [*LANGUAGE_MODELS, *CLASSIFIERS]
+ENCODERS = ("vit", "bert")
+MODELS = [*LANGUAGE_MODELS, *CLASSIFIERS, *ENCODERS]
 GONE = {  # the first attention, a whole block
     "llama": ("model.layers.0.self_attn", "model.layers.1.self_attn", "model.layers.1.mlp"),
     "qwen3": ("model.layers.0.self_attn", "model.layers.1.self_attn", "model.layers.1.mlp"),
@@ -59,6 +60,8 @@ GONE = {  # the first attention, a whole block
     "resnet20": ("layer1.1.conv1", "layer2.0.conv1"),
     "resnet18": ("layer1.1.conv1", "layer2.0.conv1"),
     "mobilenet_v2": ("features.3.conv.0.0",),
+    "vit": tuple(f"encoder.layers.encoder_layer_{part}" for part in ("0.self_attention", "1.self_attention", "1.mlp")),
+    "bert": tuple(f"bert.encoder.layer.{part}" for part in ("0.attention.self", "1.attention.self", "1.mlp")),
 }
 
 
@@ -70,12 +73,33 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         for _ in range(3):
             model(inputs)  # gives batch norms statistics of their own
         return model.eval(), inputs
+    if name in ENCODERS:
+        return encoder(name)
     transformers = import_transformers()
     config = transformers.AutoConfig.for_model(name, **SIZES, **LANGUAGE_MODELS[name])
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0, 0.3)
     return model, torch.arange(24).reshape(2, 12)
+
+
+def encoder(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a small vision transformer of torchvision, or BERT with a head, and inputs."""
+    model: nn.Module
+    if name == "vit":
+        ensure_operators()
+        from torchvision.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(16, 4, 3, 4, 16, 12, num_classes=10)
+        inputs = torch.randn(2, 3, 16, 16)
+    else:
+        transformers = import_transformers()
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 12}
+        config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, num_labels=10, **sizes)
+        model, inputs = transformers.BertForSequenceClassification(config), torch.arange(24).reshape(2, 12)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    return model.eval(), inputs
 
 
 def without(spec: WidthSpec, axes: Collection[str]) -> dict[str, Keep]:
@@ -211,10 +235,23 @@ def test_transformers_loads_a_model_without_branches_and_generates(name: str, tm
     assert forward_logits(smaller, inputs).shape == (2, 12, 50)
 
 
-def test_a_classifier_without_branches_is_loaded_again(tmp_path: Path) -> None:
-    model, inputs = build("resnet20")
+def test_transformers_loads_an_encoder_without_branches(tmp_path: Path) -> None:
+    model, inputs = build("bert")
     spec = trace_widths(model, inputs, depth=True)
-    widths = without(spec, GONE["resnet20"])
+    cut = cut_model(model, spec, without(spec, GONE["bert"])).eval()
+    save_language_model(cut, tmp_path / "model", None)
+    auto = import_transformers().AutoModelForSequenceClassification
+    again = auto.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(inputs).logits, forward_logits(cut, inputs))
+    assert set(trace_widths(again, inputs, depth=True).branches) == set(spec.branches) - set(GONE["bert"])
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit"])
+def test_a_classifier_without_branches_is_loaded_again(name: str, tmp_path: Path) -> None:
+    model, inputs = build(name)
+    spec = trace_widths(model, inputs, depth=True)
+    widths = without(spec, GONE[name])
     cut = cut_model(model, spec, widths).eval()
     save_classifier(cut, spec, widths, tmp_path)
     again = load_classifier(model, spec, tmp_path)

@@ -35,6 +35,26 @@ class Encoding(Protocol):
         """
 
 
+@runtime_checkable
+class RowEncoding(Encoding, Protocol):
+    """Encoding that also decodes rows of a matrix alone."""
+
+    def has_rows(self, columns: int) -> bool:
+        """Return whether rows of that many columns can be decoded alone."""
+
+    def decode_rows(self, encoded: Mapping[str, Tensor], name: str, columns: int, rows: slice | Tensor) -> Tensor:
+        """Return chosen rows of a matrix, (rows, columns) float32, those of :meth:`decode` bit for bit; unchecked.
+
+        Parameters
+        ----------
+        rows : slice or (rows,) int64
+            Positions of the rows.
+        """
+
+    def check_scales(self, encoded: Mapping[str, Tensor], name: str, who: str) -> None:
+        """Raise ProtocolError for a scale of a matrix that :meth:`decode` refuses."""
+
+
 def is_matrix(shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Return whether a tensor is encoded: a float of two dimensions or more. Vectors are small and sensitive."""
     return dtype in (torch.float32, torch.float64) and len(shape) >= 2

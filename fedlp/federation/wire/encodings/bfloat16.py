@@ -31,3 +31,14 @@ class BFloat16:
     def decode(self, encoded: Mapping[str, Tensor], signature: Signature, who: str) -> dict[str, Tensor]:
         """Return the values."""
         return {name: encoded[name].to(dtype) for name, _, dtype in signature}
+
+    def has_rows(self, columns: int) -> bool:
+        """Return True."""
+        return True
+
+    def decode_rows(self, encoded: Mapping[str, Tensor], name: str, columns: int, rows: slice | Tensor) -> Tensor:
+        """Return chosen rows of a matrix, float32."""
+        return encoded[name][rows].to(torch.float32)
+
+    def check_scales(self, encoded: Mapping[str, Tensor], name: str, who: str) -> None:
+        """Do nothing: there are no scales."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -100,14 +101,36 @@ class Blockwise:
         for name, shape, dtype in signature:
             tensor = encoded[name]
             if is_matrix(shape, dtype):
-                scale = encoded[_SCALE + name].to(torch.float32)
-                check_scale(scale, name, who)
-                size = math.prod(shape)
-                codes = tensor.flatten().float() if self.width == 8 else unpack_bits(tensor, size, self.width)
-                blocks = F.pad(self._values(codes), (0, -size % self.block_size)).view(-1, self.block_size)
-                tensor = (blocks * scale[:, None]).flatten()[:size].view(shape)
+                self.check_scales(encoded, name, who)
+                tensor = self._widen(tensor.flatten(), encoded[_SCALE + name], math.prod(shape)).view(shape)
             found[name] = tensor.to(dtype)
         return found
+
+    def has_rows(self, columns: int) -> bool:
+        """Return whether a row is whole blocks and bytes."""
+        return columns % self.block_size == 0 and columns * self.width % 8 == 0
+
+    def decode_rows(self, encoded: Mapping[str, Tensor], name: str, columns: int, rows: slice | Tensor) -> Tensor:
+        """Return chosen rows of a matrix, float32."""
+        codes = encoded[name].view(-1, columns * self.width // 8)[rows]
+        scale = encoded[_SCALE + name].view(-1, columns // self.block_size)[rows]
+        return self._widen(codes.flatten(), scale.flatten(), len(codes) * columns).view(-1, columns)
+
+    def check_scales(self, encoded: Mapping[str, Tensor], name: str, who: str) -> None:
+        """Raise ProtocolError for a scale that is negative, NaN, or so large that values overflow."""
+        check_scale(encoded[_SCALE + name].to(torch.float32), name, who)
+
+    def _widen(self, codes: Tensor, scale: Tensor, size: int) -> Tensor:
+        """Return the values of encoded entries, (size,) float32."""
+        if self.width == 8:
+            values = codes.to(torch.float32).div_(127)
+        else:
+            values = _pairs(self.levels, codes.device).index_select(0, codes.to(torch.int32)).flatten()[:size]
+        scale, whole = scale.to(torch.float32), size // self.block_size * self.block_size
+        values[:whole].view(-1, self.block_size).mul_(scale[: whole // self.block_size, None])
+        if whole < size:
+            values[whole:].mul_(scale[-1])
+        return values
 
     def _codes(self, shares: Tensor) -> Tensor:
         """Return the number of the level nearest to each share, centred: int8."""
@@ -118,11 +141,13 @@ class Blockwise:
         nearest: Tensor = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)
         return (nearest - len(levels) // 2).to(torch.int8)
 
-    def _values(self, codes: Tensor) -> Tensor:
-        """Return the levels of centred numbers."""
-        if not self.levels:
-            return codes.div(2 ** (self.width - 1) - 1)
-        return torch.tensor(self.levels)[codes.to(torch.int64) + len(self.levels) // 2]
+
+@lru_cache(maxsize=8)
+def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the two values in every byte of 4-bit numbers, (256, 2); of equidistant levels without ``levels``."""
+    codes = unpack_bits(torch.arange(256, dtype=torch.int32).to(torch.uint8), 512, 4)
+    values = codes.div(7) if not levels else torch.tensor(levels)[codes.to(torch.int64) + len(levels) // 2]
+    return values.view(256, 2).to(device)
 
 
 @register("encoding", "block8")

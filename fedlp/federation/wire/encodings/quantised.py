@@ -96,6 +96,21 @@ class Quantised:
             found[name] = tensor.to(dtype)
         return found
 
+    def has_rows(self, columns: int) -> bool:
+        """Return whether a row is whole bytes."""
+        return columns * self.bits % 8 == 0
+
+    def decode_rows(self, encoded: Mapping[str, Tensor], name: str, columns: int, rows: slice | Tensor) -> Tensor:
+        """Return chosen rows of a matrix, float32."""
+        chosen, scale = encoded[name].view(len(encoded[_SCALE + name]), -1)[rows], encoded[_SCALE + name][rows]
+        if self.bits == 8:
+            return chosen.to(torch.float32).mul_(scale[:, None])
+        return unpack_bits(chosen.flatten(), len(scale) * columns, self.bits).view(-1, columns).mul_(scale[:, None])
+
+    def check_scales(self, encoded: Mapping[str, Tensor], name: str, who: str) -> None:
+        """Raise ProtocolError for a scale that is negative, NaN, or so large that values overflow."""
+        check_scale(encoded[_SCALE + name], name, who)
+
 
 @register("encoding", "int8")
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ def pack_bits(steps: Tensor, bits: int) -> Tensor:
 def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     """Return the numbers packed by :func:`pack_bits`, (count,) float32."""
     signed = packed.view(torch.int8)
-    steps = torch.empty(len(packed), 8 // bits)
+    steps = torch.empty(len(packed), 8 // bits, device=packed.device)
     for place in range(8 // bits):
         steps[:, place] = signed << (8 - bits * (place + 1)) >> (8 - bits)  # to the top, and down with its sign
     return steps.flatten()[:count]
