@@ -84,12 +84,16 @@ ABLATIONS = {
     "plan-pruned-refit-2": [*PRUNED, "strategy.refit_every=2"],
     "plan-pruned-refit-1": [*PRUNED, "strategy.refit_every=1"],
 }
-LOW = [*PRUNED, "strategy.refit_every=2", "fleet.fractions=[1.0,0.5,0.25,0.1]"]
+LOWER = "fleet.fractions=[1.0,0.5,0.25,0.1]"
+LOW = [*PRUNED, "strategy.refit_every=2", LOWER]
 DEPTH = {  # whole attentions and MLPs as units; the lowest of these tiers is out of reach without
     "plan-pruned-refit-2-depth": [*PRUNED, "strategy.refit_every=2", "pruner.depth=true"],
     "low-plan-pruned": LOW,
     "low-plan-pruned-depth": [*LOW, "pruner.depth=true"],
     "low-start-pruned-depth": [*LOW, "pruner.depth=true", *STILL],
+    "low-heterofl": ["strategy=heterofl", LEVELS, LOWER],
+    "low-fedrolex": ["strategy=fedrolex", LEVELS, LOWER],
+    "low-fjord": ["strategy=fjord", NESTED, LOWER],
 }
 EVERY = {**METHODS, **ABLATIONS, **DEPTH, **ADAPTERS}
 RATES = (0.001, 0.003)
@@ -106,6 +110,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "runs")
     parser.add_argument("--methods", nargs="+", choices=list(EVERY), default=list(METHODS))
     parser.add_argument("--correlation", type=float, default=1.0, help="of tier and domain, in [0, 1]")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates, instead of the better of two"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
     arguments = parser.parse_args()
@@ -141,7 +148,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         ]
         for method in arguments.methods:
             options = EVERY[method]
-            for rate in _rates(tuned, method, seed):
+            for rate in arguments.rates or _rates(tuned, method, seed):
                 asked = [
                     *common,
                     f"local.lr={rate}",
