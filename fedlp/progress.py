@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 
+def is_loss(name: str) -> bool:
+    """Return whether a metric of a round is a loss: of the test set, of clients or of a tier."""
+    return "loss" in name.split("_")
+
+
 class Progress:
     """Progress of rounds: number, test metrics, mean staleness, uplink so far and remaining time.
 
@@ -43,7 +48,7 @@ class Progress:
         self._bytes_up += line["bytes_up"]
         metrics, failures = line["metrics"], line["failures"]
         shown = [name for name, value in metrics.items() if value is not None and name != "train_loss"]
-        shown = [name for name in shown if name != "loss"] or shown  # the task's first metric
+        shown = sorted(shown, key=is_loss)  # the task's first metric
         self._metrics = f"{shown[0]} {metrics[shown[0]]:.4g}" if shown else self._metrics
         elapsed = time.monotonic() - self._started
         left = elapsed / (done - self._first) * (self._num_rounds - done)

@@ -27,6 +27,7 @@ from fedlp.config import (
     with_absolute_paths,
 )
 from fedlp.config.resuming import check_run, resumed_config, searched_config
+from fedlp.progress import is_loss
 
 
 def run_job(composed: DictConfig) -> float | None:
@@ -105,7 +106,8 @@ def _print_result(manifest: Mapping[str, Any], out: Path) -> None:
     if stopped_by := manifest.get("stopped_by"):
         asked = manifest["config"]["num_rounds"]
         print(f"fedlp: {stopped_by} ended the run after round {totals['rounds']} of {asked}", file=sys.stderr)
-    names = sorted((name for name, value in final.items() if value is not None), key=lambda name: name == "train_loss")
+    names = [name for name, value in final.items() if value is not None]
+    names.sort(key=lambda name: (name == "train_loss", is_loss(name)))
     if found := manifest.get("search"):
         for name, values in found["held_out"].items():
             print(f"{name}: {values['mean']:.4f} of uniform's divergence on held-out data of clients")

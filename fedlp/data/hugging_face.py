@@ -199,7 +199,8 @@ class HuggingFace(ImageOptions, LanguageData):
     # ---- tables
     @property
     def _where(self) -> str:
-        return f"{self.path} (subset {self.subset}, split {self.split})"
+        part = "" if self.subset is None else f"subset {self.subset}, "
+        return f"{self.path} ({part}split {self.split})"
 
     @cached_property
     def _table(self) -> Any:

@@ -83,3 +83,11 @@ def test_staleness_of_asynchronous_rounds(steps: dict[str, int], words: str) -> 
     Progress(2, "run", stream=stream).show(line(1, accuracy=0.5) | {"staleness": steps})
     assert ("stale" in stream.getvalue()) == bool(words)
     assert words in stream.getvalue()
+
+
+def test_metrics_of_clients_stand_before_their_losses() -> None:
+    stream = io.StringIO()
+    Progress(3, "FedAvg", stream=stream).show(line(1, client_loss=2.0, client_accuracy=0.5, train_loss=1.0))
+    assert "round 1/3  client_accuracy 0.5  up" in stream.getvalue()
+    Progress(3, "FedAvg", stream=stream).show(line(1, client_loss=2.0))
+    assert "round 1/3  client_loss 2  up" in stream.getvalue()

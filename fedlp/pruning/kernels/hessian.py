@@ -275,6 +275,7 @@ def factor_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
     too_few = damping == 0.0 and count < size  # rounding may hide it from the factorisation
     if too_few or int(info):
         rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), rtol=_RANK_TOLERANCE, hermitian=True))
+        rank = min(rank, count)  # more is rounding: of sums in float32, such as those that clients send
         raise CalibrationError(
             f"layer {layer}: the Hessian of its {size} inputs has rank {rank}, from {count} calibration vectors; "
             f"give at least {size} independent ones (calibration.examples), or damp it (pruner.damping=0.01)"

@@ -180,7 +180,7 @@ def test_columns_asked_for_by_name(reviews: Path, tokenizer: str) -> None:
     for options, words in (
         (
             {"text_column": "review"},
-            "has no column 'review'; set dataset.text_column to one of sentence, label, writer",
+            r"\(split train\) has no column 'review'; set dataset.text_column to one of sentence, label, writer",
         ),
         ({"label_column": "stars"}, "has no column 'stars'; set dataset.label_column"),
         ({"client_column": "place"}, "has no column 'place'; set dataset.client_column"),

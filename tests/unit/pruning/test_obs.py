@@ -156,6 +156,13 @@ def test_a_singular_hessian_is_an_error_that_names_layer_rank_and_remedy() -> No
     assert torch.isfinite(invert_hessian(x.T @ x, 0.01, "mlp", 5)).all()
 
 
+def test_the_rank_is_at_most_the_number_of_vectors() -> None:
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    noisy = x.T @ x + torch.diag(torch.full((8,), 1e-3))  # as rounding does to what clients send
+    with pytest.raises(CalibrationError, match="8 inputs has rank 5, from 5 calibration vectors"):
+        invert_hessian(noisy, 0.0, "mlp", 5)
+
+
 def test_a_hessian_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="layer mlp: its inputs are not finite"):
         invert_hessian(torch.full((2, 2), torch.nan), 0.1, "mlp", 5)
