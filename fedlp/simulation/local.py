@@ -13,7 +13,7 @@ import gc
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 
@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
+from fedlp.federation.server.roster import Profiles
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
@@ -29,7 +30,6 @@ from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
 from fedlp.simulation.worker import STOP, keep_freed_memory, release_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
-from fedlp.types import ClientProfile
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
 _TOGETHER = (TRAIN, CAPABILITIES)  # messages that may travel together
@@ -62,7 +62,7 @@ class LocalGrid(StreamedGrid):
     start : str
         How workers start: "fork", "spawn", or "auto" for what fits the system.
     profiles : callable, optional
-        Returns the profiles of all clients, by partition; without it, nodes are asked.
+        Returns the profiles of all clients; without it, nodes are asked.
 
     Raises
     ------
@@ -82,7 +82,7 @@ class LocalGrid(StreamedGrid):
         cohort: int = 1,
         stacks: bool = False,
         start: str = "auto",
-        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
+        profiles: Callable[[], Profiles] | None = None,
     ) -> None:
         refuse_unguarded()
         keep_freed_memory()  # of one update for the next
