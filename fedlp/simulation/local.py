@@ -28,7 +28,7 @@ from fedlp.federation.wire.stacks import count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
-from fedlp.simulation.worker import STOP, keep_freed_memory, release_freed_memory
+from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
@@ -86,7 +86,6 @@ class LocalGrid(StreamedGrid):
     ) -> None:
         refuse_unguarded()
         keep_freed_memory()  # of one update for the next
-        release_freed_memory()  # of models that were built to be looked at
         super().__init__(num_clients, profiles)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort
