@@ -7,7 +7,7 @@
 * Each of these rounds by parts: seconds within the functions that do them, less those of parts within.
 * ``aggregation``: processor seconds of a dense update of 11 million numbers in the average, from a decoded message,
   beside what memory gives: NumPy's copy of it, its sum in place (one read, one read and write), and that in float64,
-  as the average has it.
+  as the average has it; and beside the same sums and products made by NumPy, block by block.
 
 Clients have ten images of 8 x 8 and take one step; the networks of a million parameters and more one image.
 """
@@ -202,6 +202,7 @@ def show(title: str, cases: list[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------------- the bandwidth
 def measure_bandwidth(repeats: int) -> dict[str, Any]:
     """Return processor seconds of one dense update: in the average, and in NumPy's copy and sum of as many numbers."""
+    worker.keep_freed_memory()  # as in every round of the local engine
     shapes = resnet18_shapes()
     params = make_update(shapes, seed=0)
     updates = [make_update(shapes, seed=k + 1) for k in range(10)]
@@ -226,7 +227,17 @@ def measure_bandwidth(repeats: int) -> dict[str, Any]:
         for one in flat:
             np.add(wide, one, out=wide)
 
-    actions = {"average": average, "add": add, "copy": copy, "add_wide": add_wide}
+    scratch = np.empty(1 << 18)
+
+    def weigh() -> None:
+        for one in flat:
+            for lo in range(0, one.size, scratch.size):
+                block = one[lo : lo + scratch.size]
+                product = np.multiply(block, 100.0, out=scratch[: block.size], dtype=np.float64)
+                np.add(wide[lo : lo + block.size], product, out=wide[lo : lo + block.size])
+        np.divide(wide, 100.0 * len(flat)).astype(np.float32)
+
+    actions = {"average": average, "add": add, "copy": copy, "add_wide": add_wide, "weigh": weigh}
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(-1, repeats):
         for name, action in actions.items():
@@ -240,6 +251,7 @@ def measure_bandwidth(repeats: int) -> dict[str, Any]:
         "share_of_bandwidth": paired_ratio(seconds["add"], seconds["average"]),
         "copy_over_average": paired_ratio(seconds["copy"], seconds["average"]),
         "add_wide_over_average": paired_ratio(seconds["add_wide"], seconds["average"]),
+        "weigh_over_average": paired_ratio(seconds["weigh"], seconds["average"]),
     }
 
 

@@ -212,7 +212,7 @@ def _growth_parts(results: Mapping[str, Any]) -> Rows:
 def _growth_aggregation(results: Mapping[str, Any]) -> Rows:
     found = results["aggregation"]
     names = {"sum in place": "share_of_bandwidth", "copy": "copy_over_average"}
-    names |= {"sum in place, float64": "add_wide_over_average"}
+    names |= {"sum in place, float64": "add_wide_over_average", "the same products and sums": "weigh_over_average"}
     return [[name, f"{found[key]['median']:.2f}", _quartiles(found[key])] for name, key in names.items()]
 
 

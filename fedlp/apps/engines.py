@@ -12,12 +12,12 @@ from fedlp.apps.packed_federation import find_obstacle, pack
 from fedlp.config import RunConfig, to_yaml
 from fedlp.data.examples import DataInfo
 from fedlp.errors import ConfigError
+from fedlp.federation.server.roster import Profiles
 from fedlp.federation.server.run_directory import RunDirectory
 from fedlp.federation.submodels import SubModels
 from fedlp.simulation.local import LocalGrid
 from fedlp.simulation.parcel import HandOver
 from fedlp.simulation.streamed_grid import StreamedGrid
-from fedlp.types import ClientProfile
 
 
 class GridFederation(LocalFederation, Protocol):
@@ -93,12 +93,12 @@ def _message_bytes(federation: GridFederation) -> int:
     return federation.message_bytes() + 4096 * len(federation.submodels.spec.tensors)
 
 
-def _profiles_of(federation: GridFederation, out: Path) -> Callable[[], list[ClientProfile]]:
+def _profiles_of(federation: GridFederation, out: Path) -> Callable[[], Profiles]:
     """Return the maker of the profiles that the clients of a run would send, from the data of this process."""
 
-    def profiles() -> list[ClientProfile]:
+    def profiles() -> Profiles:
         runtime = federation.runtime(str(RunDirectory(out).clients))
-        return [runtime.profile(client_id) for client_id in range(federation.config.num_clients)]
+        return {client_id + 1: runtime.profile(client_id) for client_id in range(federation.config.num_clients)}
 
     return profiles
 

@@ -13,7 +13,7 @@ import gc
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 
@@ -22,14 +22,14 @@ from flwr.clientapp import ClientApp
 
 from fedlp.federation import flower_compat
 from fedlp.federation.server.exchange import no_reply
+from fedlp.federation.server.roster import Profiles
 from fedlp.federation.wire.messages import CAPABILITIES, TRAIN
 from fedlp.federation.wire.stacks import TRAIN_COHORT, count_clients
 from fedlp.simulation.starting import make_starter, refuse_unguarded, start_method
 from fedlp.simulation.streamed_grid import CRASHED, PULL_S, StreamedGrid
 from fedlp.simulation.transport import copy_array, decode_frame, encode_frame
-from fedlp.simulation.worker import STOP, keep_freed_memory, release_freed_memory
+from fedlp.simulation.worker import STOP, keep_freed_memory
 from fedlp.simulation.worker_process import Duty, Numbered, Task, Worker
-from fedlp.types import ClientProfile
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 20, 1 << 24
 _LENT_BYTES, _MOST_LENT = 1 << 27, 64  # replies of a worker that are read where they lie: bytes, and number
@@ -63,7 +63,7 @@ class LocalGrid(StreamedGrid):
     start : str
         How workers start: "fork", "spawn", or "auto" for what fits the system.
     profiles : callable, optional
-        Returns the profiles of all clients, by partition; without it, nodes are asked.
+        Returns the profiles of all clients; without it, nodes are asked.
 
     Raises
     ------
@@ -83,11 +83,10 @@ class LocalGrid(StreamedGrid):
         cohort: int = 1,
         stacks: bool = False,
         start: str = "auto",
-        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
+        profiles: Callable[[], Profiles] | None = None,
     ) -> None:
         refuse_unguarded()
         keep_freed_memory()  # of one update for the next
-        release_freed_memory()  # of models that were built to be looked at
         super().__init__(num_clients, profiles)
         self.cohort, self.stacks = cohort, stacks and cohort > 1
         capacity = (message_bytes + (1 << 16)) * cohort

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from flwr.app import Message
 
+from fedlp.federation.server.roster import Profiles
 from fedlp.simulation.parcel import HandOver
 from fedlp.simulation.ray_cluster import RaySettings, find_nodes, place_actors, ray_of
 from fedlp.simulation.ray_exchange import RayExchange
@@ -26,7 +27,6 @@ from fedlp.simulation.streamed_grid import PULL_S, StreamedGrid
 from fedlp.simulation.transport import encode_frame
 from fedlp.simulation.worker import RunSettings, keep_freed_memory
 from fedlp.training.threads import count_cores
-from fedlp.types import ClientProfile
 
 log = logging.getLogger("fedlp")
 
@@ -53,7 +53,7 @@ class RayGrid(StreamedGrid):
     state_dir : Path, optional
         Folder under which clients keep states from round to round; none do if absent.
     profiles : callable, optional
-        Returns the profiles of all clients, by partition; without it, nodes are asked.
+        Returns the profiles of all clients; without it, nodes are asked.
 
     Raises
     ------
@@ -74,7 +74,7 @@ class RayGrid(StreamedGrid):
         message_bytes: int,
         run_config: RunSettings | None = None,
         state_dir: Path | None = None,
-        profiles: Callable[[], Sequence[ClientProfile]] | None = None,
+        profiles: Callable[[], Profiles] | None = None,
     ) -> None:
         keep_freed_memory()  # of one update for the next
         super().__init__(num_clients, profiles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -11,8 +11,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlp.federation import flower_compat
+from fedlp.federation.server.roster import Profiles
 from fedlp.simulation.transport import Item
-from fedlp.types import ClientProfile
 
 CRASHED = 8  # Flower's code for a ClientApp whose process died
 PULL_S = 0.05  # that a pull waits for a reply
@@ -28,12 +28,12 @@ class StreamedGrid(Grid):
     num_clients : int
         Nodes; node ``i + 1`` is the client of partition ``i``.
     profiles : callable, optional
-        Returns the profiles of all clients, by partition; without it, nodes are asked.
+        Returns the profiles of all clients; without it, nodes are asked.
     """
 
     holds_test_set = True
 
-    def __init__(self, num_clients: int, profiles: Callable[[], Sequence[ClientProfile]] | None = None) -> None:
+    def __init__(self, num_clients: int, profiles: Callable[[], Profiles] | None = None) -> None:
         flower_compat.become_server()
         self._num_clients, self._profiles = num_clients, profiles
         self._stamped = 0
@@ -93,9 +93,9 @@ class StreamedGrid(Grid):
         """Return the ids of all nodes."""
         return range(1, self._num_clients + 1)
 
-    def profiles(self) -> Mapping[int, ClientProfile]:
-        """Return the profiles of all nodes, by node; none where nodes must be asked."""
-        return {} if self._profiles is None else dict(enumerate(self._profiles(), start=1))
+    def profiles(self) -> Profiles:
+        """Return the profiles of all nodes; none where nodes must be asked."""
+        return {} if self._profiles is None else self._profiles()
 
     @abstractmethod
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -92,7 +92,7 @@ def serve(connection: Connection, slots: Slots, load_node: Callable[[], Node], l
     heed_signals()
     settle_process()
     flower_compat.become_server()
-    node, is_first = load_node(), True
+    node = load_node()
     while True:
         try:
             frame = connection.recv_bytes()
@@ -105,9 +105,6 @@ def serve(connection: Connection, slots: Slots, load_node: Callable[[], Node], l
             connection.send_bytes(reply)
         except OSError:
             return
-        if is_first:
-            release_freed_memory()  # that building the model took
-            is_first = False
 
 
 def _answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Item]:
@@ -175,12 +172,3 @@ def keep_freed_memory() -> None:
             if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
                 mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions of glibc accept
             mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
-def release_freed_memory() -> None:
-    """Hand freed memory back to the kernel, where as much will not be needed again.
-
-    Has no effect where the C library is not glibc.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)

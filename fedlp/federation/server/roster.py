@@ -21,12 +21,16 @@ _POLL_S = 0.5
 _MOST_NAMES = 10
 
 
+Profiles = Mapping[int, ClientProfile]
+"""Profiles by node."""
+
+
 @runtime_checkable
 class KnowingGrid(Protocol):
     """Grid that holds its clients' data, and may know their profiles without a message to each."""
 
-    def profiles(self) -> Mapping[int, ClientProfile]:
-        """Return the profiles of nodes that need not be asked, by node."""
+    def profiles(self) -> Profiles:
+        """Return the profiles of nodes that need not be asked."""
 
 
 class Roster:
