@@ -1,11 +1,12 @@
 """Peak memory of a client in one round, against the estimate that memory budgets use.
 
-    python experiments/memory/run.py --data FOLDER     # FOLDER holds models/ and text/; three minutes
+    python experiments/memory/run.py --data FOLDER     # FOLDER holds models/ and text/; six minutes
 
 A case is one tier of a fleet whose memory is limited. Its client's round (instruction decoded, sub-model loaded and
 trained for three steps, upload encoded) runs in a process of its own that has done a round of another model before, so
 that libraries are loaded. Measured is the growth of the process's resident memory at its peak, the received message
-included; Linux counts it (``VmHWM``). ``results/memory.json`` holds every case, ``results/tables.md`` the table.
+included; Linux counts it (``VmHWM``). ``results/memory.json`` holds every case, ``results/tables.md`` the table;
+``--cases`` measures some anew and leaves the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from experiments.memory.tables import regenerate  # noqa: E402
 
-LARGE, SMALL = "lm-3.3m", "stories260K"
+LARGE, SMALL, SMOLLM = "lm-3.3m", "stories260K", "smollm2-135m"
 WARM = ("local.batch_size=1", "dataset.sequence_length=32", "dataset.max_train_examples=18", "fleet.fractions=[1.0]")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adam, batch 8 of 128": (LARGE, ()),
@@ -38,6 +41,17 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sgd, batch 4 of 128": (LARGE, ("local=sgd", "local.batch_size=4", "fleet.fractions=[1.0,0.6,0.4]")),
     "lora, adam, batch 8 of 128": (LARGE, ("adapter=lora", "fleet.fractions=[1.0,0.7,0.5]")),
     "stories260K, adam, batch 32 of 128": (SMALL, ("local.batch_size=32",)),
+}
+LORA = ("adapter=lora", "fleet.fractions=[1.0]")
+FOUR, ONE = (*LORA, "local.batch_size=4"), (*LORA, "local.batch_size=1")
+ENCODED = "adapter.base=encoded"
+CASES |= {
+    "lora, batch 4 of 128": (LARGE, FOUR),
+    "lora, base in nf4, batch 4 of 128": (LARGE, (*FOUR, ENCODED, "download=nf4")),
+    "lora, base in int8, batch 4 of 128": (LARGE, (*FOUR, ENCODED, "download=int8")),
+    "smollm2, lora, batch 1 of 128": (SMOLLM, (*ONE, "download=nf4")),
+    "smollm2, lora, base in block8, batch 1 of 128": (SMOLLM, (*ONE, ENCODED, "download=block8")),
+    "smollm2, lora, base in nf4, batch 1 of 128": (SMOLLM, (*ONE, ENCODED, "download=nf4")),
 }
 STEPS = 3
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back to the kernel: the need, not glibc's store of it
@@ -72,14 +86,15 @@ def measure(asked: Sequence[str], client_id: int) -> dict[str, float]:
     from fedlp.federation.wire import messages
 
     torch.set_num_threads(1)
-    _round(Federation(compose([*asked, *WARM])), 0)
+    state = tempfile.TemporaryDirectory()
+    warm = [option.replace(SMOLLM, LARGE) for option in asked]
+    _round(Federation(compose([*warm, *WARM])), 0, state.name)
     plan = Federation(compose(asked))
     content, submodel = _instruction(plan, client_id)
-    runtime = plan.runtime("")
-    runtime.frozen = None
-    costs = submodel_costs(submodel, plan.submodels, plan.costs, plan.config.local)
+    runtime = plan.runtime(state.name)
+    costs = submodel_costs(submodel, plan.submodels, plan.costs, plan.config.local, plan.base_encoding)
     before = _reset_peak()
-    instruction = messages.decode_instruction(content, plan.submodels)
+    instruction = _decoded(runtime, content)
     update = runtime.train(instruction)
     messages.encode_update(update, plan.submodels, plan.config.upload.entropy_coding)
     peak = _status("VmHWM")
@@ -94,22 +109,29 @@ def measure(asked: Sequence[str], client_id: int) -> dict[str, float]:
 
 
 def _instruction(plan: Any, client_id: int) -> tuple[Any, Any]:
+    from fedlp.federation.server.frozen_tensors import FrozenDownlink
     from fedlp.federation.wire import messages
 
     params = plan.initial_params()
     assigned = plan.policy.assign(1, client_id, {}, params)
+    assigned = replace(assigned, uploads=assigned.uploads - plan.submodels.spec.frozen)  # as the server does
     layout = plan.submodels.layout(assigned.submodel)
-    record = messages.encode_params(layout.slice(params))
-    return messages.encode_instruction(assigned, record, plan.submodels), assigned.submodel
+    downlink = FrozenDownlink(plan.submodels, plan.config.download.make(), plan.config.seed)
+    sent = downlink.encode(layout, layout.slice(params))
+    return messages.encode_instruction(assigned, sent, plan.submodels), assigned.submodel
 
 
-def _round(plan: Any, client_id: int) -> None:
+def _decoded(runtime: Any, content: Any) -> Any:
     from fedlp.federation.wire import messages
 
+    settings = runtime.settings
+    return messages.decode_instruction(content, runtime.submodels, None, settings.download, settings.encoded_base)
+
+
+def _round(plan: Any, client_id: int, state: str) -> None:
     content, _ = _instruction(plan, client_id)
-    runtime = plan.runtime("")
-    runtime.frozen = None
-    runtime.train(messages.decode_instruction(content, plan.submodels))
+    runtime = plan.runtime(state)
+    runtime.train(_decoded(runtime, content))
 
 
 def _reset_peak() -> float:
@@ -148,7 +170,8 @@ def main() -> int:
     if arguments.case is not None:
         print(json.dumps(measure(overrides(arguments.data, arguments.case), arguments.client)))
         return 0
-    results = []
+    path, results = arguments.out / "memory.json", list[dict[str, Any]]()
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for case in arguments.cases:
         for tier, client_id in tiers(overrides(arguments.data, case)).items():
             command = [sys.executable, __file__, "--data", str(arguments.data), "--case", case]
@@ -164,7 +187,9 @@ def main() -> int:
                 {k: (round(v / 1e6, 1) if isinstance(v, float) and v > 2 else v) for k, v in results[-1].items()},
                 flush=True,
             )
-    (arguments.out / "memory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results += [found for found in before if found["case"] not in arguments.cases]
+    results.sort(key=lambda found: list(CASES).index(found["case"]))
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     regenerate(arguments.out, arguments.out)
     return 0
 

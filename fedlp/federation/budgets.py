@@ -58,6 +58,7 @@ def submodel_costs(
         shapes = base_shapes(model, submodels)
         signature = base.signature(tuple((name, shape, torch.float32) for name, shape in shapes.items()))
         encoded = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in signature) + _widening(base, shapes)
+        encoded += _LAST_BLOCK * len(shapes)  # so that a budget of the whole model holds it by :func:`layer_costs`, too
         in_base = sum(map(math.prod, shapes.values()))
     return {
         "params": float(params + frozen),

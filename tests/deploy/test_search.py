@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
 
+from fedlp.config import to_yaml
 from fedlp.simulation.flower_process import write_app
 from tests.deploy.bench import bench_or_loopback, ignore
-from tests.integration.test_federated_search import SMALL, search, sharp_model  # noqa: F401 # a fixture
+from tests.integration.test_federated_search import search, sharp_model  # noqa: F401 # a fixture
 
 pytestmark = [
     pytest.mark.deploy,
@@ -25,12 +25,11 @@ def test_the_function_is_that_of_the_local_engine(
     sharp_model: Path,  # noqa: F811
 ) -> None:
     here = search(tmp_path / "here", sharp_model, *FEW)
-    words = ("fedlp-search", "federated=true", "model=hf", f"model.path={sharp_model}", *SMALL, *FEW)
     out = tmp_path / "there"
     with bench_or_loopback(folder) as made:
         for i in range(2):
             made.start(i)
-        made.federation.run(write_app(folder), {"overrides": shlex.join(words), "out": str(out)}, ignore)
+        made.federation.run(write_app(folder), {"cfg": to_yaml(here.config), "out": str(out)}, ignore)
     report = json.loads((out / "search.json").read_text())
     assert {key: value for key, value in report.items() if not key.endswith("_s")} == here.untimed
     assert report["failures"] == 0

@@ -47,6 +47,11 @@ def test_tables_and_figures_are_those_of_the_results(name: str, tmp_path: Path) 
             assert committed.startswith(b"\x89PNG")
 
 
+def test_estimates_of_memory_are_within_15_percent_of_peaks() -> None:
+    found = json.loads((ROOT / "experiments/memory/results/memory.json").read_text())
+    assert all(abs(x["estimate"] / x["measured"] - 1) <= 0.15 for x in found)
+
+
 def test_one_command_makes_tables_and_pages_again(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments/regenerate.py"), "fedlp_table", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path)

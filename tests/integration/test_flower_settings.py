@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.superlink.grid import InMemoryGrid
 
 from fedlp.apps import runs as assembly
-from fedlp.config import compose_federated_search, from_yaml
+from fedlp.config import FederatedSearchConfig, compose_federated_search, from_yaml, to_yaml
 from fedlp.errors import ConfigError
 from fedlp.simulation.flower_apps import check_size, read_settings
 from fedlp.simulation.local import LocalGrid
@@ -50,9 +50,10 @@ def test_a_stopped_run_goes_on_with_clients_that_are_told_its_config(
 
 
 def test_a_search_is_that_of_its_command() -> None:
-    words = ("federated=true", "model=hf", "model.path=folder", "num_clients=7")
+    words = ("federated=true", "model=hf", "model.path=folder", "num_clients=17")
     cfg, folder = read_settings(context(overrides=shlex.join(("fedlp-search", *words)), out="/out"))
-    assert (from_yaml(cfg), folder) == (compose_federated_search(words), Path("/out"))
+    assert (cfg, folder) == (to_yaml(compose_federated_search(words)), Path("/out"))
+    assert isinstance(from_yaml(cfg), FederatedSearchConfig)
 
 
 @pytest.mark.parametrize("out", ["", "run", "{run}", "./run/../run"])
