@@ -110,9 +110,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "runs")
     parser.add_argument("--methods", nargs="+", choices=list(EVERY), default=list(METHODS))
     parser.add_argument("--correlation", type=float, default=1.0, help="of tier and domain, in [0, 1]")
-    parser.add_argument(
-        "--rates", type=float, nargs="+", help="learning rates, instead of the better of two"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates, instead of the better of two")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", action="store_true", help="run nothing, only pack")
     arguments = parser.parse_args()
