@@ -214,7 +214,7 @@ def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:
     instruction = TrainInstruction(1, 2, assigned.submodel, assigned.uploads, {}, assigned.returned, params=params)
     update = runtime.train(instruction)
     sent = plan.submodels.layout(SubModel(widths=assigned.returned))
-    _, state = runtime._skeleton(None, ())
+    _, state = runtime._skeleton(None, (), False)
     for name, before in params.items():
         if not plan.submodels.spec.tensors[name].trainable:
             continue

@@ -389,7 +389,9 @@ def _check_widths(sent: Mapping[str, Keep], assigned: Assignment, who: str) -> d
         raise ProtocolError(f"{who}: the update chooses units of {wrong[0]} {was}")
     for axis, keep in sent.items():
         outer = held.get(axis, Keep.full(keep.size))
-        if keep.count != assigned.kept[axis] and keep != Keep.first(assigned.least.get(axis, -1), keep.size):
+        least = assigned.least.get(axis)
+        is_least = least is not None and keep == Keep.first(least, keep.size)
+        if keep.count != assigned.kept[axis] and not is_least:
             raise ProtocolError(f"{who}: {keep.count} units of {axis} came, {assigned.kept[axis]} were asked for")
         try:
             keep.within(outer)

@@ -122,7 +122,7 @@ def test_a_cut_model_equals_the_masked_one(case: str) -> None:
     assert (len(parts) == 1) == (case in WHOLE)
     cut = cut_model(model, spec, widths)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
-    torch.testing.assert_close(logits_of(cut), logits_of(silence(model, spec, widths)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_of(cut), logits_of(silence(model, spec, widths)), rtol=1e-4, atol=5e-5)
     torch.testing.assert_close(logits_of(cut_model(model, spec, {})), logits_of(model), rtol=0, atol=0)
     cut.train()
     forward_logits(cut, TOKENS).square().mean().backward()
