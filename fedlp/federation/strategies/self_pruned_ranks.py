@@ -69,7 +69,7 @@ class SelfPrunedRanks:
         return self.method.cases(client_ids)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what else the method's policy has."""
+        """Return an attribute of the wrapped policy."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.method, name)
