@@ -22,7 +22,8 @@ def test_a_profile_is_a_table_and_a_budget(tmp_path: Path, call: Call) -> None:
     out = tmp_path / "profile"
     code, printed, errors = call(*QUICK, "latency_s=0.5", f"hydra.run.dir={out}", main=cli.profile_main)
     assert code == 0, errors
-    assert printed.count("\n") == 5  # a head, three densities and where the budget is
+    assert printed.startswith("loading digits and fedlp_mlp")
+    assert printed.count("\n") == 6  # what loads, a head, three densities and where the budget is
     report = json.loads((out / "profile.json").read_text())
     assert report["densities"] == [0.25, 0.5, 1.0]
     assert report["model"] == "fedlp_mlp"
