@@ -11,8 +11,9 @@ import multiprocessing
 import selectors
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing.connection import Connection, wait
 
@@ -126,6 +127,8 @@ def _run_spawned(
     capacity: int,
     num_partitions: int,
 ) -> None:
+    _share_no_lock_of_bars()
+
     def load_node() -> Node:
         """Return the clients' side of the grid, and tell the parent how that went."""
         try:
@@ -137,3 +140,14 @@ def _run_spawned(
         return node
 
     serve(connection, _slots(Block(name=block).memory, num_slots, capacity), load_node, lifeline)
+
+
+def _share_no_lock_of_bars() -> None:
+    """Give progress bars a lock of this process alone.
+
+    Theirs is a named semaphore, made even by ``torch.fx`` without a bar, and left behind by a worker that is killed.
+    """
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
