@@ -93,7 +93,7 @@ class LocalGrid(StreamedGrid):
         self._depth = _depth(message_bytes, num_workers, cohort)
         at_work = max(1, num_workers) * self._depth
         ahead = 1 if message_bytes > _LARGE_BYTES else at_work  # replies that may wait for an earlier one
-        self._window = (at_work + ahead) * (1 if self.stacks else cohort)
+        self._window = at_work + ahead
         self._again: deque[Waiting] = deque()  # what a worker that ended had been given
         self._pushed: deque[Waiting] = deque()
         self._done: dict[int, Message] = {}  # by the number of the message
@@ -143,23 +143,25 @@ class LocalGrid(StreamedGrid):
             Deadline of a worker for one message; it is then replaced and the reply is an error.
         """
         source = self._together(messages)
-        window = self._window  # of messages sent, whose replies are not yet yielded
-        order: deque[int] = deque()
+        order: deque[deque[int]] = deque()  # of what travelled together, and whose replies are not yet yielded
         exhausted = False
         while True:
             while (worker := self._idlest()) is not None:
                 if self._again:
                     self._send(worker, *self._again.popleft())
                     continue
-                if exhausted or len(order) >= window:
+                if exhausted or len(order) >= self._window:
                     break
                 if (found := next(source, None)) is None:
                     exhausted = True
                     break
                 self._send(worker, found, timeout)
-                order.extend(number for number, _ in found)
-            if order and order[0] in self._done:
-                yield self._done.pop(order.popleft())
+                order.append(deque(number for number, _ in found))
+            if order and order[0][0] in self._done:
+                reply = self._done.pop(order[0].popleft())
+                if not order[0]:
+                    order.popleft()
+                yield reply
             elif exhausted and not order:
                 return
             else:

@@ -108,6 +108,14 @@ def test_of_large_messages_one_reply_at_most_waits_for_an_earlier_one() -> None:
         assert len(list(stream)) == 4
 
 
+def test_clients_that_share_no_message_keep_every_worker_busy_too() -> None:
+    with LocalGrid(make_app, num_clients=6, num_workers=2, message_bytes=1 << 25, cohort=3, stacks=True) as grid:
+        replies = list(grid.stream(instructions(**{"sleep-first": 1}), timeout=60))
+    at = [reply.content["metrics"]["pid"] for reply in replies]
+    assert len(set(at[:3])) == len(set(at[3:])) == 1, "three travel together"
+    assert at[0] != at[3]
+
+
 def test_every_kind_of_record_survives_the_way(grid: LocalGrid) -> None:
     config = ConfigRecord(
         {"s": "ä", "b": b"\x00\xff" * 9000, "i": 2**60, "f": 0.1, "t": True, "l": [1, 2], "bl": [b"a"]}
