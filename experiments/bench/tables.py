@@ -18,6 +18,7 @@ PARTS = (
 HEADS = {
     "step_time": ["model", "width", "step / dense step", "quartiles", "peak memory, MB", "k params", "forward MMACs"],
     "scoring": ["model", "scoring / local epoch, time", "quartiles", "scoring / local epoch, MACs"],
+    "scoring, choice of units": ["model, units kept", "in a round", "exactly, by other images", "random"],
     "obs": [
         "inputs",
         "released form / fedlp",
@@ -92,6 +93,16 @@ def _scoring(results: Mapping[str, Any]) -> Rows:
             f"{one['macs_ratio']:.2f}",
         ]
         for one in results["rows"]
+    ]
+
+
+def _choices(results: Mapping[str, Any]) -> Rows:
+    return [
+        [
+            f"{one['model']}, {one['kept']:.0%}",
+            *(f"{one[how]:.3f}" for how in ("in a round", "exact, other images", "random")),
+        ]
+        for one in results.get("choices", ())
     ]
 
 
@@ -220,7 +231,7 @@ ROWS = dict(
     zip(
         HEADS,
         (
-            *(_step_time, _scoring, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
+            *(_step_time, _scoring, _choices, _obs, _simulation, _simulation_memory, _cohorts, _cohorts_alone),
             *(_cohorts_adapters, _cohorts_adapter_rounds, _peers),
             *(_encoding, _aggregation, _aggregation_memory, _growth, _growth_parts, _growth_aggregation),
         ),

@@ -41,7 +41,7 @@ Waiting = tuple[Numbered, float]
 
 
 class LocalGrid(StreamedGrid):
-    """Flower's Grid over worker processes of this machine.
+    """Flower's Grid over worker processes of this machine; a context manager, with which they end.
 
     Parameters
     ----------
@@ -69,8 +69,6 @@ class LocalGrid(StreamedGrid):
     ------
     FedLPError
         If workers cannot be started so.
-
-    Use as a context manager: workers end with it.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ from fedlp.pruning.gradients import loss_gradients, output_fisher
 from fedlp.pruning.kernels.inverses import InverseHessian
 from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.reader_layers import Method
-from fedlp.pruning.sampled_inputs import sample_inputs
+from fedlp.pruning.sampled_inputs import check_sample, sample_inputs, sampled_inputs
 from fedlp.pruning.scores.criterion import saliencies, scoring_macs
-from fedlp.pruning.scores.evidence import COARSE, Evidence
+from fedlp.pruning.scores.evidence import COARSE, Evidence, Precision
 from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
@@ -33,6 +33,7 @@ def score_units(
     data: Calibration,
     method: Method,
     macs: Macs,
+    precision: Precision = COARSE,
 ) -> tuple[dict[str, Tensor], float]:
     """Return the saliency of each unit, and its compute cost in MACs.
 
@@ -48,9 +49,11 @@ def score_units(
     spec, layers
         The width axes and prunable layers of ``model``.
     method : Method
-        Method with the computed ``score``. OBS removes a 32nd of the remaining units at a time.
+        Method with the computed ``score``.
     macs : Macs
         Of the model, per example.
+    precision : Precision
+        Of eliminations: by default OBS removes a 16th of the remaining units at a time.
 
     Raises
     ------
@@ -65,14 +68,19 @@ def score_units(
         price += data.num_examples * macs.training
     rows: dict[str, SampledRows] = {}
     fisher: Mapping[str, Tensor] = {}
-    if method.scores_inputs:
-        rows = sample_inputs(model, layers, data.batches, rng)
+    if method.scores_inputs and method.fisher and not is_language_model(model):  # in one pass
+        with sampled_inputs(model, layers, len(data.batches), rng, precision.vectors) as found_rows:
+            paths = [path for layer in layers for path in layer.readers]
+            fisher = output_fisher(model, paths, data.batches, rng, True, data.shift_invariant)
+        rows = check_sample(found_rows)
+        price += data.num_examples * macs.training
+    elif method.scores_inputs:
+        rows = sample_inputs(model, layers, data.batches, rng, precision.vectors)
         price += data.num_examples * macs.forward
         if method.fisher:
-            logits_only = not is_language_model(model)
-            fisher = output_fisher(model, list(rows), data.batches, rng, logits_only, data.shift_invariant)
+            fisher = output_fisher(model, list(rows), data.batches, rng, False, data.shift_invariant)
             price += data.num_examples * macs.training
-    evidence = Evidence(model, spec, data, rng, gradients, scored, COARSE)
+    evidence = Evidence(model, spec, data, rng, gradients, scored, precision)
     found = {}
     for layer in layers:
         sampled = [rows.pop(path, None) for path in layer.readers]  # not kept: their moments may be large

@@ -284,6 +284,12 @@ def factor_hessian(hessian: Tensor, damping: float, layer: str, count: int) -> T
     return found
 
 
+def any_root(matrix: Tensor) -> Tensor:
+    """Return the quickest matrix R with RᵀR equal to a positive semi-definite one."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return square_root(matrix) if int(info) else factor.T
+
+
 def square_root(matrix: Tensor) -> Tensor:
     """Return a matrix R with RᵀR equal to a positive semi-definite one."""
     values, vectors = torch.linalg.eigh(matrix)

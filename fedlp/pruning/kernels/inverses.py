@@ -91,7 +91,7 @@ class LowRankInverse:
     """
 
     def __init__(self, vectors: Tensor, ridge: float) -> None:
-        self._vectors, self._ridge = vectors, ridge
+        self.vectors, self.ridge = vectors, ridge
 
     @classmethod
     def of(cls, inputs: Tensor, ridge: float, dtype: torch.dtype) -> LowRankInverse:
@@ -103,40 +103,48 @@ class LowRankInverse:
     @property
     def dtype(self) -> torch.dtype:
         """Of V."""
-        return self._vectors.dtype
+        return self.vectors.dtype
 
     @property
     def device(self) -> torch.device:
         """Of V."""
-        return self._vectors.device
+        return self.vectors.device
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self.vectors)
 
     def rows(self, columns: Tensor) -> Tensor:
         """Return some rows, by k products an entry."""
-        rows = self._vectors.index_select(0, columns) @ self._vectors.T
-        rows.div_(-self._ridge)
-        rows[torch.arange(len(columns), device=rows.device), columns] += 1.0 / self._ridge
+        rows = self.vectors.index_select(0, columns) @ self.vectors.T
+        rows.div_(-self.ridge)
+        rows[torch.arange(len(columns), device=rows.device), columns] += 1.0 / self.ridge
         return rows
 
     def blocks(self, size: int) -> Tensor:
         """Return the diagonal blocks."""
-        units = self._vectors.view(len(self) // size, size, -1)
-        blocks = (units @ units.mT).div_(-self._ridge)
-        blocks.diagonal(dim1=1, dim2=2).add_(1.0 / self._ridge)
+        units = self.vectors.view(len(self) // size, size, -1)
+        blocks = (units @ units.mT).div_(-self.ridge)
+        blocks.diagonal(dim1=1, dim2=2).add_(1.0 / self.ridge)
         return blocks
 
-    def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> LowRankInverse:
+    def plain(self) -> InverseHessian:
+        """Return this, or the matrix where it is no larger than V."""
+        if len(self) > self.vectors.shape[1]:
+            return self
+        matrix = (self.vectors @ self.vectors.T).div_(-self.ridge)
+        matrix.diagonal().add_(1.0 / self.ridge)
+        return DenseInverse(matrix)
+
+    def eliminate(self, kept: Tensor, removed: Tensor, factor: Tensor) -> InverseHessian:
         """Return the inverse of the Hessian of the kept columns, from their rows of V."""
-        gone = self._vectors.index_select(0, removed).to(torch.float64)
+        gone = self.vectors.index_select(0, removed).to(torch.float64)
         left = torch.eye(gone.shape[1], dtype=torch.float64, device=gone.device).addmm_(gone.T, gone, alpha=-1.0)
         root, info = torch.linalg.cholesky_ex(left)
         if int(info):
             raise CalibrationError(
                 "rounding has used up the precision of an inverse Hessian; raise damping (pruner.damping=0.01)"
             )
-        return LowRankInverse(_divide(self._vectors.index_select(0, kept), root.to(self.dtype)), self._ridge)
+        return LowRankInverse(_divide(self.vectors.index_select(0, kept), root.to(self.dtype)), self.ridge).plain()
 
 
 def _divide(rows: Tensor, factor: Tensor) -> Tensor:

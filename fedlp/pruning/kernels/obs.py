@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fedlp.errors import CalibrationError
-from fedlp.pruning.kernels.elimination import EliminationState, Problem, Score, block_saliency
-from fedlp.pruning.kernels.inverses import diagonal_blocks
+from fedlp.pruning.kernels.elimination import EliminationState, Problem, Score, State, block_saliency
+from fedlp.pruning.kernels.inverses import LowRankInverse, diagonal_blocks
+from fedlp.pruning.kernels.large_steps import LargeSteps, are_large
 
 __all__ = ["Elimination", "Problem", "eliminate", "output_error", "resolve_weight", "unit_saliency"]
 
@@ -119,11 +120,8 @@ def eliminate(
         If a block of the inverse Hessian stops being positive definite; names the unit.
     """
     counts = list(schedule)
-    states = [
-        EliminationState(problem, block, sum(counts) * problem.unit_size / max(len(counts), 1)) for problem in problems
-    ]
-    first = states[0]
-    removed = torch.zeros_like(first.units, dtype=torch.bool)  # by position
+    states = [_start(problem, counts, block) for problem in problems]
+    removed = torch.zeros_like(states[0].units, dtype=torch.bool)  # by position
     order: list[int] = []
     steps: list[int] = []
     losses: list[float] = []
@@ -133,15 +131,23 @@ def eliminate(
         chosen = saliency.argmin()[None] if count == 1 else torch.sort(saliency, stable=True).indices[:count]
         loss += sum(state.remove(chosen) for state in states)
         removed[chosen] = True
-        order += first.units[chosen].tolist()
+        order += states[0].units[chosen].tolist()
         steps.append(count)
         losses.append(loss)
         if max(state.used for state in states) >= block and not bool(removed.all()):
             kept = (~removed).nonzero().flatten()
-            for state in states:
-                state.flush(kept)
+            states = [state.flush(kept) for state in states]
             removed = removed[kept]
     return Elimination(tuple(order), tuple(steps), tuple(losses))
+
+
+def _start(problem: Problem, counts: Sequence[int], block: int) -> State:
+    """Return the state in which the elimination of a reader begins."""
+    inverse, size = problem.hessian_inv, problem.unit_size
+    per_step = sum(counts) * size / max(len(counts), 1)
+    if isinstance(inverse, LowRankInverse) and counts and are_large(counts[0] * size, inverse.vectors.shape[1]):
+        return LargeSteps(problem, inverse, block, per_step)
+    return EliminationState(problem, block, per_step)
 
 
 def resolve_weight(weight: Tensor, hessian_inv: Tensor, kept: Tensor, removed: Tensor) -> Tensor:

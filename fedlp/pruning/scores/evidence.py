@@ -47,10 +47,16 @@ class Precision:
         order.
     block : int
         Columns after which lazy updates are applied; affects speed only.
+    outputs : int or None
+        Random projections that stand for the outputs of a reader that has more; None for all outputs.
+    vectors : int
+        Input vectors of a layer at most, where they are sampled; with few, what is inverted is small.
     """
 
     parts: int | None = None
     block: int = 64
+    outputs: int | None = None
+    vectors: int = 256
 
     def schedule(self, total: int) -> list[int]:
         """Return the number of units that each step removes, summing to ``total``."""
@@ -64,8 +70,8 @@ class Precision:
 
 
 EXACT = Precision()
-COARSE = Precision(parts=32, block=256)
-"""Precision of scores in a round."""
+COARSE = Precision(parts=16, block=128, outputs=64)
+"""Precision of scores in a round: what it costs in the choice of units is in ``experiments/bench/scoring.py``."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class OBS:
 
     def eliminate(self, view: LayerView, count: int) -> Elimination:
         """Return the order in which ``count`` units are removed, and the losses along it."""
-        problems = [reader.problem() for reader in view.readers]
+        problems = [reader.problem(view.precision.outputs, view.generator) for reader in view.readers]
         return eliminate(problems, self.schedule(view, count), score=self.form, block=view.precision.block)
 
     def __call__(self, view: LayerView) -> Tensor:

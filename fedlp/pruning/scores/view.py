@@ -17,6 +17,7 @@ model           the model itself and the calibration examples
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from fedlp.errors import ConfigError
 from fedlp.models.spec import named_tensors
 from fedlp.pruning.calibration import Calibration
-from fedlp.pruning.kernels.hessian import square_root
+from fedlp.pruning.kernels.hessian import any_root, square_root
 from fedlp.pruning.kernels.inverses import InverseHessian
 from fedlp.pruning.kernels.obs import Problem
 from fedlp.pruning.scores.evidence import Evidence, InputStatistics, Precision
@@ -90,11 +91,26 @@ class ReaderView:
         r"""Return :math:`\frac{2}{N}\sum xx^\top`, (n, n), float64, of inputs less their mean if ``centred``."""
         return self._read("moments").hessian(centred)
 
-    def problem(self) -> Problem:
-        """Return the elimination problem of this reader: weights, weighed by the Fisher information, and inverse."""
+    def problem(self, outputs: int | None = None, generator: torch.Generator | None = None) -> Problem:
+        r"""Return the elimination problem of this reader: weights, weighed by the Fisher information, and inverse.
+
+        Parameters
+        ----------
+        outputs : int or None
+            Of a reader that has more, :math:`\Omega F^{1/2} W` takes the place of :math:`F^{1/2} W`, with so many rows
+            of independent normal :math:`\Omega`, whose Gram matrix is expected to be the same.
+        generator : torch.Generator, optional
+            Source of their random numbers, on the CPU.
+        """
         self._read("moments")
         weight, inverse = self.solve()
-        return Problem(weight if self.fisher is None else square_root(self.fisher) @ weight, inverse, self.unit_size)
+        if outputs is None or len(weight) <= outputs:
+            root = None if self.fisher is None else square_root(self.fisher)
+        else:
+            draws = torch.randn(outputs, len(weight), generator=generator, dtype=weight.dtype).to(weight.device)
+            root = draws.div_(math.sqrt(outputs))
+            root = root if self.fisher is None else root @ any_root(self.fisher)
+        return Problem(weight if root is None else root @ weight, inverse, self.unit_size)
 
     def _read(self, need: str) -> InputStatistics:
         _require(self.needs, need, f"input statistics of {self.path}")

@@ -59,7 +59,7 @@ def test_of_few_inputs_no_matrix_is_needed(size: int, inputs: int, outputs: int,
     hessian = x.T @ x + 0.1 * torch.eye(inputs, dtype=torch.float64)
     low_rank = LowRankInverse.of(x.T, 0.1, torch.float64)
     torch.testing.assert_close(low_rank.rows(torch.arange(inputs)) @ hessian, torch.eye(inputs, dtype=torch.float64))
-    for schedule in ([1] * (inputs // size - 1), [2, 2]):
+    for schedule in ([1] * (inputs // size - 1), [2, 2], [3, *[1] * (inputs // size - 4)]):  # and from large to small
         expected = eliminate([Problem(weight, torch.linalg.inv(hessian), size)], schedule, block=block)
         found = eliminate([Problem(weight, low_rank, size)], schedule, block=block)
         assert found.order == expected.order
