@@ -32,6 +32,8 @@ def cohort_size(config: RunConfig, submodels: SubModels, info: DataInfo) -> int:
     if batched == "auto" and not pays(model, places):
         return 1
     obstacle = "secure aggregation masks client by client" if config.privacy.name == "secagg" else ""
+    if config.adapter.base == "encoded":
+        obstacle = obstacle or "with adapter.base=encoded each client widens the base by itself"
     if obstacle := obstacle or find_obstacle(model, info, config.local, frozenset(), pads=False):
         level = logging.INFO if batched == "auto" else logging.WARNING
         log.log(level, "clients train one by one, although simulation.batched=%s: %s", str(batched).lower(), obstacle)

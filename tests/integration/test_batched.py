@@ -118,6 +118,14 @@ def test_clients_share_a_pass_of_the_base_that_each_keeps(tmp_path: Path, monkey
     assert set(training) == {2}
 
 
+def test_an_encoded_base_is_not_shared_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, *LORA, BATCHED, "simulation.workers=0", "adapter.base=encoded", "download=block8", "num_rounds=1")
+    assert [record.getMessage() for record in caplog.records if "one by one" in record.getMessage()] == [
+        "clients train one by one, although simulation.batched=true: with adapter.base=encoded each client widens the "
+        "base by itself"
+    ]
+
+
 def test_workers_change_no_bit(tmp_path: Path) -> None:
     case = (*TINY, *UNEQUAL, "strategy=fedlp_hetero", BATCHED)
     runs = [run(tmp_path / n, *case, f"simulation.workers={n}") for n in ("1", "2", "3")]
