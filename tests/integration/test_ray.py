@@ -78,7 +78,8 @@ def test_a_private_ray_gives_the_bytes_of_the_local_engine(
     monkeypatch.setenv("TMPDIR", str(folder))
     done = execute("fedlp", *PLAN, "simulation=ray", "hydra.run.dir=run", cwd=tmp_path, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[1].split()[1] for line in done.stderr.splitlines()] == ["1/2", "2/2"]  # Ray is silent
+    said = [line.split(":")[1].split()[1] for line in done.stderr.splitlines()]
+    assert said == ["1/2", "2/2"], f"Ray is silent: {done.stderr}"
     ray, local = read(tmp_path / "run"), once(*PLAN)
     assert ray.model == local.model
     assert ray.untimed == local.untimed
