@@ -109,14 +109,15 @@ def measure(asked: Sequence[str], client_id: int) -> dict[str, float]:
 
 
 def _instruction(plan: Any, client_id: int) -> tuple[Any, Any]:
-    from fedlp.federation.server.frozen_tensors import FrozenDownlink
+    from fedlp.apps.run_settings import make_download
+    from fedlp.federation.server.frozen_tensors import EncodedDownlink
     from fedlp.federation.wire import messages
 
     params = plan.initial_params()
     assigned = plan.policy.assign(1, client_id, {}, params)
     assigned = replace(assigned, uploads=assigned.uploads - plan.submodels.spec.frozen)  # as the server does
     layout = plan.submodels.layout(assigned.submodel)
-    downlink = FrozenDownlink(plan.submodels, plan.config.download.make(), plan.config.seed)
+    downlink = EncodedDownlink(plan.submodels, make_download(plan.config), plan.config.seed)
     sent = downlink.encode(layout, layout.slice(params))
     return messages.encode_instruction(assigned, sent, plan.submodels), assigned.submodel
 

@@ -33,6 +33,7 @@ from fedlp.federation.strategies.policy import Policy, offset_of, settled
 from fedlp.models import lora_options, state_tensors
 from fedlp.models.adapters import has_adapters, save_peft, without_adapters
 from fedlp.models.cost import count_macs
+from fedlp.models.unallocated import allocate
 from fedlp.pruning.batch_norms import reestimate_batch_norms
 from fedlp.pruning.tracing.widths import WidthSpec
 from fedlp.rng import Stream, generator
@@ -203,7 +204,7 @@ def _write(
     plan, submodel = run.plan, artefact.submodel
     config, spec, submodels = plan.config, plan.submodels.spec, plan.submodels
     layout = submodels.layout(submodel)
-    model = plan.costs.model(submodel).eval()
+    model = allocate(plan.costs.model(submodel)).eval()
     values = {**layout.slice(run.state.params), **artefact.head}
     for name, offset in offset_of(run.policy, artefact.clients[0], run.state.memory).values.items():
         values[name] = values[name] + offset

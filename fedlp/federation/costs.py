@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models.cost import Macs, count_macs
+from fedlp.models.unallocated import without_parameters
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.types import Assignment, ClientUpdate, Keep, SubModel
 
@@ -39,7 +41,7 @@ class Costs:
         return Macs(sum(m.forward for m in found) / len(found), sum(m.training for m in found) / len(found))
 
     def model(self, submodel: SubModel) -> nn.Module:
-        """Return a model of a sub-model's shape, with arbitrary values."""
+        """Return a model of a sub-model's shape, of which only shapes are read."""
         counts = tuple((axis, keep.count) for axis, keep in submodel.widths.items())
         return self._build(submodel.depth, counts)
 
@@ -48,8 +50,9 @@ class Costs:
 
     def _build(self, depth: int | None, counts: tuple[tuple[str, int], ...]) -> nn.Module:
         if depth is not None:
-            return self._submodels.spec.build_depth(depth, seed=0, client_id=0)
-        model = self._submodels.skeleton()
+            with without_parameters() if self._submodels.is_language else nullcontext():
+                return self._submodels.spec.build_depth(depth, seed=0, client_id=0)
+        model = self._submodels.measured()
         axes = self._submodels.widths.axes if counts else {}
         if any(count < axes[axis] for axis, count in counts):
             widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}

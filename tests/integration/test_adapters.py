@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,14 @@ from fedlp.apps.federate import Federation
 from fedlp.config import compose
 from fedlp.errors import ConfigError
 from fedlp.federation.budgets import layer_costs, submodel_costs
+from fedlp.federation.client import uploads
 from fedlp.federation.wire.encodings.float32 import Float32
 from fedlp.models import forward_logits, state_tensors
 from fedlp.models.adapters import LoraLinear, LoraOptions, merge_adapters, without_adapters
+from fedlp.models.unallocated import allocate
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.types import Keep, SubModel
-from tests.integration.running import Finished
+from tests.integration.running import Finished, run
 
 Once = Callable[..., Finished]
 LM = (
@@ -97,6 +99,22 @@ def test_a_slice_of_the_adapters_is_the_slice_of_the_product() -> None:
         torch.testing.assert_close(forward_logits(merged, tokens), forward_logits(plain, tokens))
 
 
+def test_a_client_makes_no_copy_of_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: set[str] = set()
+    differences = uploads._differences
+
+    def spy(trained: Mapping[str, torch.Tensor], received: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.update(trained)
+        return differences(trained, received)
+
+    monkeypatch.setattr(uploads, "_differences", spy)
+    run(tmp_path, *LORA, "upload=int8", "upload.values=deltas", "num_rounds=1", "simulation.workers=0")
+    assert seen
+    assert all("lora_" in name for name in seen)
+    plan = Federation(compose(LORA))
+    assert all(x.is_meta for x in plan.costs.model(SubModel()).parameters()), "nor for its costs"
+
+
 def test_a_refit_prunes_base_and_adapters_together() -> None:
     plan = Federation(compose((*LORA, *PRUNED)))
     params = state_tensors(trained(plan))
@@ -107,7 +125,7 @@ def test_a_refit_prunes_base_and_adapters_together() -> None:
     offset = plan.policy.offset(narrow, memory).values
     assert offset
     assert not any("lora_" in name for name in offset)
-    model = plan.costs.model(submodel)
+    model = allocate(plan.costs.model(submodel))
     for name, tensor in state_tensors(model).items():
         tensor.copy_(layout.slice(params)[name] + offset.get(name, 0))
     kept = {axis: keep.count for axis, keep in submodel.widths.items()}

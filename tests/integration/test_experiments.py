@@ -52,6 +52,17 @@ def test_estimates_of_memory_are_within_15_percent_of_peaks() -> None:
     assert all(abs(x["estimate"] / x["measured"] - 1) <= 0.15 for x in found)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts a process's peak memory")
+def test_a_peak_is_measured(shared: Path) -> None:
+    script, case = ROOT / "experiments/memory/run.py", "stories260K, adam, batch 32 of 128"
+    command = [sys.executable, str(script), "--data", str(shared), "--case", case, "--client", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.5 < found["share"] <= 1.0
+    assert 0.5 < found["estimate"] / found["measured"] < 1.5
+
+
 def test_one_command_makes_tables_and_pages_again(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments/regenerate.py"), "fedlp_table", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path)

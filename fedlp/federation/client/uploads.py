@@ -120,6 +120,8 @@ class Uploads:
         """
         layout = self._submodels.layout(instruction.submodel)
         received = layout.name_set & instruction.params.keys()  # frozen tensors that stay encoded are not among them
+        if not _asks_units(instruction):
+            received -= self._submodels.spec.frozen  # whose differences are zero, and as large as the model
         trained = {name: tensor for name, tensor in state_tensors(model).items() if name in received}
         updates = _differences(trained, instruction.params)
         if self._settings.error_feedback:
@@ -200,7 +202,7 @@ class Uploads:
 
         A client of fewer than two examples chooses by magnitude and sends no scores: one input has no variance.
         """
-        if not (instruction.kept or "unit_scores" in instruction.evidence):
+        if not _asks_units(instruction):
             return {}, {}, 0.0
         if has_adapters(model):
             model = merge_adapters(cut_model(model, spec, {}))
@@ -245,6 +247,11 @@ class Uploads:
     @property
     def _method(self) -> Method:
         return replace(self._settings.method, correction=0.0)
+
+
+def _asks_units(instruction: TrainInstruction) -> bool:
+    """Return whether a client scores its units, or chooses among them."""
+    return bool(instruction.kept) or "unit_scores" in instruction.evidence
 
 
 def _differences(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
