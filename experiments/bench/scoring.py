@@ -1,11 +1,11 @@
 """What it costs a client to score its units: ``python experiments/bench/scoring.py [--quick] [--json FILE]``.
 
-CIFAR-10 shapes, one thread. In turn, call by call: OBS scores of every unit of a model from 32 images, as
-``strategy=fedlp_plan`` asks for every ten rounds, and a client's local epoch: 200 images in batches of 16. Beside the
-ratio of times stands that of multiply-accumulates.
+CIFAR-10 shapes, one thread. In turn, call by call: OBS scores of every unit of a model from 32 images, fine and coarse
+(``strategy.scores``), as ``strategy=fedlp_plan`` asks for every ten rounds, and a client's local epoch: 200 images in
+batches of 16. Beside the ratio of times stands that of multiply-accumulates.
 
 What is saved must not cost the choice of units. Networks that were trained on the embedded digits are scored by 32
-images as in a round, and exactly (greedy order, all outputs, up to 2,048 input vectors a layer). The output error of
+images so, and exactly (greedy order, all outputs, up to 2,048 input vectors a layer). The output error of
 the units that each keeps, refitted, is measured on 256 other images; beside it that of exact choices by 32 other
 images, and of random units. Numbers are means over layers and three samples, relative to the exact choice by the same
 images.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from fedlp.models.cost import Macs, count_macs
 from fedlp.pruning.kernels.obs import Problem
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.scores.criterion import FunctionScore
-from fedlp.pruning.scores.evidence import COARSE, Precision
+from fedlp.pruning.scores.evidence import COARSE, FINE, Precision
 from fedlp.pruning.scores.obs import OBS
 from fedlp.pruning.scores.view import LayerView
 from fedlp.rng import Stream, generator
@@ -41,12 +42,12 @@ from fedlp.training.calibration_data import batch_calibration, make_method
 from fedlp.training.loop import train_locally
 
 INPUT_SHAPE, IMAGES, BATCH_SIZE = (3, 32, 32), 200, 16
-EXACT = Precision(vectors=2048)
+EXACT, PRECISIONS = Precision(vectors=2048), {"fine": FINE, "coarse": COARSE}
 JUDGES, JUDGED = ("fedlp_cnn", "resnet18", "fedlp_mlp"), 256  # models, and images of the judge
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
-    """Return one row of the report."""
+def measure(name: str, repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of a model."""
     config = compose([f"model={name}", "local=sgd", f"local.batch_size={BATCH_SIZE}", f"local.lr={LR}"])
     examples = Examples(*make_images(Workload(name, INPUT_SHAPE, IMAGES, BATCH_SIZE), 1), None)
     info = DataInfo("synthetic", "classification", INPUT_SHAPE, NUM_CLASSES, IMAGES, 1, (MEAN,) * 3, (STD,) * 3)
@@ -55,23 +56,27 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     macs = count_macs(model, spec.example_inputs(1))
     wanted, device = config.calibration, torch.device("cpu")
     data = batch_calibration(examples.select(list(range(wanted.examples))), info, wanted.batch_size, 0, device)
-    method, spent = make_method(config.pruner), []
+    method, spent = make_method(config.pruner), dict[str, float]()
 
-    def score() -> None:
+    def score(how: str) -> None:
         model.eval()
-        spent.append(score_units(model, model, submodels.widths, submodels.layers, data, method, macs)[1])
+        asked = submodels.widths, submodels.layers, data, method, macs, PRECISIONS[how]
+        spent[how] = score_units(model, model, *asked)[1]
 
     def train() -> None:
         train_locally(model.train(), examples, info, config.local, generator(0, Stream.LOCAL_TRAINING))
 
-    times = alternate({"scoring": score, "epoch": train}, repeats)
-    return {
-        "model": name,
-        "time_ratio": paired_ratio(times["scoring"], times["epoch"]),
-        "macs_ratio": spent[0] / (IMAGES * macs.training),
-        "scoring_macs": spent[0],
-        "seconds": times,
-    }
+    times = alternate({**{how: partial(score, how) for how in PRECISIONS}, "epoch": train}, repeats)
+    return [
+        {
+            "model": f"{name}, {how}",
+            "time_ratio": paired_ratio(times[how], times["epoch"]),
+            "macs_ratio": spent[how] / (IMAGES * macs.training),
+            "scoring_macs": spent[how],
+            "seconds": {"scoring": times[how], "epoch": times["epoch"]},
+        }
+        for how in PRECISIONS
+    ]
 
 
 # ---- the choice of units
@@ -127,7 +132,7 @@ def judge(name: str, samples: int) -> list[dict[str, Any]]:
     exact = [one.scores(sample, EXACT) for sample in range(samples + 1)]
     rng = torch.Generator().manual_seed(0)
     choices = {
-        "in a round": [one.scores(sample, COARSE) for sample in range(samples)],
+        **{how: [one.scores(sample, p) for sample in range(samples)] for how, p in PRECISIONS.items()},
         "exact, other images": exact[1:],
         "random": [{key: torch.rand(len(x), generator=rng) for key, x in found.items()} for found in exact[1:]],
     }
@@ -149,7 +154,7 @@ def judge(name: str, samples: int) -> list[dict[str, Any]]:
 def main() -> int:
     args = parse_args(__doc__.partition("\n")[0])
     torch.set_num_threads(1)
-    rows = [measure(name, 1 if args.quick else 3) for name in ("fedlp_cnn", "resnet18")]
+    rows = [row for name in ("fedlp_cnn", "resnet18") for row in measure(name, 1 if args.quick else 3)]
     print_table(
         "scoring, beside a local epoch",
         ("model", "s", "epoch, s", "ratio", "of MACs"),
@@ -164,7 +169,7 @@ def main() -> int:
         ],
     )
     choices = [row for name in JUDGES[: 1 if args.quick else None] for row in judge(name, 1 if args.quick else 3)]
-    keys = "in a round", "exact, other images", "random"
+    keys = *PRECISIONS, "exact, other images", "random"
     shown = [(row["model"], f"{row['kept']:.0%}", *(f"{row[key]:.3f}" for key in keys)) for row in choices]
     print_table("output error of the units kept, over that of an exact choice", ("model", "kept", *keys), shown)
     write_report(args.json, args.quick, {"rows": rows, "choices": choices})

@@ -18,7 +18,7 @@ PARTS = (
 HEADS = {
     "step_time": ["model", "width", "step / dense step", "quartiles", "peak memory, MB", "k params", "forward MMACs"],
     "scoring": ["model", "scoring / local epoch, time", "quartiles", "scoring / local epoch, MACs"],
-    "scoring, choice of units": ["model, units kept", "in a round", "exactly, by other images", "random"],
+    "scoring, choice of units": ["model, units kept", "fine", "coarse", "exactly, by other images", "random"],
     "obs": [
         "inputs",
         "released form / fedlp",
@@ -100,7 +100,7 @@ def _choices(results: Mapping[str, Any]) -> Rows:
     return [
         [
             f"{one['model']}, {one['kept']:.0%}",
-            *(f"{one[how]:.3f}" for how in ("in a round", "exact, other images", "random")),
+            *(f"{one[how]:.3f}" for how in ("fine", "coarse", "exact, other images", "random")),
         ]
         for one in results.get("choices", ())
     ]

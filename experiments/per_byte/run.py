@@ -62,7 +62,7 @@ FULL = {
     "magnitude": [*DRAWN, "pruner=magnitude"],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
-    "ours-int4-scored-anew": [*OURS, FOUR],  # the same, with the scores of 2026-11-30
+    "ours-int4-coarse-scores": [*OURS, FOUR, "strategy.scores=coarse"],
     "ours-int4-down8": [*OURS, FOUR, *DOWN8],
     "ours-int4-down4": [*OURS, FOUR, *DOWN4],
     "ours-int2": [*OURS, TWO],
@@ -95,7 +95,7 @@ MIXED = {
     "heterofl-int2-coded": ["strategy=heterofl", *WIDTHS, *CODED],
     "ours": [*OURS],
     "ours-int4": [*OURS, FOUR],
-    "ours-int4-scored-anew": [*OURS, FOUR],  # the same, with the scores of 2026-11-30
+    "ours-int4-coarse-scores": [*OURS, FOUR, "strategy.scores=coarse"],
     "ours-int4-down8": [*OURS, FOUR, *DOWN8],
     "ours-int4-down4": [*OURS, FOUR, *DOWN4],
     "ours-int2": [*OURS, TWO],

@@ -202,6 +202,9 @@ def test_sparsity_falls_where_it_began_high(once: Once) -> None:
 def test_choosing_units_is_counted_as_computation(once: Once) -> None:
     scored, drawn = once(*OBS, "num_rounds=1"), once(*OURS, "pruner=random", "num_rounds=1")
     assert scored.rounds[0]["macs"] > drawn.rounds[0]["macs"]
+    coarse = once(*OBS, "num_rounds=1", "strategy.scores=coarse")
+    assert scored.rounds[0]["macs"] > coarse.rounds[0]["macs"] > drawn.rounds[0]["macs"]
+    assert not coarse.failures
 
 
 def test_only_what_will_be_sent_is_trained(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import check_sample, sample_inputs, sampled_inputs
 from fedlp.pruning.scores.criterion import saliencies, scoring_macs
-from fedlp.pruning.scores.evidence import COARSE, Evidence, Precision
+from fedlp.pruning.scores.evidence import FINE, Evidence, Precision
 from fedlp.pruning.scores.view import LayerView, ReaderView
 from fedlp.pruning.tracing.decoder import is_language_model
 from fedlp.pruning.tracing.units import weight_matrix
@@ -33,7 +33,7 @@ def score_units(
     data: Calibration,
     method: Method,
     macs: Macs,
-    precision: Precision = COARSE,
+    precision: Precision = FINE,
 ) -> tuple[dict[str, Tensor], float]:
     """Return the saliency of each unit, and its compute cost in MACs.
 
@@ -53,7 +53,7 @@ def score_units(
     macs : Macs
         Of the model, per example.
     precision : Precision
-        Of eliminations: by default OBS removes a 16th of the remaining units at a time.
+        Of eliminations and samples.
 
     Raises
     ------
@@ -68,7 +68,8 @@ def score_units(
         price += data.num_examples * macs.training
     rows: dict[str, SampledRows] = {}
     fisher: Mapping[str, Tensor] = {}
-    if method.scores_inputs and method.fisher and not is_language_model(model):  # in one pass
+    logits_only = not is_language_model(model)
+    if method.scores_inputs and method.fisher and logits_only and precision.is_quick:  # in one pass
         with sampled_inputs(model, layers, len(data.batches), rng, precision.vectors) as found_rows:
             paths = [path for layer in layers for path in layer.readers]
             fisher = output_fisher(model, paths, data.batches, rng, True, data.shift_invariant)
@@ -78,7 +79,7 @@ def score_units(
         rows = sample_inputs(model, layers, data.batches, rng, precision.vectors)
         price += data.num_examples * macs.forward
         if method.fisher:
-            fisher = output_fisher(model, list(rows), data.batches, rng, False, data.shift_invariant)
+            fisher = output_fisher(model, list(rows), data.batches, rng, logits_only, data.shift_invariant)
             price += data.num_examples * macs.training
     evidence = Evidence(model, spec, data, rng, gradients, scored, precision)
     found = {}

@@ -21,6 +21,7 @@ from fedlp.models.adapter_ranks import tail_norm
 from fedlp.models.adapters import has_adapters, merge_adapters
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
+from fedlp.pruning.scores.evidence import COARSE, FINE
 from fedlp.pruning.scores.magnitude import Magnitude
 from fedlp.pruning.tracing.units import is_reader
 from fedlp.pruning.tracing.widths import WidthSpec, cut_model, slice_tensor, tensor_keeps
@@ -212,7 +213,8 @@ class Uploads:
         is_scored = data.num_examples >= MIN_SCORED or method.score.needs <= {"weights"}
         if not is_scored:
             method = replace(method, score=Magnitude())
-        scores, macs = score_units(model, scored, spec, self._layers(spec), data, method, per_example)
+        precision = COARSE if self._options.scores == "coarse" else FINE
+        scores, macs = score_units(model, scored, spec, self._layers(spec), data, method, per_example, precision)
         chosen = {axis: best_units(scores[axis], count) for axis, count in instruction.kept.items()}
         return scores if "unit_scores" in instruction.evidence and is_scored else {}, chosen, macs
 

@@ -86,12 +86,15 @@ class ClientOptions:
         Values whose loss scores measure: the client's weights, or its update of them.
     compensate : bool
         Whether the sent weights compensate for the units left out.
+    scores : "fine" or "coarse"
+        Precision of unit scores.
     """
 
     keeps_heads: bool = False
     train_sent: bool = False
     criterion: str = "weights"
     compensate: bool = False
+    scores: str = "fine"
 
 
 class Offset(NamedTuple):

@@ -88,10 +88,12 @@ class LowRankInverse:
         V.
     ridge : float
         r, > 0.
+    turns_dense : bool
+        Whether the inverse is a matrix from where on that is no larger than V.
     """
 
-    def __init__(self, vectors: Tensor, ridge: float) -> None:
-        self.vectors, self.ridge = vectors, ridge
+    def __init__(self, vectors: Tensor, ridge: float, turns_dense: bool = False) -> None:
+        self.vectors, self.ridge, self._turns_dense = vectors, ridge, turns_dense
 
     @classmethod
     def of(cls, inputs: Tensor, ridge: float, dtype: torch.dtype) -> LowRankInverse:
@@ -128,8 +130,8 @@ class LowRankInverse:
         return blocks
 
     def plain(self) -> InverseHessian:
-        """Return this, or the matrix where it is no larger than V."""
-        if len(self) > self.vectors.shape[1]:
+        """Return this, or the matrix where it turns dense."""
+        if not self._turns_dense or len(self) > self.vectors.shape[1]:
             return self
         matrix = (self.vectors @ self.vectors.T).div_(-self.ridge)
         matrix.diagonal().add_(1.0 / self.ridge)
@@ -144,7 +146,8 @@ class LowRankInverse:
             raise CalibrationError(
                 "rounding has used up the precision of an inverse Hessian; raise damping (pruner.damping=0.01)"
             )
-        return LowRankInverse(_divide(self.vectors.index_select(0, kept), root.to(self.dtype)), self.ridge).plain()
+        vectors = _divide(self.vectors.index_select(0, kept), root.to(self.dtype))
+        return LowRankInverse(vectors, self.ridge, self._turns_dense).plain()
 
 
 def _divide(rows: Tensor, factor: Tensor) -> Tensor:

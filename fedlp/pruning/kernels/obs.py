@@ -97,7 +97,12 @@ def unit_saliency(weight: Tensor, hessian_inv: Tensor, unit_size: int) -> Tensor
 
 
 def eliminate(
-    problems: Sequence[Problem], schedule: Iterable[int], *, score: Score = "exact", block: int = _BLOCK
+    problems: Sequence[Problem],
+    schedule: Iterable[int],
+    *,
+    score: Score = "exact",
+    block: int = _BLOCK,
+    large_steps: bool = False,
 ) -> Elimination:
     """Remove units step by step, those of the least saliency first; return their order and the losses along it.
 
@@ -113,6 +118,8 @@ def eliminate(
         updating its weights. Equal to "exact" for units of one column.
     block : int
         Columns after which lazy updates are applied; purely a matter of speed.
+    large_steps : bool
+        Whether large steps of few input vectors have a kernel of their own; equal up to rounding.
 
     Raises
     ------
@@ -120,7 +127,7 @@ def eliminate(
         If a block of the inverse Hessian stops being positive definite; names the unit.
     """
     counts = list(schedule)
-    states = [_start(problem, counts, block) for problem in problems]
+    states = [_start(problem, counts, block, large_steps) for problem in problems]
     removed = torch.zeros_like(states[0].units, dtype=torch.bool)  # by position
     order: list[int] = []
     steps: list[int] = []
@@ -141,11 +148,14 @@ def eliminate(
     return Elimination(tuple(order), tuple(steps), tuple(losses))
 
 
-def _start(problem: Problem, counts: Sequence[int], block: int) -> State:
+def _start(problem: Problem, counts: Sequence[int], block: int, large_steps: bool) -> State:
     """Return the state in which the elimination of a reader begins."""
     inverse, size = problem.hessian_inv, problem.unit_size
     per_step = sum(counts) * size / max(len(counts), 1)
-    if isinstance(inverse, LowRankInverse) and counts and are_large(counts[0] * size, inverse.vectors.shape[1]):
+    if (
+        (large_steps and counts and isinstance(inverse, LowRankInverse))
+        and are_large(counts[0] * size, inverse.vectors.shape[1])
+    ):  # fmt: skip
         return LargeSteps(problem, inverse, block, per_step)
     return EliminationState(problem, block, per_step)
 

@@ -51,12 +51,15 @@ class Precision:
         Random projections that stand for the outputs of a reader that has more; None for all outputs.
     vectors : int
         Input vectors of a layer at most, where they are sampled; with few, what is inverted is small.
+    is_quick : bool
+        Whether large steps have a kernel of their own, and inputs are sampled in the pass of the Fisher information.
     """
 
     parts: int | None = None
     block: int = 64
     outputs: int | None = None
-    vectors: int = 256
+    vectors: int = 512
+    is_quick: bool = False
 
     def schedule(self, total: int) -> list[int]:
         """Return the number of units that each step removes, summing to ``total``."""
@@ -70,8 +73,9 @@ class Precision:
 
 
 EXACT = Precision()
-COARSE = Precision(parts=16, block=128, outputs=64)
-"""Precision of scores in a round: what it costs in the choice of units is in ``experiments/bench/scoring.py``."""
+FINE = Precision(parts=32, block=256)
+COARSE = Precision(parts=16, block=128, outputs=64, vectors=256, is_quick=True)
+"""Precisions of scores in a round; ``experiments/bench/scoring.py`` measures what they cost, in time and choice."""
 
 
 @dataclass(frozen=True)

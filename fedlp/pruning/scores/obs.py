@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlp.pruning.costs.elimination import elimination_macs
+from fedlp.pruning.costs.elimination import elimination_macs, quick_elimination_macs
 from fedlp.pruning.kernels.elimination import Score
 from fedlp.pruning.kernels.obs import Elimination, eliminate
 from fedlp.pruning.scores.view import LayerView
@@ -29,7 +29,8 @@ class OBS:
     def eliminate(self, view: LayerView, count: int) -> Elimination:
         """Return the order in which ``count`` units are removed, and the losses along it."""
         problems = [reader.problem(view.precision.outputs, view.generator) for reader in view.readers]
-        return eliminate(problems, self.schedule(view, count), score=self.form, block=view.precision.block)
+        steps, precision = self.schedule(view, count), view.precision
+        return eliminate(problems, steps, score=self.form, block=precision.block, large_steps=precision.is_quick)
 
     def __call__(self, view: LayerView) -> Tensor:
         """Return the loss increase of each unit's removal in order, (units,), float64, non-decreasing along the order.
@@ -47,6 +48,8 @@ class OBS:
         schedule, price = self.schedule(view, view.num_units - 1), 0.0
         for reader in view.readers:
             outputs, columns = reader.weight.shape
-            block = view.precision.block
-            price += elimination_macs(reader.count, columns, outputs, reader.unit_size, schedule, block)
+            precision = view.precision
+            rows = min(outputs, precision.outputs or outputs)
+            count = quick_elimination_macs if precision.is_quick else elimination_macs
+            price += count(reader.count, columns, rows, reader.unit_size, schedule, precision.block)
         return price

@@ -14,7 +14,7 @@ from fedlp.errors import CalibrationError
 from fedlp.federation.client.unit_choice import best_units, score_units
 from fedlp.models.cost import Macs
 from fedlp.pruning import sampled_inputs
-from fedlp.pruning.costs.elimination import elimination_macs
+from fedlp.pruning.costs.elimination import elimination_macs, quick_elimination_macs
 from fedlp.pruning.kernels.hessian import Moments, invert_hessian
 from fedlp.pruning.kernels.inverses import LowRankInverse
 from fedlp.pruning.kernels.obs import Problem, eliminate
@@ -22,7 +22,7 @@ from fedlp.pruning.kernels.sampled_rows import SampledRows
 from fedlp.pruning.pruner import Calibration, Pruner
 from fedlp.pruning.reader_layers import Method
 from fedlp.pruning.sampled_inputs import sample_columns
-from fedlp.pruning.scores.evidence import COARSE
+from fedlp.pruning.scores.evidence import COARSE, FINE
 from fedlp.pruning.scores.obs import OBS
 from fedlp.pruning.scores.view import ReaderView
 from fedlp.pruning.tracing.units import find_layers, input_columns
@@ -131,7 +131,7 @@ def test_prices_are_those_of_passes_and_eliminations(data: Calibration) -> None:
 
     assert price("random") == price("magnitude") == 0.0
     assert (price("wanda"), price("taylor")) == (240.0, 720.0)
-    assert price("obs", fisher=True) == price("obs") - 240.0 + 720.0 > 720.0  # one pass for both
+    assert price("obs", fisher=True) == price("obs") + 720.0 > 960.0
 
 
 class Counter(TorchDispatchMode):
@@ -170,11 +170,29 @@ class Counter(TorchDispatchMode):
 def test_counted_macs_are_those_that_run(inputs: int, columns: int, outputs: int, unit_size: int) -> None:
     rng = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(inputs, columns, generator=rng), torch.randn(outputs, columns, generator=rng)
-    steps, block = COARSE.schedule(columns // unit_size - 1), COARSE.block
-    with Counter() as counter:
-        inverse = SampledRows(rows).inverse_hessian(True, DAMPING, "x")
-        eliminate([Problem(weight, inverse, unit_size)], steps, block=block)
-    assert elimination_macs(inputs, columns, outputs, unit_size, steps, block) == pytest.approx(counter.macs, rel=0.05)
+    for count, precision in ((elimination_macs, FINE), (quick_elimination_macs, COARSE)):
+        steps, block, quick = precision.schedule(columns // unit_size - 1), precision.block, precision.is_quick
+        with Counter() as counter:
+            inverse = SampledRows(rows).inverse_hessian(True, DAMPING, "x")
+            eliminate([Problem(weight, inverse, unit_size)], steps, block=block, large_steps=quick)
+        assert count(inputs, columns, outputs, unit_size, steps, block) == pytest.approx(counter.macs, rel=0.05)
+
+
+def test_coarse_scores_are_about_the_fine_ones_in_less_computation() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 80, 3), nn.Flatten(), nn.Linear(80, 3)
+    )
+    batch = torch.randn(16, 2, 3, 3)
+    data = Calibration([batch], [torch.arange(16) % 3])
+    spec = trace_widths(model, batch[:1])
+    layers, macs, method = find_layers(model, spec), Macs(1.0, 3.0), Method(lookup("score", "obs")(), fisher=True)
+    found = [score_units(model, model, spec, layers, data, method, macs, each) for each in (FINE, COARSE)]
+    assert found[1][1] < 0.75 * found[0][1]
+    for name, fine in found[0][0].items():
+        half = len(fine) // 2
+        best = [set(torch.topk(scores[name], half).indices.tolist()) for scores, _ in found]
+        assert len(best[0] & best[1]) > 0.7 * half
 
 
 @pytest.mark.parametrize("definite", [True, False])
@@ -194,9 +212,10 @@ def test_projected_outputs_stand_for_all(definite: bool) -> None:
 
 
 def test_steps_take_a_part_of_what_is_left() -> None:
-    assert COARSE.schedule(3) == [1, 1, 1]
-    steps = COARSE.schedule(511)
-    assert (sum(steps), steps[:2], steps[-31:]) == (511, [31, 30], [1] * 31)
+    assert FINE.schedule(3) == COARSE.schedule(3) == [1, 1, 1]
+    for precision, first in ((FINE, [15, 15]), (COARSE, [31, 30])):
+        steps = precision.schedule(511)
+        assert (sum(steps), steps[:2], steps[-31:]) == (511, first, [1] * 31)
 
 
 def test_the_exact_order_is_that_of_the_kernel() -> None:

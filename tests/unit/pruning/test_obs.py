@@ -61,9 +61,10 @@ def test_of_few_inputs_no_matrix_is_needed(size: int, inputs: int, outputs: int,
     torch.testing.assert_close(low_rank.rows(torch.arange(inputs)) @ hessian, torch.eye(inputs, dtype=torch.float64))
     for schedule in ([1] * (inputs // size - 1), [2, 2], [3, *[1] * (inputs // size - 4)]):  # and from large to small
         expected = eliminate([Problem(weight, torch.linalg.inv(hessian), size)], schedule, block=block)
-        found = eliminate([Problem(weight, low_rank, size)], schedule, block=block)
-        assert found.order == expected.order
-        assert found.losses == pytest.approx(expected.losses, rel=1e-9)
+        for large_steps in (False, True):
+            found = eliminate([Problem(weight, low_rank, size)], schedule, block=block, large_steps=large_steps)
+            assert found.order == expected.order
+            assert found.losses == pytest.approx(expected.losses, rel=1e-9)
 
 
 def test_small_and_large_steps_eliminate_alike() -> None:
