@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlp.models.threads import one_thread
+from fedlp.models.unallocated import allocate
 
 _T = TypeVar("_T")
 _MOST_PARAMS, _MOST_MACS = 1 << 24, 1 << 34  # of a model whose passes take less time than importing torch's compiler
@@ -110,10 +111,14 @@ def _is_small_on_cpu(model: nn.Module, inputs: Tensor) -> bool:
 
 
 def _run_values(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T]) -> _T:
-    """Return ``run(model, inputs)`` of copies with values."""
-    place = next((tensor.device for tensor in model.state_dict().values()), inputs.device)
+    """Return ``run(model, inputs)`` of copies with values; those of parameters without memory are zero."""
+    copied = copy.deepcopy(model)
+    if any(parameter.is_meta for parameter in copied.parameters()):
+        allocate(copied)
+        torch._foreach_zero_([parameter.detach() for parameter in copied.parameters()])
+    place = next((tensor.device for tensor in copied.state_dict().values()), inputs.device)
     with one_thread(), torch.random.fork_rng(devices=[]):
-        return run(copy.deepcopy(model), inputs.to(place))
+        return run(copied, inputs.to(place))
 
 
 def run_and_note(model: nn.Module, inputs: Tensor) -> tuple[int, list[str]]:

@@ -82,12 +82,10 @@ class ClientOptions:
         Whether personal heads are kept between rounds.
     train_sent : bool
         Whether only entries that will be sent are trained, if the server selects the units.
-    criterion : "weights" or "update"
-        Values whose loss scores measure: the client's weights, or its update of them.
+    criterion, scores : str
+        Values whose loss scores measure, "weights" or "update" of them; precision of scores, "fine" or "coarse".
     compensate : bool
         Whether the sent weights compensate for the units left out.
-    scores : "fine" or "coarse"
-        Precision of unit scores.
     """
 
     keeps_heads: bool = False
