@@ -66,10 +66,23 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
 def write_report(path: Path | None, quick: bool, results: Mapping[str, Any]) -> None:
     """Write results with the machine, the versions and the commit they were measured on."""
     if path is not None:
-        report = {"command": sys.argv, "quick": quick, **describe_machine(), "results": results}
+        report = {
+            "command": [_shown(part) for part in sys.argv],
+            "quick": quick,
+            **describe_machine(),
+            "results": results,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nwrote {path}")
+
+
+def _shown(argument: str) -> str:
+    """Return an argument as another machine can give it: a path from the repository, or a folder's place alone."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"FOLDER/{path.name}"
 
 
 def note_machine(experiment: str) -> None:

@@ -107,6 +107,7 @@ def _pruner_of_run(config: RunConfig) -> dict[str, str]:
         ("pruner.keeps_batch_norm", False, _ONESHOT),
         ("pruner.shared", False, _ONESHOT),
         ("pruner.depth", False, "strategy.submodels=pruned"),
+        ("strategy.scores", solves, "pruner=obs or slimgpt"),
     )
 
 

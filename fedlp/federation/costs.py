@@ -16,6 +16,7 @@ from fedlp.federation.submodels import SubModelLayout, SubModels
 from fedlp.federation.wire import messages
 from fedlp.federation.wire.encodings import Encoding
 from fedlp.models.cost import Macs, count_macs
+from fedlp.models.forward import is_small
 from fedlp.models.unallocated import without_parameters
 from fedlp.pruning.tracing.widths import cut_model
 from fedlp.types import Assignment, ClientUpdate, Keep, SubModel
@@ -27,6 +28,8 @@ class Costs:
     def __init__(self, submodels: SubModels) -> None:
         self._submodels = submodels
         self._count = lru_cache(maxsize=1024)(self._count_shape)
+        spec = submodels.spec  # a small model is counted by passes on values, which take less time
+        self._is_large = submodels.is_language and not is_small(spec.num_params, spec.example_inputs(1))
 
     def macs(self, submodel: SubModel) -> Macs:
         """Return forward and training MACs per example; the mean over nested widths if steps draw from them."""
@@ -41,7 +44,7 @@ class Costs:
         return Macs(sum(m.forward for m in found) / len(found), sum(m.training for m in found) / len(found))
 
     def model(self, submodel: SubModel) -> nn.Module:
-        """Return a model of a sub-model's shape, of which only shapes are read."""
+        """Return a model of a sub-model's shape, with arbitrary values; parameters of a large one take no memory."""
         counts = tuple((axis, keep.count) for axis, keep in submodel.widths.items())
         return self._build(submodel.depth, counts)
 
@@ -50,9 +53,9 @@ class Costs:
 
     def _build(self, depth: int | None, counts: tuple[tuple[str, int], ...]) -> nn.Module:
         if depth is not None:
-            with without_parameters() if self._submodels.is_language else nullcontext():
+            with without_parameters() if self._is_large else nullcontext():
                 return self._submodels.spec.build_depth(depth, seed=0, client_id=0)
-        model = self._submodels.measured()
+        model = self._submodels.shapes() if self._is_large else self._submodels.skeleton()
         axes = self._submodels.widths.axes if counts else {}
         if any(count < axes[axis] for axis, count in counts):
             widths = {axis: Keep.first(count, axes[axis]) for axis, count in counts}

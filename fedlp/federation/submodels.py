@@ -109,12 +109,12 @@ class SubModels:
     @cached_property
     def widths(self) -> WidthSpec:
         """Width axes, found by tracing the model once."""
-        return trace_widths(self.measured(), self.spec.example_inputs(1), self._depth)
+        return trace_widths(self._measured, self.spec.example_inputs(1), self._depth)
 
     @cached_property
     def layers(self) -> tuple[PrunableLayer, ...]:
         """Prunable layers, of a classifier also channels with several readers; may be empty."""
-        return prunable_layers(self.measured(), self.widths, shared=not self.spec.reads_tokens)
+        return prunable_layers(self._measured, self.widths, shared=not self.spec.reads_tokens)
 
     def whole_parts(self) -> str:
         """Return in one line which parts of the model stay whole and why; empty where none does or nothing is cut."""
@@ -128,11 +128,12 @@ class SubModels:
     @cached_property
     def reader_columns(self) -> dict[str, int]:
         """Columns of the weight of each module that reads a prunable layer, in the order of the layers."""
-        model = self.measured()
+        model = self._measured
         return {path: weight_matrix(model.get_submodule(path)).shape[1] for x in self.layers for path in x.readers}
 
-    def measured(self) -> nn.Module:
-        """Return a model of the global architecture, of which only shapes are read; language models take no memory."""
+    @property
+    def _measured(self) -> nn.Module:
+        """A model of the global architecture, of which only shapes are read; language models take no memory."""
         return self.shapes() if self.is_language else self.skeleton()
 
     @cached_property

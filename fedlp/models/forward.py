@@ -80,14 +80,13 @@ def shapes_only(model: nn.Module, inputs: Tensor, device: str = "meta") -> Itera
         log.disabled = was_disabled
 
 
-def is_small(model: nn.Module, inputs: Tensor) -> bool:
+def is_small(num_params: int, inputs: Tensor) -> bool:
     """Return whether a pass of a model on one of its inputs takes less time than a first pass on shapes.
 
     The bound on multiply-accumulates is of every parameter used at every place of the input.
     """
-    count = sum(parameter.numel() for parameter in model.parameters())
     places = math.prod(inputs.shape[2:]) if inputs.is_floating_point() else inputs.shape[-1]
-    return count <= _MOST_PARAMS and count * places <= _MOST_MACS
+    return num_params <= _MOST_PARAMS and num_params * places <= _MOST_MACS
 
 
 def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T], device: str = "meta") -> _T:
@@ -107,7 +106,7 @@ def run_copy(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor]
 
 def _is_small_on_cpu(model: nn.Module, inputs: Tensor) -> bool:
     places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    return places <= {"cpu"} and is_small(model, inputs)
+    return places <= {"cpu"} and is_small(sum(x.numel() for x in model.parameters()), inputs)
 
 
 def _run_values(model: nn.Module, inputs: Tensor, run: Callable[[nn.Module, Tensor], _T]) -> _T:

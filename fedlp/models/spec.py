@@ -235,7 +235,7 @@ def _check_forward(
     """
     inputs = torch.empty((2, *input_shape), dtype=torch.int64 if task.reads_tokens else torch.float32, device="meta")
     try:
-        if not task.reads_tokens and is_small(model, inputs):
+        if not task.reads_tokens and is_small(sum(x.numel() for x in model.parameters()), inputs):
             width, called = _run_fresh(blueprint, torch.zeros(inputs.shape))
         else:
             with torch.no_grad(), shapes_only(model.eval(), inputs) as (shapes, example):

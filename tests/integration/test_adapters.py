@@ -14,6 +14,7 @@ from fedlp.apps.export import export_run
 from fedlp.apps.federate import Federation
 from fedlp.config import compose
 from fedlp.errors import ConfigError
+from fedlp.federation import costs
 from fedlp.federation.budgets import layer_costs, submodel_costs
 from fedlp.federation.client import uploads
 from fedlp.federation.wire.encodings.float32 import Float32
@@ -111,6 +112,7 @@ def test_a_client_makes_no_copy_of_the_base(monkeypatch: pytest.MonkeyPatch, tmp
     run(tmp_path, *LORA, "upload=int8", "upload.values=deltas", "num_rounds=1", "simulation.workers=0")
     assert seen
     assert all("lora_" in name for name in seen)
+    monkeypatch.setattr(costs, "is_small", lambda num_params, inputs: False)
     plan = Federation(compose(LORA))
     assert all(x.is_meta for x in plan.costs.model(SubModel()).parameters()), "nor for its costs"
 

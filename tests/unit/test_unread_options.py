@@ -17,6 +17,7 @@ PRUNED = (*PLAN, "strategy.submodels=pruned", "upload.values=deltas")
 SOLVED = {"obs", "slimgpt"}  # scores that invert a Hessian
 
 REFUSED = [
+    (compose, (*PLAN, "pruner=random", "strategy.scores=coarse"), "pruner=obs or slimgpt"),
     (compose_prune, (*PRUNE, "pruner=random", "pruner.fisher=true"), "pruner=obs or slimgpt"),
     (compose_prune, (*PRUNE, "pruner=wanda", "pruner.correction=0.5"), "pruner.recovery=least_squares"),
     (compose_prune, (*PRUNE, "pruner=flap", "pruner.centred=true"), "pruner.recovery=least_squares"),
@@ -58,6 +59,7 @@ ACCEPTED = [
     (compose_search, ("pruner=obs", "pruner.fisher=true")),
     (compose, (*PLAN, "pruner=obs", "pruner.fisher=true", "pruner.damping=0.1")),
     (compose, (*PLAN, "strategy.compensate=true", "strategy.unit_selection=client", "pruner.recovery=bias")),
+    (compose, (*PLAN, "strategy.scores=coarse")),
     (compose, (*PRUNED, "pruner.correction=0.5", "pruner.recovery=least_squares")),
     (compose, (*PRUNED, "pruner.depth=true")),
     (compose_prune, (*PRUNE, "pruner.depth=true")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedlp.models.cost import count_macs
 from fedlp.models.unallocated import allocate, without_parameters
 
 
@@ -34,3 +35,24 @@ def test_allocated_ones_are_of_the_same_shape_and_stay_tied() -> None:
     assert not model.head.weight.is_meta
     assert not model.head.weight.requires_grad
     assert model.embed.weight.shape == (6, 4)
+
+
+class Choosing(nn.Module):
+    """Model whose operators need values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        found: torch.Tensor = self.one(y) if float(y.sum()) > 1e9 else self.other(y)
+        return found
+
+
+def test_a_model_without_memory_costs_what_one_with_values_does() -> None:
+    with without_parameters():
+        bare = Choosing()
+    inputs = torch.randn(2, 6)
+    assert count_macs(bare, inputs) == count_macs(Choosing(), inputs)
+    assert all(parameter.is_meta for parameter in bare.parameters())
